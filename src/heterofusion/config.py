@@ -1,0 +1,134 @@
+"""Flags of a fusion as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+DEFAULT_PRESET = "paper"
+
+
+@dataclass
+class MethodConfig:
+    """Settings of the method itself, without those of training.
+
+    A size that is not given comes from the preset, fitted to the width of the target model.
+    """
+
+    preset: str = field(
+        default=DEFAULT_PRESET,
+        metadata={"help": "Form and sizes of the hypernetwork.", "choices": ["paper", "compact"]},
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that."}
+    )
+    embed_dim: int | None = field(
+        default=None, metadata={"help": "Embedding width of the hypernetwork; 1024 in `paper` on a 4096-wide model."}
+    )
+    num_heads: int | None = field(default=None, metadata={"help": "Attention heads of the hypernetwork (8)."})
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "Longest sequence of blocks, sources concatenated (4096; 1024 in `compact`)."}
+    )
+    alpha_init: float = field(default=0.3, metadata={"help": "First value of every alpha, the scale of an update."})
+    mu_gate: float = field(default=0.1, metadata={"help": "Shift of the gate before it is clamped to [0, 1]."})
+    rdm_weight: float = field(
+        default=0.005, metadata={"help": "Weight (lambda) of rectified distribution matching in the loss."}
+    )
+    rdm_mu: float = field(default=0.0, metadata={"help": "Mean of RDM's Gaussian before rectification."})
+    rdm_sigma: float = field(default=1.0, metadata={"help": "Standard deviation of RDM's Gaussian."})
+    rdm_projections: int = field(default=2048, metadata={"help": "Random projections of RDM."})
+    layer_alignment: str = field(
+        default="tail",
+        metadata={
+            "help": "Map between models of different depth: the last layers meet, or depth is scaled.",
+            "choices": ["tail", "proportional"],
+        },
+    )
+    transfer_ratio: str = field(
+        default="1", metadata={"help": "Share of each source's layer pairs that is used, from the last: 0.5 or 1/2."}
+    )
+    canonicalize: bool = field(
+        default=False, metadata={"help": "Read every (A, B) in its canonical form sqrt(S) V^T, U sqrt(S)."}
+    )
+
+    def check_method(self) -> None:
+        """Check the ranges of the settings.
+
+        Raises:
+            ValueError: names the flag, its value and the range.
+        """
+        for name, low, strict in (
+            ("rdm_weight", 0.0, False),
+            ("rdm_sigma", 0.0, False),
+            ("rdm_projections", 0, True),
+            ("block_size", 0, True),
+            ("embed_dim", 0, True),
+            ("num_heads", 0, True),
+            ("max_position_embeddings", 0, True),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (low < value < math.inf if strict else low <= value < math.inf):
+                raise ValueError(f"--{name} is {value}; it must be {'above' if strict else 'at least'} {low}")
+        for name in ("alpha_init", "mu_gate", "rdm_mu"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be finite")
+        if self.alpha_init == 0:
+            raise ValueError("--alpha_init is 0; the hypernetwork would never get a gradient")
+
+    def hypernetwork_overrides(self) -> dict[str, Any]:
+        """Arguments of `HypernetworkConfig.from_preset` that these settings give."""
+        names = ("block_size", "embed_dim", "num_heads", "max_position_embeddings", "mu_gate")
+        return {name: getattr(self, name) for name in names}
+
+    def method_dict(self) -> dict[str, Any]:
+        """The method's settings as plain values, without those of training."""
+        return {name: getattr(self, name) for name in MethodConfig.__dataclass_fields__}
+
+
+@dataclass
+class HeteroFusionConfig(MethodConfig, TrainingArguments):
+    """`TrainingArguments` with the method's settings; the defaults are the paper's training recipe.
+
+    AdamW (weight decay 0.01 on all parameters), learning rate 5e-5, cosine to 0 after `int(0.05 * steps)` warm-up
+    steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8.
+    """
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of the hypernetworks."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(
+        default=0.05,
+        metadata={"help": "Warm-up steps; below 1, the share of all steps, rounded down."},
+    )
+    weight_decay: float = field(
+        default=0.01, metadata={"help": "Weight decay of all parameters, norms, biases and alphas too."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip at; 0 does not clip."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
+    )
+
+    def __post_init__(self) -> None:
+        self.check_method()
+        if self.max_grad_norm is not None and self.max_grad_norm < 0:
+            raise ValueError(f"--max_grad_norm is {self.max_grad_norm}; it must be at least 0 (0 does not clip)")
+        super().__post_init__()
+        kwargs = self.activation_checkpointing_kwargs
+        if self.activation_checkpointing:
+            if kwargs and kwargs.get("use_reentrant"):
+                raise ValueError(
+                    "activation_checkpointing_kwargs has use_reentrant=True: reentrant checkpointing gives the "
+                    "hypernetworks no gradient; set use_reentrant to false"
+                )
+            self.activation_checkpointing_kwargs = {**(kwargs or {}), "use_reentrant": False}
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Warm-up steps: a share of the steps is rounded down, as in the published recipe (Trainer rounds up)."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return int(num_training_steps * self.warmup_steps)

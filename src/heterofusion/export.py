@@ -1,0 +1,262 @@
+"""The end of a fusion: one ordinary PEFT adapter with its provenance and model card, and its way to the Hub."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
+from heterofusion.modeling import HeteroFusionModel
+
+logger = logging.getLogger(__name__)
+
+PROVENANCE_FILE = "fusion.json"
+CARD_FILE = "README.md"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+)
+HUB_PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, *_TOKENIZER_FILES)
+
+
+class ExportError(ValueError):
+    """A fused adapter that must not be written."""
+
+
+def export_adapter(
+    model: HeteroFusionModel,
+    output_dir: str | Path,
+    *,
+    tokenizer: Any = None,
+    training: dict[str, Any] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> Path:
+    """Write the fused adapter as a plain PEFT folder with `fusion.json` and a model card.
+
+    Everything is validated first and written beside its final place, then moved.
+
+    Args:
+        model: the trained model; it stays usable.
+        output_dir: the folder; files of the same names are replaced.
+        tokenizer: saved along if given.
+        training: plain values recorded in the provenance (steps, seeds, replay, ...).
+        metrics: plain values for the card's table and the provenance.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: a weight is not finite, or the key set or a shape is not the target's.
+        OSError: the folder cannot be written; what it held before is kept.
+    """
+    state = model.fused_state_dict()
+    validate_fused(state, model.plan.target)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = provenance(model, training, metrics)
+    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    try:
+        save_file(
+            {key: tensor.cpu().contiguous() for key, tensor in state.items()}, staging / WEIGHTS_FILE, {"format": "pt"}
+        )
+        _write_json(staging / CONFIG_FILE, fused_config(model))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(staging))
+        (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
+        _write_json(staging / PROVENANCE_FILE, record)
+        # the provenance goes last: where it stands, the adapter beside it is complete
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == PROVENANCE_FILE):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def validate_fused(state: dict[str, Tensor], target: LoraAdapter) -> None:
+    """Check a fused state against its target: same keys, shapes and dtypes, all finite.
+
+    Raises:
+        ExportError: names the tensor.
+    """
+    expected = target.state_dict()
+    if state.keys() != expected.keys():
+        raise ExportError(
+            f"fused adapter has other tensors than its target: {sorted(state.keys() ^ expected.keys())[:3]}"
+        )
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape or tensor.dtype != expected[key].dtype:
+            raise ExportError(f"fused tensor {key} is {tensor.dtype} {tuple(tensor.shape)}, unlike the target's")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ExportError(
+                f"fused tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was "
+                "written; lower --learning_rate, or take an earlier checkpoint"
+            )
+
+
+def fused_config(model: HeteroFusionModel) -> dict[str, Any]:
+    """`adapter_config.json` of the fused adapter: the target's, for inference, with a base model named."""
+    config = dict(model.plan.target.config)
+    config["inference_mode"] = True
+    if not config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = model.get_base_model().config.name_or_path or None
+    return config
+
+
+def provenance(
+    model: HeteroFusionModel, training: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `fusion.json` records: where every number of the adapter comes from. Local paths are cut to their names."""
+    plan = model.plan
+    return {
+        "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
+        "target": _adapter_record(plan.target),
+        "sources": [_adapter_record(source) for source in plan.sources],
+        "plan": {
+            "layer_alignment": plan.layer_alignment,
+            "transfer_ratio": str(plan.transfer_ratio),
+            "aligned_modules": {key.name: len(members) for key, members in plan.groups.items()},
+            "untouched_modules": len(plan.untouched),
+            "layer_maps": [{str(i): j for i, j in pairs.items()} for pairs in plan.layer_maps],
+        },
+        "method": model.method.method_dict(),
+        "hypernetwork": {
+            **model.hypernetworks.config.to_dict(),
+            "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),
+        },
+        "alpha": {name: alpha.item() for name, alpha in model.hypernetworks.alphas.items()},
+        "training": training or {},
+        "metrics": metrics or {},
+        "versions": library_versions(),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the packages that a fused adapter depends on."""
+    names = ("heterofusion", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def display_name(name: str) -> str:
+    """A Hub id as it is; of a local path, its last part."""
+    return Path(name).name if name and (Path(name).expanduser().exists() or Path(name).is_absolute()) else name
+
+
+def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
+    return {
+        "name": display_name(adapter.name),
+        "base_model": display_name(adapter.base_model or ""),
+        "sha256": adapter.sha256,
+    }
+
+
+def model_card(record: dict[str, Any]) -> ModelCard:
+    """A model card from a provenance record. The licence is left to the owner of the adapters."""
+    base = record["base_model"]
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["heterofusion", "lora", "adapter-fusion", f"base_model:adapter:{base}"]
+        if base
+        else ["heterofusion", "lora"],
+    )
+    sources = "\n".join(
+        f"| source {index} | {source['name']} | {source['base_model'] or 'not named'} | `{source['sha256'][:12]}` |"
+        for index, source in enumerate(record["sources"], start=1)
+    )
+    target = record["target"]
+    aligned = sum(record["plan"]["aligned_modules"].values())
+    body = f"""
+# Fused LoRA adapter
+
+LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of `{base or "the target model"}` with
+[HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter: `lora_A` is the target adapter's,
+`lora_B` of {aligned} aligned modules was updated, {record["plan"]["untouched_modules"]} modules are the target's own.
+
+| part | adapter | base model | sha256 of its weights |
+|---|---|---|---|
+| target | {target["name"]} | {target["base_model"] or "not named"} | `{target["sha256"][:12]}` |
+{sources}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base or "<base model>"}")
+model = PeftModel.from_pretrained(model, "<this adapter>")
+```
+{_metrics_table(record["metrics"])}
+## Provenance
+
+`{PROVENANCE_FILE}` holds the hashes of all adapters, the alignment, all settings, seeds and library versions.
+No licence is stated here: it follows from those of the base model, the adapters and the replay data.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    if not metrics:
+        return ""
+    rows = "\n".join(
+        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in metrics.items()
+    )
+    return f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload fused adapter",
+) -> str:
+    """Upload an exported folder to the Hub: adapter, config, tokenizer, card and provenance, nothing else.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ExportError: the folder holds no adapter, or the Hub refused; the message says how to push again.
+    """
+    folder = Path(folder)
+    if not (folder / PROVENANCE_FILE).is_file():
+        raise ExportError(f"{folder} holds no {PROVENANCE_FILE}; export an adapter there first")
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            allow_patterns=list(HUB_PATTERNS),
+            revision=revision,
+            commit_message=commit_message,
+        ).commit_url
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        include = " ".join(f"--include '{pattern}'" for pattern in HUB_PATTERNS)
+        raise ExportError(
+            f"the push to {repo_id} failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the adapter is "
+            f"safe in {folder.resolve()}. Push again with: hf upload {repo_id} {folder.resolve()} . {include}"
+        ) from error
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

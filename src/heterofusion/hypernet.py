@@ -1,0 +1,298 @@
+"""The hypernetwork: encoder with an SVD-guided gate, cross-attention, decoder (METHOD section "Hypernetwork").
+
+Notation: M modules, N_t target and N_s source blocks, b block size, r rank, e embedding width, h heads.
+
+Two forms share gate, positions and attention. `paper` reads and writes a block through dense b*r x e matrices, so
+its size grows with the rank. `compact` factorizes them: rows go through one b x k matrix and columns through one
+r x m matrix, both shared by all roles, so its size hardly depends on the rank.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PRESETS = ("paper", "compact")
+
+
+@dataclass(frozen=True)
+class HypernetworkConfig:
+    """Sizes of the hypernetworks.
+
+    Attributes:
+        form: `paper` or `compact`.
+        block_size: rows per block, b.
+        embed_dim: embedding width, e.
+        num_heads: attention heads, h; divides e.
+        max_position_embeddings: rows of the position table, the longest sequence of blocks.
+        mu_gate: shift of the gate before clamping.
+        row_features: k of the compact form.
+        column_features: m of the compact form.
+    """
+
+    form: str = "paper"
+    block_size: int = 4096
+    embed_dim: int = 1024
+    num_heads: int = 8
+    max_position_embeddings: int = 4096
+    mu_gate: float = 0.1
+    row_features: int = 512
+    column_features: int = 8
+
+    def __post_init__(self) -> None:
+        if self.form not in PRESETS:
+            raise ValueError(f"preset is {self.form!r}; choose one of {', '.join(PRESETS)}")
+        for name in ("block_size", "embed_dim", "num_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.embed_dim % self.num_heads or self.embed_dim < 4:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} must be at least 4 and a multiple of num_heads {self.num_heads}"
+            )
+        if not math.isfinite(self.mu_gate):
+            raise ValueError(f"mu_gate is {self.mu_gate}; it must be finite")
+
+    @classmethod
+    def from_preset(cls, preset: str, width: int, **overrides: Any) -> "HypernetworkConfig":
+        """Sizes of a preset, fitted to a model.
+
+        The paper's sizes belong to 4096-wide models and are what such a model gets. A narrower one gets the next
+        power of two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model
+        does not carry a 0.7 B hypernetwork.
+
+        Args:
+            preset: `paper` or `compact`.
+            width: hidden size of the target model.
+            overrides: values that replace the preset's; None keeps it.
+
+        Raises:
+            ValueError: unknown preset, or values that do not go together.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        block_size = given.get("block_size", min(4096, max(64, 1 << (max(width, 1) - 1).bit_length())))
+        if preset == "compact":
+            values = {"embed_dim": min(512, max(128, block_size // 8)), "max_position_embeddings": 1024}
+        else:
+            values = {"embed_dim": min(1024, max(128, block_size // 4)), "max_position_embeddings": 4096}
+        values |= {"block_size": block_size, **given}
+        values["row_features"] = max(1, min(block_size // 2, values["embed_dim"]))
+        return cls(form=preset, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+class HypernetworkOutput(NamedTuple):
+    """What one hypernetwork gives back.
+
+    Attributes:
+        delta: (T, b, r) predicted blocks, in the order of `decode_index`.
+        target_embedding: (M, N_t, e), before positions.
+        source_embedding: (M, N_s, e), before positions.
+        attention: (M, N_t, N_s) averaged over heads, None unless asked for.
+        source_gate: (M, N_s, e) gate values in [0, 1], None unless asked for.
+    """
+
+    delta: Tensor
+    target_embedding: Tensor
+    source_embedding: Tensor
+    attention: Tensor | None
+    source_gate: Tensor | None
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear of zeros: predictions start at 0, so training starts from the target adapter exactly."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SharedFactors(nn.Module):
+    """Row and column projections of the compact form, shared by all roles (columns by all groups of one rank)."""
+
+    def __init__(self, ranks: set[int], config: HypernetworkConfig) -> None:
+        super().__init__()
+        b, k, m = config.block_size, config.row_features, config.column_features
+        self.rows_in = _linear(b, k)
+        self.rows_out = _linear(k, b, bias=False)
+        self.columns_in = nn.ModuleDict({str(rank): _linear(rank, m) for rank in sorted(ranks)})
+        self.columns_out = nn.ModuleDict({str(rank): _linear(m, rank, bias=False) for rank in sorted(ranks)})
+
+
+class DenseFeatures(nn.Module):
+    """Feature of a block by its row view and its column view: GELU(W x + c) + GELU(W' x' + c').
+
+    x' is x with its (b, r) entries in column-major order. W' is stored with its columns in row-major order, so both
+    views are one matrix product.
+    """
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        size, e = config.block_size * rank, config.embed_dim
+        self.norm_weight = nn.Parameter(torch.ones(size))  # the affine half of the input LayerNorm
+        self.norm_bias = nn.Parameter(torch.zeros(size))
+        self.views = nn.Linear(size, 2 * e)
+        for half in self.views.weight.detach().split(e):
+            nn.init.xavier_uniform_(half)
+        nn.init.zeros_(self.views.bias)
+
+    def forward(self, blocks: Tensor, shared: SharedFactors | None) -> Tensor:
+        row, column = self.views(blocks * self.norm_weight + self.norm_bias).chunk(2, dim=-1)  # (..., e) each
+        return F.gelu(row) + F.gelu(column)
+
+
+class FactorizedFeatures(nn.Module):
+    """Feature of a block of the compact form: rows to k, columns to m, then dense k*m to e."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.mix = _linear(config.row_features * config.column_features, config.embed_dim)
+
+    def forward(self, blocks: Tensor, shared: SharedFactors) -> Tensor:
+        columns = blocks.unflatten(-1, (-1, self.rank)).transpose(-1, -2)  # (..., r, b)
+        rows = F.gelu(shared.rows_in(columns)).transpose(-1, -2)  # (..., k, r)
+        mixed = F.gelu(shared.columns_in[str(self.rank)](rows))  # (..., k, m)
+        return F.gelu(self.mix(mixed.flatten(-2)))
+
+
+class DenseDecoder(nn.Module):
+    """Embedding to a delta block by a dense e x b*r matrix."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.hidden = _linear(config.embed_dim, config.embed_dim)
+        self.output = _zero_linear(config.embed_dim, config.block_size * rank)
+
+    def forward(self, z: Tensor, shared: SharedFactors | None) -> Tensor:
+        return self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.rank))  # (..., b, r)
+
+
+class FactorizedDecoder(nn.Module):
+    """Embedding to a (k, m) core per block; the shared row and column factors expand it to (b, r)."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.columns = config.column_features
+        self.hidden = _linear(config.embed_dim, config.embed_dim)
+        self.output = _zero_linear(config.embed_dim, config.row_features * config.column_features)
+
+    def forward(self, z: Tensor, shared: SharedFactors) -> Tensor:
+        core = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., k, m)
+        core = shared.columns_out[str(self.rank)](core).transpose(-1, -2)  # (..., r, k)
+        return shared.rows_out(core).transpose(-1, -2)  # (..., b, r)
+
+
+class HyperNetwork(nn.Module):
+    """Predicts the blocks of a target module's B update from the target's and the sources' blocks."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        e = config.embed_dim
+        compact = config.form == "compact"
+        self.num_heads = config.num_heads
+        self.mu_gate = config.mu_gate
+        self.features = FactorizedFeatures(rank, config) if compact else DenseFeatures(rank, config)
+        self.gate = nn.Sequential(_linear(rank, e // 4), nn.ReLU(), _linear(e // 4, e))
+        self.fusion_norm = nn.LayerNorm(e)
+        self.positions = nn.Embedding(config.max_position_embeddings, e)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_linear(e, e) for _ in range(4))
+        self.decoder = FactorizedDecoder(rank, config) if compact else DenseDecoder(rank, config)
+
+    def encode(self, blocks: Tensor, descriptors: Tensor, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
+        """Embed blocks.
+
+        Args:
+            blocks: (M, N, b * r), standardized.
+            descriptors: (M, N, r) singular values.
+            shared: factors of the compact form.
+
+        Returns:
+            Embedding and gate, each (M, N, e).
+        """
+        gate = torch.clamp(torch.relu(self.gate(descriptors) + self.mu_gate), 0.0, 1.0)
+        return self.fusion_norm(self.features(blocks, shared) * gate), gate
+
+    def forward(
+        self,
+        target_blocks: Tensor,
+        target_descriptors: Tensor,
+        source_blocks: Tensor,
+        source_descriptors: Tensor,
+        source_mask: Tensor | None = None,
+        decode_index: Tensor | None = None,
+        shared: SharedFactors | None = None,
+        diagnostics: bool = False,
+    ) -> HypernetworkOutput:
+        """Predict delta blocks.
+
+        Args:
+            target_blocks: (M, N_t, b * r), standardized.
+            target_descriptors: (M, N_t, r).
+            source_blocks: (M, N_s, b * r), standardized.
+            source_descriptors: (M, N_s, r).
+            source_mask: (M, N_s) bool, True at real blocks; None if all are.
+            decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
+            shared: factors of the compact form.
+            diagnostics: also give the attention map and the source gate.
+        """
+        z_target, _ = self.encode(target_blocks, target_descriptors, shared)
+        z_source, gate = self.encode(source_blocks, source_descriptors, shared)
+        queries = self._heads(self.q_proj(self._locate(z_target)))
+        located = self._locate(z_source)
+        keys, values = self._heads(self.k_proj(located)), self._heads(self.v_proj(located))
+        mask = None if source_mask is None else source_mask[:, None, None, :]  # (M, 1, 1, N_s)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # (M, h, N_t, e / h)
+        mixed = mixed.transpose(1, 2).flatten(0, 1).flatten(-2)  # (M * N_t, e)
+        if decode_index is not None:
+            mixed = mixed[decode_index]
+        delta = self.decoder(self.out_proj(mixed), shared)
+        attention = self._attention_map(queries, keys, mask) if diagnostics else None
+        return HypernetworkOutput(delta, z_target, z_source, attention, gate if diagnostics else None)
+
+    def _locate(self, z: Tensor) -> Tensor:
+        if z.shape[1] > self.positions.num_embeddings:
+            raise ValueError(
+                f"a sequence of {z.shape[1]} blocks is longer than max_position_embeddings "
+                f"{self.positions.num_embeddings}; raise it, or raise block_size"
+            )
+        return z + self.positions.weight[: z.shape[1]]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (M, h, N, e / h)
+
+    @staticmethod
+    def _attention_map(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5  # (M, h, N_t, N_s)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
+
+
+class HyperNetworks(nn.Module):
+    """One hypernetwork and one alpha per group, and what the compact form shares among them."""
+
+    def __init__(self, ranks: Mapping[str, int], config: HypernetworkConfig, alpha_init: float = 0.3) -> None:
+        """Args: ranks: rank by group name; config: sizes; alpha_init: first value of every alpha."""
+        super().__init__()
+        self.config = config
+        self.shared = SharedFactors(set(ranks.values()), config) if config.form == "compact" else None
+        self.networks = nn.ModuleDict({name: HyperNetwork(rank, config) for name, rank in ranks.items()})
+        # shape (1,): FSDP2 refuses 0-dimensional parameters
+        self.alphas = nn.ParameterDict({name: nn.Parameter(torch.full((1,), float(alpha_init))) for name in ranks})

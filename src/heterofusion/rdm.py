@@ -1,0 +1,70 @@
+"""Rectified distribution matching (RDM): a sliced Wasserstein pull of rectified embeddings to a rectified Gaussian.
+
+METHOD section "RDM regularizer". Both sets are projected on random unit directions, sorted, and compared.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sliced_distance(
+    z: Tensor, noise: Tensor, directions: Tensor, mu: float, sigma: float, mask: Tensor | None = None
+) -> Tensor:
+    """RDM of given draws.
+
+    Args:
+        z: (S, M, e): S sets of M embeddings, compared set by set.
+        noise: (S, M, e) standard normal draws.
+        directions: (e, P), any length of the columns; they are scaled to unit length here.
+        mu: mean of the Gaussian before rectification.
+        sigma: its standard deviation.
+        mask: (S, M) bool, True at real embeddings; None if all are.
+
+    Returns:
+        Scalar: mean over the sets of mean over (M x P) of (sort(relu(z) D) - sort(relu(mu + sigma noise) D))^2.
+    """
+    unit = directions / directions.norm(dim=0, keepdim=True)
+    found = torch.relu(z) @ unit  # (S, M, P)
+    wanted = torch.relu(mu + sigma * noise) @ unit
+    if mask is None:
+        return (found.sort(dim=1).values - wanted.sort(dim=1).values).square().mean()
+    padding = ~mask.unsqueeze(-1)
+    found = found.masked_fill(padding, torch.inf).sort(dim=1).values  # padding goes last
+    wanted = wanted.masked_fill(padding, torch.inf).sort(dim=1).values
+    lengths = mask.sum(dim=1, keepdim=True)  # (S, 1)
+    beyond = torch.arange(z.shape[1], device=z.device) >= lengths  # (S, M)
+    gaps = (found - wanted).masked_fill(beyond.unsqueeze(-1), 0.0).square()
+    return (gaps.sum(dim=(1, 2)) / (lengths.squeeze(1) * directions.shape[1])).mean()
+
+
+def rdm_loss(
+    z: Tensor,
+    *,
+    mu: float,
+    sigma: float,
+    num_projections: int,
+    generator: torch.Generator,
+    mask: Tensor | None = None,
+    per_module: bool = False,
+) -> Tensor:
+    """RDM with fresh draws: first the Gaussian, then the directions.
+
+    Args:
+        z: (modules, N, e) embeddings.
+        mu: mean of the Gaussian.
+        sigma: its standard deviation.
+        num_projections: P.
+        generator: source of the draws, on z's device.
+        mask: (modules, N) bool, True at real blocks; None if all are.
+        per_module: compare module by module and average, instead of all modules as one set. The directions are
+            common to the modules.
+
+    Returns:
+        Scalar loss.
+    """
+    if not per_module:
+        z = (z.flatten(0, 1) if mask is None else z[mask]).unsqueeze(0)  # (1, M, e)
+        mask = None
+    noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+    directions = torch.randn(z.shape[-1], num_projections, generator=generator, device=z.device, dtype=z.dtype)
+    return sliced_distance(z, noise, directions, mu, sigma, mask)

@@ -1,0 +1,209 @@
+"""`HeteroFusionTrainer`: transformers' Trainer for hypernetworks around a target model.
+
+The LM loss comes back normalized over the label tokens of the whole accumulation window and all ranks; RDM is added
+once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `save_model` exports the fused adapter.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, default_data_collator
+
+from heterofusion.checkpoints import load_hypernetworks, save_hypernetworks
+from heterofusion.config import HeteroFusionConfig
+from heterofusion.export import display_name, export_adapter, push_adapter
+from heterofusion.modeling import HeteroFusionModel
+
+logger = logging.getLogger(__name__)
+
+
+class HeteroFusionTrainer(Trainer):
+    """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
+
+    Everything `TrainingArguments` offers works as in `Trainer`. Logged besides Trainer's own: `lm_loss`, `rdm_loss`,
+    and per role `alpha/`, `gate_sparsity/`, `delta_ratio/` (||alpha dB|| / ||B||), the share of attention per source
+    `attention/`, and `hypernetwork_seconds` (forward, per optimizer step).
+
+    Args:
+        model: the model to train.
+        args: a `HeteroFusionConfig`.
+        train_dataset: examples with `input_ids` and `labels` (see `build_replay`).
+        eval_dataset: the same, for evaluation.
+        processing_class: the target's tokenizer; saved with the adapter and used for padding.
+        data_collator: pads and batches; `DataCollatorForSeq2Seq` of the tokenizer by default.
+        replay_record: plain values about the replay, for the provenance.
+        **kwargs: passed on to `Trainer`.
+
+    Raises:
+        TypeError: model or args are of another type.
+        ValueError: more than one device in one process; launch with accelerate instead.
+    """
+
+    def __init__(
+        self,
+        model: HeteroFusionModel,
+        args: HeteroFusionConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Any = None,
+        replay_record: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, HeteroFusionModel):
+            raise TypeError(f"model is a {type(model).__name__}; build it with HeteroFusionModel.from_adapters()")
+        if not isinstance(args, HeteroFusionConfig):
+            raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
+                "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if data_collator is None:
+            data_collator = DataCollatorForSeq2Seq(processing_class) if processing_class else default_data_collator
+        self._sums: dict[str, Tensor] = {}
+        self._windows = 0
+        self.replay_record = replay_record or {}
+        self.fusion_model = model
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+
+    # ---- objective ----------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All parameters decay: norms, biases and alphas too, as in the published recipe."""
+        return [name for name, _ in model.named_parameters()]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        closes_window = self.accelerator.sync_gradients
+        if closes_window and self.args.rdm_weight > 0:
+            inputs = {**inputs, "rdm_step": self.state.global_step}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # training_step divides by the number of micro-batches unless the loss is normalized over the window already
+        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        divisor = 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+        self._add("lm_loss", loss / divisor)
+        if closes_window:
+            self._windows += 1
+            if self.args.rdm_weight > 0:
+                rdm = self.fusion_model.rdm_loss
+                self._add("rdm_loss", rdm)
+                loss = loss + self.args.rdm_weight * rdm * divisor
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- logging ------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's own figures to a training log line."""
+        if "loss" in logs and self._windows:
+            for name, value in self._sums.items():
+                logs[name] = self.accelerator.reduce(value, "mean").item() / self._windows
+            logs["hypernetwork_seconds"] = self.fusion_model.hypernetwork_seconds / self._windows
+            self._sums, self._windows, self.fusion_model.hypernetwork_seconds = {}, 0, 0.0
+            logs.update(self.method_logs())
+        super().log(logs, start_time)
+
+    def method_logs(self) -> dict[str, float]:
+        """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
+        groups = {key.name: key for key in self.fusion_model.plan.groups}
+        roles = [key.role for key in groups.values()]
+        shares = defaultdict(list)
+        logs: dict[str, float] = {}
+        for name, values in self.fusion_model.diagnostics().items():
+            label = groups[name].role if roles.count(groups[name].role) == 1 else name
+            for entry, value in values.items():
+                if entry.startswith("attention/"):
+                    shares[int(entry.removeprefix("attention/"))].append(value)
+                else:
+                    logs[f"{entry}/{label}"] = value
+        for index, parts in sorted(shares.items()):
+            source = display_name(self.fusion_model.plan.sources[index].name)
+            logs[f"attention/{index + 1}-{source}"] = sum(parts) / len(parts)
+        return logs
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer)."""
+        if _internal_call:
+            if self.args.should_save and output_dir is not None:
+                save_hypernetworks(self.fusion_model, output_dir)
+            return
+        if self.args.should_save:
+            self.export(output_dir or self.args.output_dir)
+
+    def export(self, output_dir: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
+        """Write the fused adapter with provenance and card; see `export_adapter`."""
+        return export_adapter(
+            self.fusion_model,
+            output_dir,
+            tokenizer=self.processing_class,
+            training=self.training_record(),
+            metrics=dict(metrics or {}),
+        )
+
+    def training_record(self) -> dict[str, Any]:
+        """How the hypernetworks were trained, as plain values."""
+        names = (
+            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim",
+        )  # fmt: skip
+        record = {name: getattr(self.args, name) for name in names}
+        record["lr_scheduler_type"] = str(getattr(record["lr_scheduler_type"], "value", record["lr_scheduler_type"]))
+        record["optim"] = str(getattr(record["optim"], "value", record["optim"]))
+        record |= {"steps": self.state.global_step, "processes": self.args.world_size, "replay": self.replay_record}
+        return record
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_hypernetworks(self.fusion_model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info("loading the best hypernetworks from %s (%s)", best, self.state.best_metric)
+        load_hypernetworks(self.fusion_model, best)
+
+    # ---- the Hub ------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing is created before there is something to push: see `push_to_hub`."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints hold hypernetworks and optimizer states; they are not pushed."""
+
+    def push_to_hub(self, commit_message: str | None = "Upload fused adapter", **kwargs: Any) -> str | None:
+        """Push the exported adapter in `output_dir`; see `push_adapter`."""
+        if not self.is_world_process_zero():
+            return None
+        return push_adapter(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+            token=kwargs.get("token") or self.args.hub_token,
+            private=self.args.hub_private_repo,
+            revision=kwargs.get("revision") or self.args.hub_revision,
+            commit_message=commit_message or "Upload fused adapter",
+        )

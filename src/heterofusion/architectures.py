@@ -88,14 +88,16 @@ def module_key(path: str) -> ModuleKey | None:
     return ModuleKey(int(match.group(1)), roles, suffix)
 
 
-def load_base_config(name_or_path: str, what: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_base_config(
+    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PretrainedConfig:
     """Read a base model's `config.json`, local or from the Hub; no weights.
 
     Raises:
         AdapterError: it cannot be read; `what` says whose base it is.
     """
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AdapterError(f"{what}: config.json of base model {name_or_path!r} cannot be read: {reason}") from error

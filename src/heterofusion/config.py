@@ -132,3 +132,57 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         return int(num_training_steps * self.warmup_steps)
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapters are fused."""
+
+    target_adapter: str = field(metadata={"help": "Target adapter (the anchor): local folder or Hub id."})
+    source_adapters: list[str] = field(
+        metadata={"help": "Source adapters of any family, in order: local folders or Hub ids."}
+    )
+    source_configs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base model (folder, config.json or Hub id) of each source, 'none' where not needed; only fused "
+            "projections need it, and base_model_name_or_path is followed by default."
+        },
+    )
+    target_revision: str | None = field(default=None, metadata={"help": "Hub revision of the target adapter."})
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Also read adapter_model.bin, with weights_only=True."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub for the target's base; sources never need it."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The target's base model and how it is loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model of the target adapter: local folder or Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the frozen base; by default bfloat16 on a GPU that has it, else float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the base model: sdpa, flash_attention_2, eager, ..."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bit with bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bit (nf4) with bitsandbytes."})
+
+
+@dataclass
+class RunArguments:
+    """What a training run does besides training."""
+
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that is not empty; files of the same name go."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})

@@ -1,0 +1,43 @@
+"""Show what a fusion would do, without training and without base weights.
+
+    python recipes/plan.py --target_adapter ANCHOR --source_adapters EXPERT1 EXPERT2 [--output plan.json]
+
+Prints which source module feeds which target module, what stays untouched and why, layer offsets, ranks, scalings,
+truncated energy, and the size of the hypernetworks in each preset. `--output` writes the same for machines.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.config import AdapterArguments, MethodConfig
+from heterofusion.loading import load_plan
+from heterofusion.plan_summary import format_plan, plan_summary
+
+
+@dataclass
+class PlanArguments:
+    """Where the plan goes."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Base model of the target; only its config.json is read, and only for fused projections."},
+    )
+    output: str | None = field(default=None, metadata={"help": "Also write the plan to this JSON file."})
+
+
+@command
+def main(argv: list[str]) -> None:
+    adapters, method, options = parse_arguments((AdapterArguments, MethodConfig, PlanArguments), argv, __doc__)
+    set_up_logging(logging.WARNING)
+    summary = plan_summary(load_plan(adapters, method, options.model_name_or_path), method)
+    if options.output:
+        Path(options.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(format_plan(summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, Hete
 @command
 def main(argv: list[str]) -> None:
     base_args, adapters, data, run, args = parse_arguments(ARGUMENTS, argv, __doc__)
-    set_up_logging(args.get_process_log_level())
+    set_up_logging(logging.INFO if args.log_level == "passive" else args.get_process_log_level())
     set_seed(args.seed)
     resume = resume_path(args)
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     check_base(base_args, plan.target, adapters.trust_remote_code)
     tokenizer = load_tokenizer(base_args, plan.target, adapters.trust_remote_code)
     replay, report = build_replay(data, tokenizer)
-    logger.info("replay:\n%s", report.summary())
+    logger.info("replay:\n%s", "\n".join(report.summary()))
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
     if args.eval_strategy != "no" and evaluation is None:
         raise ValueError(f"--eval_strategy is {args.eval_strategy.value}, but --eval_dataset_name is not given")

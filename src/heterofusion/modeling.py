@@ -7,6 +7,7 @@ the next forward, so activation checkpointing recomputes with the same update.
 
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,16 +112,19 @@ class HeteroFusionModel(PeftModelForCausalLM):
         check_base_fits(model, plan.target)
         lora_config = LoraConfig.from_pretrained(str(plan.target.folder))
         lora_config.inference_mode = True
-        super().__init__(model, lora_config, ADAPTER_NAME)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 reads a name that transformers 5.23 deprecates
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            super().__init__(model, lora_config, ADAPTER_NAME)
+            torch.manual_seed(seed)
+            ranks = {key.name: key.rank for key in plan.groups}
+            self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init).float()
         self.plan = plan
         self.method = method
         self._load_target(plan.target)
         self._contexts = build_contexts(plan, sizes.block_size, method.canonicalize)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.hypernetworks = HyperNetworks(
-                {key.name: key.rank for key in plan.groups}, sizes, method.alpha_init
-            ).float()
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()

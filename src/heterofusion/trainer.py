@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, default_data_collator
+from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.checkpoints import load_hypernetworks, save_hypernetworks
 from heterofusion.config import HeteroFusionConfig
@@ -20,6 +21,26 @@ from heterofusion.export import display_name, export_adapter, push_adapter
 from heterofusion.modeling import HeteroFusionModel
 
 logger = logging.getLogger(__name__)
+
+
+class FusionProgressCallback(ProgressCallback):
+    """Trainer's progress bar; of the entries per role the terminal shows the mean, reports get them all."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=mean_over_roles(logs or {}), **kwargs)
+
+
+def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Log entries with `alpha/<role>`, ... replaced by one mean per quantity; attention stays per source."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    short: dict[str, Any] = {}
+    for name, value in logs.items():
+        quantity, _, role = name.partition("/")
+        if role and quantity != "attention":
+            parts[quantity].append(value)
+        else:
+            short[name] = value
+    return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
 
 
 class HeteroFusionTrainer(Trainer):
@@ -79,6 +100,9 @@ class HeteroFusionTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(FusionProgressCallback)
 
     # ---- objective ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,531 @@
+"""Replay data: data sets on disk or on the Hub become one mixed, tokenized `datasets.Dataset`.
+
+`build_replay` loads every data set of `DataArguments`, samples it, turns each record into tokens and labels
+(`formats.py`: loss on the answers only), cuts to `max_length` and mixes. What was sampled, cut and dropped is in the
+`ReplayReport` that comes with it. The same arguments always give the same examples in the same order.
+"""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from .formats import (
+    IGNORE_INDEX,
+    KNOWN_COLUMNS,
+    detect_format,
+    parse_csv,
+    parse_json,
+    render,
+    to_conversation,
+    tokenize,
+)
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# A name that ends like this was meant as a file, not as a Hub id (which may hold a dot too).
+FILE_SUFFIXES = (*SUFFIXES, ".txt", ".tsv", ".gz", ".bz2", ".xz", ".zip", ".zst", ".arrow", ".ndjson", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set of a mixture, with the values of the list flags that belong to it."""
+
+    name: str
+    config: str | None
+    split: str
+    max_examples: int
+    ratio: float
+
+
+@dataclass
+class DataArguments:
+    """Flags for the replay mixture; list flags have one value for all data sets, or one per data set."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub."
+        },
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each replay data set at most."},
+    )
+    dataset_ratio: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Fraction of each replay data set to sample, before max_examples caps it (0 < ratio <= 1)."},
+    )
+    dataset_seed: int = field(
+        default=42, metadata={"help": "Seed of the sampling and of the order in which the data sets are mixed."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Number of tokens after which an example is cut off on the right."}
+    )
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Data sets for the evaluation loss, named like those of dataset_name."}
+    )
+    eval_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each evaluation data set, like dataset_config."}
+    )
+    eval_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Split of each evaluation data set; a local file has no splits and is read whole."},
+    )
+    eval_max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each evaluation data set at most."},
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value; a single value where a list is meant (as in YAML) becomes a list of one.
+
+        Raises:
+            ValueError: A value is out of range or of the wrong type, or the lengths of two lists do not match.
+        """
+        lists: dict[str, type] = {
+            "dataset_name": str,
+            "dataset_config": str,
+            "dataset_split": str,
+            "max_examples": int,
+            "dataset_ratio": float,
+            "eval_dataset_name": str,
+            "eval_config": str,
+            "eval_split": str,
+            "eval_max_examples": int,
+        }
+        for flag, kind in lists.items():
+            values = getattr(self, flag)
+            if values is None and flag in ("dataset_config", "eval_dataset_name", "eval_config"):
+                continue
+            if isinstance(values, (str, int, float)):
+                values = [values]
+                setattr(self, flag, values)
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"--{flag} is {values!r}: give one or more values")
+            for value in values:
+                _check_value(flag, value, kind)
+            base = "eval_dataset_name" if flag.startswith("eval") else "dataset_name"
+            names = getattr(self, base) or []
+            if flag != base and names and len(values) not in (1, len(names)):
+                raise ValueError(
+                    f"--{flag} has {len(values)} values, but --{base} has {len(names)}: give one value for all data "
+                    "sets, or one per data set"
+                )
+        for flag, lowest in (("dataset_seed", 0), ("max_length", 2)):
+            value = getattr(self, flag)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(f"--{flag} is {value!r}: give an integer of at least {lowest}")
+
+    def replay_sets(self) -> list[DatasetSpec]:
+        """The data sets of the training mixture, with one-valued flags repeated."""
+        names = self.dataset_name
+        return _specs(names, self.dataset_config, self.dataset_split, self.max_examples, self.dataset_ratio)
+
+    def eval_sets(self) -> list[DatasetSpec]:
+        """The data sets of the evaluation loss; empty when there are none."""
+        return _specs(self.eval_dataset_name or [], self.eval_config, self.eval_split, self.eval_max_examples, [1.0])
+
+
+@dataclass
+class DatasetReport:
+    """What became of one data set: of `read` records `sampled` were taken, and `kept` of those are in the mixture."""
+
+    name: str
+    format: str
+    read: int
+    sampled: int = 0
+    cut: int = 0  # examples longer than max_length, those dropped for it included
+    cut_tokens: int = 0  # tokens that were cut off them
+    dropped: int = 0  # examples left without any label token
+    dropped_empty: int = 0  # those of them whose answer is empty, at any length
+    kept: int = 0
+    tokens: int = 0  # in the kept examples, after the cut
+    label_tokens: int = 0
+
+
+@dataclass
+class ReplayReport:
+    """What became of all data sets of a mixture."""
+
+    max_length: int
+    datasets: list[DatasetReport] = field(default_factory=list)
+
+    def total(self, count: str) -> int:
+        """Sum of one count (`kept`, `cut`, ...) over the data sets."""
+        return sum(getattr(report, count) for report in self.datasets)
+
+    def summary(self) -> list[str]:
+        """One line per data set, and one for all where there are several."""
+        lines = [f"{r.name} ({r.format}): {self._line(asdict(r))}" for r in self.datasets]
+        if len(self.datasets) > 1:
+            counts = {name: self.total(name) for name in asdict(self.datasets[0]) if name not in ("name", "format")}
+            lines.append(f"all {len(self.datasets)} data sets: {self._line(counts)}")
+        return lines
+
+    def _line(self, count: dict[str, Any]) -> str:
+        return (
+            f"{count['read']} read, {count['sampled']} sampled, {count['cut']} cut to {self.max_length} tokens "
+            f"({count['cut_tokens']} tokens removed), {count['dropped']} dropped without label tokens "
+            f"({count['dropped_empty']} with an empty answer), {count['kept']} kept, {count['tokens']} tokens, "
+            f"{count['label_tokens']} of them labels"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass
+class Records:
+    """The records of one data set, and how to name one of them in a message."""
+
+    label: str
+    rows: list[dict[str, Any]] | Dataset
+    lines: list[int] | None = None  # line number of each record, where the file has one record a line
+
+    def where(self, index: int) -> str:
+        """Name the record with this index (from 0) as a user counts it (from 1)."""
+        return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"
+
+
+def build_replay(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
+    """Load, sample, tokenize and mix the replay data sets.
+
+    Args:
+        args: The mixture.
+        tokenizer: The target model's tokenizer; not changed.
+
+    Returns:
+        The data set with `input_ids`, `attention_mask` and `labels` (lists of at most `max_length`), shuffled over all
+        data sets by `dataset_seed`, and the report of what was sampled, cut and dropped.
+
+    Raises:
+        ValueError: A flag, a file or a record is not what it has to be; the message says which and what to do.
+    """
+    args.validate()
+    if not args.dataset_name:
+        raise ValueError("--dataset_name is missing: name at least one replay data set")
+    examples, report = _build(args.replay_sets(), args, tokenizer, kind="replay")
+    # A generator of its own: the order must not depend on how many draws the sampling took.
+    order = np.random.default_rng([args.dataset_seed, 1]).permutation(len(examples))
+    return _dataset([examples[i] for i in order]), report
+
+
+def build_eval(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
+    """Load, sample and tokenize the evaluation data sets; like `build_replay`, but in the order of the files.
+
+    Args:
+        args: The mixture, with `eval_dataset_name` set.
+        tokenizer: The target model's tokenizer; not changed.
+
+    Returns:
+        The data set and the report, as from `build_replay`.
+
+    Raises:
+        ValueError: As for `build_replay`.
+    """
+    args.validate()
+    if not args.eval_dataset_name:
+        raise ValueError("--eval_dataset_name is missing: name at least one evaluation data set")
+    examples, report = _build(args.eval_sets(), args, tokenizer, kind="eval")
+    return _dataset(examples), report
+
+
+def make_collator(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> DataCollatorForSeq2Seq:
+    """Collator that pads on the right, labels with -100.
+
+    Args:
+        tokenizer: Gives the padding token, or else EOS, which the attention mask makes harmless. It is copied, so that
+            what the user saves stays as it was.
+        pad_to_multiple_of: Round the length of a batch up to a multiple of this.
+
+    Returns:
+        The collator, for `Trainer(data_collator=...)`.
+
+    Raises:
+        ValueError: The tokenizer has neither a padding token nor EOS.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a pad_token nor an eos_token to pad with: set its pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return DataCollatorForSeq2Seq(
+        tokenizer, padding=True, pad_to_multiple_of=pad_to_multiple_of, label_pad_token_id=IGNORE_INDEX
+    )
+
+
+def load_records(name: str, config: str | None = None, split: str = "train", kind: str = "replay") -> Records:
+    """Load one data set.
+
+    JSON and CSV files are parsed by us, so that messages can name the line and no value is re-interpreted; parquet
+    files, folders and Hub ids go through `datasets`.
+
+    Args:
+        name: A local file or folder, or a Hub id.
+        config: Configuration of a Hub data set or a folder.
+        split: Split of a Hub data set or a folder; a file has none.
+        kind: "replay" or "eval", for messages.
+
+    Returns:
+        The records; never empty.
+
+    Raises:
+        ValueError: Nothing there, empty, or not readable.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.isdir(path):
+        records = Records(f"{kind} folder {path}", _load_folder(path, config, split, kind))
+    elif os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+        if "[" in split:
+            raise ValueError(
+                f"{kind} file {path} has no splits, but {_split_flag(kind)} slices one ({split!r}): use max_examples"
+            )
+        records = _load_file(path, f"{kind} file {path}")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
+        raise ValueError(f"{kind} file {path} does not exist: check the path")
+    else:
+        try:
+            rows = load_dataset(name, config, split=split)
+        # These two are what datasets and huggingface_hub raise when the Hub or the data set is out of reach.
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"data set {name!r} is neither a local file or folder nor reachable on the Hub ({_one_line(error)}): "
+                "check the name, or download it first"
+            ) from error
+        except ValueError as error:
+            _raise_not_loaded(f"data set {name!r}", config, split, kind, error)
+        records = Records(f"data set {name!r}", rows)
+    if len(records.rows) == 0:
+        raise ValueError(f"{records.label} holds no records: leave it out or fill it")
+    return records
+
+
+def _load_file(path: Path, label: str) -> Records:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{label} has the extension '{path.suffix}': give one of {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+        text = "" if suffix == ".parquet" else content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{label} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}): convert it"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{label} cannot be read ({_one_line(error)}): check its permissions") from error
+    if not (content if suffix == ".parquet" else text).strip():
+        raise ValueError(f"{label} is empty: leave it out or fill it")
+    if suffix == ".parquet":
+        try:
+            return Records(label, Dataset.from_parquet(str(path)))
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(f"{label} is not a readable parquet file ({_one_line(cause)}): write it again") from error
+    rows, lines = parse_csv(text, label) if suffix == ".csv" else parse_json(text, label, suffix == ".jsonl")
+    return Records(label, rows, lines)
+
+
+def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Dataset:
+    label = f"{kind} folder {path}"
+    try:
+        if not any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+            return load_dataset(str(path), config, split=split)
+        data = load_from_disk(str(path))
+    except OSError as error:
+        raise ValueError(
+            f"{label} holds no data set that can be read ({_one_line(error)}): name a folder of data files, or one "
+            "that save_to_disk wrote"
+        ) from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{label} holds a file that cannot be read ({_one_line(cause)}): correct that file"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        _raise_not_loaded(label, config, split, kind, error)
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise ValueError(f"{label} has no split {split!r}: set {_split_flag(kind)} to one of {', '.join(data)}")
+        return data[split]
+    return data
+
+
+def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, error: Exception) -> NoReturn:
+    config_flag = "--dataset_config" if kind == "replay" else "--eval_config"
+    raise ValueError(
+        f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({_one_line(error)}): check "
+        f"{config_flag} and {_split_flag(kind)}"
+    ) from error
+
+
+def _split_flag(kind: str) -> str:
+    return "--dataset_split" if kind == "replay" else "--eval_split"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_value(flag: str, value: Any, kind: type) -> None:
+    if kind is str:
+        good, wanted = isinstance(value, str) and bool(value.strip()), "a name that is not empty"
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "an integer of at least 1"
+    else:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+        wanted = "a fraction with 0 < ratio <= 1"
+    if not good:
+        raise ValueError(f"--{flag} has the value {value!r}: give {wanted}")
+
+
+def _specs(
+    names: list[str],
+    configs: list[str] | None,
+    splits: list[str],
+    max_examples: list[int],
+    ratios: list[float],
+) -> list[DatasetSpec]:
+    def at(values: Sequence[Any], i: int) -> Any:
+        return values[0] if len(values) == 1 else values[i]
+
+    return [
+        DatasetSpec(name, at(configs or [None], i), at(splits, i), at(max_examples, i), float(at(ratios, i)))
+        for i, name in enumerate(names)
+    ]
+
+
+Example = tuple[list[int], list[int]]  # input_ids, labels
+
+
+def _build(
+    specs: list[DatasetSpec], args: DataArguments, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> tuple[list[Example], ReplayReport]:
+    report = ReplayReport(args.max_length)
+    examples: list[Example] = []
+    shortest: list[int] = []  # tokens that a dropped example would have needed to keep a label
+    labels = []
+    for spec in specs:
+        records = load_records(spec.name, spec.config, spec.split, kind)
+        labels.append(records.label)
+        kept, dataset_report, needed = _encode(records, spec, args, tokenizer)
+        examples += kept
+        report.datasets.append(dataset_report)
+        shortest += needed
+        if not kept and len(specs) > 1:
+            logger.warning(
+                "%s gives no example: all %d sampled ones are left without a label token within --max_length %d",
+                records.label,
+                dataset_report.sampled,
+                args.max_length,
+            )
+    if not examples:
+        if not shortest:
+            raise ValueError(
+                f"{', '.join(labels)}: every sampled answer is empty, so nothing is left to train on: fill them"
+            )
+        raise ValueError(
+            f"{', '.join(labels)}: all examples are too long for --max_length {args.max_length}, no label token is "
+            f"left: raise it to {min(shortest)} at least, which is what the shortest needs for its first label token"
+        )
+    if tokenizer.eos_token_id is None:
+        logger.warning(
+            "the tokenizer has no EOS token: plain texts end without one, and the model does not learn to stop"
+        )
+    return examples, report
+
+
+def _encode(
+    records: Records, spec: DatasetSpec, args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], DatasetReport, list[int]]:
+    """Sample one data set and tokenize the sample: examples, counts, and the lengths that dropped examples need."""
+    rows = records.rows
+    columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
+    format = detect_format(columns)
+    if format is None:
+        raise ValueError(
+            f"{records.label} has no known columns (found: {', '.join(columns) or 'none'}): give it {KNOWN_COLUMNS}"
+        )
+    if isinstance(rows, list):  # a broken record is reported whether or not the seed happens to draw it
+        for i, row in enumerate(rows):
+            _at_record(records, i, to_conversation, row, format)
+
+    report = DatasetReport(spec.name, format, read=len(rows))
+    examples: list[Example] = []
+    needed: list[int] = []
+    for i in _sample(len(rows), spec, args.dataset_seed):
+        report.sampled += 1
+        prompt, answer = _at_record(records, i, to_conversation, rows[i], format)
+        rendered = _at_record(records, i, render, prompt, answer, format, tokenizer)
+        ids, labels = tokenize(rendered, tokenizer) if rendered.spans else ([], [])
+        first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
+        removed = max(0, len(ids) - args.max_length)
+        report.cut += removed > 0
+        report.cut_tokens += removed
+        if first is None or first >= args.max_length:
+            report.dropped += 1
+            if first is None:
+                report.dropped_empty += 1
+            else:
+                needed.append(first + 1)
+            continue
+        examples.append((ids[: args.max_length], labels[: args.max_length]))
+        report.kept += 1
+        report.tokens += len(examples[-1][0])
+        report.label_tokens += sum(label != IGNORE_INDEX for label in examples[-1][1])
+    return examples, report, needed
+
+
+def _at_record(records: Records, index: int, function: Any, *args: Any) -> Any:
+    """Call a function on a record; a ValueError that it raises gets the name of the file and the record."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ValueError(f"{records.where(index)}: {error}") from error
+
+
+def _sample(total: int, spec: DatasetSpec, seed: int) -> Iterator[int]:
+    """Indices of the sample, in the order of the data set.
+
+    They depend on seed and size alone: another data set in the mixture changes nothing, and a larger max_examples
+    only adds.
+    """
+    count = min(spec.max_examples, max(1, round(total * spec.ratio)))
+    chosen = sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    # Silent for the first seconds, and on all ranks but the first.
+    quiet = os.environ.get("RANK", "0") != "0"
+    return iter(tqdm(chosen, desc=f"Tokenizing {Path(spec.name).name}", delay=3, leave=False, disable=quiet))
+
+
+def _dataset(examples: list[Example]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "input_ids": [ids for ids, _ in examples],
+            "attention_mask": [[1] * len(ids) for ids, _ in examples],
+            "labels": [labels for _, labels in examples],
+        }
+    )

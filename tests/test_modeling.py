@@ -1,0 +1,343 @@
+"""The live model: what is trainable, what the update does, and that the exported adapter is the live one."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, TINY, perturb, token_batch
+from peft import PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion.export import export_adapter
+from heterofusion.modeling import hypernetwork_config
+
+
+def copy_adapter(name, folder, dtype=None, **config):
+    """A golden adapter with changed config and dtype."""
+    shutil.copytree(GOLDEN / name, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if dtype is not None:
+        weights = {k: v.to(dtype) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+        save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def fresh_base():
+    return AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+
+
+def logits(model, batch=None):
+    batch = batch or token_batch()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+
+
+def test_is_a_peft_model_and_only_hypernetworks_train_in_fp32(model):
+    assert isinstance(model, PeftModelForCausalLM)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"hypernetworks.{name}" for name, _ in model.hypernetworks.named_parameters()}
+    assert all(p.dtype == torch.float32 for p in model.hypernetworks.parameters())
+    assert not [name for name in trainable if "lora_" in name]
+
+
+def test_starts_as_the_target_exactly(base, target, sources):
+    fusion = HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY))
+    plain = PeftModel.from_pretrained(fresh_base(), GOLDEN / "target_llama")
+    assert torch.equal(logits(fusion), logits(plain))
+
+
+def test_update_is_alpha_delta_added_to_lora_b(model, target):
+    deltas = model.module_deltas()
+    path = "model.layers.2.self_attn.q_proj"
+    x = torch.randn(3, target.modules[path].in_features)
+    layer = model.get_base_model().get_submodule(path)
+    with torch.no_grad():
+        model.refresh()
+        found = layer(x)
+        module = target.modules[path]
+        low = F.linear(x, module.lora_A)
+        wanted = layer.base_layer(x) + module.scaling * F.linear(low, module.lora_B + deltas[path])
+    assert deltas[path].abs().max() > 1e-4
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_cached_updates_follow_the_parameters(model):
+    with torch.no_grad():
+        before = logits(model)
+        calls = count_calls(model)
+        assert torch.equal(logits(model), before)
+        assert calls == []
+        for alpha in model.hypernetworks.alphas.values():
+            alpha.mul_(2)
+        after = logits(model)
+    assert len(calls) == len(model.plan.groups)
+    assert not torch.allclose(after, before)
+
+
+def count_calls(model):
+    calls: list[str] = []
+    for name, network in model.hypernetworks.networks.items():
+        network.register_forward_hook(lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def test_generate_uses_current_updates(model):
+    prompt = token_batch(2, 5)["input_ids"]
+    live = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        for alpha in model.hypernetworks.alphas.values():
+            alpha.zero_()
+    anchor = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+    )
+    plain = PeftModel.from_pretrained(fresh_base(), GOLDEN / "target_llama")
+    wanted = plain.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+    )
+    assert torch.equal(anchor, wanted)
+    assert not torch.equal(live, anchor)
+
+
+def test_disable_adapter_gives_the_base(model):
+    with model.disable_adapter():
+        found = logits(model)
+    torch.testing.assert_close(found, logits(fresh_base()), atol=1e-6, rtol=0)
+
+
+def test_fuse_gives_a_plain_peft_model_with_the_same_logits(model):
+    live = logits(model)
+    plain = model.fuse()
+    assert type(plain) is PeftModelForCausalLM
+    assert not hasattr(plain, "hypernetworks")
+    torch.testing.assert_close(logits(plain), live, atol=1e-5, rtol=0)
+    assert not [m for m in plain.modules() if m._forward_hooks]
+
+
+def test_loss_gradient_reaches_every_network_and_alpha(model):
+    model.train()
+    model(**token_batch(), rdm_step=0).loss.backward()
+    for name, parameter in model.hypernetworks.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    for network in model.hypernetworks.networks.values():
+        assert network.decoder.output.weight.grad.abs().max() > 0
+        assert network.features.views.weight.grad.abs().max() > 0
+    assert all(alpha.grad.abs() > 0 for alpha in model.hypernetworks.alphas.values())
+
+
+@pytest.mark.parametrize("preset", ["paper", "compact"])
+def test_activation_checkpointing_gives_equal_gradients(base, target, sources, preset):
+    model = perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**{**TINY, "preset": preset})))
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(**token_batch()).loss.backward()
+        return [p.grad.clone() for p in model.hypernetworks.parameters() if p.grad is not None]
+
+    plain = gradients()
+    model.activation_checkpointing_enable()
+    layers = model.get_base_model().model.layers
+    seen = []
+    hook = layers[1].self_attn.register_forward_hook(lambda *_: seen.append(1))
+    checkpointed = gradients()
+    hook.remove()
+    assert len(seen) == 2, "the layer was not recomputed, so nothing was checkpointed"
+    for a, b in zip(plain, checkpointed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_reentrant_checkpointing_raises(model):
+    with pytest.raises(ValueError, match="reentrant"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_base_with_reentrant_checkpointing_raises(base, target, sources):
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="reentrant"):
+        HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"lora_dropout": 0.3},
+    ],
+    ids=["lora", "rslora", "alpha_pattern", "dropout"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_zero_update_exports_the_target_bit_for_bit(tmp_path, sources, changes, dtype):
+    folder = copy_adapter("target_llama", tmp_path / "anchor", dtype, **changes)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(k for k in weights if "lora_B" in k))
+    weights[name][0, 0] = -0.0  # adding +0 would lose the sign
+    save_file(weights, folder / "adapter_model.safetensors")
+    fusion = HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
+    export_adapter(fusion, tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
+    kept = json.loads((tmp_path / "fused/adapter_config.json").read_text())
+    original = json.loads((folder / "adapter_config.json").read_text())
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout"):
+        assert kept[key] == original[key]
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, sources):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
+        modules_to_save=["lm_head"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    anchor = get_peft_model(fresh_base(), lora)
+    with torch.no_grad():
+        for name, parameter in anchor.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    anchor.save_pretrained(tmp_path / "anchor")
+    wanted = load_file(tmp_path / "anchor/adapter_model.safetensors")
+    assert any("lm_head" in key for key in wanted)
+    fusion = HeteroFusionModel.from_adapters(
+        fresh_base(), load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY)
+    )
+    assert {key.rank for key in fusion.plan.groups} == {2, 4}
+    torch.testing.assert_close(logits(fusion), logits(anchor.eval()), atol=1e-5, rtol=0)
+    export_adapter(fusion, tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), wanted)
+    live = logits(perturb(fusion))
+    export_adapter(fusion, tmp_path / "fused")
+    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path / "fused")
+    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
+
+
+def test_exported_adapter_in_other_dtypes_and_merged(tmp_path, model):
+    live = logits(model)
+    export_adapter(model, tmp_path)
+    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path)
+    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded.merge_and_unload()), live, atol=1e-4, rtol=0)
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=dtype)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(logits(loaded), live, atol=tolerance, rtol=0)
+
+
+def test_bfloat16_base_keeps_hypernetworks_in_fp32(target, sources):
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=torch.bfloat16)
+    model = perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY)))
+    seen = []
+    for network in model.hypernetworks.networks.values():
+        network.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.delta.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**token_batch()).loss
+    loss.backward()
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert all(p.grad.dtype == torch.float32 for p in model.hypernetworks.alphas.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
+def test_dropout_of_the_base_is_off_in_training(tmp_path, sources, kind):
+    from peft import LoraConfig, get_peft_model
+
+    base = dropout_base(kind)
+    names = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_fc"], "falcon": ["dense_h_to_4h"]}[kind]
+    lora = LoraConfig(r=4, target_modules=names, lora_dropout=0.5, task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(copy.deepcopy(base), lora).save_pretrained(tmp_path / "anchor")
+    fusion = HeteroFusionModel.from_adapters(base, load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY))
+    fusion.train()
+    assert fusion.training and fusion.hypernetworks.training
+    first, second = logits(fusion), logits(fusion)
+    assert torch.equal(first, second)
+    assert torch.equal(first, logits(fusion.eval()))
+
+
+def dropout_base(kind):
+    torch.manual_seed(0)
+    if kind == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
+                        num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.5)
+        )  # fmt: skip
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+        )
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, hidden_dropout=0.5,
+                     attention_dropout=0.5)
+    )  # fmt: skip
+
+
+def test_base_of_another_shape_raises(target, sources):
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    with pytest.raises(AdapterError, match=r"maps 80 to 32 features, but .* has 80 to 48"):
+        HeteroFusionModel.from_adapters(LlamaForCausalLM(config), target, sources, MethodConfig(**TINY))
+
+
+def test_base_with_fewer_layers_raises(target, sources):
+    config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=12)  # fmt: skip
+    with pytest.raises(AdapterError, match=r"has no module model\.layers\.[23]\."):
+        HeteroFusionModel.from_adapters(LlamaForCausalLM(config), target, sources, MethodConfig(**TINY))
+
+
+def test_sequence_longer_than_position_table_raises(base, target, sources):
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        HeteroFusionModel.from_adapters(
+            base, target, sources, MethodConfig(**{**TINY, "block_size": 4, "max_position_embeddings": 8})
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("block_size", 0), ("embed_dim", 30), ("num_heads", 0), ("rdm_weight", -1.0), ("alpha_init", 0.0),
+     ("rdm_sigma", float("nan")), ("preset", "huge"), ("rdm_projections", 0)],
+)  # fmt: skip
+def test_settings_out_of_range_raise(base, target, sources, field, value):
+    with pytest.raises(ValueError, match=field):
+        HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**{**TINY, field: value}))
+
+
+def test_tiny_models_get_tiny_hypernetworks_and_8b_the_paper_sizes(model):
+    config = hypernetwork_config(model.plan, MethodConfig(preset="paper"))
+    assert (config.block_size, config.embed_dim, config.num_heads) == (64, 128, 8)
+    from heterofusion.hypernet import HypernetworkConfig
+
+    large = HypernetworkConfig.from_preset("paper", 4096)
+    assert (large.block_size, large.embed_dim, large.num_heads, large.max_position_embeddings) == (4096, 1024, 8, 4096)
+
+
+def test_initialization_is_seeded_and_leaves_the_global_generator(base, target, sources):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    a = HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY), seed=1)
+    assert torch.equal(torch.rand(3), expected)
+    b = HeteroFusionModel.from_adapters(fresh_base(), target, sources, MethodConfig(**TINY), seed=1)
+    c = HeteroFusionModel.from_adapters(fresh_base(), target, sources, MethodConfig(**TINY), seed=2)
+    name = "networks.q_proj_r4.features.views.weight"
+    assert torch.equal(a.hypernetworks.state_dict()[name], b.hypernetworks.state_dict()[name])
+    assert not torch.equal(a.hypernetworks.state_dict()[name], c.hypernetworks.state_dict()[name])

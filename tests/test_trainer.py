@@ -1,0 +1,374 @@
+"""The trainer: what moves, what is counted once, what is logged, saved and resumed."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import GOLDEN, TINY, TokenRows, perturb
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
+from heterofusion.checkpoints import HYPERNETWORKS_FILE, load_hypernetworks
+from heterofusion.trainer import mean_over_roles
+
+
+def make_args(folder, **changes):
+    settings = {
+        **TINY,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return HeteroFusionConfig(**(settings | changes))
+
+
+def make_model(args, names=("source_qwen2", "source_mistral")):
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+    sources = [load_adapter(GOLDEN / name) for name in names]
+    return HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args)
+
+
+def make_trainer(folder, model=None, rows=None, trainer_options=None, **changes):
+    args = make_args(folder, **changes)
+    model = model or perturb(make_model(args))
+    return HeteroFusionTrainer(
+        model, args, train_dataset=TokenRows() if rows is None else rows, **(trainer_options or {})
+    )
+
+
+@pytest.mark.parametrize("case", ["both", "mistral_half"])
+def test_training_moves_every_aligned_b_and_nothing_else(tmp_path, case):
+    names = ("source_mistral",) if case == "mistral_half" else ("source_qwen2", "source_mistral")
+    args = make_args(tmp_path, transfer_ratio="1/2" if case == "mistral_half" else "1")
+    model = make_model(args, names)
+    trainer = HeteroFusionTrainer(model, args, train_dataset=TokenRows())
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    moving = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+        else:
+            assert not torch.equal(parameter, moving[name]), name
+    trainer.save_model()
+    fused, anchor = (
+        load_file(tmp_path / "adapter_model.safetensors"),
+        load_adapter(GOLDEN / "target_llama").state_dict(),
+    )
+    aligned = {f"base_model.model.{item.target.module.path}.lora_B.weight" for item in model.plan.aligned}
+    assert 0 < len(aligned) < len(anchor)
+    for key, tensor in anchor.items():
+        assert torch.equal(fused[key], tensor) == (key not in aligned), key
+
+
+def window_gradients(tmp_path, accumulation, monkeypatch):
+    """Gradients of the hypernetworks at the first optimizer step over the same eight examples."""
+    captured = {}
+
+    def keep(optimizer, *args, **kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        captured["gradients"] = [p.grad.clone() for p in parameters]
+
+    monkeypatch.setattr(AdamW, "step", keep)
+    trainer = make_trainer(
+        tmp_path,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        rdm_weight=0.5,
+        train_sampling_strategy="sequential",
+    )
+    trainer.train()
+    return captured["gradients"], trainer.state.log_history[0]
+
+
+def test_gradient_does_not_depend_on_accumulation(tmp_path, monkeypatch):
+    """Micro-batches have unequal label counts; RDM is counted once per window."""
+    reference, log = window_gradients(tmp_path / "1", 1, monkeypatch)
+    assert max(g.abs().max() for g in reference) > 1e-3
+    for accumulation in (2, 4):
+        found, other = window_gradients(tmp_path / str(accumulation), accumulation, monkeypatch)
+        for a, b in zip(found, reference, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        for name in ("loss", "lm_loss", "rdm_loss"):
+            assert other[name] == pytest.approx(log[name], abs=1e-5)
+    assert log["loss"] == pytest.approx(log["lm_loss"] + 0.5 * log["rdm_loss"], abs=1e-5)
+
+
+def test_remainder_of_an_epoch_is_stepped(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rows=TokenRows(10), gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=2
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2 * math.ceil(5 / 4)
+
+
+def test_rdm_noise_depends_on_seed_and_step_only(tmp_path):
+    model = perturb(make_model(make_args(tmp_path)))
+    row = {name: tensor.unsqueeze(0) for name, tensor in TokenRows(1)[0].items()}
+
+    def rdm(step):
+        model(**row, rdm_step=step)
+        return model.rdm_loss.item()
+
+    torch.manual_seed(0)
+    first, other = rdm(3), rdm(4)
+    torch.manual_seed(1)
+    assert rdm(3) == first
+    assert other != first
+    model(**row)
+    assert model.rdm_loss is None
+
+
+def test_all_parameters_decay_and_warmup_is_rounded_down(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=39)
+    trainer.create_optimizer_and_scheduler(39)
+    decays = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert set(decays) == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert set(decays.values()) == {0.01}
+    assert trainer.args.get_warmup_steps(39) == 1  # 1.95 rounded down
+    assert trainer.args.get_warmup_steps(19) == 0
+    assert make_args(tmp_path, warmup_steps=7).get_warmup_steps(39) == 7
+    assert trainer.args.max_grad_norm == 0
+
+
+def test_log_has_losses_and_state_per_role_and_source(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    log = trainer.state.log_history[1]
+    for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert 0 <= log[f"gate_sparsity/{role}"] <= 1
+        assert log[f"delta_ratio/{role}"] > 0
+        assert log[f"alpha/{role}"] == pytest.approx(0.3, abs=0.01)
+    shares = [value for name, value in log.items() if name.startswith("attention/")]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(1, abs=1e-5)
+    assert log["hypernetwork_seconds"] > 0
+    assert log["lm_loss"] > 0 and log["rdm_loss"] > 0
+    short = mean_over_roles(log)
+    assert short["mean alpha"] == pytest.approx(0.3, abs=0.01)
+    assert not [name for name in short if name.startswith("alpha/")]
+
+
+def test_diagnostics_agree_with_the_update(tmp_path):
+    model = perturb(make_model(make_args(tmp_path)))
+    deltas = model.module_deltas()
+    report = model.diagnostics()["q_proj_r4"]
+    paths = [path for path in deltas if path.endswith("q_proj")]
+    change = math.sqrt(sum(float(deltas[p].square().sum()) for p in paths))
+    weight = math.sqrt(sum(float(model.plan.target.modules[p].lora_B.square().sum()) for p in paths))
+    assert report["delta_ratio"] == pytest.approx(change / weight, rel=1e-4)
+
+
+def test_evaluation_loss_is_the_lm_loss(tmp_path):
+    trainer = make_trainer(
+        tmp_path, trainer_options={"eval_dataset": TokenRows(4, seed=5)}, rdm_weight=10.0, per_device_eval_batch_size=4
+    )
+    found = trainer.evaluate()["eval_loss"]
+    rows = TokenRows(4, seed=5)
+    batch = {name: torch.stack([rows[i][name] for i in range(4)]) for name in rows[0]}
+    with torch.no_grad():
+        wanted = trainer.model(**batch).loss.item()
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for (name, a), b in zip(
+        whole.model.hypernetworks.named_parameters(), resumed.model.hypernetworks.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    files = {path.name for path in (tmp_path / "whole/checkpoint-2").iterdir()}
+    assert HYPERNETWORKS_FILE in files
+    assert not [name for name in files if name.startswith(("adapter_model", "model"))]
+
+
+def test_resuming_with_other_adapters_or_settings_raises(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="source_sha256"):
+        load_hypernetworks(make_model(make_args(tmp_path), ("source_mistral", "source_qwen2")), checkpoint)
+    with pytest.raises(ValueError, match="hypernetwork"):
+        load_hypernetworks(make_model(make_args(tmp_path, embed_dim=16)), checkpoint)
+    with pytest.raises(ValueError, match="transfer_ratio"):
+        load_hypernetworks(make_model(make_args(tmp_path, transfer_ratio="1/2")), checkpoint)
+    (checkpoint / HYPERNETWORKS_FILE).unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        load_hypernetworks(trainer.fusion_model, checkpoint)
+
+
+def test_load_best_model_at_end_and_early_stopping(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_options={
+            "eval_dataset": TokenRows(4, seed=5),
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
+        },
+        max_steps=20,
+        learning_rate=0.3,  # diverges, so that the first evaluations are the best
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step < 20
+    best = load_file(f"{trainer.state.best_model_checkpoint}/{HYPERNETWORKS_FILE}")
+    for name, tensor in trainer.model.hypernetworks.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_bf16_checkpointing_and_tensorboard_run_together(tmp_path):
+    trainer = make_trainer(
+        tmp_path, bf16=True, activation_checkpointing=True, report_to="tensorboard", logging_steps=1
+    )
+    before = trainer.model.hypernetworks.state_dict()["networks.q_proj_r4.decoder.output.weight"].clone()
+    trainer.train()
+    after = trainer.model.hypernetworks.state_dict()["networks.q_proj_r4.decoder.output.weight"]
+    assert after.dtype == torch.float32 and not torch.equal(before, after)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_reentrant_checkpointing_flag_raises(tmp_path):
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make_args(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
+
+
+def test_other_model_or_args_raise(tmp_path, base):
+    args = make_args(tmp_path)
+    with pytest.raises(TypeError, match="from_adapters"):
+        HeteroFusionTrainer(base, args)
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="HeteroFusionConfig"):
+        HeteroFusionTrainer(make_model(args), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+# ---- adapters that the paper never met --------------------------------------------------------------------------
+
+
+def expert(folder, base, names, rank, seed, **options):
+    """A PEFT adapter with random weights on a base."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    get_peft_model(base, lora).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(layers, hidden=48, seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=64, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def tiny_phi3(folder=None):
+    torch.manual_seed(1)
+    config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
+                        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    model = Phi3ForCausalLM(config)
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def sources_of(case, folder):
+    if case == "ranks":
+        return [expert(folder / "r2", tiny_llama(4), ALL, 2, 1), expert(folder / "r16", tiny_llama(5), ALL, 16, 2)]
+    if case == "target_modules":
+        return [
+            expert(folder / "a", tiny_llama(4), ["q_proj"], 4, 1),
+            expert(folder / "b", tiny_llama(4), ["up_proj"], 4, 2),
+        ]
+    if case == "depths":
+        return [
+            expert(folder / "deep", tiny_llama(7, 32), ALL, 4, 1),
+            expert(folder / "flat", tiny_llama(2, 80), ALL, 4, 2),
+        ]
+    if case == "nine":
+        return [expert(folder / str(i), tiny_llama(3 + i % 3, 32), ALL[i % 3 :: 2], 4, i) for i in range(9)]
+    tiny_phi3(folder / "phi3_base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "phi3_base")
+    return [expert(folder / "phi3", base, ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], 4, 3)]
+
+
+@pytest.mark.parametrize("case", ["ranks", "target_modules", "depths", "nine", "fused_source"])
+@pytest.mark.parametrize("preset", ["paper", "compact"])
+def test_two_steps_export_reload(tmp_path, case, preset):
+    from heterofusion.architectures import read_source_configs
+
+    base = tiny_llama(4, seed=9)
+    base.save_pretrained(tmp_path / "base")
+    anchor = expert(tmp_path / "anchor", tiny_llama(4, seed=9), ALL, 4, 11)
+    sources = [load_adapter(folder) for folder in sources_of(case, tmp_path)]
+    args = make_args(tmp_path / "out", preset=preset)
+    model = HeteroFusionModel.from_adapters(
+        base, load_adapter(anchor), sources, args, source_configs=read_source_configs(None, sources)
+    )
+    check_reload(model, args, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), anchor)
+    if case == "target_modules":
+        assert {key.role for key in model.plan.groups} == {"q_proj", "up_proj"}
+    if case == "fused_source":
+        assert {key.role for key in model.plan.groups} == set(ALL)
+    if case == "nine":
+        assert any(context.ragged for context in model._contexts.values())
+
+
+def test_fused_target_takes_updates_role_by_role(tmp_path):
+    base = tiny_phi3(tmp_path / "base")
+    anchor = expert(tmp_path / "anchor", tiny_phi3(), ["qkv_proj", "down_proj"], 4, 3)
+    source = load_adapter(expert(tmp_path / "llama", tiny_llama(3), ["q_proj", "v_proj"], 4, 5))
+    args = make_args(tmp_path / "out")
+    model = HeteroFusionModel.from_adapters(base, load_adapter(anchor), [source], args)
+    assert {key.role for key in model.plan.groups} == {"q_proj", "v_proj"}
+    check_reload(model, args, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), anchor)
+    name = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"
+    fused = load_file(tmp_path / "out/adapter_model.safetensors")[name]
+    moved = (fused != load_file(anchor / "adapter_model.safetensors")[name]).any(dim=1)
+    assert moved.tolist() == [True] * 32 + [False] * 16 + [True] * 16  # q moves, k stays, v moves
+
+
+def check_reload(model, args, base, anchor):
+    trainer = HeteroFusionTrainer(model, args, train_dataset=TokenRows())
+    trainer.train()
+    trainer.save_model()
+    rows = TokenRows(3, seed=2)
+    ids = torch.stack([rows[i]["input_ids"] for i in range(3)])
+    with torch.no_grad():
+        live = model(input_ids=ids).logits
+        reloaded = PeftModel.from_pretrained(base, args.output_dir)
+        found = reloaded(input_ids=ids).logits
+        reloaded.load_adapter(str(anchor), "anchor")
+        reloaded.set_adapter("anchor")
+        before = reloaded(input_ids=ids).logits
+    torch.testing.assert_close(found, live, atol=1e-5, rtol=0)
+    assert (found - before).abs().max() > 1e-4
+    record = json.loads((trainer.export(args.output_dir) / "fusion.json").read_text())
+    assert record["training"]["steps"] == 2
+    assert [source["sha256"] for source in record["sources"]] == [s.sha256 for s in model.plan.sources]

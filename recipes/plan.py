@@ -12,6 +12,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.config import AdapterArguments, MethodConfig
 from heterofusion.loading import load_plan
@@ -32,10 +35,14 @@ class PlanArguments:
 @command
 def main(argv: list[str]) -> None:
     adapters, method, options = parse_arguments((AdapterArguments, MethodConfig, PlanArguments), argv, __doc__)
-    set_up_logging(logging.WARNING)
+    set_up_logging(logging.WARNING, hold=True)
     summary = plan_summary(load_plan(adapters, method, options.model_name_or_path), method)
     if options.output:
-        Path(options.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        path = Path(options.output).absolute()
+        try:
+            path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--output {path} cannot be written ({error.strerror}); name another file") from error
     print(format_plan(summary))
 
 

@@ -29,7 +29,7 @@ def close(actual, expected, tolerance=TOLERANCE):
 
 
 def published_to_ours(published: dict[str, torch.Tensor], block_size: int, rank: int) -> dict[str, torch.Tensor]:
-    """Published parameter names and layouts to ours: row and column projection are one matrix over row-major blocks."""
+    """Published names and layouts to ours: row and column projection are one matrix over row-major blocks."""
     column = published["encoder.proj_col.0.weight"]  # (e, r * b), column-major input
     column = column.view(-1, rank, block_size).transpose(1, 2).reshape(column.shape)
     ours = {

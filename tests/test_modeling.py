@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, TINY, perturb, token_batch
 from peft import PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from conftest import GOLDEN, TINY, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
 from heterofusion.export import export_adapter
 from heterofusion.modeling import hypernetwork_config
@@ -66,7 +66,7 @@ def test_update_is_alpha_delta_added_to_lora_b(model, target):
     x = torch.randn(3, target.modules[path].in_features)
     layer = model.get_base_model().get_submodule(path)
     with torch.no_grad():
-        model.refresh()
+        model.updates.refresh()
         found = layer(x)
         module = target.modules[path]
         low = F.linear(x, module.lora_A)
@@ -125,6 +125,24 @@ def test_fuse_gives_a_plain_peft_model_with_the_same_logits(model):
     assert not hasattr(plain, "hypernetworks")
     torch.testing.assert_close(logits(plain), live, atol=1e-5, rtol=0)
     assert not [m for m in plain.modules() if m._forward_hooks]
+
+
+def test_merge_and_unload_merges_the_updates(model):
+    live = logits(model)
+    merged = model.merge_and_unload()
+    assert not isinstance(merged, PeftModel)
+    torch.testing.assert_close(logits(merged), live, atol=1e-4, rtol=0)
+
+
+def test_set_adapter_keeps_lora_frozen(model):
+    model.set_adapter("default")
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+    assert all(p.requires_grad for p in model.hypernetworks.parameters())
+
+
+def test_save_pretrained_raises(model, tmp_path):
+    with pytest.raises(NotImplementedError, match="export_adapter"):
+        model.save_pretrained(tmp_path)
 
 
 def test_loss_gradient_reaches_every_network_and_alpha(model):

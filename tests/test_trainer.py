@@ -5,21 +5,19 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN, TINY, TokenRows, perturb
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
 )
 
+from builders import lora_folder, tiny_model
+from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.checkpoints import HYPERNETWORKS_FILE, load_hypernetworks
+from heterofusion.diagnostics import fusion_diagnostics
 from heterofusion.trainer import mean_over_roles
 
 
@@ -78,7 +76,7 @@ def test_training_moves_every_aligned_b_and_nothing_else(tmp_path, case):
         assert torch.equal(fused[key], tensor) == (key not in aligned), key
 
 
-def window_gradients(tmp_path, accumulation, monkeypatch):
+def window_gradients(tmp_path, accumulation, monkeypatch, **changes):
     """Gradients of the hypernetworks at the first optimizer step over the same eight examples."""
     captured = {}
 
@@ -94,6 +92,7 @@ def window_gradients(tmp_path, accumulation, monkeypatch):
         max_steps=1,
         rdm_weight=0.5,
         train_sampling_strategy="sequential",
+        **changes,
     )
     trainer.train()
     return captured["gradients"], trainer.state.log_history[0]
@@ -110,6 +109,35 @@ def test_gradient_does_not_depend_on_accumulation(tmp_path, monkeypatch):
         for name in ("loss", "lm_loss", "rdm_loss"):
             assert other[name] == pytest.approx(log[name], abs=1e-5)
     assert log["loss"] == pytest.approx(log["lm_loss"] + 0.5 * log["rdm_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_once_per_window_equals_once_per_micro_batch(tmp_path, monkeypatch, checkpointing):
+    def run(folder):
+        return window_gradients(folder, 4, monkeypatch, activation_checkpointing=checkpointing)
+
+    once, log = run(tmp_path / "once")
+    monkeypatch.setattr("heterofusion.trainer._ONCE_PER_WINDOW", set())
+    every, other = run(tmp_path / "every")
+    for a, b in zip(once, every, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    for name in ("lm_loss", "rdm_loss", "loss"):
+        assert log[name] == pytest.approx(other[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_hypernetworks_run_twice_and_backpropagate_once_per_window(tmp_path, accumulation):
+    trainer = make_trainer(
+        tmp_path, gradient_accumulation_steps=accumulation, per_device_train_batch_size=1, logging_steps=100
+    )
+    network = trainer.model.hypernetworks.networks["q_proj_r4"]
+    forwards, backwards = [], []
+    network.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    network.decoder.output.weight.register_hook(lambda gradient: backwards.append(1))
+    trainer.train()
+    steps = trainer.state.global_step
+    assert forwards.count(True) == len(backwards) == steps
+    assert forwards.count(False) == (steps if accumulation > 1 else 0)
 
 
 def test_remainder_of_an_epoch_is_stepped(tmp_path):
@@ -169,7 +197,7 @@ def test_log_has_losses_and_state_per_role_and_source(tmp_path):
 def test_diagnostics_agree_with_the_update(tmp_path):
     model = perturb(make_model(make_args(tmp_path)))
     deltas = model.module_deltas()
-    report = model.diagnostics()["q_proj_r4"]
+    report = fusion_diagnostics(model)["q_proj_r4"]
     paths = [path for path in deltas if path.endswith("q_proj")]
     change = math.sqrt(sum(float(deltas[p].square().sum()) for p in paths))
     weight = math.sqrt(sum(float(model.plan.target.modules[p].lora_B.square().sum()) for p in paths))
@@ -270,52 +298,45 @@ def test_other_model_or_args_raise(tmp_path, base):
 # ---- adapters that the paper never met --------------------------------------------------------------------------
 
 
-def expert(folder, base, names, rank, seed, **options):
-    """A PEFT adapter with random weights on a base."""
-    torch.manual_seed(seed)
-    lora = LoraConfig(r=rank, target_modules=names, task_type="CAUSAL_LM", init_lora_weights=False, **options)
-    get_peft_model(base, lora).save_pretrained(folder)
-    return folder
-
-
 def tiny_llama(layers, hidden=48, seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=64, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def tiny_phi3(folder=None):
-    torch.manual_seed(1)
-    config = Phi3Config(vocab_size=64, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-                        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
-    model = Phi3ForCausalLM(config)
-    if folder is not None:
-        model.save_pretrained(folder)
-    return model
+    return tiny_model("llama", seed, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=2 * hidden)
 
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+FUSED_TARGETS = {
+    "phi3": (["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], {}),
+    "gpt_neox": (["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], {}),
+    "gpt2": (["c_attn", "c_proj", "c_fc"], {}),
+    "falcon": (["query_key_value", "dense", "dense_h_to_4h"], {"new_decoder_architecture": True, "num_kv_heads": 2}),
+}
+
+
 def sources_of(case, folder):
     if case == "ranks":
-        return [expert(folder / "r2", tiny_llama(4), ALL, 2, 1), expert(folder / "r16", tiny_llama(5), ALL, 16, 2)]
+        return [
+            lora_folder(tiny_llama(4), folder / "r2", ALL, r=2, seed=1),
+            lora_folder(tiny_llama(5), folder / "r16", ALL, r=16, seed=2),
+        ]
     if case == "target_modules":
         return [
-            expert(folder / "a", tiny_llama(4), ["q_proj"], 4, 1),
-            expert(folder / "b", tiny_llama(4), ["up_proj"], 4, 2),
+            lora_folder(tiny_llama(4), folder / "a", ["q_proj"], r=4, seed=1),
+            lora_folder(tiny_llama(4), folder / "b", ["up_proj"], r=4, seed=2),
         ]
     if case == "depths":
         return [
-            expert(folder / "deep", tiny_llama(7, 32), ALL, 4, 1),
-            expert(folder / "flat", tiny_llama(2, 80), ALL, 4, 2),
+            lora_folder(tiny_llama(7, 32), folder / "deep", ALL, r=4, seed=1),
+            lora_folder(tiny_llama(2, 80), folder / "flat", ALL, r=4, seed=2),
         ]
     if case == "nine":
-        return [expert(folder / str(i), tiny_llama(3 + i % 3, 32), ALL[i % 3 :: 2], 4, i) for i in range(9)]
-    tiny_phi3(folder / "phi3_base")
-    base = AutoModelForCausalLM.from_pretrained(folder / "phi3_base")
-    return [expert(folder / "phi3", base, ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], 4, 3)]
+        return [
+            lora_folder(tiny_llama(3 + i % 3, 32), folder / str(i), ALL[i % 3 :: 2], r=4, seed=i) for i in range(9)
+        ]
+    base = tiny_model("phi3", num_hidden_layers=3)
+    base.save_pretrained(folder / "phi3_base")
+    names = FUSED_TARGETS["phi3"][0]
+    return [lora_folder(base, folder / "phi3", names, base=str(folder / "phi3_base"))]
 
 
 @pytest.mark.parametrize("case", ["ranks", "target_modules", "depths", "nine", "fused_source"])
@@ -325,7 +346,7 @@ def test_two_steps_export_reload(tmp_path, case, preset):
 
     base = tiny_llama(4, seed=9)
     base.save_pretrained(tmp_path / "base")
-    anchor = expert(tmp_path / "anchor", tiny_llama(4, seed=9), ALL, 4, 11)
+    anchor = lora_folder(tiny_llama(4, seed=9), tmp_path / "anchor", ALL, r=4, seed=11)
     sources = [load_adapter(folder) for folder in sources_of(case, tmp_path)]
     args = make_args(tmp_path / "out", preset=preset)
     model = HeteroFusionModel.from_adapters(
@@ -337,21 +358,39 @@ def test_two_steps_export_reload(tmp_path, case, preset):
     if case == "fused_source":
         assert {key.role for key in model.plan.groups} == set(ALL)
     if case == "nine":
-        assert any(context.ragged for context in model._contexts.values())
+        assert any(context.ragged for context in model.updates.contexts.values())
+
+
+@pytest.mark.parametrize("family", FUSED_TARGETS)
+def test_target_with_fused_projections(tmp_path, family):
+    names, overrides = FUSED_TARGETS[family]
+    tiny_model(family, **overrides).save_pretrained(tmp_path / "base")
+    anchor = lora_folder(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "anchor", names, r=4)
+    source = load_adapter(lora_folder(tiny_llama(3), tmp_path / "llama", ALL, r=4, seed=5))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    args = make_args(tmp_path / "out")
+    model = HeteroFusionModel.from_adapters(base, load_adapter(anchor), [source], args)
+    assert {"q_proj", "k_proj", "v_proj", "up_proj"} <= {key.role for key in model.plan.groups}
+    check_reload(model, args, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), anchor)
 
 
 def test_fused_target_takes_updates_role_by_role(tmp_path):
-    base = tiny_phi3(tmp_path / "base")
-    anchor = expert(tmp_path / "anchor", tiny_phi3(), ["qkv_proj", "down_proj"], 4, 3)
-    source = load_adapter(expert(tmp_path / "llama", tiny_llama(3), ["q_proj", "v_proj"], 4, 5))
+    """A source without k moves q and v rows only."""
+    tiny_model("phi3").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    anchor = lora_folder(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "anchor", ["qkv_proj"], r=4
+    )
+    source = load_adapter(lora_folder(tiny_llama(3), tmp_path / "llama", ["q_proj", "v_proj"], r=4, seed=5))
     args = make_args(tmp_path / "out")
     model = HeteroFusionModel.from_adapters(base, load_adapter(anchor), [source], args)
-    assert {key.role for key in model.plan.groups} == {"q_proj", "v_proj"}
-    check_reload(model, args, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), anchor)
+    trainer = HeteroFusionTrainer(model, args, train_dataset=TokenRows())
+    trainer.train()
+    trainer.save_model()
     name = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_B.weight"
     fused = load_file(tmp_path / "out/adapter_model.safetensors")[name]
     moved = (fused != load_file(anchor / "adapter_model.safetensors")[name]).any(dim=1)
-    assert moved.tolist() == [True] * 32 + [False] * 16 + [True] * 16  # q moves, k stays, v moves
+    assert moved.tolist() == [True] * 32 + [False] * 16 + [True] * 16
 
 
 def check_reload(model, args, base, anchor):

@@ -15,20 +15,36 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from heterofusion.adapter_config import CONFIG_FILE, AdapterError, rank_and_scaling, read_adapter_config
+from heterofusion.adapter_config import (
+    CONFIG_FILE,
+    AdapterError,
+    chosen_layers,
+    rank_and_scaling,
+    read_adapter_config,
+)
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+)
 PREFIX = "base_model.model."
-LAYER_PATTERN = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-_EMBEDDINGS = re.compile(r"(?:embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|score|classifier)\b")
+LAYER_PATTERN = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
+# What PEFT saves beside LoRA pairs without being told: embeddings and heads that were resized or targeted.
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|score|classifier)\b")
+_MAX_LAYERS = 10_000  # a larger index is damage or malice: layer maps are as long as the deepest model
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -143,16 +159,10 @@ def load_adapter(
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-        )
-
-
-def _digest(stream) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while chunk := stream.read(1 << 20):
-        digest.update(chunk)
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -163,26 +173,16 @@ def _resolve(name: str, revision: str | None, token: str | None, allow_pickle: b
     if folder.exists():
         raise AdapterError(f"{folder.resolve()} is a file; name the adapter's folder instead")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise AdapterError(f"adapter folder {folder.absolute()} does not exist")
-    patterns = [
-        CONFIG_FILE,
-        WEIGHTS_FILE,
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template*",
-        "vocab*",
-        "merges*",
-    ]
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, token=token, allow_patterns=patterns + [PICKLE_FILE] * allow_pickle
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(
-            f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the Hub "
-            f"({type(error).__name__}); check the name and the network, or download it first"
+            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
+        )
+    patterns = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, *([PICKLE_FILE] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    except Exception as error:  # the Hub client raises its own, its transport's and the system's types
+        raise AdapterError(
+            f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
+            f"Hub ({type(error).__name__}); check the name and the network, or download it first"
         ) from error
 
 
@@ -204,10 +204,18 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], 
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on hostile input; all mean the same here
-        raise AdapterError(f"{pickle} cannot be loaded with weights_only=True: {error}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise AdapterError(f"{pickle} does not hold a dictionary of tensors")
-    return tensors, pickle
+        # its message is not passed on: it recommends weights_only=False
+        raise AdapterError(
+            f"{pickle} cannot be loaded with weights_only=True ({type(error).__name__}): it is damaged, or holds code "
+            "besides tensors; ask for a safetensors file"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided
+        for key, value in tensors.items()
+    ):
+        raise AdapterError(f"{pickle} does not hold a dictionary of names and dense tensors; save the adapter again")
+    # a pickle may hold parameters and views that share memory; a safetensors file cannot
+    return {key: value.detach().contiguous().clone() for key, value in tensors.items()}, pickle
 
 
 def _sort_tensors(
@@ -217,12 +225,19 @@ def _sort_tensors(
     extra: dict[str, Tensor] = {}
     saved = config.get("modules_to_save") or []
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(f"{file}: tensor {key} holds NaN or Inf; the training that made it diverged")
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{file}: tensor {key} is empty, shape {tuple(tensor.shape)}; adapters saved under ZeRO-3 without "
+                "gathering look like this: save it again"
+            )
+        if tensor.dtype in _DTYPES and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{file}: tensor {key} holds NaN or Inf; the training that made it diverged: use an earlier checkpoint"
+            )
         match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key)
         if match and match.group(1).startswith(PREFIX):
             factors.setdefault(match.group(1).removeprefix(PREFIX), {})[match.group(2)] = tensor
-        elif any(f".{name}." in f".{key}" for name in saved) or _EMBEDDINGS.search(key) or ".lora_embedding_" in key:
+        elif _is_extra(key, saved):
             extra[key] = tensor
         else:
             raise AdapterError(
@@ -230,24 +245,27 @@ def _sort_tensors(
                 f"{PREFIX}<module>.lora_A.weight and .lora_B.weight only"
             )
     if not factors:
-        raise AdapterError(f"{file} holds no lora_A / lora_B pair")
+        raise AdapterError(f"{file} holds no lora_A / lora_B pair; save the adapter again with save_pretrained()")
     return {path: _build_module(path, pair, config, file) for path, pair in factors.items()}, extra
+
+
+def _is_extra(key: str, saved: list[str]) -> bool:
+    if ".lora_" in key:
+        return re.search(r"\.lora_embedding_[AB]$", key) is not None
+    return any(f".{name}." in f".{key}" for name in saved) or _EMBEDDINGS.search(key) is not None
 
 
 def _build_module(path: str, pair: dict[str, Tensor], config: dict[str, Any], file: Path) -> LoraModule:
     for name, partner in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
         if name not in pair:
-            raise AdapterError(f"{file}: {path} has {partner} but no {name}; the file is incomplete")
-        tensor = pair[name]
-        if tensor.dim() != 2 or not tensor.is_floating_point():
             raise AdapterError(
-                f"{file}: {path}.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a 2-dimensional floating "
-                "point tensor was expected (convolutions cannot be fused)"
+                f"{file}: {path} has {partner} but no {name}; the file is incomplete: download or save it again"
             )
-        if tensor.numel() == 0:
+        tensor = pair[name]
+        if tensor.dim() != 2 or tensor.dtype not in _DTYPES:
             raise AdapterError(
-                f"{file}: {path}.{name} is empty, shape {tuple(tensor.shape)}; adapters saved under ZeRO-3 without "
-                "gathering look like this: save it again"
+                f"{file}: {path}.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a matrix of float32, "
+                "bfloat16 or float16 was expected: adapters of convolutions and quantized adapters cannot be fused"
             )
     A, B = pair["lora_A"], pair["lora_B"]
     rank, scaling = rank_and_scaling(config, path)
@@ -266,11 +284,24 @@ def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: 
             f"{file}: no tensor name has a layer index such as 'layers.0.' (first: {next(iter(modules))}); "
             "modules cannot be aligned by layer"
         )
-    wanted = config.get("layers_to_transform")
-    if wanted is not None:
-        wanted = {wanted} if isinstance(wanted, int) else set(wanted)
-        if not held <= wanted:
-            raise AdapterError(
-                f"{file}: holds layers {sorted(held)}, but layers_to_transform in {CONFIG_FILE} is {sorted(wanted)}; "
-                "the two files do not belong together"
-            )
+    if max(held) >= _MAX_LAYERS:
+        raise AdapterError(f"{file}: layer index {max(held)} is beyond any model; the file is damaged, save it again")
+    wanted = chosen_layers(config)
+    if wanted is None:
+        return
+    if not held <= wanted:
+        raise AdapterError(
+            f"{file}: holds layers {sorted(held)}, but layers_to_transform in {CONFIG_FILE} is {sorted(wanted)}; "
+            "the two files do not belong together"
+        )
+    if wanted - held:
+        logger.warning("%s: layers_to_transform names layers that it does not hold: %s", file, sorted(wanted - held))
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if patterns and not any(
+        re.match(rf"(?:^|.*?\.)(?:{pattern})\.\d+\.", path) for pattern in patterns for path in modules
+    ):
+        raise AdapterError(
+            f"{file}: layers_pattern {patterns} of {CONFIG_FILE} matches no tensor (first: {next(iter(modules))}); "
+            "the two files do not belong together"
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -88,6 +89,23 @@ def module_key(path: str) -> ModuleKey | None:
     return ModuleKey(int(match.group(1)), roles, suffix)
 
 
+def module_keys(adapter: LoraAdapter) -> dict[str, ModuleKey | None]:
+    """Key of every module of an adapter, by path.
+
+    Raises:
+        AdapterError: a module does no known role; names the adapter's file.
+    """
+    try:
+        return {path: module_key(path) for path in adapter.modules}
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.weights_file}: {error}") from None
+
+
+def has_fused_modules(adapter: LoraAdapter) -> bool:
+    """Whether an adapter holds fused projections, whose split needs the config of its base model."""
+    return any(key is not None and key.is_fused for key in module_keys(adapter).values())
+
+
 def load_base_config(
     name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
 ) -> PretrainedConfig:
@@ -97,10 +115,16 @@ def load_base_config(
         AdapterError: it cannot be read; `what` says whose base it is.
     """
     try:
+        if not Path(name_or_path).exists():
+            # transformers' own download retries for half a minute without a network; this one fails at once
+            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(f"{what}: config.json of base model {name_or_path!r} cannot be read: {reason}") from error
+    except Exception as error:  # every config class checks its values in its own way, with its own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AdapterError(
+            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
+            "it with --source_configs (a source) or --model_name_or_path (the target)"
+        ) from error
 
 
 def read_source_configs(
@@ -127,12 +151,11 @@ def read_source_configs(
         what = f"source adapter {source.name}"
         if names is not None and names[index].lower() != "none":
             name = names[index]
-            path = Path(name)
+            path = Path(name).expanduser()
             name = str(path.parent) if path.name == "config.json" and path.is_file() else name
             configs.append(load_base_config(name, what, trust_remote_code))
             continue
-        keys = [module_key(path) for path in source.modules]
-        if any(key is not None and key.is_fused for key in keys) and source.base_model:
+        if source.base_model and has_fused_modules(source):
             configs.append(load_base_config(source.base_model, what, trust_remote_code))
         else:
             configs.append(None)
@@ -153,13 +176,14 @@ def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> di
     Raises:
         AdapterError: the model type's layout is not known, or the head counts do not give `out_features`.
     """
+    config = config.get_text_config()
     model_type = config.model_type
     parent, _, leaf = key.suffix.rpartition(".")
     known = _FUSED[(parent.rpartition(".")[2], leaf)][1]
     if model_type not in known:
         raise AdapterError(
             f"{key.suffix} is a fused projection and its row layout is known for model_type {', '.join(known)} only, "
-            f"not for {model_type!r}"
+            f"not for {model_type!r}; give the config.json of its own base model"
         )
     total = torch.arange(out_features)
     if leaf == "gate_up_proj":
@@ -167,6 +191,11 @@ def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> di
         return dict(zip(key.roles, total.chunk(2), strict=True))
     heads = config.num_attention_heads
     kv_heads = _kv_heads(config)
+    if not heads or not kv_heads or heads % kv_heads:
+        raise AdapterError(
+            f"{key.suffix}: a {model_type} with {heads} heads and {kv_heads} key-value heads cannot be split; "
+            "correct the base model's config.json"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     _expect(key, out_features, (heads + 2 * kv_heads) * head_dim, config)
     if model_type in ("phi3", "gpt2"):
@@ -190,5 +219,5 @@ def _expect(key: ModuleKey, found: int, expected: int, config: Any) -> None:
         raise AdapterError(
             f"{key.suffix} has {found} rows in lora_B, but a {config.model_type} with "
             f"{config.num_attention_heads} heads and {_kv_heads(config)} key-value heads gives {expected}; "
-            "this config.json is of another base model"
+            "this config.json is of another base model, give the adapter's own"
         )

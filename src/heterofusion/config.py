@@ -1,12 +1,23 @@
 """Flags of a fusion as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
 DEFAULT_PRESET = "paper"
+
+
+def check_range(flag: str, value: float | None, low: float, strict: bool) -> None:
+    """Check that a number is finite and at least `low`, or above it if `strict`; None passes.
+
+    Raises:
+        ValueError: names the flag, its value and the range.
+    """
+    if value is not None and not (low < value < math.inf if strict else low <= value < math.inf):
+        raise ValueError(f"--{flag} is {value}; it must be {'above' if strict else 'at least'} {low:g} and finite")
 
 
 @dataclass
@@ -67,9 +78,7 @@ class MethodConfig:
             ("num_heads", 0, True),
             ("max_position_embeddings", 0, True),
         ):
-            value = getattr(self, name)
-            if value is not None and not (low < value < math.inf if strict else low <= value < math.inf):
-                raise ValueError(f"--{name} is {value}; it must be {'above' if strict else 'at least'} {low}")
+            check_range(name, getattr(self, name), low, strict)
         for name in ("alpha_init", "mu_gate", "rdm_mu"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be finite")
@@ -109,16 +118,15 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
         default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
     )
 
     def __post_init__(self) -> None:
         self.check_method()
-        if self.max_grad_norm is not None and self.max_grad_norm < 0:
-            raise ValueError(f"--max_grad_norm is {self.max_grad_norm}; it must be at least 0 (0 does not clip)")
+        self._check_training()
         super().__post_init__()
-        kwargs = self.activation_checkpointing_kwargs
+        kwargs = cast("dict[str, Any] | None", self.activation_checkpointing_kwargs)  # parsed by TrainingArguments
         if self.activation_checkpointing:
             if kwargs and kwargs.get("use_reentrant"):
                 raise ValueError(
@@ -126,6 +134,39 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
                     "hypernetworks no gradient; set use_reentrant to false"
                 )
             self.activation_checkpointing_kwargs = {**(kwargs or {}), "use_reentrant": False}
+
+    def _check_training(self) -> None:
+        """Ranges that `TrainingArguments` leaves unchecked; a value outside would train nothing, or fail late."""
+        for name, low, strict in (
+            ("learning_rate", 0.0, True),
+            ("weight_decay", 0.0, False),
+            ("max_grad_norm", 0.0, False),
+            ("adam_epsilon", 0.0, False),
+            ("per_device_train_batch_size", 1, False),
+            ("per_device_eval_batch_size", 1, False),
+            ("gradient_accumulation_steps", 1, False),
+            ("dataloader_num_workers", 0, False),
+            ("logging_steps", 0, False),
+            ("save_steps", 0, False),
+            ("eval_steps", 0, False),
+        ):
+            check_range(name, getattr(self, name), low, strict)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.max_steps <= 0:
+            check_range("num_train_epochs", self.num_train_epochs, 0, True)
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise ValueError(f"--{name} is {value}; it must be at least 0 and below 2^32")
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"--{name} is {value}, which is not JSON: {error}") from None
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps: a share of the steps is rounded down, as in the published recipe (Trainer rounds up)."""

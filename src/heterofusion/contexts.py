@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heterofusion.adapters import AdapterError
 from heterofusion.factorization import canonical_factors
 from heterofusion.topology import AlignedSlice, AlignmentPlan, GroupKey, RoleSlice
 
@@ -115,17 +116,31 @@ def source_factors(
 
     Equal ranks without `canonicalize` keep the raw tensors, apart from the factor on B.
 
+    Args:
+        source: the slice.
+        rank: the target module's rank.
+        target_scaling: the target module's scaling, the unit that B comes in.
+        canonicalize: write the scaled update in its canonical form at equal ranks too.
+
     Returns:
         A (rank, in), B (out, rank) in float32, and the truncated energy (0 unless the rank shrinks).
+
+    Raises:
+        AdapterError: the scaled B leaves float32.
     """
     A, B = source.module.lora_A.float(), source.lora_B.float()
     scale = source.module.scaling / target_scaling
+    if not torch.isfinite(B * scale).all():
+        raise AdapterError(
+            f"{source.module.path}: its update times {scale:g} (scaling {source.module.scaling:g} over the target's "
+            f"{target_scaling:g}) is beyond float32; check lora_alpha of both adapters"
+        )
     if canonicalize:
-        return canonical_factors(A, B * scale, rank)
+        return canonical_factors(A, B.double() * scale, rank)
+    truncated = 0.0
     if source.module.rank != rank:
         A, B, truncated = canonical_factors(A, B, rank)
-        return A, B * scale, truncated
-    return A, B * scale, 0.0
+    return A, B * scale, truncated
 
 
 def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = False) -> dict[str, GroupContext]:
@@ -168,20 +183,22 @@ def _build_group(
             parts.append(context_blocks(A, B, block_size))
             origins.append(torch.full((len(parts[-1]),), index))
         sources.append(torch.cat(parts))
-    target, source = _pad(targets), _pad(sources)
+    target_batch, source_batch = _pad(targets), _pad(sources)
     lengths = [len(blocks) for blocks in targets]
-    width = target.blocks.shape[1]
+    width = target_batch.blocks.shape[1]
     decode_index = torch.cat(
         [
             torch.arange(row * width + length - count, row * width + length)
             for row, (length, count) in enumerate(zip(lengths, b_blocks, strict=True))
         ]
     )
-    source_of_block = torch.full(source.blocks.shape[:2], -1)
-    real = source.mask if source.mask is not None else torch.ones_like(source_of_block, dtype=torch.bool)
+    source_of_block = torch.full(source_batch.blocks.shape[:2], -1)
+    real = source_batch.mask if source_batch.mask is not None else torch.ones_like(source_of_block, dtype=torch.bool)
     source_of_block[real] = torch.cat(origins)
     ragged = len({len(blocks) for blocks in sources}) > 1
-    return GroupContext(key, members, target, source, decode_index, tuple(b_blocks), source_of_block, ragged)
+    return GroupContext(
+        key, members, target_batch, source_batch, decode_index, tuple(b_blocks), source_of_block, ragged
+    )
 
 
 def _pad(sequences: Sequence[Tensor]) -> BlockSequences:

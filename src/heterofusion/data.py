@@ -1,8 +1,8 @@
 """Replay data: data sets on disk or on the Hub become one mixed, tokenized `datasets.Dataset`.
 
-`build_replay` loads every data set of `DataArguments`, samples it, turns each record into tokens and labels
-(`formats.py`: loss on the answers only), cuts to `max_length` and mixes. What was sampled, cut and dropped is in the
-`ReplayReport` that comes with it. The same arguments always give the same examples in the same order.
+`build_replay` loads every data set of `DataArguments` (`records.py`), samples it, turns each record into tokens and
+labels (`formats.py`: loss on the answers only), cuts to `max_length` and mixes. What was sampled, cut and dropped is
+in the `ReplayReport` that comes with it. The same arguments always give the same examples in the same order.
 """
 
 import copy
@@ -11,30 +11,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from .formats import (
-    IGNORE_INDEX,
-    KNOWN_COLUMNS,
-    detect_format,
-    parse_csv,
-    parse_json,
-    render,
-    to_conversation,
-    tokenize,
-)
+from heterofusion.formats import IGNORE_INDEX, KNOWN_COLUMNS, detect_format, render, to_conversation, tokenize
+from heterofusion.records import Records, load_records
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-# A name that ends like this was meant as a file, not as a Hub id (which may hold a dot too).
-FILE_SUFFIXES = (*SUFFIXES, ".txt", ".tsv", ".gz", ".bz2", ".xz", ".zip", ".zst", ".arrow", ".ndjson", ".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -193,21 +180,13 @@ class ReplayReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self)
-
-
-@dataclass
-class Records:
-    """The records of one data set, and how to name one of them in a message."""
-
-    label: str
-    rows: list[dict[str, Any]] | Dataset
-    lines: list[int] | None = None  # line number of each record, where the file has one record a line
-
-    def where(self, index: int) -> str:
-        """Name the record with this index (from 0) as a user counts it (from 1)."""
-        return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"
+        """The report as plain JSON types; of a local path its last part, since it is published with the adapter."""
+        record = asdict(self)
+        for entry in record["datasets"]:
+            path = Path(entry["name"]).expanduser()
+            if path.is_absolute() or path.exists():
+                entry["name"] = path.name
+        return record
 
 
 def build_replay(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
@@ -276,118 +255,6 @@ def make_collator(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | 
     return DataCollatorForSeq2Seq(
         tokenizer, padding=True, pad_to_multiple_of=pad_to_multiple_of, label_pad_token_id=IGNORE_INDEX
     )
-
-
-def load_records(name: str, config: str | None = None, split: str = "train", kind: str = "replay") -> Records:
-    """Load one data set.
-
-    JSON and CSV files are parsed by us, so that messages can name the line and no value is re-interpreted; parquet
-    files, folders and Hub ids go through `datasets`.
-
-    Args:
-        name: A local file or folder, or a Hub id.
-        config: Configuration of a Hub data set or a folder.
-        split: Split of a Hub data set or a folder; a file has none.
-        kind: "replay" or "eval", for messages.
-
-    Returns:
-        The records; never empty.
-
-    Raises:
-        ValueError: Nothing there, empty, or not readable.
-    """
-    path = Path(os.path.abspath(os.path.expanduser(name)))
-    if os.path.isdir(path):
-        records = Records(f"{kind} folder {path}", _load_folder(path, config, split, kind))
-    elif os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
-        if "[" in split:
-            raise ValueError(
-                f"{kind} file {path} has no splits, but {_split_flag(kind)} slices one ({split!r}): use max_examples"
-            )
-        records = _load_file(path, f"{kind} file {path}")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
-        raise ValueError(f"{kind} file {path} does not exist: check the path")
-    else:
-        try:
-            rows = load_dataset(name, config, split=split)
-        # These two are what datasets and huggingface_hub raise when the Hub or the data set is out of reach.
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"data set {name!r} is neither a local file or folder nor reachable on the Hub ({_one_line(error)}): "
-                "check the name, or download it first"
-            ) from error
-        except ValueError as error:
-            _raise_not_loaded(f"data set {name!r}", config, split, kind, error)
-        records = Records(f"data set {name!r}", rows)
-    if len(records.rows) == 0:
-        raise ValueError(f"{records.label} holds no records: leave it out or fill it")
-    return records
-
-
-def _load_file(path: Path, label: str) -> Records:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"{label} has the extension '{path.suffix}': give one of {', '.join(SUFFIXES)}")
-    try:
-        content = path.read_bytes()
-        text = "" if suffix == ".parquet" else content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{label} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}): convert it"
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{label} cannot be read ({_one_line(error)}): check its permissions") from error
-    if not (content if suffix == ".parquet" else text).strip():
-        raise ValueError(f"{label} is empty: leave it out or fill it")
-    if suffix == ".parquet":
-        try:
-            return Records(label, Dataset.from_parquet(str(path)))
-        except (DatasetGenerationError, OSError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"{label} is not a readable parquet file ({_one_line(cause)}): write it again") from error
-    rows, lines = parse_csv(text, label) if suffix == ".csv" else parse_json(text, label, suffix == ".jsonl")
-    return Records(label, rows, lines)
-
-
-def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Dataset:
-    label = f"{kind} folder {path}"
-    try:
-        if not any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
-            return load_dataset(str(path), config, split=split)
-        data = load_from_disk(str(path))
-    except OSError as error:
-        raise ValueError(
-            f"{label} holds no data set that can be read ({_one_line(error)}): name a folder of data files, or one "
-            "that save_to_disk wrote"
-        ) from error
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"{label} holds a file that cannot be read ({_one_line(cause)}): correct that file"
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        _raise_not_loaded(label, config, split, kind, error)
-    if isinstance(data, DatasetDict):
-        if split not in data:
-            raise ValueError(f"{label} has no split {split!r}: set {_split_flag(kind)} to one of {', '.join(data)}")
-        return data[split]
-    return data
-
-
-def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, error: Exception) -> NoReturn:
-    config_flag = "--dataset_config" if kind == "replay" else "--eval_config"
-    raise ValueError(
-        f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({_one_line(error)}): check "
-        f"{config_flag} and {_split_flag(kind)}"
-    ) from error
-
-
-def _split_flag(kind: str) -> str:
-    return "--dataset_split" if kind == "replay" else "--eval_split"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_value(flag: str, value: Any, kind: type) -> None:

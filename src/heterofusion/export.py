@@ -112,7 +112,7 @@ def fused_config(model: HeteroFusionModel) -> dict[str, Any]:
     config = dict(model.plan.target.config)
     config["inference_mode"] = True
     if not config.get("base_model_name_or_path"):
-        config["base_model_name_or_path"] = model.get_base_model().config.name_or_path or None
+        config["base_model_name_or_path"] = getattr(model.get_base_model().config, "name_or_path", None) or None
     return config
 
 
@@ -183,9 +183,10 @@ def model_card(record: dict[str, Any]) -> ModelCard:
     body = f"""
 # Fused LoRA adapter
 
-LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of `{base or "the target model"}` with
-[HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter: `lora_A` is the target adapter's,
-`lora_B` of {aligned} aligned modules was updated, {record["plan"]["untouched_modules"]} modules are the target's own.
+LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of
+`{base or "the target model"}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter:
+`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated,
+{record["plan"]["untouched_modules"]} modules are the target's own.
 
 | part | adapter | base model | sha256 of its weights |
 |---|---|---|---|
@@ -253,8 +254,9 @@ def push_adapter(
     except (HfHubHTTPError, OSError, ValueError) as error:
         include = " ".join(f"--include '{pattern}'" for pattern in HUB_PATTERNS)
         raise ExportError(
-            f"the push to {repo_id} failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); the adapter is "
-            f"safe in {folder.resolve()}. Push again with: hf upload {repo_id} {folder.resolve()} . {include}"
+            f"the push to {repo_id} failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
+            f"the adapter is safe in {folder.resolve()}. Push again with: "
+            f"hf upload {repo_id} {folder.resolve()} . {include}"
         ) from error
 
 

@@ -1,14 +1,11 @@
-"""The formats of replay data: the text of a file becomes records, a record becomes tokens and labels.
+"""The formats of replay data: a record becomes tokens and labels.
 
-All of it is pure. `parse_json` and `parse_csv` read a file's text. A record then goes through three steps:
-`to_conversation` reads its columns (which field is prompt, which is answer), `render` writes it as one text and marks
-the answers as character spans, `tokenize` turns text and spans into token ids and labels. Working on character spans,
-and not on two tokenized halves, keeps the labels right for tokenizers that merge across the border of the halves.
+All of it is pure. A record goes through three steps: `to_conversation` reads its columns (which field is prompt, which
+is answer), `render` writes it as one text and marks the answers as character spans, `tokenize` turns text and spans
+into token ids and labels. Working on character spans, and not on two tokenized halves, keeps the labels right for
+tokenizers that merge across the border of the halves.
 """
 
-import csv
-import io
-import json
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,7 +18,6 @@ IGNORE_INDEX = -100  # what torch's cross entropy skips
 
 Message = dict[str, str]
 Part = str | list[Message]
-Parsed = tuple[list[dict[str, Any]], list[int] | None]  # records, and the line of each where a record has its own
 
 # In the order of precedence: the first format whose columns are all there is taken.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -83,7 +79,7 @@ def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
     if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
         return _messages(record["prompt"], "prompt"), _messages(record["completion"], "completion")
     if isinstance(record["prompt"], list) != isinstance(record["completion"], list):
-        found = f"{_type(record['prompt'])} and {_type(record['completion'])}"
+        found = f"{type_name(record['prompt'])} and {type_name(record['completion'])}"
         raise ValueError(f"`prompt` and `completion` are {found}: make both strings or both lists of messages")
     return _string(record["prompt"], "prompt"), _string(record["completion"], "completion")
 
@@ -177,113 +173,6 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     return ids, labels
 
 
-def parse_json(text: str, label: str, lines_expected: bool) -> Parsed:
-    """Read JSON: a list of objects, an object that holds one such list, or one object a line.
-
-    Args:
-        text: The file's text.
-        label: Names the file in messages.
-        lines_expected: Whether the extension says that there is one object a line (`.jsonl`).
-
-    Returns:
-        The records, and their line numbers where there is one object a line.
-
-    Raises:
-        ValueError: A syntax error (with its line and column), or something else where an object has to be.
-    """
-    first_line = text.lstrip().split("\n", 1)[0]
-    if not first_line.startswith("[") and (lines_expected or _is_object(first_line)):
-        rows, lines = [], []
-        # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                rows.append(_loads(line.strip("\r"), label, number))
-                lines.append(number)
-                if not isinstance(rows[-1], dict):
-                    raise ValueError(
-                        f"{label}, line {number} is {_type(rows[-1])}, not an object: write one {{...}} object a line"
-                    )
-        if len(rows) > 1 or detect_format(rows[0]) or not _lists(rows[0]):
-            return rows, lines
-    value = _loads(text, label)
-    if isinstance(value, dict) and not detect_format(value):
-        lists = _lists(value)
-        if len(lists) != 1:
-            raise ValueError(
-                f"{label} is an object with {len(lists)} lists and no known columns (found: "
-                f"{', '.join(value) or 'none'}): make it a list of records, or an object with one list, such as "
-                '{"data": [...]}'
-            )
-        value = value[lists[0]]
-    rows = [value] if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise ValueError(f"{label} is {_type(value)}: make it a list of objects")
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{label}: the item at index {i} is {_type(row)}, not an object: make every item an object"
-            )
-    return rows, None
-
-
-def _loads(text: str, label: str, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{label} is not valid JSON at line {line or error.lineno}, column {error.colno} ({error.msg}): "
-            "correct that line"
-        ) from error
-    except RecursionError as error:
-        raise ValueError(f"{label} is nested too deeply to be read: make it a flat list of objects") from error
-    except ValueError as error:  # a number with thousands of digits
-        raise ValueError(f"{label} holds a value that cannot be read ({error}): remove it") from error
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _lists(value: dict[str, Any]) -> list[str]:
-    return [key for key, item in value.items() if isinstance(item, list)]
-
-
-def parse_csv(text: str, label: str) -> Parsed:
-    """Read a CSV text with a header line; every value stays a string.
-
-    Args:
-        text: The file's text.
-        label: Names the file in messages.
-
-    Returns:
-        The records, and the line on which each ends.
-
-    Raises:
-        ValueError: Broken quoting, or a row whose number of fields is not the header's.
-    """
-    # Not pandas: it reads "NA" or an empty answer as null, and an answer "42" as a number.
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows, lines = [], []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = len([value for key, value in row.items() if key is not None and value is not None])
-                found += len(row.get(None, []))
-                raise ValueError(
-                    f"{label}, line {reader.line_num} has {found} fields, but the header has "
-                    f"{len(reader.fieldnames or [])}: quote fields that hold commas"
-                )
-            rows.append(dict(row))
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        start = (lines[-1] if lines else 1) + 1  # the reader has gone on to look for a closing quote
-        raise ValueError(f"{label} is not valid CSV from line {start} on ({error}): correct that line") from error
-    return rows, lines
-
-
 def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     prompt, output = _string(record["instruction"], "instruction"), _string(record["output"], "output")
     # `input` and `history` are optional columns: tables hold null where a record has none.
@@ -293,10 +182,10 @@ def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     turns: list[Message] = []
     history = record.get("history") or []
     if not isinstance(history, list):
-        raise ValueError(f"`history` is {_type(history)}: make it a list of [prompt, answer] pairs")
+        raise ValueError(f"`history` is {type_name(history)}: make it a list of [prompt, answer] pairs")
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
-            found = f"a list of {len(pair)}" if isinstance(pair, list) else _type(pair)
+            found = f"a list of {len(pair)}" if isinstance(pair, list) else type_name(pair)
             raise ValueError(f"`history[{i}]` is {found}: make it a pair [prompt, answer]")
         turns.append({"role": "user", "content": _string(pair[0], f"history[{i}][0]")})
         turns.append({"role": "assistant", "content": _string(pair[1], f"history[{i}][1]")})
@@ -305,11 +194,11 @@ def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
 
 def _messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, list):
-        raise ValueError(f"`{field}` is {_type(value)}: make it a list of messages with `role` and `content`")
+        raise ValueError(f"`{field}` is {type_name(value)}: make it a list of messages with `role` and `content`")
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise ValueError(f"`{field}[{i}]` is {_type(message)}: make it an object with `role` and `content`")
+            raise ValueError(f"`{field}[{i}]` is {type_name(message)}: make it an object with `role` and `content`")
         for key in ("role", "content"):
             if key not in message:
                 raise ValueError(f"`{field}[{i}]` has no `{key}` (found: {', '.join(message) or 'none'}): add it")
@@ -320,7 +209,7 @@ def _messages(value: Any, field: str) -> list[Message]:
 
 def _string(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"`{field}` is {_type(value)}: make it a string or leave the record out")
+        raise ValueError(f"`{field}` is {type_name(value)}: make it a string or leave the record out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -330,7 +219,8 @@ def _string(value: Any, field: str) -> str:
     return value
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """Type of a value for a message: `null`, or `of type str`."""
     return "null" if value is None else f"of type {type(value).__name__}"
 
 

@@ -1,10 +1,14 @@
 """From flags to objects: adapters and their plan, tokenizer and base model, checked in order of their price."""
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,8 +19,8 @@ from transformers import (
 
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.architectures import load_base_config, module_key, read_source_configs
+from heterofusion.base_model import check_base_fits
 from heterofusion.config import AdapterArguments, MethodConfig, ModelArguments
-from heterofusion.modeling import check_base_fits
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
 logger = logging.getLogger(__name__)
@@ -70,22 +74,55 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(
             name, revision=None if own else model.model_revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exception, and a broken file breaks transformers in any way
+        raise ValueError(
+            f"tokenizer of {name!r} cannot be loaded ({_first_line(error).rstrip(':')}); save one there, or beside "
+            "the target adapter, or give another --model_name_or_path"
+        ) from error
 
 
-def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> None:
+def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
     """Check on the meta device, before any weight is loaded, that the base model has the adapter's modules.
+
+    Returns:
+        The base model's config.
 
     Raises:
         AdapterError: the config cannot be read or a module does not fit.
+        ValueError: the config is of no causal language model.
     """
+    if model.load_in_4bit and model.load_in_8bit:
+        raise ValueError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
     config = load_base_config(
         model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
     )
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # senseless sizes break a model's constructor in any way
+        raise ValueError(
+            f"--model_name_or_path: no causal language model can be built from config.json of base model "
+            f"{model.model_name_or_path!r} ({_first_line(error)}); give the base of the target adapter"
+        ) from error
     check_base_fits(skeleton, target)
+    return config
+
+
+def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig) -> None:
+    """Check that the base model has an embedding for every token: another model's tokenizer may have more.
+
+    Raises:
+        ValueError: names the token id and the vocabulary's size.
+    """
+    size = config.get_text_config().vocab_size
+    for dataset in datasets:
+        largest = max((max(ids) for ids in dataset["input_ids"]), default=0) if dataset is not None else 0
+        if largest >= size:
+            raise ValueError(
+                f"the tokenizer gave token id {largest}, but the vocabulary of base model {config.name_or_path} has "
+                f"{size} entries: --model_name_or_path and the tokenizer saved with the target adapter do not belong "
+                "together"
+            )
 
 
 def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -98,25 +135,32 @@ def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: b
     if model.load_in_4bit or model.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
-        if model.load_in_4bit and model.load_in_8bit:
-            raise ValueError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=model.load_in_4bit,
             load_in_8bit=model.load_in_8bit,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=base_dtype(model, use_cpu),
         )
+    name = model.model_name_or_path
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path,
+        base, loaded = AutoModelForCausalLM.from_pretrained(
+            name,
             revision=model.model_revision,
             dtype=base_dtype(model, use_cpu),
             attn_implementation=model.attn_implementation,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"base model {model.model_name_or_path!r} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"base model {name!r} cannot be loaded ({_first_line(error)}); check --model_name_or_path and its files"
+        ) from error
+    if loaded["missing_keys"]:  # transformers would fill them with random numbers
+        raise ValueError(
+            f"the weights of base model {name!r} lack {len(loaded['missing_keys'])} tensors, such as "
+            f"{min(loaded['missing_keys'])}; they do not belong to its config.json, download the model again"
+        )
     base.requires_grad_(False)
     return base
 
@@ -129,23 +173,23 @@ def base_dtype(model: ModelArguments, use_cpu: bool) -> Any:
     return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def check_output_dir(output_dir: str | None, resuming: bool, overwrite: bool) -> Path:
-    """Refuse to write over another run.
+def check_output_dir(output_dir: str, resuming: bool, overwrite: bool) -> None:
+    """Refuse to write over another run, or where nothing can be written. The folder is not made yet.
 
     Raises:
-        ValueError: no output_dir, a file of that name, or a folder with content that was not asked to be reused.
+        ValueError: a file of that name, no permission, or a folder with content that was not asked to be reused.
     """
-    if not output_dir:
-        raise ValueError("--output_dir is missing; name the folder for the fused adapter")
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder.absolute()} is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (resuming or overwrite):
+    folder = Path(output_dir).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"--output_dir {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder}: {nearest} is not writable; name another folder")
+    if folder == nearest and any(folder.iterdir()) and not (resuming or overwrite):
         raise ValueError(
-            f"--output_dir {folder.absolute()} exists and is not empty; name another, resume with "
+            f"--output_dir {folder} exists and is not empty; name another, resume with "
             "--resume_from_checkpoint true, or pass --overwrite true"
         )
-    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,28 +1,26 @@
 """`HeteroFusionModel`: the target PeftModel with hypernetworks that add a live update to every aligned lora_B.
 
-The model IS a PeftModelForCausalLM, so Trainer, accelerate and DeepSpeed treat it as one. The update of a module is
-an activation, added by a forward hook on its `lora_B`: `lora_B(x) + F.linear(x, alpha * dB)`. It stays in place until
-the next forward, so activation checkpointing recomputes with the same update.
+The model IS a PeftModelForCausalLM, so Trainer, accelerate and DeepSpeed treat it as one. How the updates are computed
+and installed stands in `live.py`.
 """
 
 import logging
-import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heterofusion.adapters import PREFIX, AdapterError, LoraAdapter
+from heterofusion.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
 from heterofusion.config import MethodConfig
-from heterofusion.contexts import GroupContext, build_contexts, sequence_lengths
-from heterofusion.hypernet import HypernetworkConfig, HypernetworkOutput, HyperNetworks
-from heterofusion.rdm import rdm_loss
+from heterofusion.contexts import build_contexts, sequence_lengths
+from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
+from heterofusion.live import LiveUpdates
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
 logger = logging.getLogger(__name__)
@@ -56,37 +54,6 @@ def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> Hypernetwo
     return config
 
 
-def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
-    """Check that every LoRA module of an adapter exists in a base model with the right shape (meta device will do).
-
-    Raises:
-        AdapterError: names the first module that does not fit.
-    """
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    for path, module in adapter.modules.items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError:
-            raise AdapterError(
-                f"base model {name} has no module {path}, which target adapter {adapter.folder} changes; "
-                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
-            ) from None
-        shape = _layer_shape(layer)
-        if shape is not None and shape != (module.in_features, module.out_features):
-            raise AdapterError(
-                f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but target adapter "
-                f"{adapter.folder} has {module.in_features} to {module.out_features}; "
-                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
-            )
-
-
-def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    if isinstance(getattr(layer, "nf", None), int):  # Conv1D of GPT-2
-        return layer.weight.shape[0], layer.nf  # type: ignore[union-attr, return-value]
-    inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
-
-
 class HeteroFusionModel(PeftModelForCausalLM):
     """A target model with its LoRA adapter and the hypernetworks that update it.
 
@@ -96,18 +63,32 @@ class HeteroFusionModel(PeftModelForCausalLM):
         model: the target's base model; LoRA layers are injected in place.
         plan: the alignment of target and sources.
         method: settings of the method; `MethodConfig()` if None.
-        seed: seed of the hypernetworks' initialization.
+        seed: seed of the hypernetworks' initialization and of RDM; that of a `HeteroFusionConfig`, else 42, if None.
+
+    Attributes:
+        hypernetworks: the only trainable part.
+        rdm_loss: RDM of the last forward that was given an `rdm_step`, else None.
+        updates: the live updates.
 
     Raises:
         AdapterError: the base does not fit the target adapter.
         ValueError: settings are out of range.
     """
 
+    hypernetworks: HyperNetworks
+    rdm_loss: Tensor | None
+    updates: LiveUpdates
+
     def __init__(
-        self, model: PreTrainedModel, plan: AlignmentPlan, method: MethodConfig | None = None, seed: int = 42
+        self,
+        model: PreTrainedModel,
+        plan: AlignmentPlan,
+        method: MethodConfig | None = None,
+        seed: int | None = None,
     ) -> None:
         method = method or MethodConfig()
         method.check_method()
+        seed = getattr(method, "seed", 42) if seed is None else seed
         sizes = hypernetwork_config(plan, method)
         check_base_fits(model, plan.target)
         lora_config = LoraConfig.from_pretrained(str(plan.target.folder))
@@ -124,17 +105,17 @@ class HeteroFusionModel(PeftModelForCausalLM):
         self.plan = plan
         self.method = method
         self._load_target(plan.target)
-        self._contexts = build_contexts(plan, sizes.block_size, method.canonicalize)
+        contexts = build_contexts(plan, sizes.block_size, method.canonicalize)
+        self.updates = LiveUpdates(self.hypernetworks, contexts, method, seed)
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()
-        _disable_dropout_config(model)
-        self._check_checkpointing()
-        self._deltas: dict[str, Tensor] = {}
-        self._cached_versions: tuple | None = None
-        self._outputs: dict[str, HypernetworkOutput] = {}
-        self.hypernetwork_seconds = 0.0
-        self._hooks = [self._add_hook(path) for path in {item.target.module.path: None for item in plan.aligned}]
+        disable_dropout_config(model)
+        refuse_reentrant_checkpointing(model)
+        self.rdm_loss = None
+        base: Any = self.get_base_model()
+        paths = dict.fromkeys(item.target.module.path for item in plan.aligned)
+        self._hooks = [self.updates.hook(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
         self.train(self.training)
 
     @classmethod
@@ -146,7 +127,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         method: MethodConfig | None = None,
         *,
         source_configs: Sequence[PretrainedConfig | None] | None = None,
-        seed: int = 42,
+        seed: int | None = None,
     ) -> "HeteroFusionModel":
         """Plan the alignment and build the model.
 
@@ -156,7 +137,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             sources: source adapters, in order.
             method: settings of the method (a `HeteroFusionConfig` will do).
             source_configs: base configs of sources with fused projections, one or None each.
-            seed: seed of the initialization.
+            seed: see the class.
         """
         method = method or MethodConfig()
         plan = plan_alignment(
@@ -171,10 +152,11 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
     def _load_target(self, target: LoraAdapter) -> None:
         try:
-            result = set_peft_model_state_dict(self, target.state_dict(), ADAPTER_NAME)
+            result: Any = set_peft_model_state_dict(self, target.state_dict(), ADAPTER_NAME)
         except (RuntimeError, KeyError) as error:
             raise AdapterError(
-                f"target adapter {target.weights_file} does not fit the base model: {str(error).strip().splitlines()[-1]}"
+                f"target adapter {target.weights_file} does not fit the base model: "
+                f"{str(error).strip().splitlines()[-1]}"
             ) from error
         missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
         if missing or result.unexpected_keys:
@@ -184,9 +166,15 @@ class HeteroFusionModel(PeftModelForCausalLM):
             )
 
     def freeze_base(self) -> None:
-        """Leave hypernetworks and alphas as the only trainable parameters (`set_adapter` thaws LoRA: call this after)."""
+        """Leave hypernetworks and alphas alone trainable (`set_adapter` thaws LoRA: call this after it)."""
         self.requires_grad_(False)
         self.hypernetworks.requires_grad_(True)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `set_adapter`, without the thawing of LoRA weights that comes with it."""
+        super().set_adapter(*args, **kwargs)
+        if "hypernetworks" in self._modules:
+            self.freeze_base()
 
     def train(self, mode: bool = True) -> "HeteroFusionModel":
         """Set the hypernetworks' mode; the base stays in eval mode, because all dropout is off during fusion.
@@ -214,18 +202,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
             raise ValueError(
                 "reentrant activation checkpointing gives the hypernetworks no gradient; set use_reentrant=False"
             )
-        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
-
-    def _check_checkpointing(self) -> None:
-        for module in self.base_model.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get(
-                "use_reentrant"
-            ):
-                raise ValueError(
-                    "the base model has reentrant activation checkpointing enabled, which gives the hypernetworks no "
-                    "gradient; enable it with use_reentrant=False"
-                )
+        base: Any = self.get_base_model()
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
 
     # ---- live updates -------------------------------------------------------------------------------------------
 
@@ -237,151 +215,21 @@ class HeteroFusionModel(PeftModelForCausalLM):
             rdm_step: optimizer step whose RDM is computed along; read it from `rdm_loss`. None for no RDM.
             **kwargs: of the base model's forward.
         """
-        self.refresh()
-        self.rdm_loss = None if rdm_step is None else self._rdm(rdm_step)
+        self.updates.refresh()
+        self.rdm_loss = None if rdm_step is None else self.updates.rdm(rdm_step)
         return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The target's `generate` with the current updates, computed once."""
         with torch.no_grad():
-            self.refresh()
+            self.updates.refresh()
         return super().generate(*args, **kwargs)
-
-    def refresh(self) -> None:
-        """Compute the updates: with their graph where gradients are on, else once until a parameter changes."""
-        if torch.is_grad_enabled():
-            self._cached_versions = None
-        else:
-            versions = tuple((id(p), p._version, p.data_ptr()) for p in self.hypernetworks.parameters())
-            if versions == self._cached_versions:
-                return
-            self._cached_versions = versions
-        start = time.perf_counter()
-        outputs = self.predict()
-        self._deltas.clear()
-        self._deltas.update(self._module_deltas(outputs))
-        self._outputs = outputs if torch.is_grad_enabled() else {}
-        self.hypernetwork_seconds += time.perf_counter() - start
-
-    def predict(self, diagnostics: bool = False) -> dict[str, HypernetworkOutput]:
-        """Run every hypernetwork, in float32.
-
-        Args:
-            diagnostics: also give attention maps and gates.
-        """
-        networks: HyperNetworks = self.hypernetworks
-        device = next(networks.parameters()).device
-        outputs = {}
-        with torch.autocast(device.type, enabled=False):
-            for name, context in self._placed_contexts(device).items():
-                outputs[name] = networks.networks[name](
-                    context.target.blocks,
-                    context.target.descriptors,
-                    context.source.blocks,
-                    context.source.descriptors,
-                    context.source.mask,
-                    context.decode_index,
-                    shared=networks.shared,
-                    diagnostics=diagnostics,
-                )
-        return outputs
 
     def module_deltas(self) -> dict[str, Tensor]:
         """The scaled updates `alpha * dB` by module path, each (out_features, rank) float32, without gradient."""
         with torch.no_grad():
-            self.refresh()
-            return dict(self._deltas)
-
-    def _placed_contexts(self, device: torch.device) -> dict[str, GroupContext]:
-        if any(context.decode_index.device != device for context in self._contexts.values()):
-            self._contexts = {name: context.to(device) for name, context in self._contexts.items()}
-        return self._contexts
-
-    def _module_deltas(self, outputs: dict[str, HypernetworkOutput]) -> dict[str, Tensor]:
-        deltas: dict[str, Tensor] = {}
-        for name, output in outputs.items():
-            context = self._contexts[name]
-            scaled = self.hypernetworks.alphas[name] * output.delta  # (T, b, r)
-            for item, blocks in zip(context.members, scaled.split(context.b_blocks), strict=True):
-                rows = blocks.flatten(0, 1)[: item.target.out_features]  # (out, r): padded rows dropped
-                path = item.target.module.path
-                if item.target.rows is None:
-                    deltas[path] = rows
-                else:  # a role of a fused projection
-                    whole = rows.new_zeros(item.target.module.out_features, rows.shape[1])
-                    part = whole.index_copy(0, item.target.rows.to(rows.device), rows)
-                    deltas[path] = deltas[path] + part if path in deltas else part
-        return deltas
-
-    def _add_hook(self, path: str) -> torch.utils.hooks.RemovableHandle:
-        lora_B = self.get_base_model().get_submodule(path).lora_B[ADAPTER_NAME]
-        deltas = self._deltas
-
-        def add_delta(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            delta = deltas.get(path)
-            return output if delta is None else output + F.linear(args[0], delta.to(args[0].dtype))
-
-        return lora_B.register_forward_hook(add_delta)
-
-    # ---- regularizer and diagnostics ----------------------------------------------------------------------------
-
-    def _rdm(self, step: int) -> Tensor:
-        """RDM of the last live prediction: mean over groups of target and source terms. Same draws on all ranks."""
-        total = next(self.hypernetworks.parameters()).new_zeros(())
-        method = self.method
-        with torch.autocast(total.device.type, enabled=False):
-            for index, (name, output) in enumerate(self._outputs.items()):
-                context = self._contexts[name]
-                generator = torch.Generator(total.device).manual_seed(_mix(getattr(method, "seed", 42), step, index))
-                for z, mask in (
-                    (output.target_embedding, context.target.mask),
-                    (output.source_embedding, context.source.mask),
-                ):
-                    total = total + rdm_loss(
-                        z,
-                        mu=method.rdm_mu,
-                        sigma=method.rdm_sigma,
-                        num_projections=method.rdm_projections,
-                        generator=generator,
-                        mask=mask,
-                        per_module=context.ragged,
-                    )
-        return total / len(self._outputs)
-
-    @torch.no_grad()
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        """State of the fusion, by group name.
-
-        Returns:
-            Per group: `alpha`; `gate_sparsity`, the share of zeros in the sources' gates; `delta_ratio`,
-            ||alpha dB|| / ||B|| over the group's modules; `attention/<i>`, the share of attention that B blocks give
-            to source i (counted from 0).
-        """
-        report = {}
-        outputs = self.predict(diagnostics=True)
-        for name, output in outputs.items():
-            context = self._contexts[name]
-            assert output.attention is not None and output.source_gate is not None
-            real = context.source_of_block >= 0  # (M, N_s)
-            attention = output.attention.flatten(0, 1)[context.decode_index]  # (T, N_s)
-            origin = context.source_of_block.repeat_interleave(output.attention.shape[1], 0)[context.decode_index]
-            alpha = self.hypernetworks.alphas[name]
-            # padded rows are part of the blocks but not of the update: cut them as the update does
-            norm = torch.stack(
-                [
-                    blocks.flatten(0, 1)[: item.target.out_features].square().sum()
-                    for item, blocks in zip(context.members, output.delta.split(context.b_blocks), strict=True)
-                ]
-            ).sum()
-            weight = sum(float(item.target.lora_B.float().square().sum()) for item in context.members)
-            report[name] = {
-                "alpha": float(alpha),
-                "gate_sparsity": float((output.source_gate[real] == 0).float().mean()),
-                "delta_ratio": float(alpha.abs() * norm.sqrt()) / max(weight**0.5, 1e-12),
-            }
-            for index in range(len(self.plan.sources)):
-                report[name][f"attention/{index}"] = float((attention * (origin == index)).sum(-1).mean())
-        return report
+            self.updates.refresh()
+            return dict(self.updates.by_module)
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -398,6 +246,21 @@ class HeteroFusionModel(PeftModelForCausalLM):
             state[key] = torch.where(delta == 0, B, (B.float() + delta).to(B.dtype)).contiguous()
         return state
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: it would save the anchor without the updates.
+
+        Raises:
+            NotImplementedError: always; names the ways to save.
+        """
+        raise NotImplementedError(
+            "save_pretrained would save the anchor without the live updates; use export_adapter(model, folder) or "
+            "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
+        )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Fuse, then merge the fused adapter into the base (PEFT's `merge_and_unload`)."""
+        return self.fuse().merge_and_unload(*args, **kwargs)
+
     def fuse(self) -> PeftModelForCausalLM:
         """Write the updates into B and become a plain PeftModel: hooks and hypernetworks are gone afterwards.
 
@@ -408,26 +271,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
         for hook in self._hooks:
             hook.remove()
         training = self.training
-        for name in ("hypernetworks", "plan", "method", "rdm_loss"):
-            if hasattr(self, name):
-                delattr(self, name)
-        for name in ("_contexts", "_deltas", "_cached_versions", "_outputs", "_hooks", "hypernetwork_seconds"):
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks"):
             delattr(self, name)
         self.__class__ = PeftModelForCausalLM  # type: ignore[assignment]
         set_peft_model_state_dict(self, state, ADAPTER_NAME)
         return self.train(training)
-
-
-def _mix(seed: int, step: int, index: int) -> int:
-    """One generator seed of (seed, optimizer step, group), far apart for neighbours."""
-    return (seed * 1_000_003 + step * 10_007 + index * 101 + 17) % (2**63)
-
-
-def _disable_dropout_config(model: nn.Module) -> None:
-    """Set the dropout rates to 0 that a model's code reads from its config (Falcon's residuals, say)."""
-    config = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        for name, value in vars(part).items() if part is not None else ():
-            if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
-                logger.info("dropout: %s = %s is off during fusion", name, value)
-                setattr(part, name, 0.0)

@@ -153,18 +153,26 @@ def format_plan(summary: dict[str, Any]) -> str:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
     lines += ["", f"hypernetworks ({len(summary['groups'])} groups; preset of this run: {summary['preset']})"]
     lines += _table(
-        ("preset", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~", "dB"),
-        [
-            (
-                name, cost["block_size"], cost["embed_dim"], cost["num_heads"],
-                f"{cost['longest_sequence']}/{cost['max_position_embeddings']}{'' if cost['fits_positions'] else ' TOO LONG'}",
-                f"{cost['parameters']:,}", _bytes(cost["weight_bytes"]), _bytes(cost["gradient_bytes"]),
-                _bytes(cost["optimizer_bytes"]), _bytes(cost["activation_bytes_estimate"]), _bytes(cost["delta_bytes"]),
-            )
-            for name, cost in summary["presets"].items()
-        ],
+        (
+            "preset", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~",
+            "dB",
+        ),
+        [(name, *_cost_cells(cost)) for name, cost in summary["presets"].items()],
     )  # fmt: skip
     return "\n".join(lines)
+
+
+def _cost_cells(cost: dict[str, Any]) -> tuple[Any, ...]:
+    positions = f"{cost['longest_sequence']}/{cost['max_position_embeddings']}"
+    kinds = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes_estimate", "delta_bytes")
+    return (
+        cost["block_size"],
+        cost["embed_dim"],
+        cost["num_heads"],
+        positions if cost["fits_positions"] else f"{positions} TOO LONG",
+        f"{cost['parameters']:,}",
+        *(_bytes(cost[kind]) for kind in kinds),
+    )
 
 
 def _sources_text(row: dict[str, Any]) -> str:

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from heterofusion.adapters import AdapterError, LoraAdapter, LoraModule
-from heterofusion.architectures import ModuleKey, module_key, role_rows
+from heterofusion.architectures import ModuleKey, module_keys, role_rows
 
 logger = logging.getLogger(__name__)
 
 LAYER_ALIGNMENTS = ("tail", "proportional")
+_OUTSIDE = "outside the decoder layers"
 
 
 class GroupKey(NamedTuple):
@@ -106,8 +107,10 @@ def parse_transfer_ratio(value: float | str | Fraction) -> Fraction:
         ValueError: it is not a number in (0, 1].
     """
     try:
-        ratio = Fraction(value.strip()) if isinstance(value, str) else Fraction(value).limit_denominator(10**6)
-    except (ValueError, ZeroDivisionError, OverflowError, AttributeError):
+        ratio = Fraction(value)
+        if isinstance(value, float):  # 0.3 means 3/10, not the binary number beside it
+            ratio = ratio.limit_denominator(10**6) or ratio
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(
             f"transfer_ratio is {value!r}; give a number such as 0.5, or a fraction such as 1/2"
         ) from None
@@ -169,36 +172,34 @@ def plan_alignment(
     ratio = parse_transfer_ratio(transfer_ratio)
     configs = list(source_configs) if source_configs is not None else [None] * len(sources)
     _check_inputs(target, sources, configs)
-    target_slices, outside = _slices(target, target_config, "target adapter")
-    source_slices = [
-        _slices(source, config, f"source adapter {source.name}")[0]
+    target_modules = _RoleTable(target, target_config, "target adapter")
+    tables = [
+        _RoleTable(source, config, f"source adapter {source.name}")
         for source, config in zip(sources, configs, strict=True)
     ]
-    depth = 1 + max(item.layer for item in target_slices)
-    layer_maps = tuple(
-        map_layers(depth, 1 + max(item.layer for item in slices), layer_alignment, ratio) for slices in source_slices
-    )
+    layer_maps = tuple(map_layers(target_modules.depth, table.depth, layer_alignment, ratio) for table in tables)
     groups: dict[GroupKey, list[AlignedSlice]] = {}
-    untouched = dict.fromkeys(outside, "outside the decoder layers")
+    untouched = dict.fromkeys(target_modules.outside, _OUTSIDE)
     used: list[set[int]] = [set() for _ in sources]
-    for item in target_slices:
+    for item in target_modules.slices:
         found = []
-        for index, slices in enumerate(source_slices):
-            match = _match(item, slices, target_slices, layer_maps[index].get(item.layer))
+        for index, table in enumerate(tables):
+            match = _match(item, target_modules, table, layer_maps[index].get(item.layer))
             if match is not None:
                 found.append((index, match))
                 used[index].add(id(match))
         if found:
             groups.setdefault(GroupKey(item.role, item.module.rank), []).append(AlignedSlice(item, tuple(found)))
         else:
-            untouched[_label(item)] = _why_untouched(item, source_slices, layer_maps)
+            untouched[_label(item)] = _why_untouched(item, tables, layer_maps)
     if not groups:
-        raise AdapterError(_nothing_aligned(target, target_slices, sources, source_slices, layer_maps))
+        raise AdapterError(_nothing_aligned(target_modules, tables, layer_maps))
     unused = tuple(
-        {_label(item): _why_unused(item, target_slices, pairs) for item in slices if id(item) not in seen}
-        for slices, seen, pairs in zip(source_slices, used, layer_maps, strict=True)
+        dict.fromkeys(table.outside, _OUTSIDE)
+        | {_label(item): _why_unused(item, target_modules, pairs) for item in table.slices if id(item) not in seen}
+        for table, seen, pairs in zip(tables, used, layer_maps, strict=True)
     )
-    for index, (source, slices, seen) in enumerate(zip(sources, source_slices, used, strict=True)):
+    for index, (source, table, seen) in enumerate(zip(sources, tables, used, strict=True)):
         if source.extra_tensors:
             logger.warning(
                 "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
@@ -206,11 +207,9 @@ def plan_alignment(
             )  # fmt: skip
         if not seen:
             logger.warning("source %s (number %d) feeds no target module", source.name, index + 1)
-        logger.info("source %s: %d of %d modules used", source.name, len(seen), len(slices))
+        logger.info("source %s: %d of %d modules used", source.name, len(seen), len(table.slices))
     ordered = {key: tuple(members) for key, members in groups.items()}
-    return AlignmentPlan(
-        target, tuple(sources), ordered, layer_maps, untouched, unused, layer_alignment, ratio
-    )  # fmt: skip
+    return AlignmentPlan(target, tuple(sources), ordered, layer_maps, untouched, unused, layer_alignment, ratio)
 
 
 def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter], configs: Sequence) -> None:
@@ -225,33 +224,64 @@ def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter], configs: 
         raise AdapterError(
             f"{target.folder}: task_type is {target.config['task_type']!r}; the target must be a CAUSAL_LM adapter"
         )
-    seen: dict = {}
-    for source in sources:
+    seen = {target.sha256: "the target"}
+    for number, source in enumerate(sources, start=1):
         if source.folder == target.folder:
-            raise AdapterError(f"source adapter {source.name} is the target adapter itself ({target.folder})")
-        if source.folder in seen:
-            logger.warning("source %s is given twice", source.name)
-        seen[source.folder] = True
+            raise AdapterError(
+                f"source adapter {source.name} is the target adapter itself ({target.folder}); name another source"
+            )
+        if source.sha256 in seen:
+            logger.warning("source %s has the same weights as %s", source.name, seen[source.sha256])
+        seen.setdefault(source.sha256, f"source {number}")
 
 
-def _slices(adapter: LoraAdapter, config: PretrainedConfig | None, what: str) -> tuple[list[RoleSlice], list[str]]:
-    """Split an adapter's modules into role slices; second, the modules outside the layers."""
-    slices: list[RoleSlice] = []
-    outside: list[str] = []
-    for path, module in adapter.modules.items():
-        try:
-            key = module_key(path)
+class _RoleTable:
+    """An adapter's modules as role slices, in layer order, found by layer and role.
+
+    Attributes:
+        adapter: the adapter.
+        slices: its role slices.
+        outside: paths of its modules outside the language model's layers.
+        depth: 1 + the highest layer index.
+        roles: roles that it holds anywhere.
+    """
+
+    def __init__(self, adapter: LoraAdapter, config: PretrainedConfig | None, what: str):
+        self.adapter = adapter
+        self.outside: list[str] = []
+        self.slices: list[RoleSlice] = []
+        places: dict[tuple[int, str], str] = {}
+        for path, key in module_keys(adapter).items():
             if key is None:
-                outside.append(path)
+                self.outside.append(path)
                 continue
-            rows = _rows(module, key, config)
-        except AdapterError as error:
-            raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from error.__cause__
-        slices += [RoleSlice(module, key.layer, role, key.suffix, rows[role]) for role in key.roles]
-    if not slices:
-        raise AdapterError(f"{what} ({adapter.weights_file}) has no LoRA module inside the language model's layers")
-    slices.sort(key=lambda item: item.layer)
-    return slices, outside
+            other = places.setdefault((key.layer, key.suffix), path)
+            if other != path:
+                raise AdapterError(
+                    f"{what} ({adapter.weights_file}): {other} and {path} stand at the same place of two stacks of "
+                    "layers; an adapter of one decoder is needed, train it without the other"
+                )
+            module = adapter.modules[path]
+            try:
+                rows = _rows(module, key, config)
+            except AdapterError as error:
+                raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from None
+            self.slices += [RoleSlice(module, key.layer, role, key.suffix, rows[role]) for role in key.roles]
+        if not self.slices:
+            raise AdapterError(
+                f"{what} ({adapter.weights_file}) has no LoRA module inside the language model's layers; train it on "
+                "q_proj, v_proj or the like"
+            )
+        self.slices.sort(key=lambda item: item.layer)
+        self.depth = 1 + self.slices[-1].layer
+        self.roles = {item.role for item in self.slices}
+        self._places: dict[tuple[int, str], list[RoleSlice]] = {}
+        for item in self.slices:
+            self._places.setdefault((item.layer, item.role), []).append(item)
+
+    def at(self, layer: int, role: str) -> list[RoleSlice]:
+        """The slices that do a role in a layer: several only among experts."""
+        return self._places.get((layer, role), [])
 
 
 def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -> dict[str, Tensor | None]:
@@ -266,49 +296,52 @@ def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -
     return dict(role_rows(key, module.out_features, config))
 
 
-def _match(
-    item: RoleSlice, slices: list[RoleSlice], target_slices: list[RoleSlice], layer: int | None
-) -> RoleSlice | None:
+def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, layer: int | None) -> RoleSlice | None:
     if layer is None:
         return None
-    candidates = [other for other in slices if other.layer == layer and other.role == item.role]
-    same_path = [other for other in candidates if other.suffix == item.suffix]
-    if same_path:
-        return same_path[0]
+    candidates = source.at(layer, item.role)
+    for other in candidates:
+        if other.suffix == item.suffix:
+            return other
     # Under other names a role is matched only where it is the only one of its layer (not among MoE experts).
-    peers = sum(other.layer == item.layer and other.role == item.role for other in target_slices)
-    return candidates[0] if len(candidates) == 1 and peers == 1 else None
+    alone = len(candidates) == 1 and len(target.at(item.layer, item.role)) == 1
+    return candidates[0] if alone else None
 
 
 def _label(item: RoleSlice) -> str:
     return item.module.path if item.rows is None else f"{item.module.path} [{item.role}]"
 
 
-def _why_untouched(
-    item: RoleSlice, source_slices: list[list[RoleSlice]], layer_maps: tuple[dict[int, int], ...]
-) -> str:
-    if not any(other.role == item.role for slices in source_slices for other in slices):
+def _why_untouched(item: RoleSlice, sources: list[_RoleTable], layer_maps: tuple[dict[int, int], ...]) -> str:
+    if not any(item.role in source.roles for source in sources):
         return f"no source has {item.role}"
-    if not any(item.layer in pairs for pairs in layer_maps):
+    mapped = [
+        (source, pairs[item.layer]) for source, pairs in zip(sources, layer_maps, strict=True) if item.layer in pairs
+    ]
+    if not mapped:
         return f"no source layer is mapped to layer {item.layer}"
+    if any(source.at(layer, item.role) for source, layer in mapped):
+        return f"several modules do {item.role} at layer {item.layer} and no source has this one's name"
     return f"no source has {item.role} at the layer mapped to layer {item.layer}"
 
 
-def _why_unused(item: RoleSlice, target_slices: list[RoleSlice], pairs: dict[int, int]) -> str:
-    if not any(other.role == item.role for other in target_slices):
+def _why_unused(item: RoleSlice, target: _RoleTable, pairs: dict[int, int]) -> str:
+    if item.role not in target.roles:
         return f"the target has no {item.role}"
-    if item.layer not in pairs.values():
+    mapped = [layer for layer, source_layer in pairs.items() if source_layer == item.layer]
+    if not mapped:
         return f"layer {item.layer} is mapped to no target layer"
+    if any(target.at(layer, item.role) for layer in mapped):
+        return f"several modules do {item.role} at layer {item.layer} and the target has none of this name"
     return f"the target has no {item.role} at the mapped layer"
 
 
-def _nothing_aligned(target, target_slices, sources, source_slices, layer_maps) -> str:
-    wanted = sorted({item.role for item in target_slices})
+def _nothing_aligned(target: _RoleTable, sources: list[_RoleTable], layer_maps: tuple[dict[int, int], ...]) -> str:
     offered = "; ".join(
-        f"{source.name}: {', '.join(sorted({item.role for item in slices}))} on layers {sorted(pairs.values())}"
-        for source, slices, pairs in zip(sources, source_slices, layer_maps, strict=True)
+        f"{source.adapter.name}: {', '.join(sorted(source.roles))} on layers {sorted(set(pairs.values()))}"
+        for source, pairs in zip(sources, layer_maps, strict=True)
     )
     return (
-        f"no source module matches a module of target {target.name} ({', '.join(wanted)}): sources offer {offered}; "
-        "train target and sources on overlapping target_modules, or raise --transfer_ratio"
+        f"no source module matches a module of target {target.adapter.name} ({', '.join(sorted(target.roles))}): "
+        f"sources offer {offered}; train target and sources on overlapping target_modules, or raise --transfer_ratio"
     )

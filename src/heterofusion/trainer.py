@@ -10,17 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.checkpoints import load_hypernetworks, save_hypernetworks
 from heterofusion.config import HeteroFusionConfig
+from heterofusion.diagnostics import fusion_diagnostics
 from heterofusion.export import display_name, export_adapter, push_adapter
 from heterofusion.modeling import HeteroFusionModel
 
 logger = logging.getLogger(__name__)
+
+# Engines on which a backward outside the wrapper is safe; the others run the hypernetworks in every micro-batch.
+_ONCE_PER_WINDOW = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+}
 
 
 class FusionProgressCallback(ProgressCallback):
@@ -65,6 +73,8 @@ class HeteroFusionTrainer(Trainer):
         ValueError: more than one device in one process; launch with accelerate instead.
     """
 
+    args: HeteroFusionConfig
+
     def __init__(
         self,
         model: HeteroFusionModel,
@@ -89,6 +99,7 @@ class HeteroFusionTrainer(Trainer):
             data_collator = DataCollatorForSeq2Seq(processing_class) if processing_class else default_data_collator
         self._sums: dict[str, Tensor] = {}
         self._windows = 0
+        self._once_per_window = False
         self.replay_record = replay_record or {}
         self.fusion_model = model
         super().__init__(
@@ -110,6 +121,38 @@ class HeteroFusionTrainer(Trainer):
         """All parameters decay: norms, biases and alphas too, as in the published recipe."""
         return [name for name, _ in model.named_parameters()]
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch. The hypernetworks run twice and backpropagate once per window, whatever the accumulation.
+
+        All micro-batches but the last use detached updates, whose gradient is collected; their backward needs no
+        reduction, so it bypasses the engine's wrapper. The last one takes the ordinary path.
+        """
+        if self.accelerator.sync_gradients or not self._once_per_window:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.fusion_model.updates.collect_gradients(), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
+            loss = loss / self._loss_divisor(num_items_in_batch)
+            loss.backward()
+        return loss.detach()
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        engine = self.accelerator.distributed_type
+        self._once_per_window = engine in _ONCE_PER_WINDOW and not self.args.fp16
+        if not self._once_per_window and self.args.gradient_accumulation_steps > 1:
+            logger.info("%s%s: hypernetworks run in every micro-batch", engine.value, ", fp16" * self.args.fp16)
+        self.fusion_model.updates.discard_gradients()
+        return prepared
+
+    def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What a micro-batch's loss is divided by: 1 if it is normalized over the window's label tokens already."""
+        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -124,14 +167,13 @@ class HeteroFusionTrainer(Trainer):
         if closes_window and self.args.rdm_weight > 0:
             inputs = {**inputs, "rdm_step": self.state.global_step}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        # training_step divides by the number of micro-batches unless the loss is normalized over the window already
-        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        divisor = 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+        divisor = self._loss_divisor(num_items_in_batch)
         self._add("lm_loss", loss / divisor)
         if closes_window:
             self._windows += 1
             if self.args.rdm_weight > 0:
                 rdm = self.fusion_model.rdm_loss
+                assert rdm is not None  # rdm_step was given
                 self._add("rdm_loss", rdm)
                 loss = loss + self.args.rdm_weight * rdm * divisor
         return (loss, outputs) if return_outputs else loss
@@ -147,8 +189,8 @@ class HeteroFusionTrainer(Trainer):
         if "loss" in logs and self._windows:
             for name, value in self._sums.items():
                 logs[name] = self.accelerator.reduce(value, "mean").item() / self._windows
-            logs["hypernetwork_seconds"] = self.fusion_model.hypernetwork_seconds / self._windows
-            self._sums, self._windows, self.fusion_model.hypernetwork_seconds = {}, 0, 0.0
+            logs["hypernetwork_seconds"] = self.fusion_model.updates.seconds / self._windows
+            self._sums, self._windows, self.fusion_model.updates.seconds = {}, 0, 0.0
             logs.update(self.method_logs())
         super().log(logs, start_time)
 
@@ -158,7 +200,7 @@ class HeteroFusionTrainer(Trainer):
         roles = [key.role for key in groups.values()]
         shares = defaultdict(list)
         logs: dict[str, float] = {}
-        for name, values in self.fusion_model.diagnostics().items():
+        for name, values in fusion_diagnostics(self.fusion_model).items():
             label = groups[name].role if roles.count(groups[name].role) == 1 else name
             for entry, value in values.items():
                 if entry.startswith("attention/"):
@@ -179,7 +221,7 @@ class HeteroFusionTrainer(Trainer):
                 save_hypernetworks(self.fusion_model, output_dir)
             return
         if self.args.should_save:
-            self.export(output_dir or self.args.output_dir)
+            self.export(output_dir or str(self.args.output_dir))
 
     def export(self, output_dir: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
         """Write the fused adapter with provenance and card; see `export_adapter`."""
@@ -207,7 +249,7 @@ class HeteroFusionTrainer(Trainer):
         load_hypernetworks(self.fusion_model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best = str(self.state.best_model_checkpoint)
         logger.info("loading the best hypernetworks from %s (%s)", best, self.state.best_metric)
         load_hypernetworks(self.fusion_model, best)
 
@@ -219,15 +261,22 @@ class HeteroFusionTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints hold hypernetworks and optimizer states; they are not pushed."""
 
-    def push_to_hub(self, commit_message: str | None = "Upload fused adapter", **kwargs: Any) -> str | None:
-        """Push the exported adapter in `output_dir`; see `push_adapter`."""
+    def push_to_hub(  # type: ignore[override]  # one adapter, after training: nothing to wait for
+        self,
+        commit_message: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str | None:
+        """Push the exported adapter in `output_dir`; see `push_adapter`. Returns the commit's address on rank 0."""
         if not self.is_world_process_zero():
             return None
+        folder = Path(str(self.args.output_dir))
         return push_adapter(
-            self.args.output_dir,
-            self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
-            token=kwargs.get("token") or self.args.hub_token,
-            private=self.args.hub_private_repo,
-            revision=kwargs.get("revision") or self.args.hub_revision,
+            folder,
+            self.args.hub_model_id or folder.resolve().name,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
             commit_message=commit_message or "Upload fused adapter",
         )

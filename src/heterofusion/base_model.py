@@ -1,0 +1,66 @@
+"""What the target's base model must be for a fusion: it fits the adapter, drops nothing out, can be checkpointed."""
+
+import logging
+
+from torch import nn
+
+from heterofusion.adapters import AdapterError, LoraAdapter
+
+logger = logging.getLogger(__name__)
+
+
+def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Check that every LoRA module of an adapter exists in a base model with the right shape (meta device will do).
+
+    Raises:
+        AdapterError: names the first module that does not fit.
+    """
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    for path, module in adapter.modules.items():
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError:
+            raise AdapterError(
+                f"base model {name} has no module {path}, which target adapter {adapter.folder} changes; "
+                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
+            ) from None
+        shape = _layer_shape(layer)
+        if shape is not None and shape != (module.in_features, module.out_features):
+            raise AdapterError(
+                f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but target adapter "
+                f"{adapter.folder} has {module.in_features} to {module.out_features}; "
+                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
+            )
+
+
+def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
+    nx, nf = getattr(layer, "nx", None), getattr(layer, "nf", None)  # Conv1D of GPT-2
+    if isinstance(nx, int) and isinstance(nf, int):
+        return nx, nf
+    inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
+
+
+def refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Refuse a model whose reentrant activation checkpointing would give the hypernetworks no gradient.
+
+    Raises:
+        ValueError: it is enabled on some layer.
+    """
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "the base model has reentrant activation checkpointing enabled, which gives the hypernetworks no "
+                "gradient; enable it with use_reentrant=False"
+            )
+
+
+def disable_dropout_config(model: nn.Module) -> None:
+    """Set the dropout rates to 0 that a model's code reads from its config (Falcon's residuals, say)."""
+    config = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        for name, value in vars(part).items() if part is not None else ():
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
+                logger.info("dropout: %s = %s is off during fusion", name, value)
+                setattr(part, name, 0.0)

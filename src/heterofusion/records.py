@@ -1,0 +1,257 @@
+"""Replay data as records: a file, a folder or a Hub id becomes rows that still know where they came from.
+
+JSON and CSV files are parsed here, so that a message can name the line and no value is re-interpreted; parquet files,
+folders and Hub ids go through `datasets`.
+"""
+
+import csv
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from heterofusion.formats import detect_format, type_name
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# A name that ends like this was meant as a file, not as a Hub id (which may hold a dot too).
+FILE_SUFFIXES = (*SUFFIXES, ".txt", ".tsv", ".gz", ".bz2", ".xz", ".zip", ".zst", ".arrow", ".ndjson", ".yaml", ".yml")
+
+Parsed = tuple[list[dict[str, Any]], list[int] | None]  # records, and the line of each where a record has its own
+
+
+@dataclass
+class Records:
+    """The records of one data set, and how to name one of them in a message."""
+
+    label: str
+    rows: list[dict[str, Any]] | Dataset
+    lines: list[int] | None = None  # line number of each record, where the file has one record a line
+
+    def where(self, index: int) -> str:
+        """Name the record with this index (from 0) as a user counts it (from 1)."""
+        return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"
+
+
+def load_records(name: str, config: str | None = None, split: str = "train", kind: str = "replay") -> Records:
+    """Load one data set.
+
+    JSON and CSV files are parsed by us, so that messages can name the line and no value is re-interpreted; parquet
+    files, folders and Hub ids go through `datasets`.
+
+    Args:
+        name: A local file or folder, or a Hub id.
+        config: Configuration of a Hub data set or a folder.
+        split: Split of a Hub data set or a folder; a file has none.
+        kind: "replay" or "eval", for messages.
+
+    Returns:
+        The records; never empty.
+
+    Raises:
+        ValueError: Nothing there, empty, or not readable.
+    """
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if os.path.isdir(path):
+        records = Records(f"{kind} folder {path}", _load_folder(path, config, split, kind))
+    elif os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+        if "[" in split:
+            raise ValueError(
+                f"{kind} file {path} has no splits, but {_split_flag(kind)} slices one ({split!r}): use max_examples"
+            )
+        records = _load_file(path, f"{kind} file {path}")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
+        raise ValueError(f"{kind} file {path} does not exist: check the path")
+    else:
+        try:
+            rows = load_dataset(name, config, split=split)
+        # These two are what datasets and huggingface_hub raise when the Hub or the data set is out of reach.
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"data set {name!r} is neither a local file or folder nor reachable on the Hub ({_one_line(error)}): "
+                "check the name, or download it first"
+            ) from error
+        except ValueError as error:
+            _raise_not_loaded(f"data set {name!r}", config, split, kind, error)
+        records = Records(f"data set {name!r}", rows)
+    if len(records.rows) == 0:
+        raise ValueError(f"{records.label} holds no records: leave it out or fill it")
+    return records
+
+
+def _load_file(path: Path, label: str) -> Records:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{label} has the extension '{path.suffix}': give one of {', '.join(SUFFIXES)}")
+    try:
+        content = path.read_bytes()
+        text = "" if suffix == ".parquet" else content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{label} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}): convert it"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{label} cannot be read ({_one_line(error)}): check its permissions") from error
+    if not (content if suffix == ".parquet" else text).strip():
+        raise ValueError(f"{label} is empty: leave it out or fill it")
+    if suffix == ".parquet":
+        try:
+            return Records(label, Dataset.from_parquet(str(path)))
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise ValueError(f"{label} is not a readable parquet file ({_one_line(cause)}): write it again") from error
+    rows, lines = parse_csv(text, label) if suffix == ".csv" else parse_json(text, label, suffix == ".jsonl")
+    return Records(label, rows, lines)
+
+
+def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Dataset:
+    label = f"{kind} folder {path}"
+    try:
+        if not any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+            return load_dataset(str(path), config, split=split)
+        data = load_from_disk(str(path))
+    except OSError as error:
+        raise ValueError(
+            f"{label} holds no data set that can be read ({_one_line(error)}): name a folder of data files, or one "
+            "that save_to_disk wrote"
+        ) from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{label} holds a file that cannot be read ({_one_line(cause)}): correct that file"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        _raise_not_loaded(label, config, split, kind, error)
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise ValueError(f"{label} has no split {split!r}: set {_split_flag(kind)} to one of {', '.join(data)}")
+        return data[split]
+    return data
+
+
+def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, error: Exception) -> NoReturn:
+    config_flag = "--dataset_config" if kind == "replay" else "--eval_config"
+    raise ValueError(
+        f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({_one_line(error)}): check "
+        f"{config_flag} and {_split_flag(kind)}"
+    ) from error
+
+
+def _split_flag(kind: str) -> str:
+    return "--dataset_split" if kind == "replay" else "--eval_split"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def parse_json(text: str, label: str, lines_expected: bool) -> Parsed:
+    """Read JSON: a list of objects, an object that holds one such list, or one object a line.
+
+    Args:
+        text: The file's text.
+        label: Names the file in messages.
+        lines_expected: Whether the extension says that there is one object a line (`.jsonl`).
+
+    Returns:
+        The records, and their line numbers where there is one object a line.
+
+    Raises:
+        ValueError: A syntax error (with its line and column), or something else where an object has to be.
+    """
+    first_line = text.lstrip().split("\n", 1)[0]
+    if not first_line.startswith("[") and (lines_expected or _is_object(first_line)):
+        rows, lines = [], []
+        # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                rows.append(_loads(line.strip("\r"), label, number))
+                lines.append(number)
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(
+                        f"{label}, line {number} is {type_name(rows[-1])}, not an object: write one {{...}} object "
+                        "a line"
+                    )
+        if len(rows) > 1 or detect_format(rows[0]) or not _lists(rows[0]):
+            return rows, lines
+    value = _loads(text, label)
+    if isinstance(value, dict) and not detect_format(value):
+        lists = _lists(value)
+        if len(lists) != 1:
+            raise ValueError(
+                f"{label} is an object with {len(lists)} lists and no known columns (found: "
+                f"{', '.join(value) or 'none'}): make it a list of records, or an object with one list, such as "
+                '{"data": [...]}'
+            )
+        value = value[lists[0]]
+    rows = [value] if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise ValueError(f"{label} is {type_name(value)}: make it a list of objects")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{label}: the item at index {i} is {type_name(row)}, not an object: make every item an object"
+            )
+    return rows, None
+
+
+def _loads(text: str, label: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{label} is not valid JSON at line {line or error.lineno}, column {error.colno} ({error.msg}): "
+            "correct that line"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{label} is nested too deeply to be read: make it a flat list of objects") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise ValueError(f"{label} holds a value that cannot be read ({error}): remove it") from error
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lists(value: dict[str, Any]) -> list[str]:
+    return [key for key, item in value.items() if isinstance(item, list)]
+
+
+def parse_csv(text: str, label: str) -> Parsed:
+    """Read a CSV text with a header line; every value stays a string.
+
+    Args:
+        text: The file's text.
+        label: Names the file in messages.
+
+    Returns:
+        The records, and the line on which each ends.
+
+    Raises:
+        ValueError: Broken quoting, or a row whose number of fields is not the header's.
+    """
+    # Not pandas: it reads "NA" or an empty answer as null, and an answer "42" as a number.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows, lines = [], []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                found = len([value for key, value in row.items() if key is not None and value is not None])
+                found += len(row.get(None, []))
+                raise ValueError(
+                    f"{label}, line {reader.line_num} has {found} fields, but the header has "
+                    f"{len(reader.fieldnames or [])}: quote fields that hold commas"
+                )
+            rows.append(dict(row))
+            lines.append(reader.line_num)
+    except csv.Error as error:
+        start = (lines[-1] if lines else 1) + 1  # the reader has gone on to look for a closing quote
+        raise ValueError(f"{label} is not valid CSV from line {start} on ({error}): correct that line") from error
+    return rows, lines

@@ -1,0 +1,170 @@
+"""Hypernetworks and RDM: sizes, masking, exactness of the batched forms."""
+
+import pytest
+import torch
+
+from conftest import TINY, perturb
+from heterofusion import HeteroFusionModel, MethodConfig
+from heterofusion.hypernet import HyperNetwork, HypernetworkConfig, HyperNetworks
+from heterofusion.rdm import rdm_loss, sliced_distance
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def parameters_at_8b(preset, rank):
+    config = HypernetworkConfig.from_preset(preset, 4096)
+    with torch.device("meta"):
+        networks = HyperNetworks({f"{role}_r{rank}": rank for role in ROLES}, config)
+    return sum(p.numel() for p in networks.parameters())
+
+
+def test_compact_is_small_and_hardly_grows_with_the_rank():
+    assert parameters_at_8b("compact", 8) <= 60e6
+    assert parameters_at_8b("compact", 64) <= 1.5 * parameters_at_8b("compact", 8)
+
+
+def test_paper_has_the_published_size():
+    """3 * b * r * e per role, plus what does not depend on the block: 0.7 B at r = 8, 5.6 B at r = 64."""
+    for rank in (8, 64):
+        blocks = 3 * 4096 * rank * 1024 * len(ROLES)
+        assert blocks <= parameters_at_8b("paper", rank) <= blocks + 120e6
+
+
+def small(form="paper", **changes):
+    settings = {"block_size": 6, "embed_dim": 16, "num_heads": 4, "max_position_embeddings": 12,
+                "row_features": 5, "column_features": 3, "form": form}  # fmt: skip
+    return HypernetworkConfig(**(settings | changes))
+
+
+@pytest.fixture(params=["paper", "compact"])
+def network(request):
+    config = small(request.param)
+    torch.manual_seed(0)
+    networks = HyperNetworks({"q_proj_r3": 3}, config)
+    net = networks.networks["q_proj_r3"]
+    torch.nn.init.normal_(net.decoder.output.weight, std=0.1)
+    return net, networks.shared
+
+
+def inputs(modules=3, target=4, source=7, block=6, rank=3):
+    torch.manual_seed(1)
+    return (
+        torch.randn(modules, target, block * rank), torch.rand(modules, target, rank),
+        torch.randn(modules, source, block * rank), torch.rand(modules, source, rank),
+    )  # fmt: skip
+
+
+def test_padding_changes_nothing(network):
+    """One padded, masked batch gives what each module gives alone."""
+    net, shared = network
+    target, target_s, source, source_s = inputs()
+    lengths = (7, 3, 5)
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    out = net(target, target_s, source, source_s, mask, shared=shared, diagnostics=True)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = net(
+            target[one], target_s[one], source[one, :length], source_s[one, :length], shared=shared, diagnostics=True
+        )
+        torch.testing.assert_close(out.delta.view(3, 4, 6, 3)[row], alone.delta, atol=1e-6, rtol=0)
+        torch.testing.assert_close(out.attention[row, :, :length], alone.attention[0], atol=1e-6, rtol=0)
+        assert (out.attention[row, :, length:] == 0).all()
+
+
+def test_decode_index_selects_blocks(network):
+    net, shared = network
+    batch = inputs()
+    everything = net(*batch, shared=shared).delta
+    index = torch.tensor([1, 3, 8])
+    torch.testing.assert_close(net(*batch, None, index, shared=shared).delta, everything[index], atol=1e-6, rtol=0)
+
+
+def test_first_prediction_is_zero_and_gate_is_clamped():
+    for form in ("paper", "compact"):
+        networks = HyperNetworks({"q_proj_r3": 3}, small(form, mu_gate=0.5))
+        net = networks.networks["q_proj_r3"]
+        batch = inputs()
+        assert not net(*batch, shared=networks.shared).delta.any()
+        _, gate = net.encode(batch[0], 100 * batch[1], networks.shared)
+        assert gate.min() == 0 and gate.max() == 1
+
+
+def test_both_views_share_one_matrix_product():
+    """The column view reads the block transposed; its weight is stored in the row view's order."""
+    net = HyperNetwork(3, small())
+    block = torch.randn(6, 3)
+    features = net.features
+    row, column = features.views.weight.split(16)
+    published = column.view(16, 6, 3).transpose(1, 2).reshape(16, 18)  # as the published column projection
+    x = block.flatten() * features.norm_weight + features.norm_bias
+    wanted = torch.nn.functional.gelu(row @ x) + torch.nn.functional.gelu(published @ x.view(6, 3).T.flatten())
+    torch.testing.assert_close(features(block.flatten(), None), wanted)
+
+
+def test_initialization_is_xavier_with_zero_biases():
+    torch.manual_seed(0)
+    net = HyperNetwork(8, HypernetworkConfig(block_size=64, embed_dim=128))
+    size = 64 * 8
+    bound = (6 / (size + 128)) ** 0.5
+    for half in net.features.views.weight.detach().split(128):
+        assert 0.95 * bound < half.abs().max() <= bound
+        assert half.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert net.positions.weight.detach().std() == pytest.approx(1, rel=0.05)
+    assert not net.features.views.bias.any() and not net.q_proj.bias.any()
+
+
+@pytest.mark.parametrize(("rank", "changes"), [(3, {"form": "compact"}), (3, {})])
+def test_too_long_sequence_raises(rank, changes):
+    networks = HyperNetworks({"x_r3": rank}, small(max_position_embeddings=5, **changes))
+    with pytest.raises(ValueError, match="max_position_embeddings 5"):
+        networks.networks["x_r3"](*inputs(), shared=networks.shared)
+
+
+def test_compact_model_shares_factors_between_roles_and_trains_them(base, target, sources):
+    model = perturb(
+        HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**{**TINY, "preset": "compact"}))
+    )
+    shared = model.hypernetworks.shared
+    assert set(shared.columns_in) == {"4"}
+    ids = torch.randint(4, 64, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in shared.parameters())
+
+
+# ---- RDM --------------------------------------------------------------------------------------------------------
+
+
+def test_masked_sets_equal_a_loop_over_modules():
+    torch.manual_seed(0)
+    z = torch.randn(3, 6, 4, requires_grad=True)
+    noise, directions = torch.randn(3, 6, 4), torch.randn(4, 32)
+    lengths = (6, 2, 4)
+    mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
+    loss = sliced_distance(z, noise, directions, 0.2, 0.7, mask)
+    one_by_one = torch.stack(
+        [sliced_distance(z[i : i + 1, :n], noise[i : i + 1, :n], directions, 0.2, 0.7) for i, n in enumerate(lengths)]
+    ).mean()
+    torch.testing.assert_close(loss, one_by_one)
+    gradient = torch.autograd.grad(loss, z, retain_graph=True)[0]
+    torch.testing.assert_close(gradient, torch.autograd.grad(one_by_one, z)[0])
+    assert not gradient[~mask].any()
+
+
+def test_pooled_set_ignores_padding():
+    torch.manual_seed(0)
+    z = torch.randn(2, 3, 4)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    settings = {"mu": 0.0, "sigma": 1.0, "num_projections": 16}
+    found = rdm_loss(z, mask=mask, generator=torch.Generator().manual_seed(1), **settings)
+    z[1, 1:] = 1e6
+    again = rdm_loss(z, mask=mask, generator=torch.Generator().manual_seed(1), **settings)
+    alone = rdm_loss(z[mask].unsqueeze(0), generator=torch.Generator().manual_seed(1), **settings)
+    assert found == again == alone
+
+
+def test_rdm_is_small_for_the_wanted_distribution_and_large_otherwise():
+    torch.manual_seed(0)
+    settings = {"mu": 0.0, "sigma": 1.0, "num_projections": 64}
+    matching = rdm_loss(torch.randn(1, 4000, 8), generator=torch.Generator().manual_seed(1), **settings)
+    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, generator=torch.Generator().manual_seed(1), **settings)
+    assert matching < 0.01 < 0.5 < shifted

@@ -63,7 +63,8 @@ def fuse(options: DemoArguments, folder: Path) -> float:
         replay.append(folder / "replay" / f"{task}.jsonl")
         write_dataset(replay[-1], make_examples(task, "replay", options.replay_examples, options.seed))
     flags = [
-        f"--config={CONFIG}", f"--model_name_or_path={zoo_path('llama')}", f"--target_adapter={zoo_path(*DEMO_ANCHOR)}",
+        f"--config={CONFIG}", f"--model_name_or_path={zoo_path('llama')}",
+        f"--target_adapter={zoo_path(*DEMO_ANCHOR)}",
         "--source_adapters", *(str(zoo_path(*source)) for source in DEMO_SOURCES),
         "--dataset_name", *map(str, replay), f"--max_examples={options.replay_examples}", f"--seed={options.seed}",
         f"--output_dir={folder / 'adapter'}", "--overwrite=true",
@@ -97,7 +98,9 @@ def main(argv: list[str]) -> None:
     }
     for expert in (DEMO_ANCHOR, *DEMO_SOURCES):
         own = {expert[1]: tests[expert[1]]}
-        scores["expert of the task"] |= score(expert[0], zoo_path(*expert), own, f"the {expert[0]} expert of {expert[1]}")
+        scores["expert of the task"] |= score(
+            expert[0], zoo_path(*expert), own, f"the {expert[0]} expert of {expert[1]}"
+        )
     write_report(folder, options, scores, seconds, time.perf_counter() - start)
 
 
@@ -128,8 +131,8 @@ def write_report(folder: Path, options: DemoArguments, scores: dict, fusion_seco
 
 Anchor `{results["anchor"]}` (Llama family), sources {", ".join(f"`{name}`" for name in results["sources"])};
 {replay} replay examples a task, {options.test_examples} test sentences a task, seed {options.seed}, preset
-`{results["preset"]}` ({results["hypernetwork"]["parameters"]:,} parameters). Fusion took {fusion_seconds:.0f} s, the demo
-{seconds:.0f} s. Micro-F1:
+`{results["preset"]}` ({results["hypernetwork"]["parameters"]:,} parameters). Fusion took {fusion_seconds:.0f} s,
+the demo {seconds:.0f} s. Micro-F1:
 
 {table}
 

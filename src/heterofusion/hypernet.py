@@ -60,9 +60,9 @@ class HypernetworkConfig:
     def from_preset(cls, preset: str, width: int, **overrides: Any) -> "HypernetworkConfig":
         """Sizes of a preset, fitted to a model.
 
-        The paper's sizes belong to 4096-wide models and are what such a model gets. A narrower one gets the next
-        power of two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model
-        does not carry a 0.7 B hypernetwork.
+        The paper's sizes belong to 4096-wide models and are what such a model gets. Others get the nearest power of
+        two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model does
+        not carry a 0.7 B hypernetwork.
 
         Args:
             preset: `paper` or `compact`.
@@ -73,7 +73,7 @@ class HypernetworkConfig:
             ValueError: unknown preset, or values that do not go together.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        block_size = given.get("block_size", min(4096, max(64, 1 << (max(width, 1) - 1).bit_length())))
+        block_size = given.get("block_size", min(4096, max(64, 1 << round(math.log2(max(width, 1))))))
         if preset == "compact":
             values = {"embed_dim": min(512, max(128, block_size // 8)), "max_position_embeddings": 1024}
         else:

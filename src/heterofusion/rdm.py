@@ -23,18 +23,18 @@ def sliced_distance(
     Returns:
         Scalar: mean over the sets of mean over (M x P) of (sort(relu(z) D) - sort(relu(mu + sigma noise) D))^2.
     """
-    unit = directions / directions.norm(dim=0, keepdim=True)
-    found = torch.relu(z) @ unit  # (S, M, P)
-    wanted = torch.relu(mu + sigma * noise) @ unit
+    unit = (directions / directions.norm(dim=0, keepdim=True)).T  # (P, e)
+    found = unit @ torch.relu(z).transpose(1, 2)  # (S, P, M): sorting is fastest along the last dimension
+    wanted = unit @ torch.relu(mu + sigma * noise).transpose(1, 2)
     if mask is None:
-        return (found.sort(dim=1).values - wanted.sort(dim=1).values).square().mean()
-    padding = ~mask.unsqueeze(-1)
-    found = found.masked_fill(padding, torch.inf).sort(dim=1).values  # padding goes last
-    wanted = wanted.masked_fill(padding, torch.inf).sort(dim=1).values
-    lengths = mask.sum(dim=1, keepdim=True)  # (S, 1)
-    beyond = torch.arange(z.shape[1], device=z.device) >= lengths  # (S, M)
-    gaps = (found - wanted).masked_fill(beyond.unsqueeze(-1), 0.0).square()
-    return (gaps.sum(dim=(1, 2)) / (lengths.squeeze(1) * directions.shape[1])).mean()
+        return (found.sort().values - wanted.sort().values).square().mean()
+    padding = ~mask.unsqueeze(1)  # (S, 1, M)
+    found = found.masked_fill(padding, torch.inf).sort().values  # padding goes last
+    wanted = wanted.masked_fill(padding, torch.inf).sort().values
+    lengths = mask.sum(dim=1)  # (S,)
+    beyond = torch.arange(z.shape[1], device=z.device) >= lengths.view(-1, 1, 1)  # (S, 1, M)
+    gaps = (found - wanted).masked_fill(beyond, 0.0).square()
+    return (gaps.sum(dim=(1, 2)) / (lengths * directions.shape[1])).mean()
 
 
 def rdm_loss(

@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 import train
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.evaluation import UIEF1, generate_answers
 from heterofusion.export import library_versions
 from heterofusion.report import draw_scores, draw_training, score_table
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, make_examples, write_dataset, zoo_path
+from heterofusion.zoo.build import score_tasks
 
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
 
@@ -39,21 +40,13 @@ class DemoArguments:
     seed: int = field(default=42, metadata={"help": "Seed of replay, tests and training."})
 
 
-def score(family: str, adapter: Path | None, tests: dict[str, list[dict]], what: str) -> dict[str, float]:
+def score(options: DemoArguments, family: str, adapter: Path | None, tasks: Sequence[str], what: str) -> dict:
     """Micro-F1 per task of a base model with an adapter."""
-    print(f"scoring {what} on {len(tests)} task(s)", flush=True)
+    print(f"scoring {what} on {len(tasks)} task(s)", flush=True)
     base = AutoModelForCausalLM.from_pretrained(zoo_path(family), dtype=torch.float32)
     model = base if adapter is None else PeftModel.from_pretrained(base, adapter)
     tokenizer = AutoTokenizer.from_pretrained(zoo_path(family))
-    examples = [example for part in tests.values() for example in part]
-    answers = generate_answers(model, tokenizer, [example["prompt"] for example in examples], batch_size=50)
-    scores, start = {}, 0
-    for task, part in tests.items():
-        found = answers[start : start + len(part)]
-        start += len(part)
-        wanted = [example["completion"] for example in part]
-        scores[task] = float(UIEF1().compute(predictions=found, references=wanted)["micro_f1"])
-    return scores
+    return score_tasks(model, tokenizer, tasks, options.test_examples, options.seed)
 
 
 def fuse(options: DemoArguments, folder: Path) -> float:
@@ -86,21 +79,17 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     folder = Path(options.output_dir)
     (folder / "replay").mkdir(parents=True, exist_ok=True)
-    tests = {task: make_examples(task, "test", options.test_examples, options.seed) for task in TASKS}
-
     seconds = fuse(options, folder)
     family, task = DEMO_ANCHOR
     scores = {
-        "base model": score(family, None, tests, "the target's base model"),
-        f"anchor ({task})": score(family, zoo_path(*DEMO_ANCHOR), tests, "the anchor"),
-        "fused adapter": score(family, folder / "adapter", tests, "the fused adapter"),
+        "base model": score(options, family, None, list(TASKS), "the target's base model"),
+        f"anchor ({task})": score(options, family, zoo_path(*DEMO_ANCHOR), list(TASKS), "the anchor"),
+        "fused adapter": score(options, family, folder / "adapter", list(TASKS), "the fused adapter"),
         "expert of the task": {},
     }
-    for expert in (DEMO_ANCHOR, *DEMO_SOURCES):
-        own = {expert[1]: tests[expert[1]]}
-        scores["expert of the task"] |= score(
-            expert[0], zoo_path(*expert), own, f"the {expert[0]} expert of {expert[1]}"
-        )
+    for family, task in (DEMO_ANCHOR, *DEMO_SOURCES):
+        own = score(options, family, zoo_path(family, task), [task], f"the {family} expert of {task}")
+        scores["expert of the task"] |= own
     write_report(folder, options, scores, seconds, time.perf_counter() - start)
 
 

@@ -22,8 +22,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.checkpoints import check_checkpoint
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.config import AdapterArguments, ModelArguments, RunArguments
-from heterofusion.data import DataArguments, build_eval, build_replay, make_collator
+from heterofusion.config import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.loading import (
     check_base,
     check_output_dir,

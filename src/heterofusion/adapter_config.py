@@ -94,7 +94,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
         ) from None
     except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
-        raise AdapterError(f"{path} cannot be read: {error}") from None
+        raise AdapterError(f"{path} cannot be read: {error}; download or save it again") from None
     if not isinstance(content, dict):
         raise AdapterError(f"{path} holds {type(content).__name__}, a JSON object was expected")
     return content

@@ -127,15 +127,15 @@ def load_base_config(
         ) from error
 
 
-def read_source_configs(
-    names: Sequence[str] | None, sources: Sequence[LoraAdapter], trust_remote_code: bool = False
-) -> list[PretrainedConfig | None]:
+def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapter]) -> list[PretrainedConfig | None]:
     """Base configs of sources that have fused projections.
 
     Args:
         names: one path or Hub id per source, or `none`; None to follow each source's `base_model_name_or_path`.
         sources: the source adapters.
-        trust_remote_code: run config code of the Hub; off unless the user wants it.
+
+    Returns:
+        One config per source, None where there is none or none is needed. Code that comes with one is never run.
 
     Raises:
         ValueError: not as many names as sources.
@@ -150,13 +150,11 @@ def read_source_configs(
     for index, source in enumerate(sources):
         what = f"source adapter {source.name}"
         if names is not None and names[index].lower() != "none":
-            name = names[index]
-            path = Path(name).expanduser()
-            name = str(path.parent) if path.name == "config.json" and path.is_file() else name
-            configs.append(load_base_config(name, what, trust_remote_code))
-            continue
-        if source.base_model and has_fused_modules(source):
-            configs.append(load_base_config(source.base_model, what, trust_remote_code))
+            path = Path(names[index]).expanduser()
+            path = path.parent if path.name == "config.json" and path.is_file() else path
+            configs.append(load_base_config(str(path) if path.exists() else names[index], what))
+        elif source.base_model and has_fused_modules(source):
+            configs.append(load_base_config(source.base_model, what))
         else:
             configs.append(None)
     return configs

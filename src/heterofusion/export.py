@@ -15,22 +15,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
+from heterofusion.adapters import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, LoraAdapter
 from heterofusion.modeling import HeteroFusionModel
 
 logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "fusion.json"
 CARD_FILE = "README.md"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "vocab*",
-    "merges.txt",
-    "added_tokens.json",
-)
-HUB_PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, *_TOKENIZER_FILES)
+HUB_PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, *TOKENIZER_FILES)
 
 
 class ExportError(ValueError):

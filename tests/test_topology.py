@@ -1,0 +1,397 @@
+"""Which module feeds which: layer maps, transfer ratio, roles, and the reasons for what stays out."""
+
+import time
+from fractions import Fraction
+
+import pytest
+import torch
+
+from builders import LLAMA_ROLES, llama_modules, lora_folder, tiny_config, tiny_model, write_adapter
+from heterofusion import AdapterError, load_adapter, plan_alignment
+from heterofusion.topology import GroupKey, map_layers, parse_transfer_ratio
+
+ONE = Fraction(1)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Factory of adapters: of a Llama-like model with some layers and roles, or of given modules."""
+
+    def make(name, layers=2, roles=LLAMA_ROLES, modules=None, seed=None, **kwargs):
+        modules = llama_modules(layers, roles=roles) if modules is None else modules
+        seed = sum(map(ord, name)) if seed is None else seed
+        return load_adapter(write_adapter(tmp_path / name, modules, seed=seed, **kwargs))
+
+    return make
+
+
+def links(plan) -> dict[str, list[tuple[int, str, str]]]:
+    """Target module -> (source, source module, role) in order."""
+    found: dict[str, list[tuple[int, str, str]]] = {}
+    for item in plan.aligned:
+        found.setdefault(item.target.module.path, []).extend(
+            (index, source.module.path, source.role) for index, source in item.sources
+        )
+    return found
+
+
+# Layer maps.
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "expected"),
+    [
+        (4, 4, {0: 0, 1: 1, 2: 2, 3: 3}),
+        (4, 6, {0: 2, 1: 3, 2: 4, 3: 5}),
+        (4, 3, {1: 0, 2: 1, 3: 2}),
+        (1, 5, {0: 4}),
+        (5, 1, {4: 0}),
+    ],
+)
+def test_tail_map_joins_the_last_layers(target, source, expected):
+    assert map_layers(target, source, "tail", ONE) == expected
+
+
+@pytest.mark.parametrize(("target", "source"), [(4, 4), (4, 6), (4, 3), (32, 28), (28, 32), (5, 1), (2, 100), (1, 7)])
+def test_proportional_map_is_monotone_and_its_ends_meet(target, source):
+    pairs = map_layers(target, source, "proportional", ONE)
+    assert list(pairs) == list(range(target))
+    assert list(pairs.values()) == sorted(pairs.values())
+    assert pairs[target - 1] == source - 1
+    assert target == 1 or pairs[0] == 0
+    for i, layer in pairs.items():
+        assert target == 1 or abs(layer - i * (source - 1) / (target - 1)) <= 0.5
+
+
+def test_proportional_map_of_equal_depths_is_the_identity():
+    assert map_layers(9, 9, "proportional", ONE) == {i: i for i in range(9)}
+
+
+def test_unknown_layer_alignment_raises(adapter):
+    with pytest.raises(ValueError, match="layer_alignment is 'head'; choose one of tail, proportional"):
+        plan_alignment(adapter("target"), [adapter("source")], layer_alignment="head")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kept"), [(1, 10), (0.5, 5), ("1/2", 5), ("0.35", 3), (0.3, 3), (0.1, 1), (1e-9, 1), ("1/1000", 1)]
+)
+def test_transfer_ratio_keeps_the_last_pairs(ratio, kept):
+    pairs = map_layers(12, 10, "tail", parse_transfer_ratio(ratio))
+    assert pairs == {i: i - 2 for i in range(12 - kept, 12)}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1, 1), (1.0, 1), ("1", 1), (" 1/2 ", Fraction(1, 2)), (0.3, Fraction(3, 10)), (1 / 3, Fraction(1, 3))],
+)
+def test_transfer_ratio_is_exact(value, expected):
+    assert parse_transfer_ratio(value) == expected
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.01, 2, "3/2", "0", "-1/2"])
+def test_transfer_ratio_out_of_range_raises(value):
+    with pytest.raises(ValueError, match=f"transfer_ratio is {value}; it must be above 0 and at most 1"):
+        parse_transfer_ratio(value)
+
+
+@pytest.mark.parametrize("value", ["half", "", "1/0", float("nan"), float("inf"), None, [0.5], "1/2/3"])
+def test_transfer_ratio_that_is_no_number_raises(value):
+    with pytest.raises(ValueError, match=r"transfer_ratio is .*give a number such as 0.5, or a fraction such as 1/2"):
+        parse_transfer_ratio(value)
+
+
+def test_transfer_ratio_applies_to_each_source_on_its_own(adapter):
+    target = adapter("target", 6)
+    sources = [adapter("deep", 8), adapter("even", 6), adapter("flat", 3), adapter("single", 1)]
+    plan = plan_alignment(target, sources, transfer_ratio="1/2")
+    assert plan.layer_maps == ({3: 5, 4: 6, 5: 7}, {3: 3, 4: 4, 5: 5}, {5: 2}, {5: 0})
+    assert plan.transfer_ratio == Fraction(1, 2)
+    assert {item.target.layer for item in plan.aligned} == {3, 4, 5}
+
+
+def test_depth_is_that_of_the_adapter_and_not_of_the_base(adapter):
+    """L is 1 + the highest layer that the adapter itself holds (METHOD 2)."""
+    held = {path: size for path, size in llama_modules(6).items() if ".1." in path or ".3." in path}
+    plan = plan_alignment(adapter("target", 4), [adapter("source", modules=held)])
+    assert plan.layer_maps == ({0: 0, 1: 1, 2: 2, 3: 3},)
+    assert {item.target.layer for item in plan.aligned} == {1, 3}
+    assert plan.untouched["model.layers.0.mlp.up_proj"] == "no source has up_proj at the layer mapped to layer 0"
+
+
+# Modules.
+
+
+def test_sources_are_joined_in_the_order_of_the_user(adapter):
+    target, first, second = adapter("target", 2), adapter("b", 3), adapter("a", 2)
+    forward = plan_alignment(target, [first, second])
+    backward = plan_alignment(target, [second, first])
+    path = "model.layers.0.self_attn.q_proj"
+    ours = ("model.layers.1.self_attn.q_proj", "q_proj"), (path, "q_proj")
+    assert links(forward)[path] == [(0, *ours[0]), (1, *ours[1])]
+    assert links(backward)[path] == [(0, *ours[1]), (1, *ours[0])]
+    assert forward.aligned[0].sources[0][1].module in first.modules.values()
+    assert backward.aligned[0].sources[0][1].module in second.modules.values()
+    assert forward.sources == (first, second)
+
+
+def test_partial_overlap_aligns_what_both_have_and_says_why_not_the_rest(adapter):
+    target = adapter("target", 3, roles=("q_proj", "v_proj", "down_proj"))
+    sources = [adapter("first", 2, roles=("q_proj", "k_proj", "up_proj")), adapter("second", 5, roles=("v_proj",))]
+    plan = plan_alignment(target, sources, transfer_ratio="2/3")
+    q, v, down = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
+    assert links(plan) == {
+        f"model.layers.2.{q}": [(0, f"model.layers.1.{q}", "q_proj")],
+        f"model.layers.1.{v}": [(1, f"model.layers.3.{v}", "v_proj")],
+        f"model.layers.2.{v}": [(1, f"model.layers.4.{v}", "v_proj")],
+    }
+    assert plan.untouched == {
+        f"model.layers.0.{down}": "no source has down_proj",
+        f"model.layers.1.{down}": "no source has down_proj",
+        f"model.layers.2.{down}": "no source has down_proj",
+        f"model.layers.0.{q}": "no source layer is mapped to layer 0",
+        f"model.layers.1.{q}": "no source has q_proj at the layer mapped to layer 1",
+        f"model.layers.0.{v}": "no source layer is mapped to layer 0",
+    }
+    assert plan.unused[0] == {
+        "model.layers.0.mlp.up_proj": "the target has no up_proj",
+        "model.layers.1.mlp.up_proj": "the target has no up_proj",
+        "model.layers.0.self_attn.k_proj": "the target has no k_proj",
+        "model.layers.1.self_attn.k_proj": "the target has no k_proj",
+        f"model.layers.0.{q}": "layer 0 is mapped to no target layer",
+    }
+    assert plan.unused[1] == {f"model.layers.{i}.{v}": f"layer {i} is mapped to no target layer" for i in range(3)}
+
+
+def test_every_module_is_aligned_untouched_or_unused_exactly_once(adapter):
+    target = adapter("target", 5)
+    sources = [adapter("first", 7, roles=("q_proj", "up_proj")), adapter("second", 2)]
+    plan = plan_alignment(target, sources, layer_alignment="proportional", transfer_ratio=0.6)
+    aligned = [item.target.module.path for item in plan.aligned]
+    assert sorted([*aligned, *plan.untouched]) == sorted(target.modules)
+    for index, source in enumerate(sources):
+        used = {part.module.path for item in plan.aligned for number, part in item.sources if number == index}
+        assert used | set(plan.unused[index]) == set(source.modules)
+        assert not used & set(plan.unused[index])
+
+
+def test_modules_outside_the_layers_stay_out_with_a_reason(adapter):
+    modules = {**llama_modules(1, roles=("q_proj",)), "lm_head": (32, 128), "model.visual.blocks.3.attn.qkv": (32, 96)}
+    plan = plan_alignment(adapter("target", modules=modules), [adapter("source", modules=modules)])
+    outside = {"lm_head": "outside the decoder layers", "model.visual.blocks.3.attn.qkv": "outside the decoder layers"}
+    assert plan.untouched == outside
+    assert plan.unused == (outside,)
+    assert plan.layer_maps == ({0: 0},)  # the tower's layer 3 does not count
+
+
+def test_rank_pattern_gives_groups_of_their_own(adapter):
+    ranks = {"model.layers.1.self_attn.q_proj": 8}
+    target = adapter(
+        "target", 3, roles=("q_proj", "v_proj"), ranks=ranks, rank_pattern={"layers.1.self_attn.q_proj": 8}
+    )
+    plan = plan_alignment(target, [adapter("source", 3, r=2)])
+    layers = {key: [item.target.layer for item in members] for key, members in plan.groups.items()}
+    assert layers == {GroupKey("q_proj", 4): [0, 2], GroupKey("q_proj", 8): [1], GroupKey("v_proj", 4): [0, 1, 2]}
+    assert [key.name for key in plan.groups] == ["q_proj_r4", "v_proj_r4", "q_proj_r8"]
+
+
+# Other names and fused projections.
+
+
+@pytest.fixture(scope="module")
+def fused_phi3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phi3")
+    names = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    return load_adapter(lora_folder(tiny_model("phi3"), folder, names)), tiny_config("phi3")
+
+
+def test_fused_source_feeds_separate_modules_by_its_rows(adapter, fused_phi3):
+    source, config = fused_phi3
+    plan = plan_alignment(adapter("target"), [source], source_configs=[config])
+    attention = "model.layers.1.self_attn."
+    assert links(plan)[f"{attention}k_proj"] == [(0, f"{attention}qkv_proj", "k_proj")]
+    assert links(plan)["model.layers.0.mlp.up_proj"] == [(0, "model.layers.0.mlp.gate_up_proj", "up_proj")]
+    assert not plan.untouched
+    assert plan.unused == ({},)
+    slices = {item.target.module.path: item.sources[0][1] for item in plan.aligned}
+    B = source.modules[f"{attention}qkv_proj"].lora_B  # 32 rows of q, 16 of k, 16 of v
+    assert torch.equal(slices[f"{attention}q_proj"].lora_B, B[:32])
+    assert torch.equal(slices[f"{attention}k_proj"].lora_B, B[32:48])
+    assert torch.equal(slices[f"{attention}v_proj"].lora_B, B[48:])
+    assert slices[f"{attention}v_proj"].out_features == 16
+    gate_up = source.modules["model.layers.1.mlp.gate_up_proj"].lora_B
+    assert torch.equal(slices["model.layers.1.mlp.gate_proj"].lora_B, gate_up[:48])
+
+
+def test_separate_source_feeds_the_roles_of_a_fused_target(adapter, fused_phi3):
+    target, config = fused_phi3
+    plan = plan_alignment(target, [adapter("source", roles=("q_proj", "v_proj", "up_proj"))], target_config=config)
+    assert {key.role: [item.target.layer for item in members] for key, members in plan.groups.items()} == {
+        "q_proj": [0, 1],
+        "v_proj": [0, 1],
+        "up_proj": [0, 1],
+    }
+    rows = {(item.target.layer, item.target.role): item.target.rows.tolist() for item in plan.aligned}
+    assert rows[0, "q_proj"] == list(range(32))
+    assert rows[1, "v_proj"] == list(range(48, 64))
+    assert rows[1, "up_proj"] == list(range(48, 96))
+    assert plan.untouched["model.layers.0.self_attn.qkv_proj [k_proj]"] == "no source has k_proj"
+    assert plan.untouched["model.layers.0.mlp.gate_up_proj [gate_proj]"] == "no source has gate_proj"
+    assert len(plan.untouched) == 2 * 4  # k, gate, o and down
+
+
+def test_two_layer_mlp_of_gpt2_feeds_up_and_down(adapter, tmp_path):
+    source = load_adapter(lora_folder(tiny_model("gpt2"), tmp_path / "gpt2", ["c_fc", "c_proj"], fan_in_fan_out=True))
+    plan = plan_alignment(adapter("target"), [source])
+    found = links(plan)
+    assert found["model.layers.0.mlp.up_proj"] == [(0, "transformer.h.0.mlp.c_fc", "up_proj")]
+    assert found["model.layers.1.mlp.down_proj"] == [(0, "transformer.h.1.mlp.c_proj", "down_proj")]
+    assert found["model.layers.1.self_attn.o_proj"] == [(0, "transformer.h.1.attn.c_proj", "o_proj")]
+    assert plan.untouched["model.layers.0.mlp.gate_proj"] == "no source has gate_proj"
+
+
+def moe_modules(experts, layers=1):
+    return {
+        f"model.layers.{layer}.mlp.experts.{expert}.{role}": (32, 48)
+        for layer in range(layers)
+        for expert in range(experts)
+        for role in ("gate_proj", "up_proj")
+    }
+
+
+def test_experts_are_matched_by_name_only(adapter):
+    target = adapter("target", modules={**moe_modules(3), **llama_modules(1, roles=("q_proj",))})
+    plan = plan_alignment(target, [adapter("source", modules=moe_modules(2))])
+    path = "model.layers.0.mlp.experts.{}.gate_proj"
+    assert links(plan)[path.format(1)] == [(0, path.format(1), "gate_proj")]
+    reason = "several modules do gate_proj at layer 0 and no source has this one's name"
+    assert plan.untouched[path.format(2)] == reason
+    assert len(plan.aligned) == 4
+
+
+@pytest.mark.parametrize("experts_in", ["target", "source"])
+def test_a_dense_mlp_is_not_guessed_among_experts(adapter, experts_in):
+    attention = llama_modules(1, roles=("q_proj",))
+    experts = adapter("experts", modules={**moe_modules(2), **attention})
+    dense = adapter("dense", modules=llama_modules(1, roles=("q_proj", "gate_proj")))
+    target, source = (experts, dense) if experts_in == "target" else (dense, experts)
+    plan = plan_alignment(target, [source])
+    assert list(links(plan)) == ["model.layers.0.self_attn.q_proj"]
+    expert = "model.layers.0.mlp.experts.1.gate_proj"
+    several = "several modules do gate_proj at layer 0 and "
+    if experts_in == "target":
+        assert plan.untouched[expert] == several + "no source has this one's name"
+        assert plan.unused[0]["model.layers.0.mlp.gate_proj"] == several + "the target has none of this name"
+    else:
+        assert plan.untouched["model.layers.0.mlp.gate_proj"] == several + "no source has this one's name"
+        assert plan.unused[0][expert] == several + "the target has none of this name"
+
+
+# Refusals and warnings.
+
+
+def test_fused_source_without_config_raises(adapter, fused_phi3):
+    source = fused_phi3[0]
+    with pytest.raises(AdapterError, match=r"gate_up_proj is a fused projection \(gate_proj, up_proj\)") as caught:
+        plan_alignment(adapter("target"), [source])
+    assert "--source_configs" in str(caught.value)
+    assert str(source.weights_file) in str(caught.value)
+
+
+def test_fused_target_without_config_raises(adapter, fused_phi3):
+    target = fused_phi3[0]
+    with pytest.raises(AdapterError, match=r"target adapter \(.*gate_up_proj is a fused .*--model_name_or_path"):
+        plan_alignment(target, [adapter("source")])
+
+
+def test_fused_source_with_the_config_of_another_raises(adapter, fused_phi3):
+    source = fused_phi3[0]
+    with pytest.raises(AdapterError, match=r"source adapter .*qkv_proj has 64 rows .* gives 96") as caught:
+        plan_alignment(adapter("target"), [source], source_configs=[tiny_config("phi3", num_key_value_heads=4)])
+    assert str(source.weights_file) in str(caught.value)
+
+
+def test_wrong_number_of_configs_raises(adapter):
+    with pytest.raises(ValueError, match="--source_configs has 2 entries for 1 sources"):
+        plan_alignment(adapter("target"), [adapter("source")], source_configs=[None, None])
+
+
+def test_no_source_raises(adapter):
+    with pytest.raises(AdapterError, match="no source adapter given; --source_adapters needs at least one"):
+        plan_alignment(adapter("target"), [])
+
+
+def test_source_that_is_the_target_raises(adapter):
+    target = adapter("target")
+    again = load_adapter(f"{target.folder}/../target")
+    with pytest.raises(AdapterError, match=rf"is the target adapter itself \({target.folder}\)"):
+        plan_alignment(target, [adapter("source"), again])
+
+
+def test_same_weights_twice_are_a_warning(adapter, caplog):
+    target, source, copy = adapter("target"), adapter("source", seed=1), adapter("copy", seed=1)
+    plan = plan_alignment(target, [source, copy])
+    assert f"source {copy.name} has the same weights as source 1" in caplog.text
+    assert [len(item.sources) for item in plan.aligned] == [2] * 14
+    caplog.clear()
+    plan_alignment(copy, [source])
+    assert f"source {source.name} has the same weights as the target" in caplog.text
+
+
+def test_nothing_in_common_raises(adapter):
+    target, source = adapter("target", roles=("q_proj", "v_proj")), adapter("source", 3, roles=("up_proj",))
+    with pytest.raises(AdapterError, match="no source module matches") as caught:
+        plan_alignment(target, [source], transfer_ratio=0.5)
+    message = str(caught.value)
+    assert f"{target.name} (q_proj, v_proj)" in message
+    assert f"{source.name}: up_proj on layers [2]" in message
+    assert "overlapping target_modules" in message
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", 3])
+def test_target_of_another_task_raises(adapter, task_type):
+    target = adapter("target", task_type=task_type)
+    with pytest.raises(AdapterError, match=f"task_type is {task_type!r}; the target must be a CAUSAL_LM adapter"):
+        plan_alignment(target, [adapter("source")])
+
+
+def test_task_of_a_source_does_not_matter(adapter):
+    source = adapter("source", task_type="SEQ_CLS")
+    assert len(plan_alignment(adapter("target", task_type=None), [source]).aligned) == 14
+
+
+def test_unknown_role_names_file_and_module(adapter):
+    source = adapter("source", modules={"model.layers.0.mlp.experts.0.w1": (8, 8)})
+    with pytest.raises(AdapterError, match=rf"{source.weights_file}: module model.layers.0.mlp.experts.0.w1 has no"):
+        plan_alignment(adapter("target"), [source])
+
+
+def test_two_stacks_of_layers_raise(adapter):
+    """An encoder and a decoder: the layer index alone does not say which is meant."""
+    paths = ["model.encoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.self_attn.q_proj"]
+    source = adapter("source", modules=dict.fromkeys(paths, (8, 8)))
+    with pytest.raises(AdapterError, match=r"model.decoder.*same place of two stacks of layers"):
+        plan_alignment(adapter("target"), [source])
+
+
+def test_adapter_of_a_vision_tower_alone_raises(adapter):
+    modules = {"model.vision_tower.layers.0.self_attn.q_proj": (8, 8)}
+    with pytest.raises(AdapterError, match="no LoRA module inside the language model's layers"):
+        plan_alignment(adapter("target", modules=modules), [adapter("source")])
+
+
+def test_ignored_and_idle_parts_of_sources_are_warnings(adapter, caplog):
+    extra = {"base_model.model.lm_head.weight": torch.ones(4, 4)}
+    full = adapter("full", tensors=extra)
+    idle = adapter("idle", roles=("o_proj",))
+    plan_alignment(adapter("target", roles=("q_proj",)), [full, idle])
+    assert f"source {full.name}: 1 tensors outside LoRA (modules_to_save, embeddings) are ignored" in caplog.text
+    assert f"source {idle.name} (number 2) feeds no target module" in caplog.text
+
+
+def test_many_experts_are_aligned_in_a_moment(adapter):
+    """Matching goes by a table: searching all modules for each would take minutes here."""
+    modules = moe_modules(64, layers=24)
+    target, source = adapter("target", modules=modules, r=1), adapter("source", modules=modules, r=1)
+    start = time.monotonic()
+    assert len(plan_alignment(target, [source]).aligned) == len(modules) == 3072
+    assert time.monotonic() - start < 5

@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import HfArgumentParser, PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from heterofusion.data import DataArguments, build_eval, build_replay, load_records, make_collator
+from heterofusion.config import DataArguments
+from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.formats import detect_format, render, to_conversation, tokenize
+from heterofusion.records import load_records
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT = (

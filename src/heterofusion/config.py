@@ -1,7 +1,11 @@
-"""Flags of a fusion as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`."""
+"""Flags of a fusion as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`.
+
+Every range that can be checked without a file is checked here.
+"""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -227,3 +231,143 @@ class RunArguments:
         default=False, metadata={"help": "Write into an output_dir that is not empty; files of the same name go."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set of a mixture, with the values of the list flags that belong to it."""
+
+    name: str
+    config: str | None
+    split: str
+    max_examples: int
+    ratio: float
+
+
+@dataclass
+class DataArguments:
+    """Flags for the replay mixture; list flags have one value for all data sets, or one per data set."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub."
+        },
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each replay data set at most."},
+    )
+    dataset_ratio: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Fraction of each replay data set to sample, before max_examples caps it (0 < ratio <= 1)."},
+    )
+    dataset_seed: int = field(
+        default=42, metadata={"help": "Seed of the sampling and of the order in which the data sets are mixed."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Number of tokens after which an example is cut off on the right."}
+    )
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Data sets for the evaluation loss, named like those of dataset_name."}
+    )
+    eval_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each evaluation data set, like dataset_config."}
+    )
+    eval_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Split of each evaluation data set; a local file has no splits and is read whole."},
+    )
+    eval_max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each evaluation data set at most."},
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value; a single value where a list is meant (as in YAML) becomes a list of one.
+
+        Raises:
+            ValueError: A value is out of range or of the wrong type, or the lengths of two lists do not match.
+        """
+        lists: dict[str, type] = {
+            "dataset_name": str,
+            "dataset_config": str,
+            "dataset_split": str,
+            "max_examples": int,
+            "dataset_ratio": float,
+            "eval_dataset_name": str,
+            "eval_config": str,
+            "eval_split": str,
+            "eval_max_examples": int,
+        }
+        for flag, kind in lists.items():
+            values = getattr(self, flag)
+            if values is None and flag in ("dataset_config", "eval_dataset_name", "eval_config"):
+                continue
+            if isinstance(values, (str, int, float)):
+                values = [values]
+                setattr(self, flag, values)
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(f"--{flag} is {values!r}: give one or more values")
+            for value in values:
+                _check_value(flag, value, kind)
+            base = "eval_dataset_name" if flag.startswith("eval") else "dataset_name"
+            names = getattr(self, base) or []
+            if flag != base and names and len(values) not in (1, len(names)):
+                raise ValueError(
+                    f"--{flag} has {len(values)} values, but --{base} has {len(names)}: give one value for all data "
+                    "sets, or one per data set"
+                )
+        for flag, lowest in (("dataset_seed", 0), ("max_length", 2)):
+            value = getattr(self, flag)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ValueError(f"--{flag} is {value!r}: give an integer of at least {lowest}")
+
+    def replay_sets(self) -> list[DatasetSpec]:
+        """The data sets of the training mixture, with one-valued flags repeated."""
+        names = self.dataset_name
+        return _specs(names, self.dataset_config, self.dataset_split, self.max_examples, self.dataset_ratio)
+
+    def eval_sets(self) -> list[DatasetSpec]:
+        """The data sets of the evaluation loss; empty when there are none."""
+        return _specs(self.eval_dataset_name or [], self.eval_config, self.eval_split, self.eval_max_examples, [1.0])
+
+
+def _check_value(flag: str, value: Any, kind: type) -> None:
+    if kind is str:
+        good, wanted = isinstance(value, str) and bool(value.strip()), "a name that is not empty"
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "an integer of at least 1"
+    else:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+        wanted = "a fraction with 0 < ratio <= 1"
+    if not good:
+        raise ValueError(f"--{flag} has the value {value!r}: give {wanted}")
+
+
+def _specs(
+    names: list[str],
+    configs: list[str] | None,
+    splits: list[str],
+    max_examples: list[int],
+    ratios: list[float],
+) -> list[DatasetSpec]:
+    def at(values: Sequence[Any], i: int) -> Any:
+        return values[0] if len(values) == 1 else values[i]
+
+    return [
+        DatasetSpec(name, at(configs or [None], i), at(splits, i), at(max_examples, i), float(at(ratios, i)))
+        for i, name in enumerate(names)
+    ]

@@ -1,5 +1,6 @@
 """From flags to objects: adapters and their plan, tokenizer and base model, checked in order of their price."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -89,10 +90,13 @@ def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bo
 
     Raises:
         AdapterError: the config cannot be read or a module does not fit.
-        ValueError: the config is of no causal language model.
+        ValueError: the config is of no causal language model, or quantization is not possible.
     """
     if model.load_in_4bit and model.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
+    if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit"
+        raise ValueError(f"{flag} needs bitsandbytes; pip install 'heterofusion[quantization]', or leave the flag out")
     config = load_base_config(
         model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
     )
@@ -143,7 +147,7 @@ def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: b
         )
     name = model.model_name_or_path
     try:
-        base, loaded = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=model.model_revision,
             dtype=base_dtype(model, use_cpu),
@@ -156,6 +160,7 @@ def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: b
         raise ValueError(
             f"base model {name!r} cannot be loaded ({_first_line(error)}); check --model_name_or_path and its files"
         ) from error
+    base, loaded = result  # typed as a model, but it is a pair with output_loading_info
     if loaded["missing_keys"]:  # transformers would fill them with random numbers
         raise ValueError(
             f"the weights of base model {name!r} lack {len(loaded['missing_keys'])} tensors, such as "

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from heterofusion.architectures import module_key
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import sequence_lengths, source_factors
 from heterofusion.hypernet import PRESETS, HypernetworkConfig, HyperNetworks
@@ -28,7 +29,7 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
             "name": plan.target.name,
             "base_model": plan.target.base_model,
             "sha256": plan.target.sha256,
-            "layers": 1 + max(item.target.layer for item in plan.aligned),
+            "layers": 1 + max(key.layer for path in plan.target.modules if (key := module_key(path)) is not None),
             "lora_modules": len(plan.target.modules),
         },
         "layer_alignment": plan.layer_alignment,

@@ -57,7 +57,13 @@ def draw_scores(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str],
         places = [position + (index - (len(scores) - 1) / 2) * width for position in range(len(tasks))]
         style = {"color": _GREYS[index % len(_GREYS)], "hatch": _HATCHES[index % len(_HATCHES)]}
         bars = axes.bar(
-            places, [row.get(task, 0.0) for task in tasks], width, label=name, edgecolor="black", linewidth=0.6, **style
+            places,
+            [row.get(task, 0.0) for task in tasks],
+            width,
+            label=name,
+            edgecolor="black",
+            linewidth=0.6,
+            **style,
         )
         axes.bar_label(bars, [f"{row[task]:.2f}" if task in row else "" for task in tasks], fontsize=7, padding=1)
     axes.set_xticks(range(len(tasks)), tasks)

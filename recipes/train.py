@@ -34,6 +34,7 @@ from heterofusion.loading import (
 )
 from heterofusion.modeling import hypernetwork_config
 from heterofusion.plan_summary import format_plan, plan_summary
+from heterofusion.trainer import refuse_data_parallel
 
 logger = logging.getLogger("heterofusion.train")
 ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, HeteroFusionConfig)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)
 
     # everything that can be checked is checked before the base model is loaded
-    plan = load_plan(adapters, args, base_args.model_name_or_path)
+    plan = load_plan(adapters, args, base_args.model_name_or_path, base_args.model_revision)
     sizes = hypernetwork_config(plan, args)
     if run.dry_run:
         if is_main_process():
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
             f"--eval_strategy is {args.eval_strategy.value}, but --eval_dataset_name is not given; name one"
         )
     check_reporting(args)
+    refuse_data_parallel(args)
     base_config = check_base(base_args, plan.target, adapters.trust_remote_code)
     tokenizer = load_tokenizer(base_args, plan.target, adapters.trust_remote_code)
     replay, report = build_replay(data, tokenizer)

@@ -295,6 +295,13 @@ def test_other_model_or_args_raise(tmp_path, base):
         HeteroFusionTrainer(make_model(args), TrainingArguments(str(tmp_path), use_cpu=True))
 
 
+def test_several_gpus_in_one_process_raise(tmp_path, monkeypatch):
+    model = make_model(make_args(tmp_path))
+    monkeypatch.setattr(HeteroFusionConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="accelerate launch"):
+        HeteroFusionTrainer(model, make_args(tmp_path))
+
+
 # ---- adapters that the paper never met --------------------------------------------------------------------------
 
 

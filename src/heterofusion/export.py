@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -143,8 +143,10 @@ def library_versions() -> dict[str, str]:
 
 
 def display_name(name: str) -> str:
-    """A Hub id as it is; of a local path, its last part."""
-    return Path(name).name if name and (Path(name).expanduser().exists() or Path(name).is_absolute()) else name
+    """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).expanduser().exists():
+        return name
+    return re.sub(r"[^\w.-]", "_", Path(name).name)
 
 
 def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
@@ -243,11 +245,11 @@ def push_adapter(
             revision=revision,
             commit_message=commit_message,
         ).commit_url
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the Hub or the network says, the adapter is safe and the user must hear so
         include = " ".join(f"--include '{pattern}'" for pattern in HUB_PATTERNS)
+        reason = " ".join(f"{type(error).__name__} {error}".split())
         raise ExportError(
-            f"the push to {repo_id} failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
-            f"the adapter is safe in {folder.resolve()}. Push again with: "
+            f"the push to {repo_id} failed ({reason}); the adapter is safe in {folder.resolve()}. Push again with: "
             f"hf upload {repo_id} {folder.resolve()} . {include}"
         ) from error
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from heterofusion.adapters import LoraAdapter, load_adapter
-from heterofusion.architectures import load_base_config, module_key, read_source_configs
+from heterofusion.architectures import has_fused_modules, load_base_config, read_source_configs
 from heterofusion.base_model import check_base_fits
 from heterofusion.config import AdapterArguments, MethodConfig, ModelArguments
 from heterofusion.topology import AlignmentPlan, plan_alignment
@@ -27,13 +27,16 @@ from heterofusion.topology import AlignmentPlan, plan_alignment
 logger = logging.getLogger(__name__)
 
 
-def load_plan(adapters: AdapterArguments, method: MethodConfig, base: str | None = None) -> AlignmentPlan:
+def load_plan(
+    adapters: AdapterArguments, method: MethodConfig, base: str | None = None, base_revision: str | None = None
+) -> AlignmentPlan:
     """Read all adapters and align them. No base weights are loaded.
 
     Args:
         adapters: names of the adapters.
         method: settings of the alignment.
         base: base model of the target; needed only if the target has fused projections and does not name it.
+        base_revision: Hub revision of `base`.
 
     Raises:
         AdapterError: an adapter is not usable, or nothing aligns.
@@ -49,16 +52,18 @@ def load_plan(adapters: AdapterArguments, method: MethodConfig, base: str | None
         sources,
         layer_alignment=method.layer_alignment,
         transfer_ratio=method.transfer_ratio,
-        target_config=_target_config(target, base, adapters.trust_remote_code),
+        target_config=_target_config(target, base, base_revision, adapters.trust_remote_code),
         source_configs=read_source_configs(adapters.source_configs, sources),
     )
 
 
-def _target_config(target: LoraAdapter, base: str | None, trust_remote_code: bool) -> PretrainedConfig | None:
-    keys = [module_key(path) for path in target.modules]
-    if not any(key is not None and key.is_fused for key in keys) or not (base or target.base_model):
+def _target_config(
+    target: LoraAdapter, base: str | None, revision: str | None, trust_remote_code: bool
+) -> PretrainedConfig | None:
+    name = base or target.base_model
+    if name is None or not has_fused_modules(target):
         return None
-    return load_base_config(str(base or target.base_model), "target adapter", trust_remote_code)
+    return load_base_config(name, "target adapter", trust_remote_code, revision=revision if base else None)
 
 
 def load_tokenizer(

@@ -51,6 +51,19 @@ def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
     return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
 
 
+def refuse_data_parallel(args: HeteroFusionConfig) -> None:
+    """Refuse several GPUs in one process.
+
+    Raises:
+        ValueError: Trainer would use DataParallel, whose replicas do not see the live updates.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
+            "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
 class HeteroFusionTrainer(Trainer):
     """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
 
@@ -90,11 +103,7 @@ class HeteroFusionTrainer(Trainer):
             raise TypeError(f"model is a {type(model).__name__}; build it with HeteroFusionModel.from_adapters()")
         if not isinstance(args, HeteroFusionConfig):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
-                "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-            )
+        refuse_data_parallel(args)
         if data_collator is None:
             data_collator = DataCollatorForSeq2Seq(processing_class) if processing_class else default_data_collator
         self._sums: dict[str, Tensor] = {}

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
     (options,) = parse_arguments((DemoArguments,), argv, __doc__)
     set_up_logging(logging.INFO)
     transformers_logging.disable_progress_bar()  # of loading tiny models, many times
+    torch.set_num_threads(1)  # tensors are so small that a second thread costs more than it gives
     start = time.perf_counter()
     folder = Path(options.output_dir)
     (folder / "replay").mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,153 @@
+"""F1 for universal information extraction: `type: span; type: span` and `relation: head, tail; ...` answers.
+
+An answer is the set of its items, the strings between semicolons. Before they are compared, white space is collapsed,
+spaces around punctuation are dropped and letters are lowercased. `None` (or nothing at all) stands for the empty set.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+_DESCRIPTION = "Micro, macro and per-sample F1 of extracted items, and the share of answers that break the format."
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: list of str, the generated answers.
+    references: list of str, the right answers.
+
+Returns:
+    precision, recall, f1: over all items of the data set (micro).
+    macro_f1: mean F1 over the types that occur in predictions or references.
+    sample_f1: mean F1 over the examples (1 where both sides are empty).
+    format_failure_rate: share of predictions that hold something else than `type: span` items.
+    true_positives, num_predicted, num_expected: the counts behind the micro scores.
+"""
+_CITATION = ""
+
+
+def normalize(text: str) -> str:
+    """Brings an answer into the form in which items are compared.
+
+    Args:
+        text: An answer or a part of one.
+
+    Returns:
+        The text in Unicode form NFKC, lowercased, white space collapsed, no spaces around punctuation.
+    """
+    words = unicodedata.normalize("NFKC", text).lower().split()
+    joined = " ".join(words)
+    out: list[str] = []
+    for index, char in enumerate(joined):
+        if char == " ":
+            before, after = joined[index - 1], joined[index + 1]
+            if _is_punctuation(before) or _is_punctuation(after):
+                continue
+        out.append(char)
+    return "".join(out)
+
+
+def _is_punctuation(char: str) -> bool:
+    """Whether a character is punctuation: ASCII signs such as `$` and `+` count, letters of any script do not."""
+    return unicodedata.category(char)[0] == "P" or (char.isascii() and not char.isalnum() and not char.isspace())
+
+
+def parse_items(text: str) -> frozenset[str]:
+    """The set of items in an answer.
+
+    A type is what stands before the first colon of an item, so spans may hold colons. A semicolon always ends an
+    item, as in the format itself: a span with one falls into pieces, on both sides of the comparison alike.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The normalized items; the empty set for `None`, for an empty answer, and for none but empty items.
+    """
+    items = {item for item in re.split(";", normalize(text)) if item}
+    return frozenset(items - {"none"})
+
+
+def _well_formed(text: str) -> bool:
+    """Whether an answer is `None` or made of `type: span` items only."""
+    whole = normalize(text)
+    if whole == "none":
+        return True
+    items = [item for item in whole.split(";") if item]
+    return bool(items) and all(all(part for part in item.partition(":")) for item in items)
+
+
+def _f1(true_positives: int, predicted: int, expected: int) -> float:
+    return 2 * true_positives / (predicted + expected) if predicted + expected else 0.0
+
+
+def score_answers(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
+    """Scores answers against references; what `UIEF1().compute` returns.
+
+    Args:
+        predictions: The generated answers.
+        references: The right answers, as many.
+
+    Returns:
+        The scores listed in the description of `UIEF1`. Precision, recall and F1 are 0 where their denominator is.
+
+    Raises:
+        ValueError: If the two differ in length or are empty.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
+    if not predictions:
+        raise ValueError("no predictions to score")
+    hits: Counter[str] = Counter()
+    predicted: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
+    sample_scores: list[float] = []
+    failures = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        found, wanted = parse_items(prediction), parse_items(reference)
+        for counter, items in ((hits, found & wanted), (predicted, found), (expected, wanted)):
+            counter.update(item.partition(":")[0] for item in items)
+        both_empty = not found and not wanted
+        sample_scores.append(1.0 if both_empty else _f1(len(found & wanted), len(found), len(wanted)))
+        failures += not _well_formed(prediction)
+    tp, num_predicted, num_expected = hits.total(), predicted.total(), expected.total()
+    types = sorted(predicted.keys() | expected.keys())
+    per_type = [_f1(hits[name], predicted[name], expected[name]) for name in types]
+    return {
+        "precision": tp / num_predicted if num_predicted else 0.0,
+        "recall": tp / num_expected if num_expected else 0.0,
+        "f1": _f1(tp, num_predicted, num_expected),
+        "macro_f1": sum(per_type) / len(per_type) if per_type else 0.0,
+        "sample_f1": sum(sample_scores) / len(sample_scores),
+        "format_failure_rate": failures / len(predictions),
+        "true_positives": tp,
+        "num_predicted": num_predicted,
+        "num_expected": num_expected,
+    }
+
+
+class UIEF1(evaluate.Metric):
+    """F1 of extraction answers as an `evaluate` metric; constructed directly, works without a network.
+
+    `UIEF1().compute(predictions=[...], references=[...])` returns the dictionary of `score_answers`: micro
+    `precision`, `recall` and `f1`, `macro_f1` (mean over types), `sample_f1` (mean over examples),
+    `format_failure_rate` and the counts `true_positives`, `num_predicted`, `num_expected`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
+        return score_answers(predictions, references)

@@ -86,11 +86,11 @@ def main(argv: list[str]) -> None:
         "base model": score(options, family, None, list(TASKS), "the target's base model"),
         f"anchor ({task})": score(options, family, zoo_path(*DEMO_ANCHOR), list(TASKS), "the anchor"),
         "fused adapter": score(options, family, folder / "adapter", list(TASKS), "the fused adapter"),
-        "expert of the task": {},
     }
+    experts = {}
     for family, task in (DEMO_ANCHOR, *DEMO_SOURCES):
-        own = score(options, family, zoo_path(family, task), [task], f"the {family} expert of {task}")
-        scores["expert of the task"] |= own
+        experts |= score(options, family, zoo_path(family, task), [task], f"the {family} expert of {task}")
+    scores["expert of the task"] = {task: experts[task] for task in TASKS}
     write_report(folder, options, scores, seconds, time.perf_counter() - start)
 
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from heterofusion import AdapterError, load_adapter
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VOCABULARY = 128
 LLAMA_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -141,7 +142,7 @@ def write_adapter(
         rank = (ranks or {}).get(path, r)
         for name, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
             state[f"base_model.model.{path}.{name}.weight"] = (torch.randn(shape, generator=generator) * std).to(dtype)
-    save_file({**state, **(tensors or {})}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file({**state, **(tensors or {})}, folder / WEIGHTS, {"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in modules})
     write_config(folder, r=r, lora_alpha=lora_alpha, target_modules=targets, **config)
     return folder
@@ -151,7 +152,7 @@ def write_config(folder: str | os.PathLike, **fields) -> Path:
     """Write `adapter_config.json` with PEFT's defaults and the given fields."""
     content = LoraConfig(task_type="CAUSAL_LM", inference_mode=True).to_dict()
     content.update(fields)
-    path = Path(folder) / "adapter_config.json"
+    path = Path(folder) / CONFIG
     path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
     return path
 
@@ -201,7 +202,7 @@ def lora_folder(
 
 def edit_config(folder: Path, **fields) -> None:
     """Change fields of an `adapter_config.json` as a careless hand would: nothing is checked."""
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}), encoding="utf-8")
 
 

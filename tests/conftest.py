@@ -1,24 +1,38 @@
-"""Shared fixtures: the tiny golden adapters and their base, and token batches for them."""
+"""Shared fixtures: the tiny golden adapters and their base, token batches for them, a process left as it was."""
 
+import contextlib
+import logging
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
+from builders import write_adapter
+from heterofusion import HeteroFusionConfig, HeteroFusionModel, MethodConfig, load_adapter
 
 TINY = {"preset": "paper", "block_size": 32, "embed_dim": 32, "num_heads": 4, "max_position_embeddings": 64}
 GOLDEN = Path(__file__).parent / "golden"
+
+pytest_plugins = ["recipe_runner"]
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small adapter written by hand."""
+    return write_adapter(tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -43,6 +57,33 @@ def model(base, target, sources):
     return perturb(model)
 
 
+@contextlib.contextmanager
+def restored_logging():
+    """A recipe sets up logging for its whole process; here it must not outlive the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    transformers_logging.enable_default_handler()
+    transformers_logging.disable_propagation()
+
+
+@pytest.fixture
+def logging_restored():
+    with restored_logging():
+        yield
+
+
+@pytest.fixture
+def offline_datasets(tmp_path, monkeypatch):
+    """No data set comes from the Hub or from the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
 def perturb(model: HeteroFusionModel, seed: int = 0) -> HeteroFusionModel:
     """Give the decoders' zero layers some weight, so that updates are not zero."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +92,23 @@ def perturb(model: HeteroFusionModel, seed: int = 0) -> HeteroFusionModel:
             weight = network.decoder.output.weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02)
     return model
+
+
+def make_args(folder: Path, **changes) -> HeteroFusionConfig:
+    """Arguments of two training steps on the CPU."""
+    settings = {
+        **TINY,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    return HeteroFusionConfig(**(settings | changes))
 
 
 def token_batch(rows: int = 4, length: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -6,15 +6,8 @@ import json
 import pytest
 from peft import LoraConfig
 
-from builders import assert_names, edit_config, llama_modules, refusal, write_adapter
+from builders import CONFIG, assert_names, edit_config, llama_modules, refusal
 from heterofusion import AdapterError, adapter_config, load_adapter
-
-CONFIG = "adapter_config.json"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_adapter(tmp_path / "adapter")
 
 
 def test_missing_config_raises(folder):

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,21 +13,21 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from builders import (
+    CONFIG,
     LLAMA_ROLES,
+    WEIGHTS,
     assert_names,
     edit_config,
     input_ids,
     llama_modules,
     lora_folder,
     refusal,
-    tiny_config,
     tiny_model,
     write_adapter,
     write_config,
 )
 from heterofusion import load_adapter
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q0 = "model.layers.0.self_attn.q_proj"
 A0, B0 = (f"base_model.model.{Q0}.lora_{name}.weight" for name in "AB")
 
@@ -36,11 +35,6 @@ A0, B0 = (f"base_model.model.{Q0}.lora_{name}.weight" for name in "AB")
 @pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return write_adapter(tmp_path / "adapter")
 
 
 def edit_tensors(folder, **changes):
@@ -356,51 +350,6 @@ def test_unexpected_tensor_name_raises(folder, key):
 def test_file_without_lora_pairs_raises(folder):
     save_file({"base_model.model.lm_head.weight": torch.ones(4, 4)}, folder / WEIGHTS)
     assert_names(refusal(folder), folder / WEIGHTS, "no lora_A / lora_B pair")
-
-
-# The Hub.
-
-PROBE = """
-import sys, time
-from heterofusion import AdapterError, load_adapter
-from heterofusion.architectures import load_base_config
-for name in ("nobody/nothing", "cached/both"):
-    for read in (load_adapter, lambda name: load_base_config(name, "target adapter")):
-        start = time.monotonic()
-        try:
-            result = type(read(name)).__name__
-        except AdapterError as error:
-            result = error
-        print(time.monotonic() - start, result)
-"""
-
-
-@pytest.mark.parametrize("offline", ["1", None])
-def test_hub_ids_without_a_network_are_settled_within_seconds(tmp_path, offline):
-    """What is cached is read, the rest refused. The Hub client reads its environment when imported: a new process."""
-    cache = tmp_path / "hub" / "models--cached--both"
-    write_adapter(cache / "snapshots" / ("0" * 40))
-    tiny_config("llama").save_pretrained(cache / "snapshots" / ("0" * 40))
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("0" * 40)
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN")
-    environment = {
-        key: value for key, value in os.environ.items() if key not in hidden and not key.lower().endswith("_proxy")
-    }
-    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
-    if offline:
-        environment["HF_HUB_OFFLINE"] = offline
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    seconds, answers = zip(*(line.split(" ", 1) for line in result.stdout.splitlines()), strict=True)
-    assert max(map(float, seconds)) < 15
-    assert "adapter 'nobody/nothing' is neither a local folder" in answers[0]
-    assert str(tmp_path / "nobody" / "nothing") in answers[0]
-    assert "check the name and the network" in answers[0]
-    assert "config.json of base model 'nobody/nothing' cannot be read" in answers[1]
-    assert answers[2:] == ("LoraAdapter", "LlamaConfig")
 
 
 def test_adapter_of_the_builders_loads_into_peft(llama, tmp_path):

@@ -346,6 +346,9 @@ def test_tiny_models_get_tiny_hypernetworks_and_8b_the_paper_sizes(model):
 
     large = HypernetworkConfig.from_preset("paper", 4096)
     assert (large.block_size, large.embed_dim, large.num_heads, large.max_position_embeddings) == (4096, 1024, 8, 4096)
+    assert [HypernetworkConfig.from_preset("paper", width).block_size for width in (16, 80, 2048, 3584, 8192)] == [
+        64, 64, 2048, 4096, 4096,
+    ]  # fmt: skip
 
 
 def test_initialization_is_seeded_and_leaves_the_global_generator(base, target, sources):

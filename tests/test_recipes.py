@@ -1,29 +1,24 @@
 """What the README shows really runs: its Python example, the demo and the benchmark."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
+from heterofusion.config import AdapterArguments, DataArguments, HeteroFusionConfig, ModelArguments, RunArguments
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
+from recipe_runner import RECIPES, ROOT, recipe
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("logging_restored")
 
 
-def recipe(name, monkeypatch):
+def loaded(name, monkeypatch):
     """A recipe as a module, found as Python finds it when the file is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, f"recipe_{name}", module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return recipe(name)
 
 
 def test_readme_example_runs(tmp_path, monkeypatch):
@@ -46,22 +41,19 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 def test_readme_flags_exist():
     """Every --flag in the README and the recipes' README belongs to a recipe (or to accelerate launch)."""
     known = set()
-    for path in (ROOT / "recipes").glob("*.py"):
+    for path in RECIPES.glob("*.py"):
         known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
-    from heterofusion.config import AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments
-    from heterofusion.data import DataArguments
-
     for kind in (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments):
         known |= set(kind.__dataclass_fields__)
     known |= {"config", "config_file", "debug", "help", "quiet", "num_processes"}
-    for page in (ROOT / "README.md", ROOT / "recipes" / "README.md"):
+    for page in (ROOT / "README.md", RECIPES / "README.md"):
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
         assert flags <= known, f"{page.name}: {sorted(flags - known)}"
 
 
 @pytest.mark.slow
 def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, capsys):
-    demo = recipe("demo", monkeypatch)
+    demo = loaded("demo", monkeypatch)
     folder = tmp_path / "demo"
     assert demo.main([f"--output_dir={folder}", "--max_steps=2", "--test_examples=4", "--replay_examples=4"]) == 0
     results = json.loads((folder / "results.json").read_text())
@@ -82,7 +74,7 @@ def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_benchmark_measures_fusion_beside_a_lora_step(tmp_path, monkeypatch, capsys):
-    benchmark = recipe("benchmark", monkeypatch)
+    benchmark = loaded("benchmark", monkeypatch)
     output = tmp_path / "benchmark.json"
     arguments = ["--shape=demo", "--steps=1", "--accumulation=2", "--tokens=16", "--presets", "compact"]
     assert benchmark.main([*arguments, f"--output={output}"]) == 0

@@ -104,7 +104,7 @@ def draw_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         right.legend(fontsize=7, frameon=False, ncols=2)
     for axes in (left, middle, right):
         axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.ymax if axes.has_data() else 1)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

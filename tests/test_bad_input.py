@@ -1,0 +1,290 @@
+"""Bad adapters, data and paths on the command line: one line that names them, before any weight is loaded."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builders import CONFIG, WEIGHTS, edit_config
+from conftest import GOLDEN
+from recipe_runner import MISTRAL, QWEN, TARGET, copy_adapter, flags, save_tokenizer, train, write_replay
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------
+
+
+def edited_weights(function):
+    def edit(folder: Path) -> None:
+        path = folder / WEIGHTS
+        weights = load_file(path)
+        function(weights)
+        save_file(weights, path, {"format": "pt"})
+
+    return edit
+
+
+def only_bin(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def rename_out_of_layers(weights: dict) -> None:
+    for key in list(weights):
+        weights[re.sub(r"layers\.(\d+)", r"part\1", key)] = weights.pop(key)
+
+
+def set_value(key: str, value: float):
+    return edited_weights(lambda weights: weights[key].view(-1)[0].fill_(value))
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+BROKEN = {
+    "missing safetensors": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "missing", "save"]),
+    "corrupt safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), [WEIGHTS, "again"]),
+    "empty safetensors": (lambda f: (f / WEIGHTS).write_bytes(b""), [WEIGHTS, "again"]),
+    "huge header": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f{}"), [WEIGHTS, "again"]),
+    "truncated safetensors": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), [WEIGHTS, "again"]),
+    "only bin": (only_bin, ["adapter_model.bin", "--allow_pickle"]),
+    "no config": (lambda f: (f / CONFIG).unlink(), [CONFIG, "missing"]),
+    "config is not JSON": (lambda f: (f / CONFIG).write_text("{'r': 4}"), [CONFIG, "JSON", "line 1"]),
+    "config is nested without end": (lambda f: (f / CONFIG).write_text('{"r":' + "[" * 100_000), [CONFIG]),
+    "config is not UTF-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), [CONFIG]),
+    "config is a list": (lambda f: (f / CONFIG).write_text("[]"), [CONFIG, "object"]),
+    "unknown peft_type": (lambda f: edit_config(f, peft_type="IA3"), [CONFIG, "peft_type", "'IA3'", "LORA"]),
+    "DoRA": (lambda f: edit_config(f, use_dora=True), [CONFIG, "use_dora", "DoRA"]),
+    "lora_bias": (lambda f: edit_config(f, lora_bias=True), [CONFIG, "lora_bias", "true"]),
+    "bias": (lambda f: edit_config(f, bias="lora_only"), [CONFIG, "bias", "'lora_only'", "none"]),
+    "a newer PEFT": (
+        lambda f: edit_config(f, peft_version="9.0.0", use_newlora=7), [CONFIG, "use_newlora", "7", "9.0.0"]),
+    "pissa": (lambda f: edit_config(f, init_lora_weights="pissa"), [CONFIG, "init_lora_weights", "pissa"]),
+    "negative r": (lambda f: edit_config(f, r=-4), [CONFIG, "-4", "positive"]),
+    "NaN": (set_value(f"{FIRST}.lora_A.weight", float("nan")), [WEIGHTS, f"{FIRST}.lora_A.weight", "NaN"]),
+    "Inf": (set_value(f"{FIRST}.lora_B.weight", float("inf")), [WEIGHTS, f"{FIRST}.lora_B.weight", "Inf"]),
+    "A without B": (
+        edited_weights(lambda w: w.pop(f"{FIRST}.lora_B.weight")), [WEIGHTS, "layers.0.self_attn.q_proj", "lora_B"]),
+    "other rank than the config": (lambda f: edit_config(f, r=5), [WEIGHTS, "layers.0", "rank 5", CONFIG]),
+    "empty tensor": (
+        edited_weights(lambda w: w.update({f"{FIRST}.lora_A.weight": torch.zeros(4, 0)})),
+        [WEIGHTS, "layers.0.self_attn.q_proj", "empty", "save it again"]),
+    "no tensors": (edited_weights(lambda w: w.clear()), [WEIGHTS, "lora_A"]),
+    "no layer index": (edited_weights(rename_out_of_layers), [WEIGHTS, "layer"]),
+    "a tensor of no module": (
+        edited_weights(lambda w: w.update({"stray.weight": torch.zeros(2)})), [WEIGHTS, "stray.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_adapter_raises(case, side, fails, tmp_path):
+    folder = copy_adapter(tmp_path / "adapter", QWEN if side == "source" else TARGET)
+    damage, words = BROKEN[case]
+    damage(folder)
+    changed = {"source_adapters": [MISTRAL, folder]} if side == "source" else {"target_adapter": folder}
+    line = fails(folder, *words, **changed)
+    assert len(line) < 800
+
+
+def test_missing_adapter_folder_raises(fails, tmp_path):
+    fails(tmp_path / "nowhere", "does not exist", source_adapters=[tmp_path / "nowhere"])
+
+
+def test_file_instead_of_adapter_folder_raises(fails, replay):
+    fails(replay, "folder", target_adapter=replay)
+
+
+@pytest.mark.parametrize("flag", ["target_adapter", "source_adapters"])
+def test_adapter_on_the_hub_that_cannot_be_reached_raises(flag, fails):
+    fails("nobody/no-such-adapter", "Hub", "download", **{flag: "nobody/no-such-adapter"})
+
+
+def test_no_overlapping_roles_raises(fails, tmp_path):
+    def keep(role):
+        return edited_weights(lambda w: [w.pop(key) for key in list(w) if f".{role}." not in key])
+
+    target, source = copy_adapter(tmp_path / "target", TARGET), copy_adapter(tmp_path / "source")
+    keep("q_proj")(target), keep("up_proj")(source)
+    fails(target, source, "q_proj", "up_proj", "target_modules", target_adapter=target, source_adapters=[source])
+
+
+def test_source_that_is_the_target_raises(fails, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(TARGET)
+    fails(TARGET, "target adapter itself", source_adapters=[QWEN, link])
+
+
+@pytest.mark.parametrize("sources", [[], None])
+def test_zero_sources_raises(sources, fails):
+    fails("source_adapters", source_adapters=sources)
+
+
+# ---- replay -----------------------------------------------------------------------------------------------------
+
+GOOD = '{"prompt": "w4", "completion": "w5"}\n'
+REPLAY = {
+    "missing": ("r.json", None, ["does not exist"]),
+    "empty": ("r.json", "", ["empty"]),
+    "an empty list": ("r.json", "[]", ["no records"]),
+    "unparseable": ("r.jsonl", GOOD * 2 + '{"prompt": \n', ["line 3", "JSON"]),
+    "unknown columns": ("r.json", '[{"question": "w4"}]', ["question", "prompt", "messages"]),
+    "null": ("r.jsonl", GOOD + '{"prompt": "w4", "completion": null}', ["line 2", "completion", "null"]),
+    "a number": ("r.json", '[{"prompt": "w4", "completion": 5}]', ["record 1", "completion", "int"]),
+    "too long": ("r.json", '[{"prompt": "w4 w5 w6 w7", "completion": "w8"}]', ["--max_length 3", "raise it"]),
+    "an unknown extension": ("r.txt", "w4", [".txt", ".json"]),
+    "a conversation without template": (
+        "r.json", '[{"messages": [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]}]',
+        ["record 1", "chat template"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["dataset_name", "eval_dataset_name"])
+@pytest.mark.parametrize("case", REPLAY)
+def test_broken_replay_raises(case, flag, fails, tmp_path):
+    name, content, words = REPLAY[case]
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    extra = {"max_length": 3} if case == "too long" else {}
+    if extra and flag == "eval_dataset_name":
+        extra["dataset_name"] = write_replay(tmp_path / "short.json", words=1)
+    fails(path, *words, **{**extra, flag: [path]})
+
+
+def test_replay_on_the_hub_that_cannot_be_reached_raises(fails):
+    fails("nobody/no-such-data", "Hub", dataset_name=["nobody/no-such-data"])
+
+
+def test_no_replay_raises(fails):
+    fails("--dataset_name", dataset_name=None)
+
+
+def test_evaluation_strategy_without_data_raises(fails):
+    fails("--eval_strategy is steps", "--eval_dataset_name", eval_strategy="steps", eval_steps=1)
+
+
+# ---- base model, tokenizer, output_dir --------------------------------------------------------------------------
+
+
+def test_missing_base_folder_raises(fails, tmp_path):
+    fails("--model_name_or_path", tmp_path / "nowhere", model_name_or_path=tmp_path / "nowhere")
+
+
+def test_base_on_the_hub_that_cannot_be_reached_raises(fails):
+    fails("--model_name_or_path", "nobody/no-such-base", model_name_or_path="nobody/no-such-base")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', "{}"])
+def test_base_with_broken_config_raises(content, fails, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(content)
+    fails("--model_name_or_path", tmp_path / "base", model_name_or_path=tmp_path / "base")
+
+
+def change_base(bare_base: Path, folder: Path, **fields) -> Path:
+    shutil.copytree(bare_base, folder)
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": 2}, {"hidden_size": 64}], ids=lambda fields: next(iter(fields))
+)
+def test_base_that_does_not_fit_the_adapter_raises(fields, fails, bare_base, tmp_path):
+    base = change_base(bare_base, tmp_path / "other", **fields)
+    fails(base, TARGET, "layers.", "trained on", model_name_or_path=base)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "wide"},
+        {"hidden_act": "none"},
+        {"model_type": "t5"},
+        {"vocab_size": -1},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_base_with_senseless_config_raises(fields, fails, bare_base, tmp_path):
+    base = change_base(bare_base, tmp_path / "other", **fields)
+    fails(base, "--model_name_or_path", model_name_or_path=base)
+
+
+def test_base_without_tokenizer_raises(fails):
+    fails("tokenizer", GOLDEN / "base_llama", "--model_name_or_path", model_name_or_path=GOLDEN / "base_llama")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {"type": "Magic"}}'])
+def test_broken_tokenizer_raises(content, fails, tmp_path):
+    target = copy_adapter(tmp_path / "target", TARGET)
+    save_tokenizer(target)
+    (target / "tokenizer.json").write_text(content)
+    fails("tokenizer", target, target_adapter=target)
+
+
+def test_tokenizer_with_more_tokens_than_the_base_raises(fails, tmp_path):
+    target = copy_adapter(tmp_path / "target", TARGET)
+    save_tokenizer(target, size=90)
+    rows = write_replay(tmp_path / "large.json", first=70)
+    fails("token id", "64", "--model_name_or_path", target_adapter=target, dataset_name=[rows])
+
+
+def test_output_dir_that_is_not_empty_raises(fails, arguments):
+    arguments["output_dir"].mkdir()
+    (arguments["output_dir"] / "notes.txt").write_text("mine")
+    fails(arguments["output_dir"], "not empty", "--resume_from_checkpoint", "--overwrite")
+
+
+def test_output_dir_that_is_a_file_raises(fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    fails(tmp_path / "file", "is a file", output_dir=tmp_path / "file")
+    fails(tmp_path / "file", "is a file", output_dir=tmp_path / "file" / "below")
+
+
+def test_resume_without_checkpoint_raises(fails, arguments):
+    fails("--resume_from_checkpoint", arguments["output_dir"], "no checkpoint", resume_from_checkpoint=True)
+    arguments["output_dir"].mkdir()
+    fails("--resume_from_checkpoint", arguments["output_dir"], "no checkpoint", resume_from_checkpoint=True)
+
+
+def test_resume_from_a_folder_that_is_no_checkpoint_raises(fails, tmp_path):
+    fails(tmp_path / "nowhere", "checkpoint", resume_from_checkpoint=tmp_path / "nowhere")
+
+
+def no_weights(base: Path) -> None:
+    (base / "model.safetensors").unlink()
+
+
+def truncated_weights(base: Path) -> None:
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+
+
+def lost_weights(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+def other_weights(base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [no_weights, truncated_weights, lost_weights, other_weights])
+def test_base_with_broken_weights_raises(damage, capsys, arguments, base_dir, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    damage(base)
+    capsys.readouterr()
+    assert train.main(flags({**arguments, "model_name_or_path": base})) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and str(base) in errors[0], errors
+    assert not arguments["output_dir"].exists()

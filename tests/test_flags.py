@@ -1,0 +1,192 @@
+"""Flags of the command line: parsing, ranges, help, --config and --debug."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from heterofusion import HeteroFusionConfig, MethodConfig
+from heterofusion.cli import parse_arguments
+from heterofusion.config import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from recipe_runner import QWEN, error_line, flags, plan, train
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+
+
+# ---- ranges and help --------------------------------------------------------------------------------------------
+
+BAD_VALUES = [
+    # the method
+    ("preset", "huge"), ("block_size", 0), ("embed_dim", -1), ("num_heads", 0), ("max_position_embeddings", 0),
+    ("max_position_embeddings", 1), ("alpha_init", 0), ("alpha_init", "nan"), ("mu_gate", "inf"), ("rdm_weight", -1),
+    ("rdm_weight", "nan"), ("rdm_mu", "nan"), ("rdm_sigma", -1), ("rdm_projections", 0), ("layer_alignment", "head"),
+    ("transfer_ratio", "2/1"), ("transfer_ratio", 0), ("transfer_ratio", "half"), ("transfer_ratio", "1/0"),
+    ("transfer_ratio", "nan"), ("canonicalize", "perhaps"),
+    # the data
+    ("max_examples", 0), ("dataset_ratio", 0), ("dataset_ratio", 1.5), ("dataset_seed", -1), ("max_length", 1),
+    ("eval_max_examples", 0), ("max_examples", [1, 2]), ("dataset_split", [""]),
+    # training
+    ("max_steps", "many"), ("learning_rate", -1e-5), ("learning_rate", 0), ("learning_rate", "nan"),
+    ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0),
+    ("weight_decay", -1), ("max_grad_norm", -1), ("warmup_steps", -1), ("seed", -1), ("adam_beta1", 1),
+    ("adam_epsilon", -1), ("lr_scheduler_type", "flat"), ("optim", "best"), ("lr_scheduler_kwargs", "{1"),
+    ("eval_strategy", "often"), ("log_level", "loud"), ("deepspeed", "no-such.json"), ("report_to", "nobody"),
+    # the rest
+    ("dtype", "float8"), ("overwrite", "perhaps"), ("source_configs", ["none", "none"]),
+    ("source_configs", ["no/such-base"]), ("no_such_flag", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD_VALUES, ids=lambda value: str(value))
+def test_flag_out_of_range_raises(flag, value, fails):
+    found = str(value) if not isinstance(value, list) else ""
+    line = fails(**{flag: value})
+    shown = [flag, flag.removesuffix("s"), "SchedulerType", "OptimizerNames", "IntervalStrategy", "base model"]
+    assert any(name in line for name in shown), line
+    numbers = [found, str(float(found))] if re.fullmatch(r"-?[\d.e-]+", found) else [found]
+    assert any(number in line for number in numbers), line
+
+
+def test_sizes_that_do_not_go_together_raises(fails):
+    fails("embed_dim 30", "num_heads 4", embed_dim=30)
+
+
+def test_no_passes_over_the_replay_raises(fails):
+    fails("--num_train_epochs is 0", num_train_epochs=0, max_steps=-1)
+
+
+def test_two_quantizations_raises(fails):
+    fails("--load_in_4bit", "--load_in_8bit", load_in_4bit=True, load_in_8bit=True)
+
+
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
+def test_quantization_without_bitsandbytes_raises(flag, fails, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    fails(f"--{flag}", "bitsandbytes", "heterofusion[quantization]", **{flag: True})
+
+
+def test_missing_required_flag_raises(fails):
+    fails("--target_adapter", "--help", target_adapter=None)
+
+
+def test_help_lists_every_flag_with_a_sentence(capsys):
+    for main, types in ((train.main, train.ARGUMENTS), (plan.main, (AdapterArguments, MethodConfig))):
+        capsys.readouterr()
+        assert main(["--help"]) == 0
+        text = capsys.readouterr().out
+        for name in ("--config", "--debug", *(f"--{name}" for kind in types for name in kind.__dataclass_fields__)):
+            if name != "--_n_gpu":
+                assert re.search(rf"(^|[ ,]){name}\b", text, re.M), name
+    own = (ModelArguments, AdapterArguments, DataArguments, RunArguments, MethodConfig)
+    for field in [field for kind in own for field in kind.__dataclass_fields__.values()]:
+        help_text = field.metadata["help"]
+        assert help_text[0].isupper() and help_text.rstrip()[-1] in ".)", (field.name, help_text)
+    assert all(field.metadata.get("help") for field in HeteroFusionConfig.__dataclass_fields__.values() if field.init)
+
+
+# ---- --config and --debug ---------------------------------------------------------------------------------------
+
+
+def parse(*argv: object) -> tuple:
+    return parse_arguments(train.ARGUMENTS, list(map(str, argv)), "")
+
+
+def write_yaml(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+YAML = """
+model_name_or_path: base
+target_adapter: anchor
+source_adapters: [one, two]
+dataset_name:
+  - a.json
+max_examples: 20
+output_dir: out
+use_cpu: true
+canonicalize: yes
+learning_rate: 1e-5
+rdm_weight: 0
+transfer_ratio: 1/2
+embed_dim: null
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs:
+  min_lr_rate: 0.1
+warmup_steps: 0.1
+"""
+
+
+def test_yaml_values_pass_the_casts_of_the_command_line(tmp_path):
+    path = write_yaml(tmp_path / "run.yaml", YAML)
+    model, adapters, data, _, args = parse("--config", path)
+    assert model.model_name_or_path == "base"
+    assert adapters.source_adapters == ["one", "two"]
+    assert data.dataset_name == ["a.json"] and data.max_examples == [20]
+    assert args.learning_rate == 1e-5 and args.rdm_weight == 0.0 and isinstance(args.rdm_weight, float)
+    assert args.canonicalize is True and args.transfer_ratio == "1/2" and args.embed_dim is None
+    assert args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_command_line_overrides_yaml(tmp_path):
+    path = write_yaml(tmp_path / "run.yaml", YAML)
+    _, adapters, _, _, args = parse(
+        "--source_adapters", "three", "--learning_rate", "2e-4", f"--config={path}", "--canonicalize", "false",
+        "--rdm_mu", "-1e-3",
+    )  # fmt: skip
+    assert args.rdm_mu == -1e-3
+    assert adapters.source_adapters == ["three"]
+    assert args.learning_rate == 2e-4 and args.canonicalize is False
+
+
+BAD_YAML = {
+    "an unknown key": ("learning_rates: 1", ["learning_rates", "--help"]),
+    "a list": ("- 1", ["list", "mapping"]),
+    "a text": ("train", ["str", "mapping"]),
+    "a syntax error": ("a: [1", ["YAML", "line 1"]),
+    "a Python object": ("output_dir: !!python/object/apply:os.getcwd []", ["YAML", "python/object"]),
+    "a word for a number": ("max_steps: many", ["max_steps", "many"]),
+    "a flag in a list": ("source_adapters: [a, --overwrite]", ["--overwrite", "source_adapters"]),
+    "an empty list of sources": ("source_adapters: []", ["source_adapters"]),
+    "debug": ("debug: true", ["--debug true", "command line"]),
+    "two values for one": ("learning_rate: [1, 2]", ["2"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_YAML)
+def test_bad_yaml_raises(case, fails, tmp_path):
+    text, words = BAD_YAML[case]
+    path = write_yaml(tmp_path / "run.yaml", text + "\n")
+    key = text.partition(":")[0]
+    named = [] if case in ("a word for a number", "an empty list of sources", "two values for one") else [path]
+    fails(*named, *words, config=path, **({key: None} if key in ("max_steps", "source_adapters") else {}))
+
+
+def test_missing_yaml_raises(fails, tmp_path):
+    fails(tmp_path / "no.yaml", "does not exist", config=tmp_path / "no.yaml")
+
+
+def test_config_without_or_with_two_values_raises(capsys, tmp_path):
+    error_line(capsys, plan.main, ["--config"], "--config needs")
+    error_line(capsys, plan.main, ["--config", "a.yaml", "--config=b.yaml"], "a.yaml, b.yaml")
+
+
+def test_debug_true_shows_the_traceback(arguments, tmp_path):
+    argv = flags({**arguments, "target_adapter": tmp_path / "nowhere"})
+    for debug in (["--debug", "true"], ["--debug=true"], ["--debug"]):
+        with pytest.raises(ValueError, match="nowhere"):
+            train.main([*argv, *debug])
+    with pytest.raises(ValueError, match="nowhere"):
+        plan.main(["--debug", "true", *flags({"target_adapter": tmp_path / "nowhere", "source_adapters": [QWEN]})])
+
+
+def test_debug_of_transformers_passes_through(fails, monkeypatch, arguments):
+    seen = {}
+    monkeypatch.setattr(train, "set_seed", lambda seed: seen.update(seed=seed))
+    original = train.parse_arguments
+    monkeypatch.setattr(train, "parse_arguments", lambda *args: seen.setdefault("parsed", original(*args)))
+    fails("nowhere", debug="underflow_overflow", target_adapter="./nowhere")
+    assert [str(option.value) for option in seen["parsed"][-1].debug] == ["underflow_overflow"]
+    fails("nowhere", debug=False, target_adapter="./nowhere")
+    fails("sideways", debug="sideways")

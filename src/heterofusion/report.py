@@ -1,5 +1,6 @@
 """Tables and pictures of results: readable in black and white, axes with units."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def draw_training(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         right.legend(fontsize=7, frameon=False, ncols=2)
     for axes in (left, middle, right):
         axes.set_xlabel("optimizer step")
-        axes.set_ylim(0, 1.08 * axes.dataLim.ymax if axes.has_data() else 1)
+        top = axes.dataLim.ymax
+        axes.set_ylim(0, 1.08 * top if math.isfinite(top) and top > 0 else 1)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint .ci/constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable ".[deepspeed,report,dev]"
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable ".[deepspeed,quantization,report,dev]"
 	touch $(STAMP)
 
 demo: install

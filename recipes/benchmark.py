@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Trainer
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.export import library_versions
+from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -174,7 +175,8 @@ def measure_row(arguments: BenchmarkArguments) -> dict:
 def hypernetwork_seconds(model: HeteroFusionModel, twice: bool, repeats: int = 3) -> float:
     """Seconds of what an optimizer step runs of the hypernetworks, timed alone.
 
-    That is one forward and backward, whatever the accumulation, and with accumulation one forward without gradient.
+    That is one forward and backward with RDM, whatever the accumulation, and with accumulation one forward without
+    gradient.
     """
     times = []
     for _ in range(repeats):
@@ -183,8 +185,9 @@ def hypernetwork_seconds(model: HeteroFusionModel, twice: bool, repeats: int = 3
         if twice:
             with torch.no_grad():
                 model.updates.predict()
-        outputs = model.updates.predict()
-        torch.autograd.backward([output.delta.sum() for output in outputs.values()])
+        model.updates.refresh()
+        losses = [update.sum() for update in model.updates.by_module.values()]
+        torch.autograd.backward([*losses, model.updates.rdm(0)])
         times.append(_now() - start)
     return median(times)
 
@@ -243,6 +246,8 @@ def main(argv: list[str]) -> None:
     if arguments.row is not None:
         Path(arguments.output).write_text(json.dumps(measure_row(arguments)))
         return
+    for preset in arguments.presets:
+        HypernetworkConfig.from_preset(preset, 4096)  # refuses an unknown one
     results = run_rows(arguments)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"shape {arguments.shape}, {device}, accumulation {arguments.accumulation}, {arguments.tokens} tokens\n")

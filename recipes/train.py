@@ -91,9 +91,8 @@ def main(argv: list[str]) -> None:
         metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        folder = trainer.export(args.output_dir, metrics)
-        logger.info("fused adapter written to %s", folder.resolve())
+    folder = trainer.export(args.output_dir, metrics)
+    logger.info("fused adapter written to %s", folder.resolve())
     if args.push_to_hub:
         logger.info("pushed: %s", trainer.push_to_hub())
 

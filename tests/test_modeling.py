@@ -125,6 +125,7 @@ def test_fuse_gives_a_plain_peft_model_with_the_same_logits(model):
     assert not hasattr(plain, "hypernetworks")
     torch.testing.assert_close(logits(plain), live, atol=1e-5, rtol=0)
     assert not [m for m in plain.modules() if m._forward_hooks]
+    assert not plain.training
 
 
 def test_merge_and_unload_merges_the_updates(model):
@@ -143,6 +144,43 @@ def test_set_adapter_keeps_lora_frozen(model):
 def test_save_pretrained_raises(model, tmp_path):
     with pytest.raises(NotImplementedError, match="export_adapter"):
         model.save_pretrained(tmp_path)
+
+
+def test_merge_adapter_and_copies_raise(model):
+    with pytest.raises(NotImplementedError, match="fuse"):
+        model.merge_adapter()
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(model)
+
+
+def test_export_does_not_depend_on_what_is_cached(model):
+    """`.data` and fused optimizers change parameters without counting a version."""
+    before = model.module_deltas()
+    for alpha in model.hypernetworks.alphas.values():
+        alpha.data.mul_(2)
+    for path, delta in model.module_deltas().items():
+        torch.testing.assert_close(delta, 2 * before[path])
+
+
+def test_only_a_closing_forward_takes_the_collected_gradients(model):
+    """A forward with gradients between two micro-batches leaves the window's sum alone."""
+    batch, alpha = token_batch(), model.hypernetworks.alphas["q_proj_r4"]
+
+    def gradient(peek):
+        model.zero_grad()
+        with model.updates.collect_gradients():
+            model(**batch).loss.backward()
+        if peek:
+            model(**batch).loss.item()
+        with model.updates.close_window():
+            model(**batch).loss.backward()
+        return alpha.grad.clone()
+
+    wanted = gradient(peek=False)
+    torch.testing.assert_close(gradient(peek=True), wanted)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    torch.testing.assert_close(wanted, 2 * alpha.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_loss_gradient_reaches_every_network_and_alpha(model):
@@ -289,6 +327,10 @@ def test_dropout_of_the_base_is_off_in_training(tmp_path, sources, kind):
     first, second = logits(fusion), logits(fusion)
     assert torch.equal(first, second)
     assert torch.equal(first, logits(fusion.eval()))
+    rates = {name: value for name, value in vars(base.config).items() if "dropout" in name or "pdrop" in name}
+    fusion.fuse()
+    assert all(getattr(base.config, name) >= value for name, value in rates.items())
+    assert max(value for name, value in vars(base.config).items() if name in rates and value) == 0.5
 
 
 def dropout_base(kind):

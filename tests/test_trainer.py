@@ -276,6 +276,50 @@ def test_other_model_or_args_raise(tmp_path, base):
         HeteroFusionTrainer(make_model(args), TrainingArguments(str(tmp_path), use_cpu=True))
 
 
+def test_fused_model_runs_after_mixed_precision_training(tmp_path):
+    trainer = make_trainer(tmp_path, bf16=True)
+    trainer.train()
+    batch = {name: tensor.unsqueeze(0) for name, tensor in TokenRows(1)[0].items()}
+    with torch.no_grad():
+        live = trainer.model.eval()(**batch).logits.float()
+        found = trainer.model.fuse()(**batch).logits
+    torch.testing.assert_close(found, live, atol=0.05, rtol=0)  # live ran in bfloat16
+
+
+def test_a_gradient_scaler_turns_collecting_off(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer._once_per_window
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer._prepare_for_training(2, trainer.get_train_dataloader(), None)
+    assert not trainer._once_per_window
+
+
+def test_settings_of_model_and_trainer_must_agree(tmp_path):
+    model = make_model(make_args(tmp_path, rdm_weight=0.5))
+    with pytest.raises(ValueError, match=r"rdm_weight is 0\.5 in the model and 0\.005 in args"):
+        HeteroFusionTrainer(model, make_args(tmp_path))
+
+
+def test_sharded_engines_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(HeteroFusionTrainer, "create_accelerator_and_postprocess", _keep_fsdp_flag)
+    with pytest.raises(ValueError, match="FSDP"):
+        make_trainer(tmp_path)
+
+
+_create_accelerator = HeteroFusionTrainer.create_accelerator_and_postprocess
+
+
+def _keep_fsdp_flag(trainer):
+    _create_accelerator(trainer)
+    trainer.is_fsdp_enabled = True
+
+
+def test_neftune_raises(tmp_path):
+    with pytest.raises(ValueError, match="neftune"):
+        make_args(tmp_path, neftune_noise_alpha=5)
+
+
 def test_several_gpus_in_one_process_raise(tmp_path, monkeypatch):
     model = make_model(make_args(tmp_path))
     monkeypatch.setattr(HeteroFusionConfig, "n_gpu", property(lambda self: 2))

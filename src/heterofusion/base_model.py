@@ -1,10 +1,11 @@
 """What the target's base model must be for a fusion: it fits the adapter, drops nothing out, can be checkpointed."""
 
 import logging
+from typing import Any
 
 from torch import nn
 
-from heterofusion.adapters import AdapterError, LoraAdapter
+from heterofusion.adapters import PREFIX, AdapterError, LoraAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,18 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
                 f"{adapter.folder} has {module.in_features} to {module.out_features}; "
                 f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
             )
+    for key, tensor in adapter.extra_tensors.items():
+        path = key.removeprefix(PREFIX)
+        try:
+            expected = model.get_parameter(path).shape
+        except AttributeError:
+            continue  # PEFT says what it cannot place
+        if expected != tensor.shape:
+            raise AdapterError(
+                f"base model {name}: {path} is {tuple(expected)}, but target adapter {adapter.folder} holds "
+                f"{tuple(tensor.shape)}; tokens were added when it was trained: give a base that was resized alike "
+                "(resize_token_embeddings, then save_pretrained)"
+            )
 
 
 def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
@@ -56,11 +69,18 @@ def refuse_reentrant_checkpointing(model: nn.Module) -> None:
             )
 
 
-def disable_dropout_config(model: nn.Module) -> None:
-    """Set the dropout rates to 0 that a model's code reads from its config (Falcon's residuals, say)."""
+def disable_dropout_config(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Set the dropout rates to 0 that a model's code reads from its config (Falcon's residuals, say).
+
+    Returns:
+        (config, name, rate) of each, to set them back.
+    """
+    changed = []
     config = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
-        for name, value in vars(part).items() if part is not None else ():
+        for name, value in list(vars(part).items()) if part is not None else ():
             if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
                 logger.info("dropout: %s = %s is off during fusion", name, value)
+                changed.append((part, name, value))
                 setattr(part, name, 0.0)
+    return changed

@@ -37,9 +37,11 @@ def save_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.hypernetworks.state_dict().items()}
-    save_file(state, folder / HYPERNETWORKS_FILE, metadata={"format": "pt"})
     identity = fusion_identity(model.plan, model.hypernetworks.config, model.method)
+    partial = folder / f"{HYPERNETWORKS_FILE}.partial"
+    save_file(state, partial, metadata={"format": "pt"})
     (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / HYPERNETWORKS_FILE)
 
 
 def check_checkpoint(folder: str | Path, plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> None:

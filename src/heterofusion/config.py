@@ -122,6 +122,9 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Let DDP look for parameters without gradient; a fusion uses them all."}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
         default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
     )
@@ -155,6 +158,8 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             ("eval_steps", 0, False),
         ):
             check_range(name, getattr(self, name), low, strict)
+        if self.neftune_noise_alpha is not None:
+            raise ValueError("--neftune_noise_alpha is set, but the base stays in eval mode in a fusion: leave it out")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")

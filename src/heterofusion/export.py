@@ -71,6 +71,7 @@ def export_adapter(
         (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
         _write_json(staging / PROVENANCE_FILE, record)
         # the provenance goes last: where it stands, the adapter beside it is complete
+        (folder / PROVENANCE_FILE).unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == PROVENANCE_FILE):
             os.replace(path, folder / path.name)
     finally:
@@ -124,7 +125,7 @@ def provenance(
             "untouched_modules": len(plan.untouched),
             "layer_maps": [{str(i): j for i, j in pairs.items()} for pairs in plan.layer_maps],
         },
-        "method": model.method.method_dict(),
+        "method": {**model.method.method_dict(), "seed": model.updates.seed},
         "hypernetwork": {
             **model.hypernetworks.config.to_dict(),
             "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),

@@ -30,7 +30,8 @@ class LiveUpdates:
 
     Attributes:
         by_module: the installed updates `alpha * dB` by module path, each (out_features, rank) float32.
-        seconds: wall-clock time of hypernetwork forwards so far; reset by whoever reads it.
+        seconds: wall-clock time of the hypernetworks' training forwards so far (on a GPU, of launching them); reset
+            by whoever reads it.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LiveUpdates:
         self._outputs: dict[str, HypernetworkOutput] = {}
         self._leaves: dict[str, Tensor] = {}
         self._collecting = False
+        self._closing = False
 
     def refresh(self) -> None:
         """Compute the updates: with their graph where gradients are on, else once until a parameter changes."""
@@ -61,11 +63,19 @@ class LiveUpdates:
         start = time.perf_counter()
         outputs = self.predict()
         updates = self._scale(outputs)
-        if live:
+        if live and self._closing:
             self._hand_over_window(updates)
         self._install(updates)
         self._outputs = outputs if live else {}
-        self.seconds += time.perf_counter() - start
+        if live:
+            self.seconds += time.perf_counter() - start
+
+    def invalidate(self) -> None:
+        """Compute the updates anew at the next forward: parameters changed in a way that torch does not count.
+
+        In-place operations are noticed; `.data`, fused optimizers and copies into flat buffers are not.
+        """
+        self._cached_versions = None
 
     def _parameter_versions(self) -> tuple:
         return tuple((id(p), p._version, p.data_ptr()) for p in self.networks.parameters())
@@ -74,14 +84,23 @@ class LiveUpdates:
     def collect_gradients(self) -> Iterator[None]:
         """Forwards in here use one detached copy of the updates, whose gradient adds up over their backwards.
 
-        The next forward outside gives the sum to the hypernetworks, in the one backward that they need: the updates
-        depend on the parameters alone, so by linearity this equals a backward per micro-batch.
+        A forward in `close_window` gives the sum to the hypernetworks, in the one backward that they need: the
+        updates depend on the parameters alone, so by linearity this equals a backward per micro-batch.
         """
         self._collecting = True
         try:
             yield
         finally:
             self._collecting = False
+
+    @contextlib.contextmanager
+    def close_window(self) -> Iterator[None]:
+        """The forward in here also hands over what `collect_gradients` added up."""
+        self._closing = True
+        try:
+            yield
+        finally:
+            self._closing = False
 
     def discard_gradients(self) -> None:
         """Forget what `collect_gradients` added up (of a window that was not finished)."""
@@ -183,7 +202,7 @@ class LiveUpdates:
 
         def add_update(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             update = by_module.get(path)
-            return output if update is None else output + F.linear(args[0], update.to(args[0].dtype))
+            return output if update is None else output + F.linear(args[0], update.to(args[0]))
 
         return lora_B.register_forward_hook(add_update)
 

@@ -110,7 +110,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()
-        disable_dropout_config(model)
+        self._dropout = disable_dropout_config(model)
         refuse_reentrant_checkpointing(model)
         self.rdm_loss = None
         base: Any = self.get_base_model()
@@ -136,7 +136,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
             target: the target's adapter.
             sources: source adapters, in order.
             method: settings of the method (a `HeteroFusionConfig` will do).
-            source_configs: base configs of sources with fused projections, one or None each.
+            source_configs: base configs of sources with fused projections, one or None each; read from where their
+                `base_model_name_or_path` leads by default.
             seed: see the class.
         """
         method = method or MethodConfig()
@@ -226,8 +227,12 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return super().generate(*args, **kwargs)
 
     def module_deltas(self) -> dict[str, Tensor]:
-        """The scaled updates `alpha * dB` by module path, each (out_features, rank) float32, without gradient."""
+        """The scaled updates `alpha * dB` by module path, each (out_features, rank) float32, without gradient.
+
+        Always computed anew, so that an export never depends on what was cached.
+        """
         with torch.no_grad():
+            self.updates.invalidate()
             self.updates.refresh()
             return dict(self.updates.by_module)
 
@@ -257,6 +262,22 @@ class HeteroFusionModel(PeftModelForCausalLM):
             "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
         )
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: it would merge the anchor without the updates.
+
+        Raises:
+            NotImplementedError: always; names the way to merge.
+        """
+        raise NotImplementedError(
+            "merge_adapter would merge the anchor without the live updates; use model.fuse().merge_adapter()"
+        )
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError(
+            "a HeteroFusionModel cannot be copied, its hooks belong to it; build another from a fresh base and load "
+            "hypernetworks.state_dict(), or copy model.fuse()"
+        )
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
         """Fuse, then merge the fused adapter into the base (PEFT's `merge_and_unload`)."""
         return self.fuse().merge_and_unload(*args, **kwargs)
@@ -265,14 +286,17 @@ class HeteroFusionModel(PeftModelForCausalLM):
         """Write the updates into B and become a plain PeftModel: hooks and hypernetworks are gone afterwards.
 
         Returns:
-            This object, now a `PeftModelForCausalLM`.
+            This object, now a `PeftModelForCausalLM` in eval mode.
         """
         state = self.fused_state_dict()
         for hook in self._hooks:
             hook.remove()
-        training = self.training
-        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks"):
+        for config, name, rate in self._dropout:
+            setattr(config, name, rate)
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout"):
             delattr(self, name)
+        for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward
+            self.__dict__.pop(name, None)
         self.__class__ = PeftModelForCausalLM  # type: ignore[assignment]
         set_peft_model_state_dict(self, state, ADAPTER_NAME)
-        return self.train(training)
+        return self.eval()

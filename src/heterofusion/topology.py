@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from heterofusion.adapters import AdapterError, LoraAdapter, LoraModule
-from heterofusion.architectures import ModuleKey, module_keys, role_rows
+from heterofusion.architectures import (
+    ModuleKey,
+    has_fused_modules,
+    load_base_config,
+    module_keys,
+    read_source_configs,
+    role_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +166,9 @@ def plan_alignment(
         sources: one or more adapters of any family, depth and width.
         layer_alignment: `tail` or `proportional`, see `map_layers`.
         transfer_ratio: share in (0, 1] of each source's layer pairs that is used, counted from the last layer.
-        target_config: config of the target's base; needed only if it has fused projections.
-        source_configs: one config or None per source; needed only for sources with fused projections.
+        target_config: config of the target's base; needed only if it has fused projections, and then read from where
+            `base_model_name_or_path` leads by default.
+        source_configs: one config or None per source; the same.
 
     Returns:
         The plan.
@@ -170,7 +178,9 @@ def plan_alignment(
         ValueError: an option is out of range.
     """
     ratio = parse_transfer_ratio(transfer_ratio)
-    configs = list(source_configs) if source_configs is not None else [None] * len(sources)
+    if target_config is None and target.base_model and has_fused_modules(target):
+        target_config = load_base_config(target.base_model, "target adapter")
+    configs = list(source_configs) if source_configs is not None else read_source_configs(None, sources)
     _check_inputs(target, sources, configs)
     target_modules = _RoleTable(target, target_config, "target adapter")
     tables = [
@@ -290,7 +300,7 @@ def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -
     if config is None:
         raise AdapterError(
             f"{module.path} is a fused projection ({', '.join(key.roles)}); splitting it needs the head counts in its "
-            "base model's config.json, which base_model_name_or_path does not lead to: give it with --source_configs "
+            "base model's config.json, and base_model_name_or_path names none: give it with --source_configs "
             "(a source) or --model_name_or_path (the target)"
         )
     return dict(role_rows(key, module.out_features, config))

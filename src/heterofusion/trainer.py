@@ -12,11 +12,13 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, default_data_collator
+from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 
+from heterofusion.base_model import refuse_reentrant_checkpointing
 from heterofusion.checkpoints import load_hypernetworks, save_hypernetworks
 from heterofusion.config import HeteroFusionConfig
+from heterofusion.data import make_collator
 from heterofusion.diagnostics import fusion_diagnostics
 from heterofusion.export import display_name, export_adapter, push_adapter
 from heterofusion.modeling import HeteroFusionModel
@@ -44,7 +46,7 @@ def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
     short: dict[str, Any] = {}
     for name, value in logs.items():
         quantity, _, role = name.partition("/")
-        if role and quantity != "attention":
+        if role and quantity in ("alpha", "gate_sparsity", "delta_ratio"):
             parts[quantity].append(value)
         else:
             short[name] = value
@@ -62,6 +64,17 @@ def refuse_data_parallel(args: HeteroFusionConfig) -> None:
             f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
             "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
+
+
+def _check_same_method(model: HeteroFusionModel, args: HeteroFusionConfig) -> None:
+    """Refuse a trainer whose settings of the method are others than the model's."""
+    wanted = args.method_dict()
+    for name, value in model.method.method_dict().items():
+        if value != wanted[name]:
+            raise ValueError(
+                f"{name} is {value} in the model and {wanted[name]} in args; build the model with the same "
+                "HeteroFusionConfig"
+            )
 
 
 class HeteroFusionTrainer(Trainer):
@@ -104,8 +117,9 @@ class HeteroFusionTrainer(Trainer):
         if not isinstance(args, HeteroFusionConfig):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
         refuse_data_parallel(args)
+        _check_same_method(model, args)
         if data_collator is None:
-            data_collator = DataCollatorForSeq2Seq(processing_class) if processing_class else default_data_collator
+            data_collator = make_collator(processing_class) if processing_class else default_data_collator
         self._sums: dict[str, Tensor] = {}
         self._windows = 0
         self._once_per_window = False
@@ -120,6 +134,7 @@ class HeteroFusionTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
+        self._refuse_engines()
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(FusionProgressCallback)
@@ -138,11 +153,15 @@ class HeteroFusionTrainer(Trainer):
         All micro-batches but the last use detached updates, whose gradient is collected; their backward needs no
         reduction, so it bypasses the engine's wrapper. The last one takes the ordinary path.
         """
-        if self.accelerator.sync_gradients or not self._once_per_window:
+        updates = self.fusion_model.updates
+        if not self._once_per_window:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            with updates.close_window():
+                return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with self.fusion_model.updates.collect_gradients(), self.compute_loss_context_manager():
+        with updates.collect_gradients(), self.compute_loss_context_manager():
             loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
             loss = loss / self._loss_divisor(num_items_in_batch)
             loss.backward()
@@ -150,12 +169,36 @@ class HeteroFusionTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        engine = self.accelerator.distributed_type
-        self._once_per_window = engine in _ONCE_PER_WINDOW and not self.args.fp16
+        refuse_reentrant_checkpointing(self.fusion_model.base_model)
+        engine, precision = self.accelerator.distributed_type, self.accelerator.mixed_precision
+        # a gradient scaler would scale the last micro-batch only
+        self._once_per_window = engine in _ONCE_PER_WINDOW and precision != "fp16" and self.accelerator.scaler is None
         if not self._once_per_window and self.args.gradient_accumulation_steps > 1:
-            logger.info("%s%s: hypernetworks run in every micro-batch", engine.value, ", fp16" * self.args.fp16)
+            logger.info("%s, precision %s: hypernetworks run in every micro-batch", engine.value, precision)
+        self._sums, self._windows, self.fusion_model.updates.seconds = {}, 0, 0.0
         self.fusion_model.updates.discard_gradients()
         return prepared
+
+    def _refuse_engines(self) -> None:
+        """Refuse engines on which parameters are sharded or cast: their checkpoints and exports are not handled."""
+        if self.is_fsdp_enabled:
+            raise ValueError("FSDP shards the hypernetworks, which is not supported; use DDP or DeepSpeed ZeRO-1 or 2")
+        if not self.is_deepspeed_enabled:
+            return
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        if stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 shards the hypernetworks, which is not supported; use ZeRO-1 or 2, or DDP"
+            )
+        if self.accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"DeepSpeed with mixed precision {self.accelerator.mixed_precision} casts the hypernetworks, which "
+                "must stay float32; launch with --mixed_precision no and load the base with --dtype bfloat16"
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What a micro-batch's loss is divided by: 1 if it is normalized over the window's label tokens already."""
@@ -229,11 +272,12 @@ class HeteroFusionTrainer(Trainer):
             if self.args.should_save and output_dir is not None:
                 save_hypernetworks(self.fusion_model, output_dir)
             return
-        if self.args.should_save:
-            self.export(output_dir or str(self.args.output_dir))
+        self.export(output_dir or str(self.args.output_dir))
 
     def export(self, output_dir: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
-        """Write the fused adapter with provenance and card; see `export_adapter`."""
+        """Write the fused adapter with provenance and card, on rank 0; see `export_adapter`."""
+        if not self.args.should_save:
+            return Path(output_dir)
         return export_adapter(
             self.fusion_model,
             output_dir,

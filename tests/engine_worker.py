@@ -22,7 +22,7 @@ def run_case(folder: Path, accumulation: int, checkpointing: bool, steps: int, w
         **TINY, output_dir=str(folder), max_steps=steps, learning_rate=1e-3, rdm_weight=0.5, use_cpu=True,
         per_device_train_batch_size=EXAMPLES_PER_STEP // (accumulation * world), save_strategy="no",
         gradient_accumulation_steps=accumulation, activation_checkpointing=checkpointing, logging_steps=1,
-        train_sampling_strategy="sequential", disable_tqdm=True, max_grad_norm=1e9, ddp_find_unused_parameters=False,
+        train_sampling_strategy="sequential", disable_tqdm=True, max_grad_norm=1e9,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
     sources = [load_adapter(GOLDEN / name) for name in ("source_qwen2", "source_mistral")]
@@ -54,6 +54,7 @@ def run_case(folder: Path, accumulation: int, checkpointing: bool, steps: int, w
         "engine": trainer.accelerator.distributed_type.value,
         "wrapped": isinstance(trainer.model_wrapped, DistributedDataParallel),
         "world": world,
+        "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
         "losses": [entry["loss"] for entry in log],
         "lm_losses": [entry["lm_loss"] for entry in log],
         "rdm_losses": [entry["rdm_loss"] for entry in log],

@@ -19,6 +19,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+# what libraries warn of while they are imported must not stand in the way
+logging.getLogger().addHandler(logging.NullHandler())
+
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file

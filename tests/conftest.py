@@ -135,3 +135,15 @@ class TokenRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
+
+
+def fresh_base():
+    """A new copy of the golden base."""
+    return AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+
+
+def logits(model, batch=None):
+    """Logits of a model in float32, without gradient."""
+    batch = batch or token_batch()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()

@@ -1,14 +1,11 @@
 """The live model: what is trainable, what the update does, and that the exported adapter is the live one."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, PeftModelForCausalLM
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -19,31 +16,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from conftest import GOLDEN, TINY, perturb, token_batch
+from conftest import GOLDEN, TINY, fresh_base, logits, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
-from heterofusion.export import export_adapter
 from heterofusion.modeling import hypernetwork_config
-
-
-def copy_adapter(name, folder, dtype=None, **config):
-    """A golden adapter with changed config and dtype."""
-    shutil.copytree(GOLDEN / name, folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    if dtype is not None:
-        weights = {k: v.to(dtype) for k, v in load_file(folder / "adapter_model.safetensors").items()}
-        save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-def fresh_base():
-    return AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
-
-
-def logits(model, batch=None):
-    batch = batch or token_batch()
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
 
 
 def test_is_a_peft_model_and_only_hypernetworks_train_in_fp32(model):
@@ -225,79 +200,6 @@ def test_base_with_reentrant_checkpointing_raises(base, target, sources):
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="reentrant"):
         HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"alpha_pattern": {"q_proj": 3}},
-        {"lora_dropout": 0.3},
-    ],
-    ids=["lora", "rslora", "alpha_pattern", "dropout"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_zero_update_exports_the_target_bit_for_bit(tmp_path, sources, changes, dtype):
-    folder = copy_adapter("target_llama", tmp_path / "anchor", dtype, **changes)
-    weights = load_file(folder / "adapter_model.safetensors")
-    name = next(iter(k for k in weights if "lora_B" in k))
-    weights[name][0, 0] = -0.0  # adding +0 would lose the sign
-    save_file(weights, folder / "adapter_model.safetensors")
-    fusion = HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
-    export_adapter(fusion, tmp_path / "fused")
-    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
-    kept = json.loads((tmp_path / "fused/adapter_config.json").read_text())
-    original = json.loads((folder / "adapter_config.json").read_text())
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout"):
-        assert kept[key] == original[key]
-
-
-def assert_same_bits(found, wanted):
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype, key
-        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
-
-
-def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, sources):
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
-        modules_to_save=["lm_head"], task_type="CAUSAL_LM",
-    )  # fmt: skip
-    anchor = get_peft_model(fresh_base(), lora)
-    with torch.no_grad():
-        for name, parameter in anchor.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    anchor.save_pretrained(tmp_path / "anchor")
-    wanted = load_file(tmp_path / "anchor/adapter_model.safetensors")
-    assert any("lm_head" in key for key in wanted)
-    fusion = HeteroFusionModel.from_adapters(
-        fresh_base(), load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY)
-    )
-    assert {key.rank for key in fusion.plan.groups} == {2, 4}
-    torch.testing.assert_close(logits(fusion), logits(anchor.eval()), atol=1e-5, rtol=0)
-    export_adapter(fusion, tmp_path / "fused")
-    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), wanted)
-    live = logits(perturb(fusion))
-    export_adapter(fusion, tmp_path / "fused")
-    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path / "fused")
-    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
-
-
-def test_exported_adapter_in_other_dtypes_and_merged(tmp_path, model):
-    live = logits(model)
-    export_adapter(model, tmp_path)
-    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path)
-    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits(reloaded.merge_and_unload()), live, atol=1e-4, rtol=0)
-    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=dtype)
-        loaded = PeftModel.from_pretrained(base, tmp_path)
-        torch.testing.assert_close(logits(loaded), live, atol=tolerance, rtol=0)
 
 
 def test_bfloat16_base_keeps_hypernetworks_in_fp32(target, sources):

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -185,6 +186,8 @@ def set_up_logging(level: int = logging.INFO, hold: bool = False) -> None:
         handler = _HeldMessages(10_000, flushLevel=sys.maxsize, target=handler)
     logging.basicConfig(level=level if is_main_process() else logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # what libraries are about to rename is not the user's concern
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\.")
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "fusion.json"
 CARD_FILE = "README.md"
+_SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
 HUB_PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, *TOKENIZER_FILES)
 
 
@@ -70,6 +71,7 @@ def export_adapter(
             tokenizer.save_pretrained(str(staging))
         (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
         _write_json(staging / PROVENANCE_FILE, record)
+        shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
         # the provenance goes last: where it stands, the adapter beside it is complete
         (folder / PROVENANCE_FILE).unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == PROVENANCE_FILE):
@@ -207,11 +209,12 @@ No licence is stated here: it follows from those of the base model, the adapters
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    if not metrics:
+    shown = {name: value for name, value in metrics.items() if not name.endswith(_SPEEDS)}
+    if not shown:
         return ""
     rows = "\n".join(
         f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in metrics.items()
+        for name, value in shown.items()
     )
     return f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
 

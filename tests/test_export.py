@@ -1,0 +1,136 @@
+"""The exported adapter: the anchor bit for bit where nothing changed, the live model where something did."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import GOLDEN, TINY, fresh_base, logits, perturb
+from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion.export import ExportError, export_adapter
+
+
+def copy_adapter(name, folder, dtype=None, **config):
+    """A golden adapter with changed config and dtype."""
+    shutil.copytree(GOLDEN / name, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    if dtype is not None:
+        weights = {k: v.to(dtype) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+        save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"lora_dropout": 0.3},
+    ],
+    ids=["lora", "rslora", "alpha_pattern", "dropout"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_zero_update_exports_the_target_bit_for_bit(tmp_path, sources, changes, dtype):
+    folder = copy_adapter("target_llama", tmp_path / "anchor", dtype, **changes)
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(k for k in weights if "lora_B" in k))
+    weights[name][0, 0] = -0.0  # adding +0 would lose the sign
+    save_file(weights, folder / "adapter_model.safetensors")
+    fusion = HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
+    export_adapter(fusion, tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
+    kept = json.loads((tmp_path / "fused/adapter_config.json").read_text())
+    original = json.loads((folder / "adapter_config.json").read_text())
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout"):
+        assert kept[key] == original[key]
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, sources):
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
+        modules_to_save=["lm_head"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    anchor = get_peft_model(fresh_base(), lora)
+    with torch.no_grad():
+        for name, parameter in anchor.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    anchor.save_pretrained(tmp_path / "anchor")
+    wanted = load_file(tmp_path / "anchor/adapter_model.safetensors")
+    assert any("lm_head" in key for key in wanted)
+    fusion = HeteroFusionModel.from_adapters(
+        fresh_base(), load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY)
+    )
+    assert {key.rank for key in fusion.plan.groups} == {2, 4}
+    torch.testing.assert_close(logits(fusion), logits(anchor.eval()), atol=1e-5, rtol=0)
+    export_adapter(fusion, tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), wanted)
+    live = logits(perturb(fusion))
+    export_adapter(fusion, tmp_path / "fused")
+    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path / "fused")
+    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
+
+
+def test_exported_weights_are_as_readable_as_the_config(tmp_path, model):
+    """safetensors writes files for the owner alone."""
+    export_adapter(model, tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_exported_adapter_in_other_dtypes_and_merged(tmp_path, model):
+    live = logits(model)
+    export_adapter(model, tmp_path)
+    reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path)
+    torch.testing.assert_close(logits(reloaded), live, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded.merge_and_unload()), live, atol=1e-4, rtol=0)
+    for dtype, tolerance in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=dtype)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(logits(loaded), live, atol=tolerance, rtol=0)
+
+
+def test_non_finite_update_raises_and_keeps_the_last_export(tmp_path, model):
+    export_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.hypernetworks.alphas["q_proj_r4"].data.fill_(float("inf"))
+    with pytest.raises(ExportError, match=r"q_proj\.lora_B\.weight is not finite"):
+        export_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_update_beyond_the_anchors_dtype_raises(tmp_path, sources):
+    folder = copy_adapter("target_llama", tmp_path / "anchor", torch.float16)
+    fusion = perturb(
+        HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
+    )
+    fusion.hypernetworks.alphas["q_proj_r4"].data.fill_(1e9)  # finite in float32, not in float16
+    with pytest.raises(ExportError, match="out of range for torch.float16"):
+        export_adapter(fusion, tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+def test_failed_write_keeps_the_last_export(tmp_path, model, monkeypatch):
+    export_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("heterofusion.export.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

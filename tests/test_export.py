@@ -118,7 +118,7 @@ def test_update_beyond_the_anchors_dtype_raises(tmp_path, sources):
         HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
     )
     fusion.hypernetworks.alphas["q_proj_r4"].data.fill_(1e9)  # finite in float32, not in float16
-    with pytest.raises(ExportError, match="out of range for torch.float16"):
+    with pytest.raises(ExportError, match=r"out of range for torch\.float16"):
         export_adapter(fusion, tmp_path / "fused")
     assert not (tmp_path / "fused").exists()
 

@@ -121,7 +121,7 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Let DDP look for parameters without gradient; a fusion uses them all."}
     )

@@ -1,6 +1,7 @@
 """The exported adapter: the anchor bit for bit where nothing changed, the live model where something did."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb
-from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
 from heterofusion.export import ExportError, export_adapter
 
 
@@ -134,3 +135,35 @@ def test_failed_write_keeps_the_last_export(tmp_path, model, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_interrupted_export_leaves_no_provenance(tmp_path, model, monkeypatch):
+    """fusion.json says that the adapter beside it is complete, so it must not outlive a half-replaced one."""
+    export_adapter(model, tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("adapter_model.safetensors"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("heterofusion.export.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export_adapter(model, tmp_path)
+    assert not (tmp_path / "fusion.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export-")]
+
+
+def test_anchor_with_added_tokens_needs_a_resized_base(tmp_path, sources):
+    folder = copy_adapter("target_llama", tmp_path / "anchor")
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.weight"] = torch.randn(66, 48)
+    save_file(weights, folder / "adapter_model.safetensors")
+    anchor = load_adapter(folder)
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight is \(64, 48\).*\(66, 48\).*tokens were added"):
+        HeteroFusionModel.from_adapters(fresh_base(), anchor, sources, MethodConfig(**TINY))
+    base = fresh_base()
+    base.resize_token_embeddings(66, mean_resizing=False)
+    fusion = HeteroFusionModel.from_adapters(base, anchor, sources, MethodConfig(**TINY))
+    export_adapter(fusion, tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)

@@ -315,6 +315,42 @@ def _keep_fsdp_flag(trainer):
     trainer.is_fsdp_enabled = True
 
 
+def test_reentrant_checkpointing_enabled_later_raises(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.get_base_model().activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": True}
+    )
+    with pytest.raises(ValueError, match="reentrant"):
+        trainer.train()
+
+
+def test_a_second_run_logs_its_own_losses_only(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    first = len(trainer.state.log_history)
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "lm_loss" in entry)
+    assert first
+    assert log["loss"] == pytest.approx(log["lm_loss"] + trainer.args.rdm_weight * log["rdm_loss"], abs=1e-5)
+
+
+def test_default_collator_pads_without_a_padding_token(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), eos_token="</s>", unk_token="<unk>"
+    )
+    trainer = make_trainer(tmp_path, trainer_options={"processing_class": tokenizer})
+    rows = [{"input_ids": list(range(n)), "attention_mask": [1] * n, "labels": list(range(n))} for n in (3, 5)]
+    batch = trainer.data_collator(rows)
+    assert batch["input_ids"].shape == (2, 5)
+    assert batch["labels"][0].tolist() == [0, 1, 2, -100, -100]
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
+    assert tokenizer.pad_token is None  # what is saved with the adapter stays as it was
+
+
 def test_neftune_raises(tmp_path):
     with pytest.raises(ValueError, match="neftune"):
         make_args(tmp_path, neftune_noise_alpha=5)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from builders import lora_folder, tiny_model
 from conftest import TokenRows, make_args
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.architectures import read_source_configs
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED_TARGETS = {
@@ -60,9 +59,7 @@ def test_two_steps_export_reload(tmp_path, case, preset):
     anchor = lora_folder(tiny_llama(4, seed=9), tmp_path / "anchor", ALL, r=4, seed=11)
     sources = [load_adapter(folder) for folder in sources_of(case, tmp_path)]
     args = make_args(tmp_path / "out", preset=preset)
-    model = HeteroFusionModel.from_adapters(
-        base, load_adapter(anchor), sources, args, source_configs=read_source_configs(None, sources)
-    )
+    model = HeteroFusionModel.from_adapters(base, load_adapter(anchor), sources, args)
     check_reload(model, args, AutoModelForCausalLM.from_pretrained(tmp_path / "base"), anchor)
     if case == "target_modules":
         assert {key.role for key in model.plan.groups} == {"q_proj", "up_proj"}

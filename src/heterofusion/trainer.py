@@ -160,6 +160,9 @@ class HeteroFusionTrainer(Trainer):
             with updates.close_window():
                 return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        set_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, as in Trainer
+        if callable(set_training_mode):
+            set_training_mode()
         inputs = self._prepare_inputs(inputs)
         with updates.collect_gradients(), self.compute_loss_context_manager():
             loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)

@@ -127,6 +127,26 @@ def load_base_config(
         ) from error
 
 
+def read_target_config(
+    target: LoraAdapter, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig | None:
+    """Base config of a target that has fused projections; None where there are none, or no base is named.
+
+    Args:
+        target: the target adapter.
+        base: folder or Hub id of its base; its `base_model_name_or_path` by default.
+        revision: Hub revision of `base`.
+        trust_remote_code: run config code of the Hub; off unless the user wants it.
+
+    Raises:
+        AdapterError: the config cannot be read.
+    """
+    name = base or target.base_model
+    if name is None or not has_fused_modules(target):
+        return None
+    return load_base_config(name, "target adapter", trust_remote_code, revision=revision if base else None)
+
+
 def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapter]) -> list[PretrainedConfig | None]:
     """Base configs of sources that have fused projections.
 

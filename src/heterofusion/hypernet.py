@@ -9,7 +9,7 @@ r x m matrix, both shared by all roles, so its size hardly depends on the rank.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class HypernetworkConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        return asdict(self)
 
 
 class HypernetworkOutput(NamedTuple):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from heterofusion.adapters import LoraAdapter, load_adapter
-from heterofusion.architectures import has_fused_modules, load_base_config, read_source_configs
+from heterofusion.architectures import load_base_config, read_source_configs, read_target_config
 from heterofusion.base_model import check_base_fits
 from heterofusion.config import AdapterArguments, MethodConfig, ModelArguments
 from heterofusion.topology import AlignmentPlan, plan_alignment
@@ -52,18 +52,9 @@ def load_plan(
         sources,
         layer_alignment=method.layer_alignment,
         transfer_ratio=method.transfer_ratio,
-        target_config=_target_config(target, base, base_revision, adapters.trust_remote_code),
+        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
         source_configs=read_source_configs(adapters.source_configs, sources),
     )
-
-
-def _target_config(
-    target: LoraAdapter, base: str | None, revision: str | None, trust_remote_code: bool
-) -> PretrainedConfig | None:
-    name = base or target.base_model
-    if name is None or not has_fused_modules(target):
-        return None
-    return load_base_config(name, "target adapter", trust_remote_code, revision=revision if base else None)
 
 
 def load_tokenizer(
@@ -135,7 +126,7 @@ def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig
 
 
 def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the target's base model, frozen, without a cache of keys and values in training.
+    """Load the target's base model, frozen.
 
     Raises:
         ValueError: it cannot be loaded.

@@ -16,10 +16,9 @@ from transformers import PretrainedConfig
 from heterofusion.adapters import AdapterError, LoraAdapter, LoraModule
 from heterofusion.architectures import (
     ModuleKey,
-    has_fused_modules,
-    load_base_config,
     module_keys,
     read_source_configs,
+    read_target_config,
     role_rows,
 )
 
@@ -178,8 +177,7 @@ def plan_alignment(
         ValueError: an option is out of range.
     """
     ratio = parse_transfer_ratio(transfer_ratio)
-    if target_config is None and target.base_model and has_fused_modules(target):
-        target_config = load_base_config(target.base_model, "target adapter")
+    target_config = read_target_config(target) if target_config is None else target_config
     configs = list(source_configs) if source_configs is not None else read_source_configs(None, sources)
     _check_inputs(target, sources, configs)
     target_modules = _RoleTable(target, target_config, "target adapter")

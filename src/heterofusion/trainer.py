@@ -80,7 +80,7 @@ def _check_same_method(model: HeteroFusionModel, args: HeteroFusionConfig) -> No
 class HeteroFusionTrainer(Trainer):
     """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
 
-    Everything `TrainingArguments` offers works as in `Trainer`. Logged besides Trainer's own: `lm_loss`, `rdm_loss`,
+    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss`, `rdm_loss`,
     and per role `alpha/`, `gate_sparsity/`, `delta_ratio/` (||alpha dB|| / ||B||), the share of attention per source
     `attention/`, and `hypernetwork_seconds` (forward, per optimizer step).
 
@@ -90,13 +90,14 @@ class HeteroFusionTrainer(Trainer):
         train_dataset: examples with `input_ids` and `labels` (see `build_replay`).
         eval_dataset: the same, for evaluation.
         processing_class: the target's tokenizer; saved with the adapter and used for padding.
-        data_collator: pads and batches; `DataCollatorForSeq2Seq` of the tokenizer by default.
+        data_collator: pads and batches; `make_collator` of the tokenizer by default.
         replay_record: plain values about the replay, for the provenance.
         **kwargs: passed on to `Trainer`.
 
     Raises:
         TypeError: model or args are of another type.
-        ValueError: more than one device in one process; launch with accelerate instead.
+        ValueError: model and args differ in the method's settings; or an engine that cannot carry a fusion: several
+            GPUs in one process, FSDP, ZeRO-3, DeepSpeed with mixed precision.
     """
 
     args: HeteroFusionConfig
@@ -185,14 +186,12 @@ class HeteroFusionTrainer(Trainer):
     def _refuse_engines(self) -> None:
         """Refuse engines on which parameters are sharded or cast: their checkpoints and exports are not handled."""
         if self.is_fsdp_enabled:
-            raise ValueError("FSDP shards the hypernetworks, which is not supported; use DDP or DeepSpeed ZeRO-1 or 2")
+            raise ValueError("FSDP shards the hypernetworks, which is not supported; use DDP or DeepSpeed ZeRO-2")
         if not self.is_deepspeed_enabled:
             return
         stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 shards the hypernetworks, which is not supported; use ZeRO-1 or 2, or DDP"
-            )
+            raise ValueError("DeepSpeed ZeRO-3 shards the hypernetworks, which is not supported; use ZeRO-2 or DDP")
         if self.accelerator.mixed_precision != "no":
             raise ValueError(
                 f"DeepSpeed with mixed precision {self.accelerator.mixed_precision} casts the hypernetworks, which "
@@ -295,9 +294,8 @@ class HeteroFusionTrainer(Trainer):
             "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
             "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim",
         )  # fmt: skip
-        record = {name: getattr(self.args, name) for name in names}
-        record["lr_scheduler_type"] = str(getattr(record["lr_scheduler_type"], "value", record["lr_scheduler_type"]))
-        record["optim"] = str(getattr(record["optim"], "value", record["optim"]))
+        settings = self.args.to_dict()  # enums as plain values
+        record = {name: settings[name] for name in names}
         record |= {"steps": self.state.global_step, "processes": self.args.world_size, "replay": self.replay_record}
         return record
 

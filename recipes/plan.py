@@ -15,8 +15,9 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
+from heterofusion.arguments import AdapterArguments
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.config import AdapterArguments, MethodConfig
+from heterofusion.config import MethodConfig
 from heterofusion.loading import load_plan
 from heterofusion.plan_summary import format_plan, plan_summary
 

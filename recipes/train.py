@@ -6,6 +6,7 @@
 
 Any flag may stand in a YAML file given with --config; flags of the command line override it. The result in
 --output_dir is an ordinary PEFT adapter. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
+A list `stages:` in the YAML file makes several fusions in a row: the fused adapter of one is the target of the next.
 """
 
 import logging
@@ -15,112 +16,137 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from transformers import set_seed
+from accelerate.utils.memory import clear_device_cache
+from huggingface_hub.utils import validate_repo_id
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
-from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer
-from heterofusion.checkpoints import check_checkpoint
-from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.config import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion import HeteroFusionModel, HeteroFusionTrainer
+from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
-from heterofusion.loading import (
-    check_base,
-    check_output_dir,
-    check_token_ids,
-    load_base,
-    load_plan,
-    load_tokenizer,
-)
-from heterofusion.modeling import hypernetwork_config
+from heterofusion.diagnostics import mean_logged_loss
+from heterofusion.engines import refuse_data_parallel
+from heterofusion.hub import push_adapter
+from heterofusion.loading import check_base, check_token_ids, load_base, load_tokenizer
 from heterofusion.plan_summary import format_plan, plan_summary
-from heterofusion.trainer import refuse_data_parallel
+from heterofusion.progress import begin_stage, check_replay, find_progress
+from heterofusion.stages import Stage, plan_stages, read_stages
 
 logger = logging.getLogger("heterofusion.train")
-ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, HeteroFusionConfig)
 
 
 @command
 def main(argv: list[str]) -> None:
-    base_args, adapters, data, run, args = parse_arguments(ARGUMENTS, argv, __doc__)
-    set_up_logging(logging.INFO if args.log_level == "passive" else args.get_process_log_level(), hold=True)
-    set_seed(args.seed)
+    stages = read_stages(argv, __doc__)  # one, unless a YAML file has `stages:`
+    first = stages[0]
+    level = logging.INFO if first.args.log_level == "passive" else first.args.get_process_log_level()
+    set_up_logging(level, hold=True)
 
-    # everything that can be checked is checked before the base model is loaded
-    plan = load_plan(adapters, args, base_args.model_name_or_path, base_args.model_revision)
-    sizes = hypernetwork_config(plan, args)
-    if run.dry_run:
+    # everything that can be checked is checked before the first base model is loaded
+    plan_stages(stages)
+    if first.run.dry_run:
         if is_main_process():
-            print(format_plan(plan_summary(plan, args)))
+            for stage in stages:
+                heading = f"==== {stage.title} ====\n" if stage.name else ""
+                print(heading + format_plan(plan_summary(stage.plan, stage.args)))
         return
-    resume = resume_path(args)
-    if resume is not None:
-        check_checkpoint(resume, plan, sizes, args)
-    check_output_dir(str(args.output_dir), resuming=resume is not None, overwrite=run.overwrite)
-    if args.eval_strategy != "no" and not data.eval_dataset_name:
+    find_progress(stages)
+    for stage in stages:
+        with stage.named_errors():
+            check_flags(stage)
+    base_config = check_base(first.base, first.plan.target, first.adapters.trust_remote_code)
+    tokenizer = load_tokenizer(first.base, first.plan.target, first.adapters.trust_remote_code)
+    for stage in stages:
+        with stage.named_errors():
+            load_data(stage, tokenizer, base_config)
+
+    release_logging()
+    for stage in stages:
+        if stage.finished:
+            logger.info("%s is finished: %s", stage.title, stage.folder)
+            continue
+        with stage.named_errors():
+            fuse(stage, tokenizer)
+        clear_device_cache(garbage_collection=True)  # room for the next stage's model
+    args = stages[-1].args
+    if args.push_to_hub and is_main_process():
+        folder = stages[-1].folder
+        address = push_adapter(
+            folder,
+            args.hub_model_id or folder.resolve().name,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+        )
+        logger.info("pushed: %s", address)
+
+
+def check_flags(stage: Stage) -> None:
+    """Refuse flags that would fail once the base model is loaded."""
+    args = stage.args
+    if args.eval_strategy != "no" and not stage.data.eval_dataset_name:
         raise ValueError(
             f"--eval_strategy is {args.eval_strategy.value}, but --eval_dataset_name is not given; name one"
         )
-    check_reporting(args)
-    refuse_data_parallel(args)
-    base_config = check_base(base_args, plan.target, adapters.trust_remote_code)
-    tokenizer = load_tokenizer(base_args, plan.target, adapters.trust_remote_code)
-    replay, report = build_replay(data, tokenizer)
-    logger.info("replay:\n%s", "\n".join(report.summary()))
-    evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
-    check_token_ids([replay, evaluation], base_config)
-    collator = make_collator(tokenizer)
-
-    release_logging()
-    base = load_base(base_args, args.use_cpu, adapters.trust_remote_code)
-    model = HeteroFusionModel(base, plan, args, args.seed)
-    trainer = HeteroFusionTrainer(
-        model,
-        args,
-        train_dataset=replay,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        data_collator=collator,
-        replay_record=report.to_dict(),
-    )
-    trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
-    logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
-    result = trainer.train(resume_from_checkpoint=resume)
-    metrics = {key: value for key, value in result.metrics.items() if key != "total_flos"}
-    if evaluation is not None:
-        metrics |= trainer.evaluate()
-    trainer.log_metrics("all", metrics)
-    trainer.save_state()
-    folder = trainer.export(args.output_dir, metrics)
-    logger.info("fused adapter written to %s", folder.resolve())
-    if args.push_to_hub:
-        logger.info("pushed: %s", trainer.push_to_hub())
-
-
-def check_reporting(args: HeteroFusionConfig) -> None:
-    """Refuse `--report_to` integrations that are unknown or not installed; Trainer would once the base is loaded."""
-    try:
+    try:  # Trainer would do so once the base is loaded
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"--report_to is {', '.join(args.report_to)}: {error}") from error
+    refuse_data_parallel(args)
+    if args.push_to_hub:  # a name that the Hub cannot have would be refused once the adapter is trained
+        validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
 
 
-def resume_path(args: HeteroFusionConfig) -> str | None:
-    """Folder to resume from: `--resume_from_checkpoint` may be a folder, or true for the last one in output_dir."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() in ("false", "no", "0"):
-        return None
-    if str(wanted).lower() not in ("true", "yes", "1"):
-        return str(wanted)
-    folder = Path(str(args.output_dir)).absolute()
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None:
-        raise ValueError(
-            f"--resume_from_checkpoint is true, but --output_dir {folder} holds no checkpoint-N folder; leave the "
-            "flag out to start anew, or name the checkpoint"
-        )
-    return last
+def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: PretrainedConfig) -> None:
+    """Read replay and evaluation data of a stage."""
+    stage.replay, report = build_replay(stage.data, tokenizer)
+    logger.info("replay%s:\n%s", f" of {stage.title}" if stage.name else "", "\n".join(report.summary()))
+    stage.replay_record = report.to_dict()
+    if stage.finished:
+        check_replay(stage)
+    if stage.data.eval_dataset_name:
+        stage.evaluation = build_eval(stage.data, tokenizer)[0]
+    check_token_ids([stage.replay, stage.evaluation], base_config)
+
+
+def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Train the hypernetworks of one fusion and write the fused adapter."""
+    if stage.name:
+        logger.info("%s begins", stage.title)
+    stage.renew()
+    args = stage.args
+    set_seed(args.seed)
+    base = load_base(stage.base, args.use_cpu, stage.adapters.trust_remote_code, args.base_in_bf16)
+    model = HeteroFusionModel(base, stage.plan, args, args.seed)
+    begin_stage(stage, model)
+    trainer = HeteroFusionTrainer(
+        model,
+        args,
+        train_dataset=stage.replay,
+        eval_dataset=stage.evaluation,
+        processing_class=tokenizer,
+        data_collator=make_collator(tokenizer),
+        replay_record=stage.replay_record,
+        run_record=stage.record(),
+    )
+    trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
+    logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
+    result = trainer.train(resume_from_checkpoint=None if stage.resume is None else str(stage.resume))
+    metrics = {key: value for key, value in result.metrics.items() if key not in ("total_flos", "train_loss")}
+    loss = mean_logged_loss(trainer.state.log_history)  # Trainer's own begins anew when a run resumes
+    if loss is not None:
+        metrics["train_loss"] = loss
+    if stage.evaluation is not None:
+        metrics |= trainer.evaluate()
+    trainer.log_metrics("all", metrics)
+    trainer.save_state()
+    if stage.is_carried:
+        trainer.save_model(str(stage.folder), _internal_call=True)  # the hypernetworks; the adapter ends the stage
+    folder = trainer.export(args.output_dir, metrics)
+    logger.info("fused adapter written to %s", folder.resolve())
+    trainer.accelerator.wait_for_everyone()  # the next stage reads it
+    trainer.accelerator.free_memory()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from builders import write_adapter
-from heterofusion import HeteroFusionConfig, HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, MethodConfig, load_adapter
 
 TINY = {"preset": "paper", "block_size": 32, "embed_dim": 32, "num_heads": 4, "max_position_embeddings": 64}
 GOLDEN = Path(__file__).parent / "golden"
 
-pytest_plugins = ["recipe_runner"]
+pytest_plugins = ["recipe_runner", "sequence_runner"]
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +110,21 @@ def make_args(folder: Path, **changes) -> HeteroFusionConfig:
         "logging_steps": 1,
     }
     return HeteroFusionConfig(**(settings | changes))
+
+
+def make_model(args: MethodConfig, names: Sequence[str] = ("source_qwen2", "source_mistral")) -> HeteroFusionModel:
+    """A fusion of golden adapters as training begins it."""
+    sources = [load_adapter(GOLDEN / name) for name in names]
+    return HeteroFusionModel.from_adapters(fresh_base(), load_adapter(GOLDEN / "target_llama"), sources, args)
+
+
+def make_trainer(folder: Path, model=None, rows=None, trainer_options=None, **changes) -> HeteroFusionTrainer:
+    """A trainer with the arguments of `make_args`, of a model whose hypernetworks no longer predict zero."""
+    args = make_args(folder, **changes)
+    model = model or perturb(make_model(args))
+    return HeteroFusionTrainer(
+        model, args, train_dataset=TokenRows() if rows is None else rows, **(trainer_options or {})
+    )
 
 
 def token_batch(rows: int = 4, length: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,77 +1,236 @@
 """Runs small fusions on the engine it is launched on and writes what rank 0 saw; started by test_distributed.py."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.export import export_adapter
+from heterofusion.checkpoints import COMPLETE_FILE
+from heterofusion.engines import engine_name, whole_tensors
+from heterofusion.nonfinite import NonFiniteError
 
 EXAMPLES_PER_STEP = 8
 
 
-def run_case(folder: Path, accumulation: int, checkpointing: bool, steps: int, world: int) -> dict:
-    """Train on the same examples per optimizer step whatever accumulation and number of ranks."""
-    args = HeteroFusionConfig(
-        **TINY, output_dir=str(folder), max_steps=steps, learning_rate=1e-3, rdm_weight=0.5, use_cpu=True,
-        per_device_train_batch_size=EXAMPLES_PER_STEP // (accumulation * world), save_strategy="no",
-        gradient_accumulation_steps=accumulation, activation_checkpointing=checkpointing, logging_steps=1,
-        train_sampling_strategy="sequential", disable_tqdm=True, max_grad_norm=1e9,
-    )  # fmt: skip
+class PoisonedTrainer(HeteroFusionTrainer):
+    """The loss of the last rank is NaN at the given optimizer steps, counted from 0."""
+
+    poisoned: tuple[int, ...] = ()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.state.global_step in self.poisoned and self.args.process_index == self.args.world_size - 1:
+            loss = loss * float("nan")
+        return (loss, outputs) if return_outputs else loss
+
+
+def make_trainer(folder: Path, accumulation: int = 1, checkpointing: bool = False, **more) -> PoisonedTrainer:
+    """A fusion of the same examples per optimizer step whatever accumulation and number of ranks."""
+    world = PartialState().num_processes
+    settings = {
+        **TINY, "output_dir": str(folder), "max_steps": 4, "learning_rate": 1e-3, "rdm_weight": 0.5,
+        "per_device_train_batch_size": EXAMPLES_PER_STEP // (accumulation * world), "save_strategy": "no",
+        "gradient_accumulation_steps": accumulation, "activation_checkpointing": checkpointing, "logging_steps": 1,
+        "train_sampling_strategy": "sequential", "disable_tqdm": True, "max_grad_norm": 1e9, "use_cpu": True,
+    }  # fmt: skip
+    args = HeteroFusionConfig(**(settings | more))
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate takes its FSDP path on GPUs only; on gloo it would be DDP without a word
+        assert args.world_size == world
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
     sources = [load_adapter(GOLDEN / name) for name in ("source_qwen2", "source_mistral")]
     model = perturb(HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args))
-    trainer = HeteroFusionTrainer(model, args, train_dataset=TokenRows(16))
-    gradients: dict[str, list] = {}
+    trainer = PoisonedTrainer(model, args, train_dataset=TokenRows(16), eval_dataset=TokenRows(4, seed=5))
+    if engine_name(trainer.accelerator) == "zero3":  # else parameters this small stay whole
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return trainer
 
-    def keep(*_, **__):
-        if not gradients:
-            gradients.update({name: p.grad.flatten().tolist() for name, p in model.hypernetworks.named_parameters()})
 
-    trainer.create_optimizer()
-    trainer.optimizer.register_step_pre_hook(keep)
-    forwards = []
+class KeepGradients(TrainerCallback):
+    """The hypernetworks' gradients at the first optimizer step, whole, whatever engine holds them."""
+
+    def __init__(self, trainer: HeteroFusionTrainer):
+        self.trainer = trainer
+        self.gradients: dict[str, list] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.is_deepspeed_enabled:
+            engine = self.trainer.accelerator.deepspeed_engine_wrapped.engine
+            step = engine.step
+            engine.step = lambda: (self.keep(), step())
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.trainer.is_deepspeed_enabled:
+            self.keep()
+
+    def keep(self):
+        if self.gradients:
+            return
+        for name, parameter in self.trainer.fusion_model.hypernetworks.named_parameters():
+            if self.trainer.is_deepspeed_enabled:
+                from deepspeed.utils import safe_get_full_grad
+
+                gradient = safe_get_full_grad(parameter)
+            else:
+                gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            self.gradients[name] = gradient.flatten().tolist()
+
+
+def train(folder: Path, **case) -> dict:
+    trainer = make_trainer(folder, **case)
+    model = trainer.fusion_model
+    gradients = KeepGradients(trainer)
+    trainer.add_callback(gradients)
+    forwards, dtypes = [], set()
     network = model.hypernetworks.networks["q_proj_r4"]
-    network.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    network.register_forward_hook(lambda *_: forwards.append((torch.is_grad_enabled(), trainer.state.global_step)))
+    network.register_forward_hook(lambda module, args, out: dtypes.add(str(out.update.dtype)))
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
-    flat = torch.cat([p.detach().flatten() for p in model.hypernetworks.parameters()])
-    spread = 0.0
-    if world > 1:
-        highest, lowest = flat.clone(), flat.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX)
-        dist.all_reduce(lowest, dist.ReduceOp.MIN)
-        spread = float((highest - lowest).max())
-    if trainer.is_world_process_zero():
-        export_adapter(model, folder)
+    trainer.save_model()
     return {
-        "engine": trainer.accelerator.distributed_type.value,
+        "engine": engine_name(trainer.accelerator),
         "wrapped": isinstance(trainer.model_wrapped, DistributedDataParallel),
-        "world": world,
-        "zero_stage": trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None,
+        "world": PartialState().num_processes,
+        "held_share": held_share(model),
         "losses": [entry["loss"] for entry in log],
         "lm_losses": [entry["lm_loss"] for entry in log],
         "rdm_losses": [entry["rdm_loss"] for entry in log],
         "grad_norms": [entry["grad_norm"] for entry in log],
-        "gradients": gradients,
-        "rank_spread": spread,
-        "forwards_with_gradient": forwards.count(True),
+        "gradients": gradients.gradients,
+        "rank_spread": rank_spread(model),
+        "eval_loss": trainer.evaluate()["eval_loss"],
+        "live_forwards": [step for live, step in forwards if live],
+        "update_dtypes": sorted(dtypes),
+        "base_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if not p.requires_grad}),
     }
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    cases = json.loads(sys.argv[2])
-    from accelerate import PartialState
+def resume(folder: Path, **case) -> dict:
+    """An uninterrupted run; then one that goes on from its second step, past a newer checkpoint that is cut short."""
+    case = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, **case}
+    whole = make_trainer(folder, accumulation=2, **case)
+    whole.train()
+    wanted = parameters(whole.fusion_model)
+    if case.get("load_best_model_at_end"):
+        evaluations = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+        return {
+            "eval_loss": whole.evaluate()["eval_loss"],
+            "best_metric": whole.state.best_metric,
+            "last_metric": evaluations[-1],
+        }
+    if PartialState().is_main_process:
+        shutil.rmtree(folder / "checkpoint-4")
+        (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
+    PartialState().wait_for_everyone()
+    again = make_trainer(folder, accumulation=2, **case)
+    begin = Begin()
+    again.add_callback(begin)
+    again.train(resume_from_checkpoint=True)
+    found = parameters(again.fusion_model)
+    return {
+        "resumed_at": begin.step,
+        "steps": again.state.global_step,
+        "different": [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)],
+        "files": sorted(path.name for path in (folder / "checkpoint-2").iterdir()),
+    }
 
+
+class Begin(TrainerCallback):
+    """The optimizer step at which training begins."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+class Unmoved(TrainerCallback):
+    """Optimizer steps that leave the hypernetworks as they were."""
+
+    def __init__(self, model: HeteroFusionModel):
+        self.model = model
+        self.last = parameters(model)
+        self.steps: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = parameters(self.model)
+        if all(torch.equal(now[name], tensor) for name, tensor in self.last.items()):
+            self.steps.append(state.global_step - 1)
+        self.last = now
+
+
+def poisoned(folder: Path, steps: list[int], **case) -> dict:
+    trainer = make_trainer(folder, accumulation=2, **case)
+    trainer.poisoned = tuple(steps)
+    unmoved = Unmoved(trainer.fusion_model)
+    trainer.add_callback(unmoved)
+    error = None
+    try:
+        trainer.train()
+    except NonFiniteError as raised:
+        error = str(raised)
+    end = parameters(trainer.fusion_model)
+    return {
+        "error": error,
+        "unmoved_steps": unmoved.steps,
+        "finite": all(bool(tensor.isfinite().all()) for tensor in end.values()),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "lm_loss" in entry],
+        "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
+    }
+
+
+def parameters(model: HeteroFusionModel) -> dict[str, torch.Tensor]:
+    return whole_tensors(model.hypernetworks.named_parameters())
+
+
+def rank_spread(model: HeteroFusionModel) -> float:
+    """Largest difference of a hypernetwork's parameter between ranks."""
+    flat = torch.cat([tensor.flatten() for tensor in parameters(model).values()])
+    if not dist.is_initialized():
+        return 0.0
+    highest, lowest = flat.clone(), flat.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return float((highest - lowest).max())
+
+
+def held_share(model: torch.nn.Module) -> dict[str, float]:
+    """Share of the elements that this rank holds, of the frozen base and of the hypernetworks."""
+    held = {"base": 0, "hypernetworks": 0}
+    total = dict(held)
+    for parameter in model.parameters():
+        part = "hypernetworks" if parameter.requires_grad else "base"
+        if hasattr(parameter, "ds_tensor"):
+            held[part] += parameter.ds_tensor.numel()
+            total[part] += parameter.ds_numel
+        else:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            held[part] += local.numel()
+            total[part] += parameter.numel()
+    return {part: held[part] / total[part] for part in held}
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     state = PartialState(cpu=True)
-    results = {name: run_case(folder / name, world=state.num_processes, **case) for name, case in cases.items()}
+    kinds = {"train": train, "resume": resume, "poisoned": poisoned}
+    results = {}
+    for name, case in cases.items():
+        results[name] = kinds[case.pop("kind", "train")](folder / name, **case)
     if state.is_main_process:
         (folder / "results.json").write_text(json.dumps(results))
     if dist.is_initialized():

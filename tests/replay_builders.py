@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from heterofusion.config import DataArguments
+from heterofusion.arguments import DataArguments
 from heterofusion.data import build_replay
 from heterofusion.formats import detect_format, render, to_conversation, tokenize
 

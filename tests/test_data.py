@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
-from heterofusion.config import DataArguments
+from heterofusion.arguments import DataArguments
 from heterofusion.data import build_eval, build_replay, make_collator
 from replay_builders import answers, args_for, byte_level, numbered, refused, word_level, write
 

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: losses, gradients, exported adapter. CPU, gloo, two ranks."""
+"""Several processes give what one gives, on every engine: losses, gradients, adapters, checkpoints. CPU, gloo."""
 
 import json
 import os
@@ -11,15 +11,38 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-CASES = {
+PARITY = {
     f"accumulation-{accumulation}{'-checkpointing' * checkpointing}": {
-        "accumulation": accumulation, "checkpointing": checkpointing, "steps": 4,
+        "accumulation": accumulation, "checkpointing": checkpointing,
     }
     for accumulation, checkpointing in ((1, False), (2, False), (4, False), (2, True))
 }  # fmt: skip
+COMPACT = {"accumulation": 2, "preset": "compact", "num_heads": 2}
+# the highest loss is taken for the best, so that the first checkpoint is and not the last
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+CASES = {
+    **PARITY,
+    "compact": COMPACT,
+    "bf16": {"accumulation": 2, "bf16": True},
+    "resume": {"kind": "resume"},
+    "best": {"kind": "resume", **BEST},
+    "nan": {"kind": "poisoned", "steps": [2], "save_strategy": "steps", "save_steps": 1, "logging_steps": 100},
+    "tolerated": {"kind": "poisoned", "steps": [1], "skip_nonfinite_steps": 1},
+    "not-tolerated": {"kind": "poisoned", "steps": [1, 2], "skip_nonfinite_steps": 1},
+}
+# engine: flags of the launch, share of base and of hypernetworks that a rank holds
+ENGINES = {
+    "single": (["single.yaml"], 1, 1),
+    "ddp": (["cpu_ddp.yaml"], 1, 1),
+    "zero1": (["zero1.yaml", "--num_processes", "2", "--mixed_precision", "no"], 1, 1),
+    "zero2": (["zero2.yaml", "--num_processes", "2", "--mixed_precision", "no"], 1, 1),
+    "zero3": (["zero3.yaml", "--num_processes", "2", "--mixed_precision", "no"], 0.5, 0.5),
+    "fsdp2": (["fsdp2.yaml", "--num_processes", "2", "--mixed_precision", "no"], 0.5, 0.5),
+}
+SEVERAL = [engine for engine in ENGINES if engine != "single"]
 
 
-def launch(folder: Path, *flags: str) -> dict:
+def launch(folder: Path, config: str, *flags: str) -> dict:
     """Run the worker's cases in one launch."""
     folder.mkdir()
     scripts = str(Path(sys.executable).parent)  # DeepSpeed compiles with the ninja that lies there
@@ -29,7 +52,8 @@ def launch(folder: Path, *flags: str) -> dict:
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "tests"),
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", *flags,
+        sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0",
+        "--config_file", str(ROOT / "accelerate_configs" / config), *flags,
         str(ROOT / "tests" / "engine_worker.py"), str(folder), json.dumps(CASES),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
@@ -37,76 +61,124 @@ def launch(folder: Path, *flags: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-ENGINES = {
-    "single": ["--config_file", "single.yaml"],
-    "ddp": ["--config_file", "cpu_ddp.yaml"],
-    "zero2": ["--config_file", "zero2.yaml", "--num_processes", "2"],
-}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder and results of every engine; all cases of one engine share one launch."""
+    """Results of an engine and its folder, launched when they are first asked for; one launch for all cases."""
     folder = tmp_path_factory.mktemp("engines")
-    configs = ROOT / "accelerate_configs"
-    return {
-        engine: (folder / engine, launch(folder / engine, flags[0], str(configs / flags[1]), *flags[2:]))
-        for engine, flags in ENGINES.items()
-    }
+    results: dict[str, dict] = {}
+
+    def run(engine: str) -> tuple[dict, Path]:
+        if engine not in results:
+            results[engine] = launch(folder / engine, *ENGINES[engine][0])
+        return results[engine], folder / engine
+
+    return run
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
-def test_engines_really_are_what_they_are_called(runs):
-    for result in runs["ddp"][1].values():
-        assert result["world"] == 2 and result["wrapped"] and result["engine"] == "MULTI_CPU"
-    for result in runs["zero2"][1].values():
-        assert result["world"] == 2 and result["engine"] == "DEEPSPEED" and result["zero_stage"] == 2
-    for result in runs["single"][1].values():
-        assert result["world"] == 1 and not result["wrapped"]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_really_is_what_it_is_called(runs, engine):
+    _, base, hypernetworks = ENGINES[engine]
+    for name in PARITY:
+        result = runs(engine)[0][name]
+        assert result["engine"] == {"single": "plain", "ddp": "plain"}.get(engine, engine)
+        assert result["world"] == (1 if engine == "single" else 2)
+        assert result["wrapped"] == (engine == "ddp")
+        assert result["held_share"]["base"] == pytest.approx(base, abs=1e-3)
+        assert result["held_share"]["hypernetworks"] == pytest.approx(hypernetworks, abs=1e-3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARITY)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_losses_and_gradients_do_not_depend_on_ranks_or_accumulation(runs, engine, case):
     """Labels per micro-batch are uneven and RDM is on; the reference is one process without accumulation."""
-    reference, found = runs["single"][1]["accumulation-1"], runs[engine][1][case]
+    check_same_training(runs("single")[0]["accumulation-1"], runs(engine)[0][case])
+
+
+@pytest.mark.parametrize("engine", SEVERAL)
+def test_compact_form_agrees_too(runs, engine):
+    check_same_training(runs("single")[0]["compact"], runs(engine)[0]["compact"])
+
+
+def check_same_training(reference: dict, found: dict) -> None:
     for name in ("losses", "lm_losses", "rdm_losses"):
         assert len(found[name]) == 4
         assert found[name] == pytest.approx(reference[name], abs=1e-5), name
     assert found["grad_norms"] == pytest.approx(reference["grad_norms"], abs=1e-4)
-    if engine == "zero2":  # it keeps gradients in its own buffers; the norms above speak for them
-        assert not found["gradients"]
-        return
+    assert found["eval_loss"] == pytest.approx(reference["eval_loss"], abs=1e-5)
+    assert found["gradients"].keys() == reference["gradients"].keys()
+    assert len(found["gradients"]) > 50
     for name, values in reference["gradients"].items():
         torch.testing.assert_close(
             torch.tensor(found["gradients"][name]), torch.tensor(values), atol=1e-5, rtol=0, msg=name
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", PARITY)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_exported_adapters_agree(runs, engine, case):
-    wanted = load_file(runs["single"][0] / "accumulation-1" / "adapter_model.safetensors")
-    found = load_file(runs[engine][0] / case / "adapter_model.safetensors")
+    wanted = load_file(runs("single")[1] / "accumulation-1" / "adapter_model.safetensors")
+    found = load_file(runs(engine)[1] / case / "adapter_model.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+@pytest.mark.parametrize("case", [*PARITY, "compact", "bf16"])
+@pytest.mark.parametrize("engine", SEVERAL)
 def test_all_ranks_end_with_the_same_hypernetworks(runs, engine, case):
-    assert runs[engine][1][case]["rank_spread"] == 0
+    assert runs(engine)[0][case]["rank_spread"] == 0
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp"])
-def test_one_backward_per_optimizer_step_on_every_rank_count(runs, engine):
-    for result in runs[engine][1].values():
-        assert result["forwards_with_gradient"] == 4
+@pytest.mark.parametrize("case", [*PARITY, "compact", "bf16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_hypernetworks_backpropagate_once_per_optimizer_step(runs, engine, case):
+    """A forward with gradient is followed by one backward; the other forward of a step has none."""
+    assert runs(engine)[0][case]["live_forwards"] == [0, 1, 2, 3]
 
 
-def test_deepspeed_runs_the_hypernetworks_in_every_micro_batch(runs):
-    for name, result in runs["zero2"][1].items():
-        assert result["forwards_with_gradient"] == 4 * CASES[name]["accumulation"]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_bf16_leaves_the_hypernetworks_in_float32(runs, engine):
+    """DeepSpeed and FSDP would cast every parameter: here they get a bfloat16 base; one process and DDP autocast."""
+    result = runs(engine)[0]["bf16"]
+    assert result["update_dtypes"] == ["torch.float32"]
+    cast = engine in ("zero1", "zero2", "zero3", "fsdp2")
+    assert ("torch.bfloat16" in result["base_dtypes"]) == cast
+    assert result["losses"] == pytest.approx(runs("single")[0]["accumulation-2"]["losses"], abs=0.02)
+    assert result["losses"] != runs("single")[0]["accumulation-2"]["losses"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, engine):
+    """The newest checkpoint was cut short, so it goes on from the one before."""
+    result = runs(engine)[0]["resume"]
+    assert result["resumed_at"] == 2 and result["steps"] == 4
+    assert result["different"] == []
+    assert not [name for name in result["files"] if name.startswith(("adapter_model", "model"))]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_best_hypernetworks_are_restored(runs, engine):
+    result = runs(engine)[0]["best"]
+    assert result["eval_loss"] == pytest.approx(result["best_metric"], abs=1e-6)
+    assert result["last_metric"] != pytest.approx(result["best_metric"], abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nan_on_one_rank_stops_all_with_step_and_role(runs, engine):
+    result = runs(engine)[0]["nan"]
+    assert result["error"].startswith("step 3: ")
+    assert "q_proj_r4" in result["error"] and "is not finite" in result["error"]
+    assert result["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
+    assert "checkpoint-2. Lower --learning_rate" in result["error"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tolerated_step_is_skipped_and_the_next_one_ends_the_run(runs, engine):
+    result = runs(engine)[0]["tolerated"]
+    assert result["error"] is None and result["finite"]
+    assert result["unmoved_steps"] == [1]
+    result = runs(engine)[0]["not-tolerated"]
+    assert result["error"].startswith("step 3: ")

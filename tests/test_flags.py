@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from heterofusion import HeteroFusionConfig, MethodConfig
+from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
 from heterofusion.cli import parse_arguments
-from heterofusion.config import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.stages import ARGUMENTS
 from recipe_runner import QWEN, error_line, flags, plan, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -71,7 +72,7 @@ def test_missing_required_flag_raises(fails):
 
 
 def test_help_lists_every_flag_with_a_sentence(capsys):
-    for main, types in ((train.main, train.ARGUMENTS), (plan.main, (AdapterArguments, MethodConfig))):
+    for main, types in ((train.main, ARGUMENTS), (plan.main, (AdapterArguments, MethodConfig))):
         capsys.readouterr()
         assert main(["--help"]) == 0
         text = capsys.readouterr().out
@@ -89,7 +90,7 @@ def test_help_lists_every_flag_with_a_sentence(capsys):
 
 
 def parse(*argv: object) -> tuple:
-    return parse_arguments(train.ARGUMENTS, list(map(str, argv)), "")
+    return parse_arguments(ARGUMENTS, list(map(str, argv)), "")
 
 
 def write_yaml(path: Path, text: str) -> Path:
@@ -183,10 +184,9 @@ def test_debug_true_shows_the_traceback(arguments, tmp_path):
 
 def test_debug_of_transformers_passes_through(fails, monkeypatch, arguments):
     seen = {}
-    monkeypatch.setattr(train, "set_seed", lambda seed: seen.update(seed=seed))
-    original = train.parse_arguments
-    monkeypatch.setattr(train, "parse_arguments", lambda *args: seen.setdefault("parsed", original(*args)))
+    original = train.read_stages
+    monkeypatch.setattr(train, "read_stages", lambda *args: seen.setdefault("stages", original(*args)))
     fails("nowhere", debug="underflow_overflow", target_adapter="./nowhere")
-    assert [str(option.value) for option in seen["parsed"][-1].debug] == ["underflow_overflow"]
+    assert [str(option.value) for option in seen["stages"][0].args.debug] == ["underflow_overflow"]
     fails("nowhere", debug=False, target_adapter="./nowhere")
     fails("sideways", debug="sideways")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter, plan_alignment
 from heterofusion.contexts import build_contexts, context_blocks, describe_blocks, source_factors
-from heterofusion.hypernet import HyperNetwork, HypernetworkConfig
+from heterofusion.hypernet import HyperNetwork, HypernetworkConfig, HypernetworkInput
 from heterofusion.rdm import sliced_distance
 
 GOLDEN = Path(os.environ.get("HETEROFUSION_GOLDEN") or Path(__file__).parent / "golden")
@@ -66,16 +66,17 @@ def test_hypernetwork_forward():
         block_size=blocks.shape[2], embed_dim=len(embed_dim), num_heads=4, max_position_embeddings=len(positions)
     )
     network = HyperNetwork(blocks.shape[3], config)
-    network.load_state_dict(published_to_ours(net, blocks.shape[2], blocks.shape[3]))
+    ours = published_to_ours(net, blocks.shape[2], blocks.shape[3])
+    network.load_state_dict({**ours, "alpha": torch.ones(1)})
     target, target_singular = describe_blocks(data["in.target_blocks"])
     source, source_singular = describe_blocks(data["in.source_blocks"])
     close(target_singular, data["in.target_singular_values"])
     close(source_singular, data["in.source_singular_values"])
-    out = network(target, target_singular, source, source_singular, diagnostics=True)
+    out = network(HypernetworkInput(target, target_singular, source, source_singular), diagnostics=True)
     close(out.target_embedding, data["out.target_embedding"])
     close(out.source_embedding, data["out.source_embedding"])
     close(out.attention, data["out.attention"])
-    close(out.delta.view_as(data["out.delta"]), data["out.delta"])
+    close(out.update.view_as(data["out.delta"]), data["out.delta"])
     assert data["out.delta"].abs().max() > 100 * TOLERANCE
 
 
@@ -191,7 +192,8 @@ def test_training_trajectory_and_fused_adapter(case, tmp_path):
     for key in model.plan.groups:
         published = {k.removeprefix(f"{key.role}."): v for k, v in initial.items() if k.startswith(f"{key.role}.")}
         ours = published_to_ours(published, config["block_size"], key.rank)
-        model.hypernetworks.networks[key.name].load_state_dict(ours)
+        network = model.hypernetworks.networks[key.name]
+        network.load_state_dict({**ours, "alpha": network.alpha})
     trainer = RecordingTrainer(
         model, args, train_dataset=MicroBatches(), data_collator=lambda batches: dict(batches[0])
     )

@@ -5,7 +5,7 @@ import torch
 
 from conftest import TINY, perturb
 from heterofusion import HeteroFusionModel, MethodConfig
-from heterofusion.hypernet import HyperNetwork, HypernetworkConfig, HyperNetworks
+from heterofusion.hypernet import HyperNetwork, HypernetworkConfig, HypernetworkInput, HyperNetworks
 from heterofusion.rdm import rdm_loss, sliced_distance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,7 +48,7 @@ def network(request):
 
 def inputs(modules=3, target=4, source=7, block=6, rank=3):
     torch.manual_seed(1)
-    return (
+    return HypernetworkInput(
         torch.randn(modules, target, block * rank), torch.rand(modules, target, rank),
         torch.randn(modules, source, block * rank), torch.rand(modules, source, rank),
     )  # fmt: skip
@@ -57,16 +57,16 @@ def inputs(modules=3, target=4, source=7, block=6, rank=3):
 def test_padding_changes_nothing(network):
     """One padded, masked batch gives what each module gives alone."""
     net, shared = network
-    target, target_s, source, source_s = inputs()
+    batch = inputs()
+    target, target_s, source, source_s, *_ = batch
     lengths = (7, 3, 5)
     mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
-    out = net(target, target_s, source, source_s, mask, shared=shared, diagnostics=True)
+    out = net(batch._replace(source_mask=mask), shared=shared, diagnostics=True)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
-        alone = net(
-            target[one], target_s[one], source[one, :length], source_s[one, :length], shared=shared, diagnostics=True
-        )
-        torch.testing.assert_close(out.delta.view(3, 4, 6, 3)[row], alone.delta, atol=1e-6, rtol=0)
+        part = HypernetworkInput(target[one], target_s[one], source[one, :length], source_s[one, :length])
+        alone = net(part, shared=shared, diagnostics=True)
+        torch.testing.assert_close(out.update.view(3, 4, 6, 3)[row], alone.update, atol=1e-6, rtol=0)
         torch.testing.assert_close(out.attention[row, :, :length], alone.attention[0], atol=1e-6, rtol=0)
         assert (out.attention[row, :, length:] == 0).all()
 
@@ -74,9 +74,10 @@ def test_padding_changes_nothing(network):
 def test_decode_index_selects_blocks(network):
     net, shared = network
     batch = inputs()
-    everything = net(*batch, shared=shared).delta
+    everything = net(batch, shared=shared).update
     index = torch.tensor([1, 3, 8])
-    torch.testing.assert_close(net(*batch, None, index, shared=shared).delta, everything[index], atol=1e-6, rtol=0)
+    found = net(batch._replace(decode_index=index), shared=shared).update
+    torch.testing.assert_close(found, everything[index], atol=1e-6, rtol=0)
 
 
 def test_first_prediction_is_zero_and_gate_is_clamped():
@@ -84,7 +85,7 @@ def test_first_prediction_is_zero_and_gate_is_clamped():
         networks = HyperNetworks({"q_proj_r3": 3}, small(form, mu_gate=0.5))
         net = networks.networks["q_proj_r3"]
         batch = inputs()
-        assert not net(*batch, shared=networks.shared).delta.any()
+        assert not net(batch, shared=networks.shared).update.any()
         _, gate = net.encode(batch[0], 100 * batch[1], networks.shared)
         assert gate.min() == 0 and gate.max() == 1
 
@@ -117,7 +118,7 @@ def test_initialization_is_xavier_with_zero_biases():
 def test_too_long_sequence_raises(rank, changes):
     networks = HyperNetworks({"x_r3": rank}, small(max_position_embeddings=5, **changes))
     with pytest.raises(ValueError, match="max_position_embeddings 5"):
-        networks.networks["x_r3"](*inputs(), shared=networks.shared)
+        networks.networks["x_r3"](inputs(), shared=networks.shared)
 
 
 def test_compact_model_shares_factors_between_roles_and_trains_them(base, target, sources):
@@ -148,18 +149,6 @@ def test_masked_sets_equal_a_loop_over_modules():
     gradient = torch.autograd.grad(loss, z, retain_graph=True)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(one_by_one, z)[0])
     assert not gradient[~mask].any()
-
-
-def test_pooled_set_ignores_padding():
-    torch.manual_seed(0)
-    z = torch.randn(2, 3, 4)
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    settings = {"mu": 0.0, "sigma": 1.0, "num_projections": 16}
-    found = rdm_loss(z, mask=mask, generator=torch.Generator().manual_seed(1), **settings)
-    z[1, 1:] = 1e6
-    again = rdm_loss(z, mask=mask, generator=torch.Generator().manual_seed(1), **settings)
-    alone = rdm_loss(z[mask].unsqueeze(0), generator=torch.Generator().manual_seed(1), **settings)
-    assert found == again == alone
 
 
 def test_rdm_is_small_for_the_wanted_distribution_and_large_otherwise():

@@ -207,7 +207,7 @@ def test_bfloat16_base_keeps_hypernetworks_in_fp32(target, sources):
     model = perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY)))
     seen = []
     for network in model.hypernetworks.networks.values():
-        network.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.delta.dtype)))
+        network.register_forward_hook(lambda module, args, out: seen.append((args[0][0].dtype, out.update.dtype)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**token_batch()).loss
     loss.backward()

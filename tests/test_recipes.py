@@ -1,4 +1,4 @@
-"""What the README shows really runs: its Python example, the demo and the benchmark."""
+"""What the README shows really runs: its Python example and the demo."""
 
 import json
 import re
@@ -8,7 +8,9 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from heterofusion.config import AdapterArguments, DataArguments, HeteroFusionConfig, ModelArguments, RunArguments
+from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.config import HeteroFusionConfig
+from heterofusion.push import PushArguments
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, recipe
 
@@ -42,9 +44,9 @@ def test_readme_flags_exist():
     known = set()
     for path in RECIPES.glob("*.py"):
         known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
-    for kind in (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments):
+    for kind in (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments):
         known |= set(kind.__dataclass_fields__)
-    known |= {"config", "config_file", "debug", "help", "quiet", "num_processes"}
+    known |= {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
     for page in (ROOT / "README.md", RECIPES / "README.md"):
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
         assert flags <= known, f"{page.name}: {sorted(flags - known)}"
@@ -69,19 +71,3 @@ def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, 
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in (folder / "report.md").read_text()
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_benchmark_measures_fusion_beside_a_lora_step(tmp_path, monkeypatch, capsys):
-    benchmark = loaded("benchmark", monkeypatch)
-    output = tmp_path / "benchmark.json"
-    arguments = ["--shape=demo", "--steps=1", "--accumulation=2", "--tokens=16", "--presets", "compact"]
-    assert benchmark.main([*arguments, f"--output={output}"]) == 0
-    plain, fusion = json.loads(output.read_text())["rows"]
-    assert plain["row"] == "lora" and fusion["row"] == "compact"
-    assert fusion["ratio"] == pytest.approx(fusion["seconds_per_step"] / plain["seconds_per_step"])
-    parts = fusion["lm_seconds"] + fusion["hypernetwork_seconds"] + fusion["optimizer_seconds"]
-    assert parts == pytest.approx(fusion["seconds_per_step"])
-    assert plain["hypernetwork_seconds"] == 0 < fusion["hypernetwork_seconds"]
-    assert fusion["peak_memory_bytes"] > 0
-    assert "| compact |" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from heterofusion.config import DataArguments
+from heterofusion.arguments import DataArguments
 from heterofusion.data import build_eval, build_replay
 from heterofusion.records import load_records
 from replay_builders import CHAT, GOOD, answers, args_for, byte_level, numbered, refused, word_level, write

@@ -1,4 +1,4 @@
-"""recipes/train.py when nothing is wrong with its input: the run, what it leaves behind, resuming and the Hub."""
+"""recipes/train.py when nothing is wrong with its input: the run, what it leaves behind, and resuming."""
 
 import json
 import re
@@ -10,14 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from heterofusion import HeteroFusionModel, MethodConfig, export, load_adapter
+from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion.arguments import ModelArguments
 from heterofusion.checkpoints import load_hypernetworks
-from heterofusion.config import ModelArguments
 from heterofusion.loading import load_tokenizer
 from recipe_runner import (
     MISTRAL,
@@ -162,59 +161,9 @@ def test_diverged_run_writes_no_adapter(arguments, base_dir, capsys):
     )
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1
-    assert "not finite" in errors[0] and "lora_B" in errors[0] and "--learning_rate" in errors[0]
+    assert "step 2: " in errors[0] and "not finite" in errors[0] and "--learning_rate" in errors[0]
     names = {path.name for path in arguments["output_dir"].iterdir()}
     assert names <= {"trainer_state.json"}
-
-
-# ---- the Hub ----------------------------------------------------------------------------------------------------
-
-
-class FakeHub:
-    """Stands for HfApi: remembers what would be uploaded, or fails."""
-
-    failure: Exception | None = None
-    uploaded: list[str]
-
-    def __init__(self, token: str | None = None):
-        pass
-
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, **kwargs):
-        if self.failure is not None:
-            raise self.failure
-        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        type(self).uploaded = sorted(filter_repo_objects(files, allow_patterns=allow_patterns))
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
-
-
-def test_push_uploads_the_adapter_and_nothing_else(monkeypatch, base_dir, arguments):
-    monkeypatch.setattr(export, "HfApi", FakeHub)
-    log = succeeds(
-        train.main,
-        flags({**arguments, "model_name_or_path": base_dir, "push_to_hub": True, "hub_model_id": "fused"}),
-    )
-    assert "https://hub/me/fused/commit/1" in log
-    assert FakeHub.uploaded == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "fusion.json", "tokenizer.json",
-        "tokenizer_config.json",
-    ]  # fmt: skip
-
-
-def test_failing_push_keeps_the_adapter_and_says_how_to_push_again(monkeypatch, base_dir, arguments, capsys):
-    monkeypatch.setattr(export, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "failure", OSError("no route to the Hub\nsecond line"))
-    capsys.readouterr()
-    code = train.main(
-        flags({**arguments, "model_name_or_path": base_dir, "push_to_hub": True, "hub_model_id": "fused"})
-    )
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(errors) == 1
-    assert "no route to the Hub" in errors[0]
-    assert f"hf upload fused {arguments['output_dir']}" in errors[0]
-    assert len(load_adapter(arguments["output_dir"]).modules) == 28
 
 
 # ---- a real shell -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The trainer: what moves, what is counted once, what is logged, saved and resumed."""
+"""The trainer: what moves, what is counted once, what is logged."""
 
 import math
 
@@ -6,30 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim import AdamW
-from transformers import (
-    AutoModelForCausalLM,
-    EarlyStoppingCallback,
-)
 
-from conftest import GOLDEN, TokenRows, make_args, perturb
-from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.checkpoints import HYPERNETWORKS_FILE, load_hypernetworks
-from heterofusion.diagnostics import fusion_diagnostics
-from heterofusion.trainer import mean_over_roles
-
-
-def make_model(args, names=("source_qwen2", "source_mistral")):
-    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
-    sources = [load_adapter(GOLDEN / name) for name in names]
-    return HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args)
-
-
-def make_trainer(folder, model=None, rows=None, trainer_options=None, **changes):
-    args = make_args(folder, **changes)
-    model = model or perturb(make_model(args))
-    return HeteroFusionTrainer(
-        model, args, train_dataset=TokenRows() if rows is None else rows, **(trainer_options or {})
-    )
+from conftest import GOLDEN, TokenRows, make_args, make_model, make_trainer, perturb
+from heterofusion import HeteroFusionConfig, HeteroFusionTrainer, load_adapter
+from heterofusion.diagnostics import fusion_diagnostics, mean_over_roles
 
 
 @pytest.mark.parametrize("case", ["both", "mistral_half"])
@@ -98,7 +78,7 @@ def test_once_per_window_equals_once_per_micro_batch(tmp_path, monkeypatch, chec
         return window_gradients(folder, 4, monkeypatch, activation_checkpointing=checkpointing)
 
     once, log = run(tmp_path / "once")
-    monkeypatch.setattr("heterofusion.trainer._ONCE_PER_WINDOW", set())
+    monkeypatch.setattr("heterofusion.trainer.ONCE_PER_WINDOW", set())
     every, other = run(tmp_path / "every")
     for a, b in zip(once, every, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -197,59 +177,6 @@ def test_evaluation_loss_is_the_lm_loss(tmp_path):
     assert found == pytest.approx(wanted, abs=1e-5)
 
 
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(tmp_path / "whole", **options)
-    whole.train()
-    resumed = make_trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    for (name, a), b in zip(
-        whole.model.hypernetworks.named_parameters(), resumed.model.hypernetworks.parameters(), strict=True
-    ):
-        assert torch.equal(a, b), name
-    files = {path.name for path in (tmp_path / "whole/checkpoint-2").iterdir()}
-    assert HYPERNETWORKS_FILE in files
-    assert not [name for name in files if name.startswith(("adapter_model", "model"))]
-
-
-def test_resuming_with_other_adapters_or_settings_raises(tmp_path):
-    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
-    trainer.train()
-    checkpoint = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match="source_sha256"):
-        load_hypernetworks(make_model(make_args(tmp_path), ("source_mistral", "source_qwen2")), checkpoint)
-    with pytest.raises(ValueError, match="hypernetwork"):
-        load_hypernetworks(make_model(make_args(tmp_path, embed_dim=16)), checkpoint)
-    with pytest.raises(ValueError, match="transfer_ratio"):
-        load_hypernetworks(make_model(make_args(tmp_path, transfer_ratio="1/2")), checkpoint)
-    (checkpoint / HYPERNETWORKS_FILE).unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        load_hypernetworks(trainer.fusion_model, checkpoint)
-
-
-def test_load_best_model_at_end_and_early_stopping(tmp_path):
-    trainer = make_trainer(
-        tmp_path,
-        trainer_options={
-            "eval_dataset": TokenRows(4, seed=5),
-            "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
-        },
-        max_steps=20,
-        learning_rate=0.3,  # diverges, so that the first evaluations are the best
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-    )
-    trainer.train()
-    assert trainer.state.global_step < 20
-    best = load_file(f"{trainer.state.best_model_checkpoint}/{HYPERNETWORKS_FILE}")
-    for name, tensor in trainer.model.hypernetworks.state_dict().items():
-        assert torch.equal(tensor, best[name]), name
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
-
-
 def test_bf16_checkpointing_and_tensorboard_run_together(tmp_path):
     trainer = make_trainer(
         tmp_path, bf16=True, activation_checkpointing=True, report_to="tensorboard", logging_steps=1
@@ -299,20 +226,6 @@ def test_settings_of_model_and_trainer_must_agree(tmp_path):
     model = make_model(make_args(tmp_path, rdm_weight=0.5))
     with pytest.raises(ValueError, match=r"rdm_weight is 0\.5 in the model and 0\.005 in args"):
         HeteroFusionTrainer(model, make_args(tmp_path))
-
-
-def test_sharded_engines_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(HeteroFusionTrainer, "create_accelerator_and_postprocess", _keep_fsdp_flag)
-    with pytest.raises(ValueError, match="FSDP"):
-        make_trainer(tmp_path)
-
-
-_create_accelerator = HeteroFusionTrainer.create_accelerator_and_postprocess
-
-
-def _keep_fsdp_flag(trainer):
-    _create_accelerator(trainer)
-    trainer.is_fsdp_enabled = True
 
 
 def test_reentrant_checkpointing_enabled_later_raises(tmp_path):

@@ -3,7 +3,8 @@
 from heterofusion.adapter_config import AdapterError
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.config import HeteroFusionConfig, MethodConfig
-from heterofusion.export import export_adapter, push_adapter
+from heterofusion.export import export_adapter
+from heterofusion.hub import push_adapter
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.topology import AlignmentPlan, plan_alignment
 from heterofusion.trainer import HeteroFusionTrainer

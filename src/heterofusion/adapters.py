@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",
+    "additional_chat_templates/*",
     "vocab*",
     "merges.txt",
     "added_tokens.json",

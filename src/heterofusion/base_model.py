@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 from heterofusion.adapters import PREFIX, AdapterError, LoraAdapter
@@ -84,3 +85,14 @@ def disable_dropout_config(model: nn.Module) -> list[tuple[Any, str, float]]:
                 changed.append((part, name, value))
                 setattr(part, name, 0.0)
     return changed
+
+
+def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen weights of a base model; LoRA weights and what is trained keep their dtype.
+
+    What ZeRO-3 has partitioned already keeps it too: it was loaded in the dtype that it is held in.
+    """
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad and "lora_" not in name and not hasattr(parameter, "ds_id")
+        if frozen and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)

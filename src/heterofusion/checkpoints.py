@@ -1,9 +1,16 @@
 """Hypernetworks and alphas on disk, tied to the adapters they were trained for.
 
-A checkpoint never holds a fused adapter: loaded as the target it would add the update twice.
+A checkpoint never holds a fused adapter: loaded as the target it would add the update twice. The last file written to
+a checkpoint lists all others with their sizes; a folder without it, or that disagrees with it, was cut short.
 """
 
+import contextlib
 import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from heterofusion.config import MethodConfig
+from heterofusion.engines import load_whole_tensors, whole_tensors
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.modeling import HeteroFusionModel
+from heterofusion.nonfinite import NonFiniteError
 from heterofusion.topology import AlignmentPlan
+
+logger = logging.getLogger(__name__)
 
 HYPERNETWORKS_FILE = "hypernetworks.safetensors"
 IDENTITY_FILE = "fusion_state.json"
+COMPLETE_FILE = "checkpoint_complete.json"
 
 
 def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> dict[str, Any]:
@@ -32,25 +44,140 @@ def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: Meth
     }
 
 
-def save_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
-    """Write hypernetworks, alphas and the identity of the fusion into a folder."""
+def save_hypernetworks(
+    model: HeteroFusionModel, folder: str | Path, engine: Mapping[str, Any] | None = None, write: bool = True
+) -> None:
+    """Write hypernetworks, alphas and the identity of the fusion into a folder. All ranks together.
+
+    Args:
+        model: the model.
+        folder: made if it is missing.
+        engine: plain values about the engine whose states stand beside; recorded, and compared when resuming.
+        write: whether this rank writes.
+
+    Raises:
+        NonFiniteError: a weight is not finite, and nothing was written; names the roles. A step whose loss and
+            gradient are finite makes such weights if its learning rate is out of proportion.
+    """
+    state = whole_tensors(model.hypernetworks.named_parameters())
     folder = Path(folder)
+    bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if bad:
+        names = [name.split(".")[1] if name.startswith("networks.") else "the shared factors" for name in bad]
+        raise NonFiniteError(
+            f"{folder.absolute()} is not saved: weights of {', '.join(dict.fromkeys(names))} are not finite; "
+            f"{last_good(folder.parent)}. Lower --learning_rate"
+        )
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.hypernetworks.state_dict().items()}
-    identity = fusion_identity(model.plan, model.hypernetworks.config, model.method)
+    identity = {**fusion_identity(model.plan, model.hypernetworks.config, model.method), **(engine or {})}
     partial = folder / f"{HYPERNETWORKS_FILE}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / HYPERNETWORKS_FILE)
 
 
-def check_checkpoint(folder: str | Path, plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> None:
-    """Check that a checkpoint is complete and of this fusion; no weights are read.
+def mark_complete(folder: str | Path) -> None:
+    """Write the list of a finished checkpoint's files, with their sizes in bytes, as its last file."""
+    folder = Path(folder)
+    sizes = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != COMPLETE_FILE
+    }
+    partial = folder / f"{COMPLETE_FILE}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"files": sizes}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / COMPLETE_FILE)
+
+
+@contextlib.contextmanager
+def failing_writes(folder: Path) -> Iterator[None]:
+    """Name the checkpoint in what torch and safetensors say of a full disk, and clear what there is of it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}") from error
+
+
+def last_good(output_dir: str | Path) -> str:
+    """For the end of an error message: which checkpoint is there to resume from."""
+    last = last_complete_checkpoint(output_dir)
+    return "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
+
+
+def missing_part(folder: str | Path) -> str | None:
+    """What a checkpoint folder lacks to be complete, in words; None if nothing."""
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{COMPLETE_FILE}, the last file to be written, is missing"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{COMPLETE_FILE} is damaged ({error})"
+    sizes = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(sizes, dict) or not sizes:
+        return f"{COMPLETE_FILE} is damaged (it lists no files)"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        found = path.stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete `checkpoint-N` folder with the highest N, None if there is none; says what it passes over."""
+    folder = Path(output_dir)
+    steps = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match[1])] = path
+    for step in sorted(steps, reverse=True):
+        lack = missing_part(steps[step])
+        if lack is None:
+            return steps[step]
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning("passing over %s, which was not finished: %s", steps[step], lack)
+    return None
+
+
+def check_checkpoint(
+    folder: str | Path,
+    plan: AlignmentPlan,
+    sizes: HypernetworkConfig,
+    method: MethodConfig,
+    engine: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that a checkpoint to resume from is complete and of this fusion (and engine, if given); reads no weights.
 
     Raises:
         ValueError: files are missing or damaged, or belong to another fusion; names the field that differs.
     """
     folder = Path(folder).absolute()
+    check_hypernetworks(folder, {**fusion_identity(plan, sizes, method), **(engine or {})})
+    lack = missing_part(folder)
+    if lack is not None:
+        raise ValueError(f"{folder} is not a complete checkpoint: {lack}; resume from another one")
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What `save_hypernetworks` recorded in a folder, beside hypernetworks that must be there.
+
+    Raises:
+        ValueError: files are missing or damaged.
+    """
     identity_file = folder / IDENTITY_FILE
     for path in (identity_file, folder / HYPERNETWORKS_FILE):
         if not path.is_file():
@@ -63,26 +190,55 @@ def check_checkpoint(folder: str | Path, plan: AlignmentPlan, sizes: Hypernetwor
         raise ValueError(f"{identity_file} is damaged ({error}); resume from another checkpoint") from error
     if not isinstance(found, dict):
         raise ValueError(f"{identity_file} is damaged (no JSON object); resume from another checkpoint")
-    for name, expected in fusion_identity(plan, sizes, method).items():
+    return found
+
+
+def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Check that a folder holds hypernetworks and what `save_hypernetworks` recorded beside them.
+
+    Args:
+        folder: the folder.
+        identity: fields that must agree.
+
+    Raises:
+        ValueError: files are missing or damaged, or belong to another fusion; names the field that differs.
+    """
+    found = read_identity(folder)
+    for name, expected in identity.items():
         if found.get(name) != expected:
+            field, there, here = _difference(name, found.get(name), expected)
             raise ValueError(
-                f"{folder} was trained with another {name}: {_short(found.get(name))}, this run has "
-                f"{_short(expected)}; resume with the same adapters and settings, or start in a new output_dir"
+                f"{folder} was trained with another {field}: {_short(there)}, this run has {_short(here)}; resume "
+                "with the same adapters and settings, or start in a new output_dir"
             )
 
 
+def _difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+    """Where two different values differ first, as `hypernetwork.embed_dim` or `source_sha256[1]`, and both there."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        key = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
+        return _difference(f"{name}.{key}", found.get(key), expected.get(key))
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        index = next(i for i, (there, here) in enumerate(zip(found, expected, strict=True)) if there != here)
+        return _difference(f"{name}[{index}]", found[index], expected[index])
+    return name, found, expected
+
+
 def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
-    """Load what `save_hypernetworks` wrote.
+    """Load what `save_hypernetworks` wrote. All ranks together.
 
     Raises:
         ValueError: as `check_checkpoint`, or the weights do not load.
     """
-    check_checkpoint(folder, model.plan, model.hypernetworks.config, model.method)
-    weights_file = Path(folder) / HYPERNETWORKS_FILE
+    folder = Path(folder).absolute()
+    check_hypernetworks(folder, fusion_identity(model.plan, model.hypernetworks.config, model.method))
+    weights_file = folder / HYPERNETWORKS_FILE
     try:
-        model.hypernetworks.load_state_dict(load_file(weights_file))
-    except (SafetensorError, RuntimeError) as error:
+        state = load_file(weights_file)
+        load_whole_tensors(model.hypernetworks, state)
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{weights_file} cannot be loaded: {error}") from error
+    model.updates.invalidate()
 
 
 def _short(value: Any) -> str:

@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -51,6 +52,82 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], descri
     Raises:
         ValueError: unknown flag or YAML key, a value that cannot be cast, or a check of a dataclass.
     """
+    parser = _parser(dataclass_types, description)
+    argv = list(argv)
+    path = _config_path(argv)
+    defaults: list[str] = []
+    if path is not None:
+        content, where = _read_config(path)
+        defaults = _mapping_arguments(content, parser, where)
+    *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
+    return tuple(instances)
+
+
+class StageArguments(NamedTuple):
+    """One entry of `stages:` in a YAML file.
+
+    Attributes:
+        name: as the entry has it, or `stage-1`, ...
+        where: names file and entry in messages.
+        argv: its command line: values of the file, those of the entry, flags of the command line. No `--config`.
+    """
+
+    name: str
+    where: str
+    argv: list[str]
+
+
+def stage_arguments(
+    dataclass_types: Sequence[type], argv: Sequence[str], whole_run: Collection[str]
+) -> list[StageArguments]:
+    """The command lines of a sequence: one per entry of `stages:` in the YAML file of `--config`.
+
+    Keys beside `stages:` are defaults of all entries; an entry overrides them, and the command line overrides both.
+
+    Args:
+        dataclass_types: dataclasses with the known flags.
+        argv: the command line without the program's name.
+        whole_run: flags that an entry must not have.
+
+    Returns:
+        One command line per entry, for `parse_arguments`; empty without `stages:`.
+
+    Raises:
+        ValueError: `stages:` is no list of mappings, or an entry has an unknown key; names file, entry and key.
+    """
+    argv = list(argv)
+    path = _config_path(argv)
+    if path is None:
+        return []
+    content, where = _read_config(path)
+    if "stages" not in content:
+        return []
+    entries = content.pop("stages")
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"{where} has {entries!r} as stages; a list of mappings was expected, one per stage")
+    parser = _parser(dataclass_types, "")
+    rest = _without_config(argv)
+    _mapping_arguments(content, parser, where)  # its errors are of no single stage
+    stages = []
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            kind = type(entry).__name__
+            raise UsageError(f"{where}, stage {number} of {len(entries)} is a {kind}; a mapping of flags was expected")
+        name = entry.pop("name", None)
+        name = f"stage-{number}" if name is None else name
+        place = f"{where}, stage {name!r}"
+        misplaced = [str(key) for key in entry if key in (*whole_run, "config", "stages")]
+        if misplaced:
+            raise UsageError(
+                f"{place} has {misplaced[0]}, which belongs to the whole run; give it at the top level or on the "
+                "command line"
+            )
+        _mapping_arguments(entry, parser, place)
+        stages.append(StageArguments(name, place, [*_mapping_arguments({**content, **entry}, parser, place), *rest]))
+    return stages
+
+
+def _parser(dataclass_types: Sequence[type], description: str) -> _Parser:
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 for a flag
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with values for any of the flags.")
@@ -59,11 +136,7 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], descri
         parser.add_argument("--debug", metavar="true", help=_DEBUG_HELP)
     else:
         debug.help = f"{debug.help} {_DEBUG_HELP}"
-    argv = list(argv)
-    path = _config_path(argv)
-    defaults = _file_arguments(Path(path), parser) if path is not None else []
-    *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
-    return tuple(instances)
+    return parser
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -80,35 +153,48 @@ def _config_path(argv: list[str]) -> str | None:
     return paths[0] if paths else None
 
 
-def _file_arguments(path: Path, parser: _Parser) -> list[str]:
-    full = path.expanduser().absolute()
+def _without_config(argv: list[str]) -> list[str]:
+    if "--config" in argv:
+        index = argv.index("--config")
+        return argv[:index] + argv[index + 2 :]
+    return [argument for argument in argv if not argument.startswith("--config=")]
+
+
+def _read_config(path: str) -> tuple[dict[Any, Any], str]:
+    """Content of a YAML file, and how messages name it."""
+    full = Path(path).expanduser().absolute()
+    where = f"--config: {full}"
     try:
         content = yaml.safe_load(full.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"--config: {full} does not exist") from None
+        raise UsageError(f"{where} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: {full} cannot be read as YAML: {error}") from None
+        raise UsageError(f"{where} cannot be read as YAML: {error}") from None
     if content is None:
-        return []
+        content = {}
     if not isinstance(content, dict):
-        raise UsageError(f"--config: {full} holds a {type(content).__name__}, a mapping of flags was expected")
+        raise UsageError(f"{where} holds a {type(content).__name__}, a mapping of flags was expected")
+    return content, where
+
+
+def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> list[str]:
     known = {action.dest for action in parser._actions} - {"help", "config"}
     unknown = [str(key) for key in content if key not in known]
     if unknown:
-        raise UsageError(
-            f"--config: {full} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)"
-        )
+        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)")
     if _WORDS.get(_as_argument(content.get("debug")).lower()) is not None:
-        raise UsageError(f"--config: {full} sets debug; give `--debug true` on the command line")
+        raise UsageError(f"{where} sets debug; give `--debug true` on the command line")
     arguments: list[str] = []
     for key, value in content.items():
         if value is None:
             continue
         if isinstance(value, list):
+            if not value:
+                raise UsageError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
             items = [_as_argument(item) for item in value]
             for item in items:
                 if item.startswith("--"):  # argparse would take it for a flag
-                    raise UsageError(f"--config: {full} has {item!r} in the list of {key}; a value was expected")
+                    raise UsageError(f"{where} has {item!r} in the list of {key}; a value was expected")
             arguments += [f"--{key}", *items]
         else:
             arguments.append(f"--{key}={_as_argument(value)}")
@@ -136,13 +222,19 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
                 raise
             _drop_held_messages()
             if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node: a file may be missing on one of them
-                print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+                with tqdm.external_write_mode(sys.stderr):  # on a line of its own, whatever bar was cut short
+                    print(f"error: {one_line(error)}", file=sys.stderr)
             return USER_ERROR
         finally:
             release_logging()
         return 0
 
     return main
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error in one line; blanks inside a line stay, they may belong to a path."""
+    return " ".join(filter(None, (line.strip() for line in str(error).splitlines()))) or type(error).__name__
 
 
 def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
@@ -190,7 +282,8 @@ def set_up_logging(level: int = logging.INFO, hold: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|torch)\.")
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
+    logging.getLogger("huggingface_hub").handlers.clear()  # it propagates too, and would say everything twice
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -38,6 +38,10 @@ class BlockSequences:
         mask = None if self.mask is None else self.mask.to(device)
         return BlockSequences(self.blocks.to(device), self.descriptors.to(device), mask)
 
+    def real_index(self) -> Tensor | None:
+        """(K,) positions of the real blocks in the flattened (M * N) batch; None if all are real."""
+        return None if self.mask is None else self.mask.flatten().nonzero().squeeze(1)
+
 
 @dataclass(frozen=True)
 class GroupContext:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from heterofusion.config import DataArguments, DatasetSpec
+from heterofusion.arguments import DataArguments, DatasetSpec
 from heterofusion.formats import IGNORE_INDEX, KNOWN_COLUMNS, detect_format, render, to_conversation, tokenize
 from heterofusion.records import Records, load_records
 

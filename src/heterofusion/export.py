@@ -1,5 +1,6 @@
-"""The end of a fusion: one ordinary PEFT adapter with its provenance and model card, and its way to the Hub."""
+"""The end of a fusion: one ordinary PEFT adapter with its provenance and model card."""
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -7,23 +8,26 @@ import os
 import re
 import shutil
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterofusion.adapters import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, LoraAdapter
+from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256
+from heterofusion.engines import whole_tensors
 from heterofusion.modeling import HeteroFusionModel
 
 logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "fusion.json"
 CARD_FILE = "README.md"
+_STAGING = ".export-"
 _SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
-HUB_PATTERNS = (WEIGHTS_FILE, CONFIG_FILE, PROVENANCE_FILE, CARD_FILE, *TOKENIZER_FILES)
 
 
 class ExportError(ValueError):
@@ -37,10 +41,11 @@ def export_adapter(
     tokenizer: Any = None,
     training: dict[str, Any] | None = None,
     metrics: dict[str, Any] | None = None,
+    write: bool = True,
 ) -> Path:
-    """Write the fused adapter as a plain PEFT folder with `fusion.json` and a model card.
+    """Write the fused adapter as a plain PEFT folder with `fusion.json` and a model card. All ranks together.
 
-    Everything is validated first and written beside its final place, then moved.
+    Everything is validated first and written beside its final place, then moved; what killed exports left there goes.
 
     Args:
         model: the trained model; it stays usable.
@@ -48,37 +53,78 @@ def export_adapter(
         tokenizer: saved along if given.
         training: plain values recorded in the provenance (steps, seeds, replay, ...).
         metrics: plain values for the card's table and the provenance.
+        write: whether this rank writes; where parameters are sharded, the others are needed to gather them.
 
     Returns:
         The folder.
 
     Raises:
         ExportError: a weight is not finite, or the key set or a shape is not the target's.
-        OSError: the folder cannot be written; what it held before is kept.
+        OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
     """
     state = model.fused_state_dict()
     validate_fused(state, model.plan.target)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    alphas = whole_tensors(model.hypernetworks.alphas.items())
+    if not write:
+        return folder
     record = provenance(model, training, metrics)
-    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
+    record["alpha"] = {name: alpha.item() for name, alpha in alphas.items()}
+    with contextlib.ExitStack() as stack:
+        with _told(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
+            staging = stack.enter_context(_staging(folder))
+            weights = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+            save_file(weights, staging / WEIGHTS_FILE, {"format": "pt"})
+            _write_json(staging / CONFIG_FILE, fused_config(model))
+            if tokenizer is not None:
+                _save_tokenizer(tokenizer, staging)
+            (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
+            record["weights_sha256"] = file_sha256(staging / WEIGHTS_FILE)
+            _write_json(staging / PROVENANCE_FILE, record)
+            shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
+        with _told(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
+            _move_files(staging, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _told(what: str, outcome: str) -> Iterator[None]:
+    """Say of a failed write what it was for and what is left; safetensors has an error of its own for it."""
     try:
-        save_file(
-            {key: tensor.cpu().contiguous() for key, tensor in state.items()}, staging / WEIGHTS_FILE, {"format": "pt"}
-        )
-        _write_json(staging / CONFIG_FILE, fused_config(model))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(staging))
-        (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
-        _write_json(staging / PROVENANCE_FILE, record)
-        shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
-        # the provenance goes last: where it stands, the adapter beside it is complete
-        (folder / PROVENANCE_FILE).unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == PROVENANCE_FILE):
-            os.replace(path, folder / path.name)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{what} ({error}); {outcome}") from error
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """An empty folder in a folder, gone afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_STAGING}*"):  # of a run that was killed
+        shutil.rmtree(left)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    try:
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # a failed write of the tokenizers library has no type of its own
+
+
+def _move_files(staging: Path, folder: Path) -> None:
+    """Move an export into place. The provenance goes last: where it stands, the adapter beside it is complete."""
+    (folder / PROVENANCE_FILE).unlink(missing_ok=True)
+    names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    for name in sorted(names, key=lambda name: name == Path(PROVENANCE_FILE)):
+        (folder / name).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates
+        os.replace(staging / name, folder / name)
 
 
 def validate_fused(state: dict[str, Tensor], target: LoraAdapter) -> None:
@@ -132,7 +178,6 @@ def provenance(
             **model.hypernetworks.config.to_dict(),
             "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),
         },
-        "alpha": {name: alpha.item() for name, alpha in model.hypernetworks.alphas.items()},
         "training": training or {},
         "metrics": metrics or {},
         "versions": library_versions(),
@@ -147,9 +192,9 @@ def library_versions() -> dict[str, str]:
 
 def display_name(name: str) -> str:
     """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).expanduser().exists():
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
         return name
-    return re.sub(r"[^\w.-]", "_", Path(name).name)
+    return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
 
 
 def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
@@ -217,45 +262,6 @@ def _metrics_table(metrics: dict[str, Any]) -> str:
         for name, value in shown.items()
     )
     return f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
-
-
-def push_adapter(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload fused adapter",
-) -> str:
-    """Upload an exported folder to the Hub: adapter, config, tokenizer, card and provenance, nothing else.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        ExportError: the folder holds no adapter, or the Hub refused; the message says how to push again.
-    """
-    folder = Path(folder)
-    if not (folder / PROVENANCE_FILE).is_file():
-        raise ExportError(f"{folder} holds no {PROVENANCE_FILE}; export an adapter there first")
-    api = HfApi(token=token)
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            allow_patterns=list(HUB_PATTERNS),
-            revision=revision,
-            commit_message=commit_message,
-        ).commit_url
-    except Exception as error:  # whatever the Hub or the network says, the adapter is safe and the user must hear so
-        include = " ".join(f"--include '{pattern}'" for pattern in HUB_PATTERNS)
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise ExportError(
-            f"the push to {repo_id} failed ({reason}); the adapter is safe in {folder.resolve()}. Push again with: "
-            f"hf upload {repo_id} {folder.resolve()} . {include}"
-        ) from error
 
 
 def _write_json(path: Path, content: Any) -> None:

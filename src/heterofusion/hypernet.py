@@ -10,7 +10,7 @@ r x m matrix, both shared by all roles, so its size hardly depends on the rank.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,22 +87,44 @@ class HypernetworkConfig:
         return asdict(self)
 
 
+class HypernetworkInput(NamedTuple):
+    """What one hypernetwork reads.
+
+    Attributes:
+        target_blocks: (M, N_t, b * r), standardized.
+        target_descriptors: (M, N_t, r) singular values.
+        source_blocks: (M, N_s, b * r), standardized.
+        source_descriptors: (M, N_s, r).
+        source_mask: (M, N_s) bool, True at real blocks; None if all are.
+        decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
+    """
+
+    target_blocks: Tensor
+    target_descriptors: Tensor
+    source_blocks: Tensor
+    source_descriptors: Tensor
+    source_mask: Tensor | None = None
+    decode_index: Tensor | None = None
+
+
 class HypernetworkOutput(NamedTuple):
     """What one hypernetwork gives back.
 
     Attributes:
-        delta: (T, b, r) predicted blocks, in the order of `decode_index`.
+        update: (T, b, r) alpha times the predicted blocks, in the order of `decode_index`.
         target_embedding: (M, N_t, e), before positions.
         source_embedding: (M, N_s, e), before positions.
         attention: (M, N_t, N_s) averaged over heads, None unless asked for.
         source_gate: (M, N_s, e) gate values in [0, 1], None unless asked for.
+        alpha: (1,), None unless asked for.
     """
 
-    delta: Tensor
+    update: Tensor
     target_embedding: Tensor
     source_embedding: Tensor
     attention: Tensor | None
     source_gate: Tensor | None
+    alpha: Tensor | None
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
@@ -199,10 +221,31 @@ class FactorizedDecoder(nn.Module):
         return shared.rows_out(core).transpose(-1, -2)  # (..., b, r)
 
 
+class PositionTable(nn.Module):
+    """Learned embeddings of positions. A module of its own: engines that shard gather by module."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(length, width))
+
+    def forward(self, length: int) -> Tensor:
+        """Give the first `length` rows, (length, e).
+
+        Raises:
+            ValueError: the table is shorter.
+        """
+        if length > len(self.weight):
+            raise ValueError(
+                f"a sequence of {length} blocks is longer than max_position_embeddings {len(self.weight)}; raise it, "
+                "or raise block_size"
+            )
+        return self.weight[:length]
+
+
 class HyperNetwork(nn.Module):
     """Predicts the blocks of a target module's B update from the target's and the sources' blocks."""
 
-    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+    def __init__(self, rank: int, config: HypernetworkConfig, alpha_init: float = 0.3) -> None:
         super().__init__()
         e = config.embed_dim
         compact = config.form == "compact"
@@ -211,9 +254,11 @@ class HyperNetwork(nn.Module):
         self.features = FactorizedFeatures(rank, config) if compact else DenseFeatures(rank, config)
         self.gate = nn.Sequential(_linear(rank, e // 4), nn.ReLU(), _linear(e // 4, e))
         self.fusion_norm = nn.LayerNorm(e)
-        self.positions = nn.Embedding(config.max_position_embeddings, e)
+        self.positions = PositionTable(config.max_position_embeddings, e)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_linear(e, e) for _ in range(4))
         self.decoder = FactorizedDecoder(rank, config) if compact else DenseDecoder(rank, config)
+        # shape (1,): FSDP2 refuses 0-dimensional parameters
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
 
     def encode(self, blocks: Tensor, descriptors: Tensor, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
         """Embed blocks.
@@ -230,49 +275,30 @@ class HyperNetwork(nn.Module):
         return self.fusion_norm(self.features(blocks, shared) * gate), gate
 
     def forward(
-        self,
-        target_blocks: Tensor,
-        target_descriptors: Tensor,
-        source_blocks: Tensor,
-        source_descriptors: Tensor,
-        source_mask: Tensor | None = None,
-        decode_index: Tensor | None = None,
-        shared: SharedFactors | None = None,
-        diagnostics: bool = False,
+        self, inputs: HypernetworkInput, shared: SharedFactors | None = None, diagnostics: bool = False
     ) -> HypernetworkOutput:
         """Predict delta blocks.
 
         Args:
-            target_blocks: (M, N_t, b * r), standardized.
-            target_descriptors: (M, N_t, r).
-            source_blocks: (M, N_s, b * r), standardized.
-            source_descriptors: (M, N_s, r).
-            source_mask: (M, N_s) bool, True at real blocks; None if all are.
-            decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
+            inputs: blocks, descriptors and masks of all modules of the group.
             shared: factors of the compact form.
             diagnostics: also give the attention map and the source gate.
         """
-        z_target, _ = self.encode(target_blocks, target_descriptors, shared)
-        z_source, gate = self.encode(source_blocks, source_descriptors, shared)
-        queries = self._heads(self.q_proj(self._locate(z_target)))
-        located = self._locate(z_source)
+        z_target, _ = self.encode(inputs.target_blocks, inputs.target_descriptors, shared)
+        z_source, gate = self.encode(inputs.source_blocks, inputs.source_descriptors, shared)
+        queries = self._heads(self.q_proj(z_target + self.positions(z_target.shape[1])))
+        located = z_source + self.positions(z_source.shape[1])
         keys, values = self._heads(self.k_proj(located)), self._heads(self.v_proj(located))
-        mask = None if source_mask is None else source_mask[:, None, None, :]  # (M, 1, 1, N_s)
+        mask = None if inputs.source_mask is None else inputs.source_mask[:, None, None, :]  # (M, 1, 1, N_s)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # (M, h, N_t, e / h)
         mixed = mixed.transpose(1, 2).flatten(0, 1).flatten(-2)  # (M * N_t, e)
-        if decode_index is not None:
-            mixed = mixed[decode_index]
-        delta = self.decoder(self.out_proj(mixed), shared)
-        attention = self._attention_map(queries, keys, mask) if diagnostics else None
-        return HypernetworkOutput(delta, z_target, z_source, attention, gate if diagnostics else None)
-
-    def _locate(self, z: Tensor) -> Tensor:
-        if z.shape[1] > self.positions.num_embeddings:
-            raise ValueError(
-                f"a sequence of {z.shape[1]} blocks is longer than max_position_embeddings "
-                f"{self.positions.num_embeddings}; raise it, or raise block_size"
-            )
-        return z + self.positions.weight[: z.shape[1]]
+        if inputs.decode_index is not None:
+            mixed = mixed[inputs.decode_index]
+        update = self.alpha * self.decoder(self.out_proj(mixed), shared)
+        if not diagnostics:
+            return HypernetworkOutput(update, z_target, z_source, None, None, None)
+        attention = self._attention_map(queries, keys, mask)
+        return HypernetworkOutput(update, z_target, z_source, attention, gate, self.alpha.detach().clone())
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (M, h, N, e / h)
@@ -286,13 +312,27 @@ class HyperNetwork(nn.Module):
 
 
 class HyperNetworks(nn.Module):
-    """One hypernetwork and one alpha per group, and what the compact form shares among them."""
+    """One hypernetwork with its alpha per group, and what the compact form shares among them."""
 
     def __init__(self, ranks: Mapping[str, int], config: HypernetworkConfig, alpha_init: float = 0.3) -> None:
         """Args: ranks: rank by group name; config: sizes; alpha_init: first value of every alpha."""
         super().__init__()
         self.config = config
         self.shared = SharedFactors(set(ranks.values()), config) if config.form == "compact" else None
-        self.networks = nn.ModuleDict({name: HyperNetwork(rank, config) for name, rank in ranks.items()})
-        # shape (1,): FSDP2 refuses 0-dimensional parameters
-        self.alphas = nn.ParameterDict({name: nn.Parameter(torch.full((1,), float(alpha_init))) for name in ranks})
+        self.networks = nn.ModuleDict({name: HyperNetwork(rank, config, alpha_init) for name, rank in ranks.items()})
+
+    def forward(
+        self, groups: Mapping[str, HypernetworkInput], diagnostics: bool = False
+    ) -> dict[str, HypernetworkOutput]:
+        """Run all hypernetworks, in float32 whatever autocast is on; see `HyperNetwork.forward`."""
+        device = next(iter(groups.values())).target_blocks.device
+        with torch.autocast(device.type, enabled=False):
+            return {
+                name: network(groups[name], shared=self.shared, diagnostics=diagnostics)
+                for name, network in self.networks.items()
+            }
+
+    @property
+    def alphas(self) -> dict[str, Tensor]:
+        """Every alpha, (1,), by group name."""
+        return {name: cast("HyperNetwork", network).alpha for name, network in self.networks.items()}

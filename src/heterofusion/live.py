@@ -7,16 +7,34 @@ stays in place until the next forward, so activation checkpointing recomputes wi
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import GroupContext
-from heterofusion.hypernet import HypernetworkOutput, HyperNetworks
+from heterofusion.engines import is_sharded
+from heterofusion.hypernet import HypernetworkInput, HypernetworkOutput, HyperNetworks
 from heterofusion.rdm import rdm_loss
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """Constants of one group on the hypernetworks' device.
+
+    Attributes:
+        inputs: what its hypernetwork reads.
+        real_blocks: positions of the real target and source blocks, for RDM over all modules as one set.
+        rows: per module, the rows that a role of a fused projection has in it; None if it has them all.
+    """
+
+    inputs: HypernetworkInput
+    real_blocks: tuple[Tensor | None, Tensor | None]
+    rows: tuple[Tensor | None, ...]
 
 
 class LiveUpdates:
@@ -30,6 +48,9 @@ class LiveUpdates:
 
     Attributes:
         by_module: the installed updates `alpha * dB` by module path, each (out_features, rank) float32.
+        average_over_ranks: whether `close_window` averages the updates' gradients over all ranks, so that those of
+            the hypernetworks need no reduction: they come out alike everywhere.
+        finite: per group, whether the gradient of the last closed window was finite: (,) bool, on the device.
         seconds: wall-clock time of the hypernetworks' training forwards so far (on a GPU, of launching them); reset
             by whoever reads it.
     """
@@ -42,7 +63,11 @@ class LiveUpdates:
         self.method = method
         self.seed = seed
         self.by_module: dict[str, Tensor] = {}
+        self.average_over_ranks = False
+        self.finite: dict[str, Tensor] = {}
         self.seconds = 0.0
+        self._constants: dict[str, _Constants] = {}
+        self._placed_on: torch.device | None = None
         self._cached_versions: tuple | None = None
         self._outputs: dict[str, HypernetworkOutput] = {}
         self._leaves: dict[str, Tensor] = {}
@@ -62,7 +87,7 @@ class LiveUpdates:
         self._cached_versions = versions
         start = time.perf_counter()
         outputs = self.predict()
-        updates = self._scale(outputs)
+        updates = {name: output.update for name, output in outputs.items()}
         if live and self._closing:
             self._hand_over_window(updates)
         self._install(updates)
@@ -73,11 +98,14 @@ class LiveUpdates:
     def invalidate(self) -> None:
         """Compute the updates anew at the next forward: parameters changed in a way that torch does not count.
 
-        In-place operations are noticed; `.data`, fused optimizers and copies into flat buffers are not.
+        In-place operations are noticed; `.data`, fused optimizers, sharded parameters and copies into flat buffers
+        are not.
         """
         self._cached_versions = None
 
     def _parameter_versions(self) -> tuple:
+        if is_sharded(self.networks):  # gathering and freeing change pointers, and not on all ranks alike
+            return ("sharded",)
         return tuple((id(p), p._version, p.data_ptr()) for p in self.networks.parameters())
 
     @contextlib.contextmanager
@@ -95,7 +123,7 @@ class LiveUpdates:
 
     @contextlib.contextmanager
     def close_window(self) -> Iterator[None]:
-        """The forward in here also hands over what `collect_gradients` added up."""
+        """The forward in here also hands over what `collect_gradients` added up, averaged over ranks if asked for."""
         self._closing = True
         try:
             yield
@@ -110,81 +138,84 @@ class LiveUpdates:
         if not self._leaves:
             start = time.perf_counter()
             with torch.no_grad():
-                updates = self._scale(self.predict())
-            self._leaves = {name: update.detach().requires_grad_() for name, update in updates.items()}
+                outputs = self.predict()
+            self._leaves = {name: output.update.detach().requires_grad_() for name, output in outputs.items()}
             self.seconds += time.perf_counter() - start
         return self._leaves
 
     def _hand_over_window(self, updates: dict[str, Tensor]) -> None:
-        """Add the gradients collected in this window to those that the live updates will get."""
-        for name, leaf in self._leaves.items():
-            if leaf.grad is not None:
-                updates[name].register_hook(partial(torch.add, leaf.grad))
+        """Let the window's gradient flow into the live updates, in place of that of its last micro-batch."""
+        for name, update in updates.items():
+            leaf = self._leaves.get(name)
+            update.register_hook(partial(self._window_gradient, name, None if leaf is None else leaf.grad))
         self._leaves = {}
+
+    def _window_gradient(self, name: str, collected: Tensor | None, last: Tensor) -> Tensor:
+        """Gradient of a group's updates over the whole window (and all ranks), (T, b, r)."""
+        total = last.clone() if collected is None else last + collected
+        if self.average_over_ranks:
+            dist.all_reduce(total)
+            total /= dist.get_world_size()
+        self.finite[name] = total.isfinite().all()
+        return total
 
     def _install(self, updates: dict[str, Tensor]) -> None:
         self.by_module.clear()
         self.by_module.update(self._module_deltas(updates))
 
     def predict(self, diagnostics: bool = False) -> dict[str, HypernetworkOutput]:
-        """Run every hypernetwork, in float32.
+        """Run every hypernetwork, in float32. Where parameters are sharded, all ranks must call this together.
 
         Args:
             diagnostics: also give attention maps and gates.
         """
-        networks = self.networks
-        device = next(networks.parameters()).device
-        outputs = {}
-        with torch.autocast(device.type, enabled=False):
-            for name, context in self._placed_contexts(device).items():
-                outputs[name] = networks.networks[name](
-                    context.target.blocks,
-                    context.target.descriptors,
-                    context.source.blocks,
-                    context.source.descriptors,
-                    context.source.mask,
-                    context.decode_index,
-                    shared=networks.shared,
-                    diagnostics=diagnostics,
-                )
-        return outputs
+        constants = self._placed()
+        return self.networks({name: constant.inputs for name, constant in constants.items()}, diagnostics)
 
-    def _placed_contexts(self, device: torch.device) -> dict[str, GroupContext]:
-        if any(context.decode_index.device != device for context in self.contexts.values()):
+    def _placed(self) -> dict[str, _Constants]:
+        """The constants on the device of the hypernetworks, moved there once."""
+        device = next(self.networks.parameters()).device
+        if device != self._placed_on:
             self.contexts = {name: context.to(device) for name, context in self.contexts.items()}
-        return self.contexts
-
-    def _scale(self, outputs: dict[str, HypernetworkOutput]) -> dict[str, Tensor]:
-        """`alpha * dB` of every group as blocks, (T, b, r)."""
-        return {name: self.networks.alphas[name] * output.delta for name, output in outputs.items()}
+            self._constants = {name: _constants(context) for name, context in self.contexts.items()}
+            self._placed_on = device
+        return self._constants
 
     def _module_deltas(self, updates: dict[str, Tensor]) -> dict[str, Tensor]:
         deltas: dict[str, Tensor] = {}
         for name, update in updates.items():
             context = self.contexts[name]
-            for item, blocks in zip(context.members, update.split(context.b_blocks), strict=True):
-                rows = blocks.flatten(0, 1)[: item.target.out_features]  # (out, r): padded rows dropped
+            parts = zip(context.members, update.split(context.b_blocks), self._constants[name].rows, strict=True)
+            for item, blocks, rows in parts:
+                part = blocks.flatten(0, 1)[: item.target.out_features]  # (out, r): padded rows dropped
                 path = item.target.module.path
-                if item.target.rows is None:
-                    deltas[path] = rows
-                else:  # a role of a fused projection
-                    whole = rows.new_zeros(item.target.module.out_features, rows.shape[1])
-                    part = whole.index_copy(0, item.target.rows.to(rows.device), rows)
-                    deltas[path] = deltas[path] + part if path in deltas else part
+                if rows is not None:  # a role of a fused projection
+                    whole = part.new_zeros(item.target.module.out_features, part.shape[1])
+                    part = whole.index_copy(0, rows, part)
+                deltas[path] = deltas[path] + part if path in deltas else part
         return deltas
 
     def rdm(self, step: int) -> Tensor:
-        """RDM of the last live prediction: mean over groups of target and source terms. Same draws on all ranks."""
-        total = next(self.networks.parameters()).new_zeros(())
+        """RDM of the last live prediction: mean over groups of target and source terms. Same draws on all ranks.
+
+        Raises:
+            RuntimeError: there was no live prediction: gradients are off, or are being collected.
+        """
+        if not self._outputs:
+            raise RuntimeError("RDM needs a forward with gradients on; leave rdm_step out of this one")
+        total = torch.zeros((), device=self._placed_on)
         method = self.method
         with torch.autocast(total.device.type, enabled=False):
             for index, (name, output) in enumerate(self._outputs.items()):
                 context = self.contexts[name]
                 generator = torch.Generator(total.device).manual_seed(_mix(self.seed, step, index))
-                for z, mask in (
-                    (output.target_embedding, context.target.mask),
-                    (output.source_embedding, context.source.mask),
+                for z, mask, real in (
+                    (output.target_embedding, context.target.mask, self._constants[name].real_blocks[0]),
+                    (output.source_embedding, context.source.mask, self._constants[name].real_blocks[1]),
                 ):
+                    if not context.ragged:  # all modules as one set
+                        z, mask = z.flatten(0, 1) if real is None else z.flatten(0, 1)[real], None
+                        z = z.unsqueeze(0)  # (1, K, e)
                     total = total + rdm_loss(
                         z,
                         mu=method.rdm_mu,
@@ -192,7 +223,6 @@ class LiveUpdates:
                         num_projections=method.rdm_projections,
                         generator=generator,
                         mask=mask,
-                        per_module=context.ragged,
                     )
         return total / len(self._outputs)
 
@@ -205,6 +235,16 @@ class LiveUpdates:
             return output if update is None else output + F.linear(args[0], update.to(args[0]))
 
         return lora_B.register_forward_hook(add_update)
+
+
+def _constants(context: GroupContext) -> _Constants:
+    device = context.decode_index.device
+    target, source = context.target, context.source
+    inputs = HypernetworkInput(
+        target.blocks, target.descriptors, source.blocks, source.descriptors, source.mask, context.decode_index
+    )
+    rows = tuple(None if item.target.rows is None else item.target.rows.to(device) for item in context.members)
+    return _Constants(inputs, (target.real_index(), source.real_index()), rows)
 
 
 def _mix(seed: int, step: int, index: int) -> int:

@@ -20,15 +20,21 @@ from transformers import (
 
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.architectures import load_base_config, read_source_configs, read_target_config
+from heterofusion.arguments import AdapterArguments, ModelArguments
 from heterofusion.base_model import check_base_fits
-from heterofusion.config import AdapterArguments, MethodConfig, ModelArguments
+from heterofusion.config import MethodConfig
+from heterofusion.engines import set_zero_init_dtype, without_zero_init
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
 logger = logging.getLogger(__name__)
 
 
 def load_plan(
-    adapters: AdapterArguments, method: MethodConfig, base: str | None = None, base_revision: str | None = None
+    adapters: AdapterArguments,
+    method: MethodConfig,
+    base: str | None = None,
+    base_revision: str | None = None,
+    target: LoraAdapter | None = None,
 ) -> AlignmentPlan:
     """Read all adapters and align them. No base weights are loaded.
 
@@ -37,15 +43,17 @@ def load_plan(
         method: settings of the alignment.
         base: base model of the target; needed only if the target has fused projections and does not name it.
         base_revision: Hub revision of `base`.
+        target: the target adapter, in place of the one that `adapters` names.
 
     Raises:
         AdapterError: an adapter is not usable, or nothing aligns.
         ValueError: settings are out of range.
     """
     method.check_method()
-    target = load_adapter(
-        adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
-    )
+    if target is None:
+        target = load_adapter(
+            adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
+        )
     sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
     return plan_alignment(
         target,
@@ -97,7 +105,7 @@ def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bo
         model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
     )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), without_zero_init():
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # senseless sizes break a model's constructor in any way
         raise ValueError(
@@ -125,13 +133,23 @@ def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig
             )
 
 
-def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_base(
+    model: ModelArguments, use_cpu: bool = False, trust_remote_code: bool = False, bf16: bool = False
+) -> PreTrainedModel:
     """Load the target's base model, frozen.
+
+    Args:
+        model: which one, and how.
+        use_cpu: whether the run stays on the CPU.
+        trust_remote_code: whether code of the Hub may run.
+        bf16: whether it is to be bfloat16 where `--dtype` is not given.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     kwargs: dict[str, Any] = {}
+    dtype = base_dtype(model, use_cpu, bf16)
+    set_zero_init_dtype(_own_dtype(model, trust_remote_code) if dtype == "auto" else dtype)
     if model.load_in_4bit or model.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -139,14 +157,14 @@ def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: b
             load_in_4bit=model.load_in_4bit,
             load_in_8bit=model.load_in_8bit,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=base_dtype(model, use_cpu),
+            bnb_4bit_compute_dtype=dtype,
         )
     name = model.model_name_or_path
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             name,
             revision=model.model_revision,
-            dtype=base_dtype(model, use_cpu),
+            dtype=dtype,
             attn_implementation=model.attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -166,12 +184,19 @@ def load_base(model: ModelArguments, use_cpu: bool = False, trust_remote_code: b
     return base
 
 
-def base_dtype(model: ModelArguments, use_cpu: bool) -> Any:
+def base_dtype(model: ModelArguments, use_cpu: bool, bf16: bool = False) -> Any:
     """Dtype of the frozen base: as asked for, else bfloat16 on a GPU that has it, else float32."""
     if model.dtype is not None:
         return model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
     on_gpu = torch.cuda.is_available() and not use_cpu
-    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if bf16 or (on_gpu and torch.cuda.is_bf16_supported()) else torch.float32
+
+
+def _own_dtype(model: ModelArguments, trust_remote_code: bool) -> torch.dtype:
+    config = load_base_config(
+        model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
+    )
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def check_output_dir(output_dir: str, resuming: bool, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from heterofusion.adapters import PREFIX, AdapterError, LoraAdapter
 from heterofusion.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import build_contexts, sequence_lengths
+from heterofusion.engines import is_sharded
 from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
 from heterofusion.live import LiveUpdates
 from heterofusion.topology import AlignmentPlan, plan_alignment
@@ -229,7 +230,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
     def module_deltas(self) -> dict[str, Tensor]:
         """The scaled updates `alpha * dB` by module path, each (out_features, rank) float32, without gradient.
 
-        Always computed anew, so that an export never depends on what was cached.
+        Always computed anew, so that an export never depends on what was cached. Where parameters are sharded, all
+        ranks must call this together.
         """
         with torch.no_grad():
             self.updates.invalidate()
@@ -287,7 +289,12 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
         Returns:
             This object, now a `PeftModelForCausalLM` in eval mode.
+
+        Raises:
+            RuntimeError: ZeRO-3 or FSDP2 has sharded the parameters.
         """
+        if is_sharded(self):
+            raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
         state = self.fused_state_dict()
         for hook in self._hooks:
             hook.remove()

@@ -45,26 +45,20 @@ def rdm_loss(
     num_projections: int,
     generator: torch.Generator,
     mask: Tensor | None = None,
-    per_module: bool = False,
 ) -> Tensor:
-    """RDM with fresh draws: first the Gaussian, then the directions.
+    """RDM with fresh draws: first the Gaussian, then the directions, which all sets have in common.
 
     Args:
-        z: (modules, N, e) embeddings.
+        z: (S, M, e): S sets of M embeddings, compared set by set.
         mu: mean of the Gaussian.
         sigma: its standard deviation.
         num_projections: P.
         generator: source of the draws, on z's device.
-        mask: (modules, N) bool, True at real blocks; None if all are.
-        per_module: compare module by module and average, instead of all modules as one set. The directions are
-            common to the modules.
+        mask: (S, M) bool, True at real embeddings; None if all are.
 
     Returns:
         Scalar loss.
     """
-    if not per_module:
-        z = (z.flatten(0, 1) if mask is None else z[mask]).unsqueeze(0)  # (1, M, e)
-        mask = None
     noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
     directions = torch.randn(z.shape[-1], num_projections, generator=generator, device=z.device, dtype=z.dtype)
     return sliced_distance(z, noise, directions, mu, sigma, mask)

@@ -5,76 +5,46 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 """
 
 import logging
-from collections import defaultdict
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DistributedType
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
 
-from heterofusion.base_model import refuse_reentrant_checkpointing
-from heterofusion.checkpoints import load_hypernetworks, save_hypernetworks
+from heterofusion.base_model import cast_base, refuse_reentrant_checkpointing
+from heterofusion.checkpoints import (
+    check_checkpoint,
+    failing_writes,
+    last_complete_checkpoint,
+    load_hypernetworks,
+    mark_complete,
+    save_hypernetworks,
+)
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.data import make_collator
-from heterofusion.diagnostics import fusion_diagnostics
-from heterofusion.export import display_name, export_adapter, push_adapter
+from heterofusion.diagnostics import FusionProgressCallback, diagnostic_logs
+from heterofusion.engines import (
+    DATA_PARALLEL,
+    ONCE_PER_WINDOW,
+    broadcast_parameters,
+    check_engine,
+    engine_name,
+    exclude_from_reduction,
+    refuse_data_parallel,
+    wrap_hypernetworks_apart,
+)
+from heterofusion.export import export_adapter
+from heterofusion.hub import push_adapter
 from heterofusion.modeling import HeteroFusionModel
+from heterofusion.nonfinite import FiniteGuard, NonFiniteError
 
 logger = logging.getLogger(__name__)
-
-# Engines on which a backward outside the wrapper is safe; the others run the hypernetworks in every micro-batch.
-_ONCE_PER_WINDOW = {
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-}
-
-
-class FusionProgressCallback(ProgressCallback):
-    """Trainer's progress bar; of the entries per role the terminal shows the mean, reports get them all."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs=mean_over_roles(logs or {}), **kwargs)
-
-
-def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Log entries with `alpha/<role>`, ... replaced by one mean per quantity; attention stays per source."""
-    parts: dict[str, list[float]] = defaultdict(list)
-    short: dict[str, Any] = {}
-    for name, value in logs.items():
-        quantity, _, role = name.partition("/")
-        if role and quantity in ("alpha", "gate_sparsity", "delta_ratio"):
-            parts[quantity].append(value)
-        else:
-            short[name] = value
-    return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
-
-
-def refuse_data_parallel(args: HeteroFusionConfig) -> None:
-    """Refuse several GPUs in one process.
-
-    Raises:
-        ValueError: Trainer would use DataParallel, whose replicas do not see the live updates.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
-            "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-
-
-def _check_same_method(model: HeteroFusionModel, args: HeteroFusionConfig) -> None:
-    """Refuse a trainer whose settings of the method are others than the model's."""
-    wanted = args.method_dict()
-    for name, value in model.method.method_dict().items():
-        if value != wanted[name]:
-            raise ValueError(
-                f"{name} is {value} in the model and {wanted[name]} in args; build the model with the same "
-                "HeteroFusionConfig"
-            )
 
 
 class HeteroFusionTrainer(Trainer):
@@ -92,12 +62,13 @@ class HeteroFusionTrainer(Trainer):
         processing_class: the target's tokenizer; saved with the adapter and used for padding.
         data_collator: pads and batches; `make_collator` of the tokenizer by default.
         replay_record: plain values about the replay, for the provenance.
+        run_record: plain values about the run around the training, for the provenance.
         **kwargs: passed on to `Trainer`.
 
     Raises:
         TypeError: model or args are of another type.
         ValueError: model and args differ in the method's settings; or an engine that cannot carry a fusion: several
-            GPUs in one process, FSDP, ZeRO-3, DeepSpeed with mixed precision.
+            GPUs in one process, FSDP1, DeepSpeed or FSDP configured to cast the hypernetworks.
     """
 
     args: HeteroFusionConfig
@@ -111,6 +82,7 @@ class HeteroFusionTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Any = None,
         replay_record: dict[str, Any] | None = None,
+        run_record: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, HeteroFusionModel):
@@ -118,13 +90,17 @@ class HeteroFusionTrainer(Trainer):
         if not isinstance(args, HeteroFusionConfig):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
         refuse_data_parallel(args)
-        _check_same_method(model, args)
+        model.method.check_same(args)
         if data_collator is None:
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
         self._sums: dict[str, Tensor] = {}
+        self._window: dict[str, Tensor] = {}
         self._windows = 0
+        self._skipped = 0
         self._once_per_window = False
+        self._guard = FiniteGuard([key.name for key in model.plan.groups])
         self.replay_record = replay_record or {}
+        self.run_record = run_record or {}
         self.fusion_model = model
         super().__init__(
             model=model,
@@ -135,10 +111,27 @@ class HeteroFusionTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
-        self._refuse_engines()
+        check_engine(self.accelerator)
+        if args.base_in_bf16:
+            cast_base(model, torch.bfloat16)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(FusionProgressCallback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's `train`; `resume_from_checkpoint=True` takes the last complete checkpoint in `output_dir`.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite; names the step and the roles.
+            ValueError: a checkpoint that is not complete, or of another fusion or engine.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(str(self.args.output_dir)).absolute()
+            last = last_complete_checkpoint(folder)
+            if last is None:
+                raise ValueError(f"{folder} holds no complete checkpoint-N folder to resume from")
+            resume_from_checkpoint = str(last)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- objective ----------------------------------------------------------------------------------------------
 
@@ -156,50 +149,125 @@ class HeteroFusionTrainer(Trainer):
         """
         updates = self.fusion_model.updates
         if not self._once_per_window:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        elif self.accelerator.sync_gradients:
             with updates.close_window():
-                return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        set_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, as in Trainer
-        if callable(set_training_mode):
-            set_training_mode()
-        inputs = self._prepare_inputs(inputs)
-        with updates.collect_gradients(), self.compute_loss_context_manager():
-            loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
-            loss = loss / self._loss_divisor(num_items_in_batch)
-            loss.backward()
-        return loss.detach()
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            model.train()
+            set_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, as in Trainer
+            if callable(set_training_mode):
+                set_training_mode()
+            inputs = self._prepare_inputs(inputs)
+            with updates.collect_gradients(), self.compute_loss_context_manager():
+                loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
+                loss = loss / self._loss_divisor(num_items_in_batch)
+                loss.backward()
+            loss = loss.detach()
+        # a loss that is tolerated must not spoil the mean that is logged
+        return loss.nan_to_num(0, 0, 0) if self.args.skip_nonfinite_steps else loss
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        refuse_reentrant_checkpointing(self.fusion_model.base_model)
-        engine, precision = self.accelerator.distributed_type, self.accelerator.mixed_precision
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            model = self.fusion_model
+            check_checkpoint(
+                resume_from_checkpoint, model.plan, model.hypernetworks.config, model.method, self._engine_record()
+            )
+        accelerator, updates = self.accelerator, self.fusion_model.updates
+        engine, precision = accelerator.distributed_type, accelerator.mixed_precision
         # a gradient scaler would scale the last micro-batch only
-        self._once_per_window = engine in _ONCE_PER_WINDOW and precision != "fp16" and self.accelerator.scaler is None
+        self._once_per_window = engine in ONCE_PER_WINDOW and precision != "fp16" and accelerator.scaler is None
         if not self._once_per_window and self.args.gradient_accumulation_steps > 1:
             logger.info("%s, precision %s: hypernetworks run in every micro-batch", engine.value, precision)
-        self._sums, self._windows, self.fusion_model.updates.seconds = {}, 0, 0.0
-        self.fusion_model.updates.discard_gradients()
+        updates.average_over_ranks = (
+            self._once_per_window and engine in DATA_PARALLEL and self.args.ddp_reduce == "updates"
+        )
+        hypernetworks = self.fusion_model.hypernetworks
+        kept = hypernetworks.alphas.values() if updates.average_over_ranks else hypernetworks.parameters()
+        exclude_from_reduction(self.fusion_model, hypernetworks, kept)
+        if self.is_fsdp_enabled:
+            wrap_hypernetworks_apart(accelerator, self.fusion_model.get_base_model(), type(hypernetworks).__name__)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._align_ranks()
+        refuse_reentrant_checkpointing(self.fusion_model.base_model)
+        self._sums, self._window, self._windows, self._skipped, updates.seconds = {}, {}, 0, 0, 0.0
+        self._guard.forget()
+        updates.discard_gradients()
+        updates.invalidate()
         return prepared
 
-    def _refuse_engines(self) -> None:
-        """Refuse engines on which parameters are sharded or cast: their checkpoints and exports are not handled."""
-        if self.is_fsdp_enabled:
-            raise ValueError("FSDP shards the hypernetworks, which is not supported; use DDP or DeepSpeed ZeRO-2")
-        if not self.is_deepspeed_enabled:
+    def _align_ranks(self) -> None:
+        """Give all ranks the hypernetworks of rank 0 where no engine keeps them alike."""
+        if self.fusion_model.updates.average_over_ranks:
+            broadcast_parameters(self.fusion_model.hypernetworks)
+            self.fusion_model.updates.invalidate()
+
+    def _engine_record(self) -> dict[str, Any]:
+        """What must agree for optimizer states to be read: ZeRO writes them in as many parts as there are ranks."""
+        name = engine_name(self.accelerator)
+        return {"engine": name, "processes": self.args.world_size if name.startswith("zero") else None}
+
+    # ---- what is not finite -------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Gradient norm of an optimizer step, before the step is taken; notes what is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        scaled = self.accelerator.scaler is not None  # an overflow is the scaler's business: it skips and scales down
+        bad = self._guard.note(
+            self.state.global_step + 1,
+            self._window["lm_loss"] + self._window.get("rdm_loss", 0),
+            None if scaled else norm,
+            {} if scaled else self.fusion_model.updates.finite,
+        )
+        if self.args.skip_nonfinite_steps and self.accelerator.reduce(bad.float()) > 0:
+            self._skip_step()
+        else:
+            for name, value in self._window.items():
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._windows += 1
+        self._window = {}
+        return norm
+
+    def _skip_step(self) -> None:
+        reason = self._guard.first_bad(self.accelerator)
+        self._skipped += 1
+        if self._skipped > self.args.skip_nonfinite_steps:
+            raise self._nonfinite_error(reason)
+        logger.warning("%s; skipped, %d of %d", reason, self._skipped, self.args.skip_nonfinite_steps)
+        self._guard.forget()
+        for parameter in self.fusion_model.hypernetworks.parameters():
+            parameter.grad = None  # optimizers pass over parameters without gradient; DeepSpeed has skipped by itself
+
+    def _raise_if_not_finite(self) -> None:
+        reason = self._guard.first_bad(self.accelerator)
+        if reason is not None:
+            raise self._nonfinite_error(reason)
+
+    def _nonfinite_error(self, reason: str | None) -> NonFiniteError:
+        last = last_complete_checkpoint(self._get_output_dir(trial=None))
+        kept = "no checkpoint was saved" if last is None else f"the last good checkpoint is {last}"
+        return NonFiniteError(
+            f"{reason}; {kept}. Lower --learning_rate, clip with --max_grad_norm, look at the replay, or tolerate "
+            "such steps with --skip_nonfinite_steps"
+        )
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._raise_if_not_finite()
+        self._align_ranks()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would make one step more
+            self.control.should_training_stop = True
             return
-        stage = self.accelerator.state.deepspeed_plugin.zero_stage
-        if stage == 3:
-            raise ValueError("DeepSpeed ZeRO-3 shards the hypernetworks, which is not supported; use ZeRO-2 or DDP")
-        if self.accelerator.mixed_precision != "no":
-            raise ValueError(
-                f"DeepSpeed with mixed precision {self.accelerator.mixed_precision} casts the hypernetworks, which "
-                "must stay float32; launch with --mixed_precision no and load the base with --dtype bfloat16"
-            )
+        super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self._raise_if_not_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -223,20 +291,18 @@ class HeteroFusionTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         divisor = self._loss_divisor(num_items_in_batch)
         self._add("lm_loss", loss / divisor)
-        if closes_window:
-            self._windows += 1
-            if self.args.rdm_weight > 0:
-                rdm = self.fusion_model.rdm_loss
-                assert rdm is not None  # rdm_step was given
-                self._add("rdm_loss", rdm)
-                loss = loss + self.args.rdm_weight * rdm * divisor
+        if closes_window and self.args.rdm_weight > 0:
+            rdm = self.fusion_model.rdm_loss
+            assert rdm is not None  # rdm_step was given
+            self._add("rdm_loss", rdm)
+            loss = loss + self.args.rdm_weight * rdm * divisor
         return (loss, outputs) if return_outputs else loss
 
     # ---- logging ------------------------------------------------------------------------------------------------
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._window[name] = self._window[name] + value if name in self._window else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's own figures to a training log line."""
@@ -245,57 +311,54 @@ class HeteroFusionTrainer(Trainer):
                 logs[name] = self.accelerator.reduce(value, "mean").item() / self._windows
             logs["hypernetwork_seconds"] = self.fusion_model.updates.seconds / self._windows
             self._sums, self._windows, self.fusion_model.updates.seconds = {}, 0, 0.0
-            logs.update(self.method_logs())
+            logs.update(diagnostic_logs(self.fusion_model))
         super().log(logs, start_time)
-
-    def method_logs(self) -> dict[str, float]:
-        """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
-        groups = {key.name: key for key in self.fusion_model.plan.groups}
-        roles = [key.role for key in groups.values()]
-        shares = defaultdict(list)
-        logs: dict[str, float] = {}
-        for name, values in fusion_diagnostics(self.fusion_model).items():
-            label = groups[name].role if roles.count(groups[name].role) == 1 else name
-            for entry, value in values.items():
-                if entry.startswith("attention/"):
-                    shares[int(entry.removeprefix("attention/"))].append(value)
-                else:
-                    logs[f"{entry}/{label}"] = value
-        for index, parts in sorted(shares.items()):
-            source = display_name(self.fusion_model.plan.sources[index].name)
-            logs[f"attention/{index + 1}-{source}"] = sum(parts) / len(parts)
-        return logs
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer)."""
         if _internal_call:
-            if self.args.should_save and output_dir is not None:
-                save_hypernetworks(self.fusion_model, output_dir)
+            if output_dir is not None:
+                save_hypernetworks(self.fusion_model, output_dir, self._engine_record(), self.args.should_save)
             return
         self.export(output_dir or str(self.args.output_dir))
 
     def export(self, output_dir: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
-        """Write the fused adapter with provenance and card, on rank 0; see `export_adapter`."""
-        if not self.args.should_save:
-            return Path(output_dir)
+        """Write the fused adapter, provenance and card: all ranks together, rank 0 writes. See `export_adapter`."""
+        self._raise_if_not_finite()
         return export_adapter(
             self.fusion_model,
             output_dir,
             tokenizer=self.processing_class,
             training=self.training_record(),
             metrics=dict(metrics or {}),
+            write=self.args.should_save,
         )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint whose last file says that it is complete; only then may older ones go."""
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        main = self.args.should_save
+        if main and folder.exists():  # what a killed run left must not mix with this one
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
+        try:
+            with failing_writes(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # ranks write their own parts
+                if main:
+                    mark_complete(folder)
+        finally:
+            self.args.save_total_limit = limit
+        if main:
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def training_record(self) -> dict[str, Any]:
         """How the hypernetworks were trained, as plain values."""
-        names = (
-            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
-            "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "optim",
-        )  # fmt: skip
-        settings = self.args.to_dict()  # enums as plain values
-        record = {name: settings[name] for name in names}
+        record = self.args.training_dict() | self.run_record
         record |= {"steps": self.state.global_step, "processes": self.args.world_size, "replay": self.replay_record}
         return record
 

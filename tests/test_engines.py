@@ -1,0 +1,164 @@
+"""Which engines can carry a fusion, and mixed precision that they would apply to the hypernetworks."""
+
+import functools
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+from conftest import make_args
+from heterofusion.base_model import cast_base
+from heterofusion.engines import (
+    check_engine,
+    engine_name,
+    exclude_from_reduction,
+    is_sharded,
+    load_whole_tensors,
+    set_zero_init_dtype,
+    whole_tensors,
+    wrap_hypernetworks_apart,
+)
+
+
+def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> SimpleNamespace:
+    """What check_engine reads of an Accelerator: real ones of these kinds start on several GPUs only."""
+    return SimpleNamespace(distributed_type=kind, mixed_precision=precision, state=SimpleNamespace(**plugins))
+
+
+def fsdp(**changes) -> SimpleNamespace:
+    settings = {
+        "fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "cpu_ram_efficient_loading": False,
+        "transformer_cls_names_to_wrap": None,
+    }  # fmt: skip
+    return SimpleNamespace(**(settings | changes))
+
+
+def zero(stage: int = 2, **config) -> SimpleNamespace:
+    return SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+
+
+def test_names_tell_whose_optimizer_states_can_be_read():
+    assert engine_name(accelerator(DistributedType.NO)) == "plain"
+    assert engine_name(accelerator(DistributedType.MULTI_GPU)) == "plain"
+    assert engine_name(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=zero(3))) == "zero3"
+    assert engine_name(accelerator(DistributedType.FSDP)) == "fsdp2"
+
+
+@pytest.mark.parametrize(
+    "policy", [transformer_auto_wrap_policy, functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={})]
+)
+def test_good_engines_pass(policy):
+    check_engine(accelerator(DistributedType.NO, "fp16"))
+    check_engine(accelerator(DistributedType.MULTI_GPU, "bf16"))
+    check_engine(accelerator(DistributedType.FSDP, fsdp_plugin=fsdp(auto_wrap_policy=policy)))
+    check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=zero(bf16={"enabled": "auto"})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version: 2"),
+        ({"auto_wrap_policy": size_based_auto_wrap_policy}, "TRANSFORMER_BASED_WRAP"),
+        ({"auto_wrap_policy": None}, "TRANSFORMER_BASED_WRAP"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading"),
+    ],
+)
+def test_fsdp_that_cannot_carry_a_fusion_raises(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_engine(accelerator(DistributedType.FSDP, fsdp_plugin=fsdp(**changes)))
+
+
+def test_engines_that_would_cast_the_hypernetworks_raise():
+    with pytest.raises(ValueError, match="FSDP with mixed precision would cast"):
+        check_engine(accelerator(DistributedType.FSDP, "bf16", fsdp_plugin=fsdp()))
+    for name in ("bf16", "fp16"):
+        plugin = zero(**{name: {"enabled": True}})
+        with pytest.raises(ValueError, match="DeepSpeed with mixed precision would cast"):
+            check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_bf16_of_a_sharding_engine_goes_to_the_base(tmp_path, monkeypatch, engine):
+    """By flag or by the launcher; what the launcher said is there again for the next run of the process."""
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.__post_init__", lambda self: None)
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    args = make_args(tmp_path)
+    assert not args.base_in_bf16
+    args = make_args(tmp_path, bf16=True)
+    assert args.base_in_bf16 and not args.bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for _ in range(2):
+        assert make_args(tmp_path).base_in_bf16
+        assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="float16 mixed precision is not supported with DeepSpeed and FSDP"):
+        make_args(tmp_path)
+
+
+def test_bf16_elsewhere_stays_autocast(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    args = make_args(tmp_path, bf16=True)
+    assert args.bf16 and not args.base_in_bf16
+
+
+def test_cast_base_leaves_lora_and_hypernetworks_alone(model):
+    cast_base(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        kept = "lora_" in name or name.startswith("hypernetworks.")
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
+
+
+def test_zero_init_takes_the_dtype_of_the_base(monkeypatch):
+    config = {"zero_optimization": {"stage": 3}}
+    monkeypatch.setattr("heterofusion.engines.deepspeed_integration.deepspeed_config", lambda: config)
+    set_zero_init_dtype(torch.bfloat16)
+    assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
+    set_zero_init_dtype(torch.float32)
+    assert config["bf16"] == {"enabled": False} and config["fp16"] == {"enabled": False}
+    monkeypatch.setattr("heterofusion.engines.deepspeed_integration.deepspeed_config", lambda: None)
+    set_zero_init_dtype(torch.float16)  # no DeepSpeed, nothing to do
+
+
+def test_fsdp_shards_hypernetworks_beside_the_layers(model):
+    plugin = fsdp()
+    wrap_hypernetworks_apart(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model, "HyperNetworks")
+    assert plugin.transformer_cls_names_to_wrap == ["HyperNetworks", "LlamaDecoderLayer"]
+    plugin = fsdp(transformer_cls_names_to_wrap=["LlamaMLP"])
+    wrap_hypernetworks_apart(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model, "HyperNetworks")
+    assert plugin.transformer_cls_names_to_wrap == ["HyperNetworks", "LlamaMLP"]
+
+
+def test_ddp_reduces_the_kept_parameters_only(model):
+    exclude_from_reduction(model, model.hypernetworks, model.hypernetworks.alphas.values())
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    reduced = {name for name, p in model.named_parameters() if p.requires_grad} - ignored
+    assert reduced == {f"hypernetworks.networks.{name}.alpha" for name in model.hypernetworks.networks}
+    exclude_from_reduction(model, model.hypernetworks, model.hypernetworks.parameters())
+    assert not list(model._ddp_params_and_buffers_to_ignore)
+
+
+def test_whole_tensors_are_copies_and_load_back():
+    module = nn.Linear(3, 2)
+    state = whole_tensors(module.named_parameters())
+    assert not is_sharded(module)
+    with torch.no_grad():
+        module.weight.zero_()
+    assert state["weight"].any()
+    load_whole_tensors(module, state)
+    assert torch.equal(module.weight, state["weight"])
+
+
+def test_other_names_or_shapes_raise_and_nothing_is_loaded():
+    module = nn.Linear(3, 2)
+    before = whole_tensors(module.named_parameters())
+    with pytest.raises(ValueError, match=r"other tensors than expected: .'bias'"):
+        load_whole_tensors(module, {"weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"weight is \(3, 2\), \(2, 3\) was expected"):
+        load_whole_tensors(module, {"bias": torch.zeros(2), "weight": torch.zeros(3, 2)})
+    for name, tensor in whole_tensors(module.named_parameters()).items():
+        assert torch.equal(tensor, before[name])

@@ -1,0 +1,347 @@
+"""Pushing with the real Hub client to a server on loopback: what arrives, what does not, what a failure leaves."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import close_session, constants
+from huggingface_hub.utils import _http
+
+from conftest import TINY, fresh_base, make_args, perturb
+from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter, push_adapter
+from heterofusion.config import MethodConfig
+from heterofusion.export import ExportError, export_adapter
+from heterofusion.hub import push_command
+from heterofusion.push import main as push
+from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
+from recipe_runner import error_line, flags, save_tokenizer, shell, succeeds, train
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILES = {WEIGHTS, CONFIG, "README.md", "fusion.json", "tokenizer.json", "tokenizer_config.json"}
+# What lies in the folder of a run, or was put there by its owner, and is nobody's business.
+CLUTTER = (
+    "checkpoint-1/adapter_model.safetensors", "checkpoint-1/optimizer.pt", "checkpoint-1/tokenizer.json",
+    "checkpoint-1/hypernetworks.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+    "training_args.bin", "all_results.json", ".env", ".export-xyz/adapter_config.json", ".export-xyz/tokenizer.json",
+    "runs/today/events.out.tfevents.1", "tokenizer_backup/tokenizer.json", "tokenizer.json.bak", "vocab_notes.txt",
+    "chat_template_old.txt", "adapter_model.bin", "additional_chat_templates/notes.txt", "tokenizer.model/secret",
+)  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server that the client in this process takes for the Hub. It does not wait between its retries."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()
+        yield server
+        close_session()
+    assert not server.unknown
+
+
+@pytest.fixture(scope="module")
+def exported(base_dir, target, sources, tmp_path_factory) -> Path:
+    """An exported adapter on a local base, with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("exported") / "fused"
+    base = type(fresh_base()).from_pretrained(base_dir)
+    model = perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY)))
+    export_adapter(model, folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(exported, tmp_path) -> Path:
+    """A copy of the exported adapter in the folder of a long life."""
+    folder = tmp_path / "run of mine's" / "fused"
+    shutil.copytree(exported, folder)
+    for name in CLUTTER:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"HF_TOKEN={TOKEN}")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[Path, tuple]:
+    """All that can be seen of a folder's files."""
+    return {
+        path: (path.read_bytes() if path.is_file() else None, path.stat().st_mode, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def assert_nothing_private(hub: HubServer, *secrets: object) -> None:
+    for content in [*hub.received, *(file for repo in hub.repos for file in hub.files(repo).values())]:
+        for secret in (*secrets, Path.home(), TOKEN):
+            assert str(secret).encode() not in content, (secret, content[:200])
+
+
+def printed_command(message: str) -> list[str]:
+    """The command that a failed push asks for, as a shell reads it."""
+    assert TOKEN not in message
+    return shlex.split(message[message.index(shlex.quote(sys.executable)) :])
+
+
+# ---- what arrives -----------------------------------------------------------------------------------------------
+
+
+def test_run_pushes_exactly_the_adapter(hub, base_dir, arguments, tmp_path):
+    run = {"model_name_or_path": base_dir, "push_to_hub": True, "hub_model_id": "fused", "hub_token": TOKEN}
+    log = succeeds(train.main, flags({**arguments, **run, "save_strategy": "steps", "save_steps": 1}))
+    output, received = arguments["output_dir"], hub.files(f"{OWNER}/fused")
+    assert f"pushed: {hub.url}/{OWNER}/fused/commit/" in log
+    assert "the base model was a local folder" in log and "'llama'" in log
+    assert (output / "checkpoint-1").is_dir() and TOKEN not in log
+    assert received.keys() == FILES
+    for name in FILES - {CONFIG}:
+        assert received[name] == (output / name).read_bytes(), name
+    assert hub.objects and received[WEIGHTS] in hub.objects.values()
+    assert_nothing_private(hub, tmp_path, base_dir, base_dir.parent)
+
+
+def test_push_uploads_the_adapter_whatever_lies_beside_it(hub, adapter, base_dir, tmp_path):
+    (adapter / "additional_chat_templates/tools.jinja").write_text("{{ messages }}")
+    before = snapshot(tmp_path)
+    assert push_adapter(adapter, "you/fused") == f"{hub.url}/you/fused/commit/{1:040x}"
+    received = hub.files("you/fused")
+    assert received.keys() == FILES | {"additional_chat_templates/tools.jinja"}
+    for name in received.keys() - {CONFIG}:
+        assert received[name] == (adapter / name).read_bytes(), name
+    local, pushed = json.loads((adapter / CONFIG).read_text()), json.loads(received[CONFIG])
+    assert local["base_model_name_or_path"] == str(base_dir)  # PEFT loads the base from there
+    assert pushed == {**local, "base_model_name_or_path": "llama"}
+    assert_nothing_private(hub, tmp_path, base_dir, "run of mine")
+    assert snapshot(tmp_path) == before
+    assert [commit["summary"] for commit in hub.repos["you/fused"].commits] == ["Upload fused adapter"]
+
+
+def test_hub_id_of_the_base_is_pushed_as_it_is(hub, adapter, caplog):
+    edit(adapter / CONFIG, base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    with caplog.at_level(logging.INFO, "heterofusion"):
+        push_adapter(adapter, "fused")
+    assert hub.files(f"{OWNER}/fused")[CONFIG] == (adapter / CONFIG).read_bytes()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("base", ["/data/jane/llama", "~/llama", "../models/llama", r"C:\Users\jane\llama"])
+def test_paths_of_any_machine_are_cut(hub, adapter, base):
+    edit(adapter / CONFIG, base_model_name_or_path=base, revision="/data/jane/llama")
+    push_adapter(adapter, "fused")
+    pushed = json.loads(hub.files(f"{OWNER}/fused")[CONFIG])
+    assert pushed["base_model_name_or_path"] == "llama" == pushed["revision"]
+
+
+def test_tokenizer_card_and_provenance_lose_paths_and_tokens_and_nothing_else(hub, adapter, base_dir):
+    kept = {
+        "eos_token": "/think", "extra_special_tokens": ["/a/b"], "added_tokens_decoder": {"5": {"content": "/usr/x"}},
+        "chat_template": "/{{ m }}", "model_max_length": 10**30, "is_local": True, "note": "either/or",
+    }  # fmt: skip
+    dropped = {"use_auth_token": TOKEN, "token": None}
+    paths = {
+        "name_or_path": str(base_dir), "vocab_file": "models/llama/vocab.txt",
+        "tokenizer_file": str(adapter / "tokenizer.json"), "comment": f"from {Path.home()}/x, ok",
+        "auto_map": {"AutoTokenizer": [f"{base_dir}--tokenization.Own", None]},
+    }  # fmt: skip
+    edit(adapter / "tokenizer_config.json", **kept, **dropped, **paths)
+    card = (adapter / "README.md").read_text()
+    (adapter / "README.md").write_text(f"{card}\nMade of {base_dir} in `{adapter}/log.txt` with {TOKEN}.\n")
+    edit(adapter / "fusion.json", extra={"notes": [f"file://{Path.home()}/notes.txt"]})
+    push_adapter(adapter, "fused")
+    received = hub.files(f"{OWNER}/fused")
+    config = json.loads(received["tokenizer_config.json"])
+    assert {name: config[name] for name in kept} == kept
+    assert not dropped.keys() & config.keys()
+    assert {name: config[name] for name in paths} == {
+        "name_or_path": "llama", "vocab_file": "vocab.txt", "tokenizer_file": "tokenizer.json",
+        "comment": "from x, ok", "auto_map": {"AutoTokenizer": ["llama--tokenization.Own", None]},
+    }  # fmt: skip
+    assert received["README.md"].decode() == f"{card}\nMade of llama in `log.txt` with <token>.\n"
+    assert json.loads(received["fusion.json"])["extra"] == {"notes": ["notes.txt"]}
+    assert_nothing_private(hub, adapter, base_dir)
+
+
+def test_privacy_branch_and_owner_arrive(hub, adapter, capsys):
+    argv = flags({"adapter": adapter, "hub_model_id": "lab/fused", "hub_private_repo": True, "hub_revision": "v1/a"})
+    assert push(argv) == 0
+    assert capsys.readouterr().out == f"{hub.url}/lab/fused/commit/{1:040x}\n"
+    repo = hub.repos["lab/fused"]
+    assert repo.visibility == "private" and not repo.branches["main"]
+    assert repo.branches["v1/a"].keys() == FILES
+
+
+def test_existing_repository_gets_what_changed(hub, adapter):
+    push_adapter(adapter, "fused", revision="v1")
+    hub.repos[f"{OWNER}/fused"].branches["v1"]["kept.txt"] = b"another's"
+    assert push_adapter(adapter, "fused", revision="v1")  # nothing to commit
+    (adapter / "README.md").write_text((adapter / "README.md").read_text() + "Mine.\n")
+    push_adapter(adapter, "fused", revision="v1", private=True)
+    commits = hub.repos[f"{OWNER}/fused"].commits
+    assert [commit["files"] for commit in commits] == [sorted(FILES), ["README.md"]]
+    assert hub.files(f"{OWNER}/fused", "v1").keys() == FILES | {"kept.txt"}
+
+
+def test_trainer_pushes_under_the_name_of_its_folder(hub, adapter, model):
+    trainer = HeteroFusionTrainer(model, make_args(adapter, push_to_hub=True, hub_private_repo=False))
+    assert not hub.calls  # nothing is made before there is something to push
+    assert trainer.push_to_hub() == f"{hub.url}/{OWNER}/fused/commit/{1:040x}"
+    assert hub.repos[f"{OWNER}/fused"].visibility == "public"
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+def test_server_refuses_damaged_objects(hub):
+    request = urllib.request.Request(f"{hub.url}/lfs/{'0' * 64}/3", b"abc", method="PUT")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
+
+
+INCOMPLETE = {
+    "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
+    "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
+    "a list for a fusion.json": ("fusion.json", b"[]", "fusion.json holds list"),
+    "no weights": (WEIGHTS, None, f"holds no {WEIGHTS}"),
+    "half the weights": (WEIGHTS, b"\x00\x01", "damaged or truncated"),
+    "no config": (CONFIG, None, f"holds no {CONFIG}"),
+    "a card that is no text": ("README.md", b"\xff\xfe\x00", r"README.md cannot be read \(UnicodeDecodeError"),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_incomplete_adapter_raises_before_anything_is_sent(hub, adapter, case):
+    name, content, message = INCOMPLETE[case]
+    (adapter / name).unlink()
+    if content is not None:
+        (adapter / name).write_bytes(content)
+    with pytest.raises(ExportError, match=rf"{re.escape(str(adapter))}.*{message}"):
+        push_adapter(adapter, "fused")
+    assert not hub.calls
+
+
+def test_folder_that_is_not_there_raises(hub, tmp_path, capsys):
+    argv = flags({"adapter": tmp_path / "nowhere", "hub_model_id": "fused"})
+    error_line(capsys, push, argv, tmp_path / "nowhere", "holds no fusion.json")
+    assert not hub.calls
+
+
+@pytest.mark.parametrize("name", ["my run", "a/b/c", "", "fused--two", "-fused"])
+def test_name_that_is_none_raises_before_anything_is_sent(hub, adapter, name):
+    with pytest.raises(ExportError, match=r"is no name for a repository.*--hub_model_id NAME$") as raised:
+        push_adapter(adapter, name)
+    assert repr(name) in str(raised.value) and not hub.calls
+
+
+# ---- failures ---------------------------------------------------------------------------------------------------
+
+
+FAILURES = [(stage, failure) for stage in STAGES for failure in (403, 503, CLOSE)]
+FAILURES += [("create", 401), ("preupload", 401), ("lfs_upload", 500), ("commit", 409), ("commit", 500)]
+
+
+@pytest.mark.parametrize(("stage", "failure"), FAILURES, ids=str)
+def test_failing_stage_loses_nothing_and_the_command_pushes_again(hub, adapter, tmp_path, capsys, stage, failure):
+    before = snapshot(tmp_path)
+    hub.failures[stage] = failure
+    with pytest.raises(ExportError, match="the push to lab/fused failed") as raised:
+        push_adapter(adapter, "lab/fused", private=True, revision="v1")
+    message = str(raised.value)
+    assert hub.calls.count(stage) in (1, 6)  # the client tries some stages six times
+    assert str(adapter) in message and "\n" not in message
+    assert (str(failure) if failure != CLOSE else "disconnected") in message
+    assert snapshot(tmp_path) == before
+    assert not any(repo.commits for repo in hub.repos.values())
+
+    hub.failures.clear()
+    command = printed_command(message)
+    assert message.endswith(push_command(adapter, "lab/fused", True, "v1"))
+    assert command[1:3] == ["-m", "heterofusion.push"]
+    capsys.readouterr()
+    assert push(command[3:]) == 0
+    assert hub.files("lab/fused", "v1").keys() == FILES
+    assert hub.repos["lab/fused"].visibility == "private"
+    assert snapshot(tmp_path) == before
+
+
+def test_commit_whose_answer_is_lost_is_not_made_twice(hub, adapter):
+    hub.failures["commit"] = LOSE
+    with pytest.raises(ExportError, match="disconnected") as raised:
+        push_adapter(adapter, "fused")
+    hub.failures.clear()
+    assert push(printed_command(str(raised.value))[3:]) == 0
+    assert len(hub.repos[f"{OWNER}/fused"].commits) == 1
+
+
+def test_failing_push_of_a_run_is_one_line_and_its_command_works_in_a_shell(
+    hub, base_dir, arguments, capsys, tmp_path
+):
+    hub.failures["commit"] = 503
+    run = {"model_name_or_path": base_dir, "push_to_hub": True, "hub_model_id": "fused", "hub_private_repo": True}
+    capsys.readouterr()
+    code = train.main(flags({**arguments, **run}))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1
+    output = arguments["output_dir"]
+    for part in ("push to fused failed", "503", "commit is out of order", f"safe in {output}. Push again: "):
+        assert part in lines[0]
+    assert len(load_adapter(output).modules) == 28
+    before = snapshot(output)
+
+    command = lines[0][lines[0].index("Push again: ") + len("Push again: ") :]
+    assert push(shlex.split(command)[3:]) == 2  # the server is as it was
+    assert capsys.readouterr().err.splitlines()[-1] == lines[0]
+    hub.failures.clear()
+    hub.repos.clear()
+    done = shell("sh", "-c", command, **hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{hub.url}/{OWNER}/fused/commit/{1:040x}\n"
+    received = hub.files(f"{OWNER}/fused")
+    assert received.keys() == FILES and hub.repos[f"{OWNER}/fused"].visibility == "private"
+    assert {name for name in FILES if received[name] != (output / name).read_bytes()} == {CONFIG}
+    assert_nothing_private(hub, tmp_path, base_dir)
+    assert snapshot(output) == before
+
+
+@pytest.mark.parametrize(
+    "given", ["hf_" + "WrongTokenOfTheTests" * 2, f"{TOKEN}\n", None], ids=["wrong", "newline", "none"]
+)
+def test_bad_token_is_refused_and_not_shown(hub, adapter, monkeypatch, tmp_path, given):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(
+        ExportError, match=r"Push again with a token in HF_TOKEN, or after `hf auth login`: "
+    ) as raised:
+        push_adapter(adapter, "fused", token=given)
+    assert "hf_" not in re.sub(r"hf_token", "", str(raised.value), flags=re.IGNORECASE)
+    assert not hub.repos
+
+
+def test_offline_push_says_so(hub, adapter, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .* -m heterofusion\.push --adapter"):
+        push_adapter(adapter, "fused")
+    assert not hub.calls
+
+
+def test_nobody_listens(adapter, hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ExportError, match=r"ConnectError.*Push again: "):
+        push_adapter(os.path.relpath(adapter), "fused")

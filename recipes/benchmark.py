@@ -1,262 +1,283 @@
 """What a fusion step costs beside a plain LoRA step of the same model, measured in one run.
 
     python recipes/benchmark.py --shape llama8b-2layers [--presets compact paper] [--output benchmark.json]
+    python recipes/benchmark.py --shape llama8b-2layers --vary sources=1,5,20 rank=8,16,64 accumulation=1,8,32
+    python recipes/benchmark.py --shape demo --exchange true
 
 Each row runs in a process of its own, one after the other: the target model with a trainable LoRA (A and B), then the
-same model under fusion with each preset; same batch, accumulation, tokens, optimizer and Trainer. Printed per
-optimizer step: seconds, their ratio to the plain step, the part spent in the hypernetworks (what a step runs of
-them, timed alone) and in the optimizer, and peak memory of the process. The first step
-is not counted.
+same model under fusion with each preset; same batch, accumulation, tokens, threads, optimizer and Trainer. Printed
+per optimizer step: the median of the seconds after two steps that are not counted, their ratio to the plain step,
+the part spent in the hypernetworks (what a step runs of them, timed alone) and in the optimizer, and peak memory of
+the process. "above / w+g+s" is the memory above the plain step over the weights, gradients and optimizer states of
+the row. On a CPU all rows keep freed pages (`heterofusion.memory`).
+
+`--vary` prints a table per setting instead, with a row per value and a plain step of its own wherever the setting
+changes that. `--exchange true` trains on two CPU processes and counts what passes the loopback interface in an
+optimizer step, beside what shapes alone give; keep other traffic off it meanwhile.
 """
 
 import json
 import logging
-import resource
+import os
+import re
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
-from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
+from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.export import library_versions
 from heterofusion.hypernet import HypernetworkConfig
-from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
-ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FOLDER = Path(__file__).resolve().parent
+LORA = "lora"
+VARIED = ("sources", "rank", "accumulation")
+DDP_REDUCE = ("updates", "parameters")
+
+Row = dict[str, Any]
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(Workload):
     """What is measured."""
 
-    shape: str = field(
-        default="llama8b-2layers",
-        metadata={"help": "Model and adapters to measure.", "choices": ["demo", "llama8b-2layers"]},
-    )
     presets: list[str] = field(
-        default_factory=lambda: ["compact", "paper"], metadata={"help": "Presets of the fusion rows."}
+        default_factory=list,
+        metadata={
+            "help": "Presets of the fusion rows; compact and paper if none is given, only compact with --vary, and "
+            "with --exchange on a large shape."
+        },
     )
-    steps: int = field(default=3, metadata={"help": "Optimizer steps measured, after one that is not."})
-    accumulation: int = field(default=8, metadata={"help": "Micro-batches of one example per optimizer step."})
-    tokens: int = field(default=256, metadata={"help": "Tokens per example (at most 96 in the demo shape)."})
-    rank: int = field(default=8, metadata={"help": "Rank of the random adapters (the demo's have rank 8)."})
+    vary: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings to vary one at a time: sources=1,5,20 rank=8,16,64 accumulation=1,8,32."},
+    )
+    exchange: bool = field(
+        default=False, metadata={"help": "Measure what two data-parallel CPU ranks exchange per optimizer step."}
+    )
+    ddp_reduce: list[str] = field(
+        default_factory=lambda: list(DDP_REDUCE),
+        metadata={"help": "What the ranks of --exchange reduce: updates, parameters, or both in turn."},
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
-    row: str | None = field(
-        default=None, metadata={"help": "Measure one row in this process: lora, compact or paper."}
-    )
+
+    def workload(self) -> Workload:
+        """The settings that every row has."""
+        return Workload(**{item.name: getattr(self, item.name) for item in fields(Workload)})
 
 
-class StepTimer(TrainerCallback):
-    """Wall-clock seconds of whole optimizer steps and of the optimizer alone."""
+def parse_vary(values: list[str]) -> dict[str, list[int]]:
+    """Values to measure by setting.
 
-    def __init__(self):
-        self.steps: list[float] = []
-        self.optimizer: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = _now()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.update = _now()
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.optimizer.append(_now() - self.update)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(_now() - self.started)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class RandomRows(torch.utils.data.Dataset):
-    """Random token rows; every token after the first counts in the loss."""
-
-    def __init__(self, count: int, tokens: int, vocabulary: int):
-        self.ids = torch.randint(0, vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        ids = self.ids[index]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def write_random_adapter(folder: Path, config: LlamaConfig | Qwen2Config, rank: int, seed: int) -> Path:
-    """A random LoRA adapter on all seven roles of a Llama- or Qwen2-shaped model, without building that model."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    head = config.hidden_size // config.num_attention_heads
-    width, mlp, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * head
-    shapes = {"q_proj": (width, width), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (width, width),
-              "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}  # fmt: skip
-    state = {}
-    for layer in range(config.num_hidden_layers):
-        for role, (inputs, outputs) in shapes.items():
-            part = "mlp" if role in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            key = f"base_model.model.model.layers.{layer}.{part}.{role}"
-            state[f"{key}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-            state[f"{key}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.01
-    save_file(state, folder / "adapter_model.safetensors")
-    LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ROLES, task_type="CAUSAL_LM").save_pretrained(folder)
-    return folder
-
-
-def prepare(arguments: BenchmarkArguments, folder: Path):
-    """Base model, anchor folder, source folders and vocabulary of a shape."""
-    if arguments.shape == "demo":
-        base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
-        sources = [zoo_path(*source) for source in DEMO_SOURCES]
-        return base, zoo_path(*DEMO_ANCHOR), sources, base.config.vocab_size
-    llama = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
-                        num_hidden_layers=2, vocab_size=1024)  # fmt: skip
-    qwen = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
-                       num_hidden_layers=2, vocab_size=1024)  # fmt: skip
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(llama, dtype=torch.float32)
-    anchor = write_random_adapter(folder / "anchor", llama, arguments.rank, 1)
-    sources = [write_random_adapter(folder / f"source{i}", qwen, arguments.rank, 1 + i) for i in (1, 2)]
-    return base, anchor, sources, llama.vocab_size
-
-
-def measure_row(arguments: BenchmarkArguments) -> dict:
-    """Measure one row in this process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        base, anchor, sources, vocabulary = prepare(arguments, Path(scratch))
-        settings = {
-            "output_dir": str(Path(scratch) / "out"), "max_steps": arguments.steps + 1, "save_strategy": "no",
-            "per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.accumulation,
-            "logging_steps": 10**6, "max_grad_norm": 0.0, "report_to": "none",
-            "use_cpu": not torch.cuda.is_available(),
-        }  # fmt: skip
-        tokens = min(arguments.tokens, 96) if arguments.shape == "demo" else arguments.tokens
-        rows = RandomRows((arguments.steps + 1) * arguments.accumulation, tokens, vocabulary)
-        timer = StepTimer()
-        if arguments.row == "lora":
-            base.requires_grad_(False)
-            model = PeftModel.from_pretrained(base, anchor, is_trainable=True)
-            trainer = Trainer(model, TrainingArguments(**settings), train_dataset=rows, callbacks=[timer])
-        else:
-            args = HeteroFusionConfig(preset=arguments.row, **settings)
-            model = HeteroFusionModel.from_adapters(
-                base, load_adapter(anchor), [load_adapter(source) for source in sources], args
-            )
-            trainer = HeteroFusionTrainer(model, args, train_dataset=rows, callbacks=[timer])
-        trainer.train()
-        memory = peak_memory()
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        figures = {
-            "row": arguments.row,
-            "trainable_parameters": parameters,
-            "seconds_per_step": median(timer.steps[1:]),
-            "optimizer_seconds": median(timer.optimizer[1:]),
-            "peak_memory_bytes": memory,
-            "hypernetwork_seconds": 0.0,
-        }
-        if arguments.row != "lora":
-            figures["hypernetwork_seconds"] = hypernetwork_seconds(model, arguments.accumulation > 1)
-        rest = figures["optimizer_seconds"] + figures["hypernetwork_seconds"]
-        figures["lm_seconds"] = figures["seconds_per_step"] - rest
-        return figures
-
-
-def hypernetwork_seconds(model: HeteroFusionModel, twice: bool, repeats: int = 3) -> float:
-    """Seconds of what an optimizer step runs of the hypernetworks, timed alone.
-
-    That is one forward and backward with RDM, whatever the accumulation, and with accumulation one forward without
-    gradient.
+    Raises:
+        ValueError: not of the form `NAME=VALUE,VALUE,...`, or another setting than those that can be varied.
     """
-    times = []
-    for _ in range(repeats):
-        model.zero_grad()
-        start = _now()
-        if twice:
-            with torch.no_grad():
-                model.updates.predict()
-        model.updates.refresh()
-        losses = [update.sum() for update in model.updates.by_module.values()]
-        torch.autograd.backward([*losses, model.updates.rdm(0)])
-        times.append(_now() - start)
-    return median(times)
+    varied = {}
+    for text in values:
+        name, _, numbers = text.partition("=")
+        if name not in VARIED or not re.fullmatch(r"\d+(,\d+)*", numbers):
+            raise ValueError(f"--vary has {text!r}; give NAME=NUMBER,NUMBER,... with NAME one of {', '.join(VARIED)}")
+        varied[name] = [int(number) for number in numbers.split(",")]
+    return varied
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def check(arguments: BenchmarkArguments) -> None:
+    """Refuse what cannot be measured, before anything is.
+
+    Raises:
+        ValueError: names the flag and what to set instead.
+    """
+    for preset in arguments.presets:
+        HypernetworkConfig.from_preset(preset, 4096)  # refuses an unknown one
+    for reduce in arguments.ddp_reduce:
+        if reduce not in DDP_REDUCE:
+            raise ValueError(f"--ddp_reduce is {reduce!r}; choose from {', '.join(DDP_REDUCE)}")
+    if arguments.vary and arguments.exchange:
+        raise ValueError("--vary and --exchange exclude each other; run them one after the other")
+    if arguments.exchange and arguments.shape != DEMO and SHAPES[arguments.shape].gpu_gib:
+        raise ValueError(f"--exchange runs on a CPU, which cannot hold --shape {arguments.shape}; choose another")
+    arguments.check()
+    for name, values in parse_vary(arguments.vary).items():
+        for value in values:
+            replace(arguments.workload(), **{name: value}).check()
 
 
-def peak_memory() -> int:
-    """Peak bytes: of the GPU where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# ---- measuring --------------------------------------------------------------------------------------------------
 
 
-def run_rows(arguments: BenchmarkArguments) -> list[dict]:
-    """Measure all rows, each in a fresh process."""
-    results = []
-    for row in ("lora", *arguments.presets):
-        print(f"measuring {row} ...", file=sys.stderr, flush=True)
-        with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-            flags = [
-                f"--{name}={getattr(arguments, name)}" for name in ("shape", "steps", "accumulation", "tokens", "rank")
-            ]
-            subprocess.run(
-                [sys.executable, __file__, *flags, f"--row={row}", f"--output={result.name}"],
-                check=True, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-            results.append(json.load(result))
-    plain = results[0]
-    for figures in results:
-        figures["ratio"] = figures["seconds_per_step"] / plain["seconds_per_step"]
-        figures["memory_above_plain_bytes"] = figures["peak_memory_bytes"] - plain["peak_memory_bytes"]
-    return results
+def run_row(workload: Workload, row: str, ddp_reduce: str | None = None) -> Row:
+    """Measure a row in a fresh process, or what ranks exchange in two of them if `ddp_reduce` is given.
+
+    Raises:
+        ChildProcessError: the process failed; what it said is on stderr.
+    """
+    given = {name: value for name, value in asdict(workload).items() if value is not None} | {"row": row}
+    launcher = [sys.executable]
+    environment = dict(os.environ)
+    if ddp_reduce is not None:
+        given["ddp_reduce"] = ddp_reduce
+        config = FOLDER.parent / "accelerate_configs" / "cpu_ddp.yaml"
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    elif torch.cuda.device_count() > 1:  # on several GPUs Trainer would use DataParallel
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    print("measuring", " ".join(f"{name}={value}" for name, value in given.items()), file=sys.stderr, flush=True)
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
+        flags = [f"--{name}={value}" for name, value in given.items()]
+        done = subprocess.run(
+            [*launcher, str(FOLDER / "benchmark_row.py"), *flags, f"--output={result.name}"],
+            env=environment, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        if done.returncode:
+            reason = "killed, perhaps for want of memory" if done.returncode == -9 else f"exit code {done.returncode}"
+            raise ChildProcessError(f"the measurement of {row} did not finish: {reason}")
+        return json.load(result)
 
 
-def format_table(results: list[dict]) -> str:
-    gib = 1024**3
-    lines = [
-        "| row | trainable | s / step | ratio | LM s | hypernetwork s | optimizer s | peak GiB | above plain GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+def compare(workload: Workload, presets: list[str], measure: Callable[[Workload, str], Row]) -> list[Row]:
+    """Rows of the plain step and of each preset, with their figures relative to the plain step."""
+    plain = measure(workload, LORA)
+    rows = []
+    for figures in (plain, *(measure(workload, preset) for preset in presets)):
+        above = figures["peak_memory_bytes"] - plain["peak_memory_bytes"]
+        relative = {
+            "ratio": figures["seconds_per_step"] / plain["seconds_per_step"],
+            "memory_above_plain_bytes": above,
+            "memory_above_plain_over_state": above / figures["state_bytes"],
+        }
+        rows.append({**figures, **relative})
+    return rows
+
+
+def measure_growth(workload: Workload, presets: list[str], varied: dict[str, list[int]]) -> dict[str, list[Row]]:
+    """Rows by varied setting; what is measured once serves all tables."""
+    measured: dict[tuple, Row] = {}
+
+    def measure(setting: Workload, row: str) -> Row:
+        if row == LORA:
+            setting = replace(setting, sources=1)  # a plain step knows no sources
+        key = (row, *asdict(setting).values())
+        if key not in measured:
+            measured[key] = run_row(setting, row)
+        return measured[key]
+
+    return {
+        name: [
+            {name: value, **row}
+            for value in values
+            for row in compare(replace(workload, **{name: value}), presets, measure)
+        ]
+        for name, values in varied.items()
+    }
+
+
+def measure_exchange(workload: Workload, presets: list[str], ways: list[str]) -> list[Row]:
+    """Rows of plain LoRA, and of each preset with each way to reduce."""
+    rows = [{"ddp_reduce": None, **run_row(workload, LORA, DDP_REDUCE[0])}]
+    return rows + [{"ddp_reduce": way, **run_row(workload, preset, way)} for preset in presets for way in ways]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def over_state(row: Row) -> str:
+    """Memory above plain LoRA in units of the row's weights, gradients and optimizer states."""
+    return "-" if row["row"] == LORA else f"{row['memory_above_plain_over_state']:.2f}"
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The table of one workload."""
+    header = [
+        "row", "trainable", "s / step", "ratio", "LM s", "hypernetwork s", "optimizer s", "peak GiB",
+        "above plain GiB", "w+g+s GiB", "above / w+g+s",
+    ]  # fmt: skip
+    cells = [
+        [
+            r["row"], f"{r['trainable_parameters']:,}", f"{r['seconds_per_step']:.3f}", f"{r['ratio']:.2f}",
+            f"{r['lm_seconds']:.3f}", f"{r['hypernetwork_seconds']:.3f}", f"{r['optimizer_seconds']:.3f}",
+            f"{r['peak_memory_bytes'] / GIB:.2f}", f"{r['memory_above_plain_bytes'] / GIB:+.2f}",
+            f"{r['state_bytes'] / GIB:.2f}", over_state(r),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return markdown(header, cells)
+
+
+def format_growth(name: str, rows: list[Row]) -> str:
+    """The table of one varied setting: a row per value and preset."""
+    header = [
+        name,
+        "preset",
+        "plain s / step",
+        "s / step",
+        "ratio",
+        "hypernetwork s",
+        "above plain GiB",
+        "above / w+g+s",
     ]
-    lines += [
-        f"| {r['row']} | {r['trainable_parameters']:,} | {r['seconds_per_step']:.3f} | {r['ratio']:.2f} | "
-        f"{r['lm_seconds']:.3f} | {r['hypernetwork_seconds']:.3f} | {r['optimizer_seconds']:.3f} | "
-        f"{r['peak_memory_bytes'] / gib:.2f} | {r['memory_above_plain_bytes'] / gib:+.2f} |"
-        for r in results
+    plain = {r[name]: r["seconds_per_step"] for r in rows if r["row"] == LORA}
+    cells = [
+        [
+            str(r[name]), r["row"], f"{plain[r[name]]:.3f}", f"{r['seconds_per_step']:.3f}", f"{r['ratio']:.2f}",
+            f"{r['hypernetwork_seconds']:.3f}", f"{r['memory_above_plain_bytes'] / GIB:+.2f}", over_state(r),
+        ]
+        for r in rows
+        if r["row"] != LORA
+    ]  # fmt: skip
+    return markdown(header, cells)
+
+
+def format_exchange(rows: list[Row]) -> str:
+    """The table of what ranks exchange."""
+    header = ["row", "ddp_reduce", "MiB sent per rank and step", "computed from shapes"]
+    cells = [
+        [r["row"], r["ddp_reduce"] or "-", f"{r['bytes_per_step'] / 2**20:.2f}", f"{r['computed_bytes'] / 2**20:.2f}"]
+        for r in rows
     ]
-    return "\n".join(lines)
+    return markdown(header, cells)
 
 
 @command
 def main(argv: list[str]) -> None:
     (arguments,) = parse_arguments((BenchmarkArguments,), argv, __doc__)
     set_up_logging(logging.WARNING)
-    if arguments.row is not None:
-        Path(arguments.output).write_text(json.dumps(measure_row(arguments)))
-        return
-    for preset in arguments.presets:
-        HypernetworkConfig.from_preset(preset, 4096)  # refuses an unknown one
-    results = run_rows(arguments)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"shape {arguments.shape}, {device}, accumulation {arguments.accumulation}, {arguments.tokens} tokens\n")
-    print(format_table(results))
+    check(arguments)
+    workload, varied = arguments.workload(), parse_vary(arguments.vary)
+    small = not varied and not (arguments.exchange and arguments.shape != DEMO)
+    presets = arguments.presets or (["compact", "paper"] if small else ["compact"])
+    on_gpu = torch.cuda.is_available() and not arguments.exchange
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if arguments.exchange:
+        device = "CPU, 2 processes"
+        results = {"exchange": measure_exchange(workload, presets, arguments.ddp_reduce)}
+        tables = [format_exchange(results["exchange"])]
+    elif varied:
+        results = {"growth": measure_growth(workload, presets, varied)}
+        tables = [format_growth(name, rows) for name, rows in results["growth"].items()]
+    else:
+        results = {"rows": compare(workload, presets, run_row)}
+        tables = [format_rows(results["rows"])]
+    print(
+        f"shape {workload.shape}, {device}, {workload.sources} sources, rank {workload.rank}, accumulation "
+        f"{workload.accumulation}, {workload.token_count()} tokens, median of {workload.steps} steps\n"
+    )
+    print("\n\n".join(tables))
     if arguments.output:
-        content = {"arguments": asdict(arguments), "device": device, "rows": results, "versions": library_versions()}
+        content = {"arguments": asdict(arguments), "device": device, **results, "versions": library_versions()}
         Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
@@ -167,3 +169,18 @@ def test_anchor_with_added_tokens_needs_a_resized_base(tmp_path, sources):
     fusion = HeteroFusionModel.from_adapters(base, anchor, sources, MethodConfig(**TINY))
     export_adapter(fusion, tmp_path / "fused")
     assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
+
+
+def test_export_again_replaces_all_and_clears_what_a_killed_one_left(tmp_path, model):
+    """A tokenizer with several chat templates has a folder of them."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    export_adapter(model, tmp_path, tokenizer=tokenizer)
+    first = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert Path("additional_chat_templates/tool_use.jinja") in first
+    (tmp_path / ".export-killed").mkdir()
+    (tmp_path / ".export-killed" / "adapter_model.safetensors").write_bytes(b"half")
+    export_adapter(model, tmp_path, tokenizer=tokenizer)
+    again = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert again == first

@@ -108,6 +108,14 @@ def failing_writes(folder: Path) -> Iterator[None]:
         raise OSError(f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}") from error
 
 
+def nonfinite_error(reason: str | None, output_dir: str | Path) -> NonFiniteError:
+    """The error of a run that something not finite ends, with what is left and what to do."""
+    return NonFiniteError(
+        f"{reason}; {last_good(output_dir)}. Lower --learning_rate, clip with --max_grad_norm, look at the replay, or "
+        "tolerate such steps with --skip_nonfinite_steps"
+    )
+
+
 def last_good(output_dir: str | Path) -> str:
     """For the end of an error message: which checkpoint is there to resume from."""
     last = last_complete_checkpoint(output_dir)

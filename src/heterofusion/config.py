@@ -263,4 +263,4 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             "optim",
         )  # fmt: skip
         settings = self.to_dict()  # enums as plain values
-        return {name: settings[name] for name in names}
+        return {name: settings[name] for name in names} | {"bf16": self.bf16 or self.base_in_bf16}

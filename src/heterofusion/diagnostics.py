@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.export import display_name
@@ -16,6 +18,41 @@ class FusionProgressCallback(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=mean_over_roles(logs or {}), **kwargs)
+
+
+class WindowMeans:
+    """Means over accumulation windows of scalars that add up over the micro-batches of one.
+
+    Attributes:
+        window: sums of the window that is open, detached, on the device.
+        windows: windows that were committed since the last `take`.
+    """
+
+    def __init__(self) -> None:
+        self.window: dict[str, Tensor] = {}
+        self.windows = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's value to the open window."""
+        self.window[name] = self.window[name] + value.detach() if name in self.window else value.detach()
+
+    def drop(self) -> None:
+        """Forget the open window."""
+        self.window = {}
+
+    def commit(self) -> None:
+        """Close the open window."""
+        for name, value in self.window.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.windows += 1
+        self.window = {}
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over windows and ranks, and begin anew. All ranks together; waits for the device."""
+        means = {name: accelerator.reduce(value, "mean").item() / self.windows for name, value in self._sums.items()}
+        self._sums, self.windows = {}, 0
+        return means
 
 
 def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,12 @@ def engine_name(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     return "fsdp2" if accelerator.distributed_type == DistributedType.FSDP else "plain"
+
+
+def engine_record(accelerator: Accelerator) -> dict[str, Any]:
+    """What must agree for optimizer states to be read: ZeRO writes them in as many parts as there are ranks."""
+    name = engine_name(accelerator)
+    return {"engine": name, "processes": accelerator.num_processes if name.startswith("zero") else None}
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:

@@ -48,9 +48,11 @@ class LiveUpdates:
 
     Attributes:
         by_module: the installed updates `alpha * dB` by module path, each (out_features, rank) float32.
+        device: where the hypernetworks run, if that is not where their parameters lie: engines may offload those.
         average_over_ranks: whether `close_window` averages the updates' gradients over all ranks, so that those of
             the hypernetworks need no reduction: they come out alike everywhere.
         finite: per group, whether the gradient of the last closed window was finite: (,) bool, on the device.
+        finite_updates: the same of the updates that the last training forward predicted.
         seconds: wall-clock time of the hypernetworks' training forwards so far (on a GPU, of launching them); reset
             by whoever reads it.
     """
@@ -63,8 +65,10 @@ class LiveUpdates:
         self.method = method
         self.seed = seed
         self.by_module: dict[str, Tensor] = {}
+        self.device: torch.device | None = None
         self.average_over_ranks = False
         self.finite: dict[str, Tensor] = {}
+        self.finite_updates: dict[str, Tensor] = {}
         self.seconds = 0.0
         self._constants: dict[str, _Constants] = {}
         self._placed_on: torch.device | None = None
@@ -93,6 +97,7 @@ class LiveUpdates:
         self._install(updates)
         self._outputs = outputs if live else {}
         if live:
+            self.finite_updates = {name: update.detach().isfinite().all() for name, update in updates.items()}
             self.seconds += time.perf_counter() - start
 
     def invalidate(self) -> None:
@@ -174,7 +179,7 @@ class LiveUpdates:
 
     def _placed(self) -> dict[str, _Constants]:
         """The constants on the device of the hypernetworks, moved there once."""
-        device = next(self.networks.parameters()).device
+        device = self.device or next(self.networks.parameters()).device
         if device != self._placed_on:
             self.contexts = {name: context.to(device) for name, context in self.contexts.items()}
             self._constants = {name: _constants(context) for name, context in self.contexts.items()}

@@ -4,11 +4,32 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from heterofusion.hypernet import HyperNetworks
 
 
 class NonFiniteError(ValueError):
     """A loss or gradient that is not finite."""
+
+
+def gradient_norms(hypernetworks: HyperNetworks) -> dict[str, Tensor]:
+    """L2 norms of the gradients of every group's hypernetwork (and of `shared` factors), scalars on the device.
+
+    Empty where there are none, or an engine holds them in parts (ZeRO, FSDP2).
+    """
+    parts: dict[str, nn.Module] = dict(hypernetworks.networks.items())
+    if hypernetworks.shared is not None:
+        parts["shared"] = hypernetworks.shared
+    norms = {}
+    for name, part in parts.items():
+        gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        if not gradients or any(isinstance(gradient, DTensor) for gradient in gradients):
+            return {}
+        norms[name] = get_total_norm(gradients)
+    return norms
 
 
 class FiniteGuard:

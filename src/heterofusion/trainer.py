@@ -5,6 +5,7 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -24,17 +26,18 @@ from heterofusion.checkpoints import (
     last_complete_checkpoint,
     load_hypernetworks,
     mark_complete,
+    nonfinite_error,
     save_hypernetworks,
 )
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.data import make_collator
-from heterofusion.diagnostics import FusionProgressCallback, diagnostic_logs
+from heterofusion.diagnostics import FusionProgressCallback, WindowMeans, diagnostic_logs
 from heterofusion.engines import (
     DATA_PARALLEL,
     ONCE_PER_WINDOW,
     broadcast_parameters,
     check_engine,
-    engine_name,
+    engine_record,
     exclude_from_reduction,
     refuse_data_parallel,
     wrap_hypernetworks_apart,
@@ -42,7 +45,7 @@ from heterofusion.engines import (
 from heterofusion.export import export_adapter
 from heterofusion.hub import push_adapter
 from heterofusion.modeling import HeteroFusionModel
-from heterofusion.nonfinite import FiniteGuard, NonFiniteError
+from heterofusion.nonfinite import FiniteGuard, gradient_norms
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +96,7 @@ class HeteroFusionTrainer(Trainer):
         model.method.check_same(args)
         if data_collator is None:
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
-        self._sums: dict[str, Tensor] = {}
-        self._window: dict[str, Tensor] = {}
-        self._windows = 0
+        self._means = WindowMeans()
         self._skipped = 0
         self._once_per_window = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
@@ -131,6 +132,15 @@ class HeteroFusionTrainer(Trainer):
             if last is None:
                 raise ValueError(f"{folder} holds no complete checkpoint-N folder to resume from")
             resume_from_checkpoint = str(last)
+        if resume_from_checkpoint:  # before anything of it is read
+            model = self.fusion_model
+            check_checkpoint(
+                resume_from_checkpoint,
+                model.plan,
+                model.hypernetworks.config,
+                model.method,
+                engine_record(self.accelerator),
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- objective ----------------------------------------------------------------------------------------------
@@ -168,17 +178,13 @@ class HeteroFusionTrainer(Trainer):
         return loss.nan_to_num(0, 0, 0) if self.args.skip_nonfinite_steps else loss
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is not None:
-            model = self.fusion_model
-            check_checkpoint(
-                resume_from_checkpoint, model.plan, model.hypernetworks.config, model.method, self._engine_record()
-            )
         accelerator, updates = self.accelerator, self.fusion_model.updates
         engine, precision = accelerator.distributed_type, accelerator.mixed_precision
         # a gradient scaler would scale the last micro-batch only
         self._once_per_window = engine in ONCE_PER_WINDOW and precision != "fp16" and accelerator.scaler is None
         if not self._once_per_window and self.args.gradient_accumulation_steps > 1:
             logger.info("%s, precision %s: hypernetworks run in every micro-batch", engine.value, precision)
+        updates.device = accelerator.device if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
         updates.average_over_ranks = (
             self._once_per_window and engine in DATA_PARALLEL and self.args.ddp_reduce == "updates"
         )
@@ -190,7 +196,7 @@ class HeteroFusionTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._align_ranks()
         refuse_reentrant_checkpointing(self.fusion_model.base_model)
-        self._sums, self._window, self._windows, self._skipped, updates.seconds = {}, {}, 0, 0, 0.0
+        self._means, self._skipped, updates.seconds = WindowMeans(), 0, 0.0
         self._guard.forget()
         updates.discard_gradients()
         updates.invalidate()
@@ -202,56 +208,57 @@ class HeteroFusionTrainer(Trainer):
             broadcast_parameters(self.fusion_model.hypernetworks)
             self.fusion_model.updates.invalidate()
 
-    def _engine_record(self) -> dict[str, Any]:
-        """What must agree for optimizer states to be read: ZeRO writes them in as many parts as there are ranks."""
-        name = engine_name(self.accelerator)
-        return {"engine": name, "processes": self.args.world_size if name.startswith("zero") else None}
-
     # ---- what is not finite -------------------------------------------------------------------------------------
+
+    def _own_grad_norm(self) -> Tensor | None:
+        """Norm of all gradients from those of every role, in one pass; None if that is the engine's business."""
+        updates, scaled = self.fusion_model.updates, self.accelerator.scaler is not None
+        norms = {} if scaled else gradient_norms(self.fusion_model.hypernetworks)
+        updates.finite.update({name: norm.isfinite() for name, norm in norms.items()})
+        return get_total_norm(norms.values()) if norms else None
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = self._own_grad_norm()
+        if norm is None:
+            return super()._clip_grad_norm(model)
+        clip_grads_with_norm_(self.fusion_model.hypernetworks.parameters(), self.args.max_grad_norm, norm)
+        return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Gradient norm of an optimizer step, before the step is taken; notes what is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self._own_grad_norm() if grad_norm is None else grad_norm
+        norm = super()._get_grad_norm(model, norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         scaled = self.accelerator.scaler is not None  # an overflow is the scaler's business: it skips and scales down
         bad = self._guard.note(
             self.state.global_step + 1,
-            self._window["lm_loss"] + self._window.get("rdm_loss", 0),
+            self._means.window["lm_loss"] + self._means.window.get("rdm_loss", 0),
             None if scaled else norm,
             {} if scaled else self.fusion_model.updates.finite,
+            self.fusion_model.updates.finite_updates,
         )
         if self.args.skip_nonfinite_steps and self.accelerator.reduce(bad.float()) > 0:
             self._skip_step()
         else:
-            for name, value in self._window.items():
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._windows += 1
-        self._window = {}
+            self._means.commit()
         return norm
 
     def _skip_step(self) -> None:
         reason = self._guard.first_bad(self.accelerator)
         self._skipped += 1
         if self._skipped > self.args.skip_nonfinite_steps:
-            raise self._nonfinite_error(reason)
+            raise nonfinite_error(reason, self._get_output_dir(trial=None))
         logger.warning("%s; skipped, %d of %d", reason, self._skipped, self.args.skip_nonfinite_steps)
         self._guard.forget()
+        self._means.drop()
         for parameter in self.fusion_model.hypernetworks.parameters():
             parameter.grad = None  # optimizers pass over parameters without gradient; DeepSpeed has skipped by itself
 
     def _raise_if_not_finite(self) -> None:
         reason = self._guard.first_bad(self.accelerator)
         if reason is not None:
-            raise self._nonfinite_error(reason)
-
-    def _nonfinite_error(self, reason: str | None) -> NonFiniteError:
-        last = last_complete_checkpoint(self._get_output_dir(trial=None))
-        kept = "no checkpoint was saved" if last is None else f"the last good checkpoint is {last}"
-        return NonFiniteError(
-            f"{reason}; {kept}. Lower --learning_rate, clip with --max_grad_norm, look at the replay, or tolerate "
-            "such steps with --skip_nonfinite_steps"
-        )
+            raise nonfinite_error(reason, self._get_output_dir(trial=None))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._raise_if_not_finite()
@@ -266,6 +273,8 @@ class HeteroFusionTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
+        if self.control.should_save:  # a checkpoint's log tells of all its steps: resumed runs count on it
+            self.control.should_log = True
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._raise_if_not_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -290,27 +299,30 @@ class HeteroFusionTrainer(Trainer):
             inputs = {**inputs, "rdm_step": self.state.global_step}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         divisor = self._loss_divisor(num_items_in_batch)
-        self._add("lm_loss", loss / divisor)
+        self._means.add("lm_loss", loss / divisor)
         if closes_window and self.args.rdm_weight > 0:
             rdm = self.fusion_model.rdm_loss
             assert rdm is not None  # rdm_step was given
-            self._add("rdm_loss", rdm)
+            self._means.add("rdm_loss", rdm)
             loss = loss + self.args.rdm_weight * rdm * divisor
         return (loss, outputs) if return_outputs else loss
 
     # ---- logging ------------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self._window[name] = self._window[name] + value if name in self._window else value
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's own figures to a training log line."""
-        if "loss" in logs and self._windows:
-            for name, value in self._sums.items():
-                logs[name] = self.accelerator.reduce(value, "mean").item() / self._windows
-            logs["hypernetwork_seconds"] = self.fusion_model.updates.seconds / self._windows
-            self._sums, self._windows, self.fusion_model.updates.seconds = {}, 0, 0.0
+        windows = self._means.windows
+        if "loss" in logs and self.args.skip_nonfinite_steps:  # Trainer counts a skipped step as one without loss
+            if not windows:
+                del logs["loss"]
+            if not math.isfinite(logs.get("grad_norm", 0.0)):
+                del logs["grad_norm"]
+        if "loss" in logs and windows:
+            logs.update(self._means.take(self.accelerator))
+            if self.args.skip_nonfinite_steps:
+                logs["loss"] = logs["lm_loss"] + self.args.rdm_weight * logs.get("rdm_loss", 0.0)
+            logs["hypernetwork_seconds"] = self.fusion_model.updates.seconds / windows
+            self.fusion_model.updates.seconds = 0.0
             logs.update(diagnostic_logs(self.fusion_model))
         super().log(logs, start_time)
 
@@ -320,7 +332,9 @@ class HeteroFusionTrainer(Trainer):
         """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer)."""
         if _internal_call:
             if output_dir is not None:
-                save_hypernetworks(self.fusion_model, output_dir, self._engine_record(), self.args.should_save)
+                save_hypernetworks(
+                    self.fusion_model, output_dir, engine_record(self.accelerator), self.args.should_save
+                )
             return
         self.export(output_dir or str(self.args.output_dir))
 

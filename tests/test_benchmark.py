@@ -1,0 +1,257 @@
+"""recipes/benchmark.py measures what it says, and kept pages are really kept."""
+
+import json
+import platform
+
+import pytest
+import torch
+
+from heterofusion.memory import keep_freed_pages
+from recipe_runner import RECIPES, error_line, flags, recipe, shell
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+
+GLIBC = platform.libc_ver()[0] == "glibc"
+TINY_LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_QWEN = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def recipes_on_path(monkeypatch):
+    """A recipe finds its neighbours as Python finds them when the file is run."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def benchmark():
+    return recipe("benchmark")
+
+
+@pytest.fixture
+def row():
+    return recipe("benchmark_row")
+
+
+@pytest.fixture
+def recorded(benchmark, monkeypatch):
+    """The rows that are asked for, with figures that follow from the settings instead of a measurement."""
+    calls = []
+
+    def run_row(workload, name, ddp_reduce=None):
+        calls.append((name, workload.sources, workload.rank, workload.accumulation))
+        seconds = workload.accumulation + (name != "lora") * workload.sources
+        return {
+            "row": name, "trainable_parameters": 10, "state_bytes": 2**30, "seconds_per_step": float(seconds),
+            "lm_seconds": 0.5, "hypernetwork_seconds": 0.25, "optimizer_seconds": 0.25,
+            "peak_memory_bytes": 2**30 * (1 + (name != "lora") * 2),
+        }  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run_row", run_row)
+    return calls
+
+
+# ---- real measurements ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fusion_is_measured_beside_a_lora_step(benchmark, tmp_path, capsys):
+    output = tmp_path / "benchmark.json"
+    settings = {"shape": "demo", "steps": 1, "accumulation": 2, "tokens": 16, "presets": ["compact"], "output": output}
+    assert benchmark.main(flags(settings)) == 0
+    content = json.loads(output.read_text())
+    plain, fusion = content["rows"]
+    assert plain["row"] == "lora" and fusion["row"] == "compact"
+    assert fusion["ratio"] == pytest.approx(fusion["seconds_per_step"] / plain["seconds_per_step"])
+    parts = fusion["lm_seconds"] + fusion["hypernetwork_seconds"] + fusion["optimizer_seconds"]
+    assert parts == pytest.approx(fusion["seconds_per_step"])
+    assert plain["hypernetwork_seconds"] == 0 < fusion["hypernetwork_seconds"]
+    for figures in (plain, fusion):
+        assert len(figures["all_seconds"]) == 3  # two are not counted
+        assert figures["seconds_per_step"] == figures["all_seconds"][2]
+        assert figures["freed_pages_kept"] == (GLIBC and not torch.cuda.is_available())
+        # float32 weights, gradients and two moments; the moments have a few step counters beside them
+        assert figures["state_bytes"] == pytest.approx(16 * figures["trainable_parameters"], rel=0.01)
+        assert figures["peak_memory_bytes"] > 2**26
+    above = fusion["peak_memory_bytes"] - plain["peak_memory_bytes"]
+    assert fusion["memory_above_plain_bytes"] == above
+    assert fusion["memory_above_plain_over_state"] == pytest.approx(above / fusion["state_bytes"])
+    assert content["arguments"]["accumulation"] == 2 and content["device"] and content["versions"]["torch"]
+    out = capsys.readouterr().out
+    assert "| compact | 1,994,511 |" in out and "above / w+g+s" in out
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(platform.system() != "Linux", reason="counts bytes in /proc/net/dev")
+def test_what_ranks_exchange_is_what_shapes_say(benchmark, tmp_path, capsys):
+    output = tmp_path / "exchange.json"
+    settings = {"shape": "demo", "steps": 3, "accumulation": 1, "tokens": 8, "presets": ["paper"], "output": output}
+    assert benchmark.main(flags({**settings, "exchange": True})) == 0
+    rows = json.loads(output.read_text())["exchange"]
+    assert [(r["row"], r["ddp_reduce"]) for r in rows] == [
+        ("lora", None),
+        ("paper", "updates"),
+        ("paper", "parameters"),
+    ]
+    plain, updates, parameters = rows
+    assert parameters["computed_bytes"] == 4 * 5_670_119
+    assert updates["computed_bytes"] < plain["computed_bytes"] < parameters["computed_bytes"] / 100
+    for figures in rows:
+        assert figures["ranks"] == 2 and len(figures["all_bytes"]) == 3
+        # other traffic of this machine counts too, so more may have been seen
+        assert min(figures["all_bytes"]) / 2 >= figures["computed_bytes"]
+    assert min(updates["all_bytes"]) < min(parameters["all_bytes"]) / 20
+    assert "| paper | updates |" in capsys.readouterr().out
+
+
+def measured(module, tmp_path, **settings):
+    arguments = module.RowArguments(steps=1, accumulation=1, output=str(tmp_path / "row.json"), **settings)
+    arguments.check()
+    return module.measure_step(arguments)
+
+
+def test_more_sources_than_the_demo_has(row, tmp_path):
+    few = measured(row, tmp_path, shape="demo", tokens=8, row="compact")
+    many = measured(row, tmp_path, shape="demo", tokens=8, row="compact", sources=5)
+    assert many["trainable_parameters"] == few["trainable_parameters"]
+
+
+@pytest.mark.parametrize("name", ["lora", "paper"])
+def test_bfloat16_shape_of_unequal_depth(row, tmp_path, monkeypatch, name):
+    """What llama8b goes through, in small and on a CPU."""
+    shape = row.SHAPES["llama8b"]
+    assert shape.target["num_hidden_layers"] == 32 and shape.source["num_hidden_layers"] == 28
+    assert (shape.target["vocab_size"], shape.tokens, shape.dtype) == (128256, 1024, torch.bfloat16)
+    tiny = type(shape)(
+        {**TINY_LLAMA, "num_hidden_layers": 3, "vocab_size": 64},
+        {**TINY_QWEN, "num_hidden_layers": 2},
+        tokens=12,
+        dtype=shape.dtype,
+    )
+    monkeypatch.setitem(row.SHAPES, "llama8b", tiny)
+    figures = measured(row, tmp_path, shape="llama8b", rank=4, row=name)
+    assert figures["seconds_per_step"] > 0
+    # trained weights are float32, whatever the base
+    assert figures["state_bytes"] == pytest.approx(16 * figures["trainable_parameters"], rel=0.01)
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def test_vary_measures_every_setting_once(benchmark, recorded, tmp_path, capsys):
+    output = tmp_path / "growth.json"
+    settings = {"vary": ["sources=1,5,20", "rank=8,16", "accumulation=1,8"], "output": output}
+    assert benchmark.main(flags(settings)) == 0
+    assert sorted(call[1:] for call in recorded if call[0] == "lora") == [(1, 8, 1), (1, 8, 8), (1, 16, 8)]
+    fusions = [call for call in recorded if call[0] == "compact"]
+    assert sorted(fusions) == [
+        ("compact", 1, 8, 8), ("compact", 2, 8, 1), ("compact", 2, 8, 8), ("compact", 2, 16, 8), ("compact", 5, 8, 8),
+        ("compact", 20, 8, 8),
+    ]  # fmt: skip
+    assert len(recorded) == 9
+    growth = json.loads(output.read_text())["growth"]
+    assert list(growth) == ["sources", "rank", "accumulation"]
+    assert [(r["sources"], r["row"]) for r in growth["sources"]] == [
+        (1, "lora"), (1, "compact"), (5, "lora"), (5, "compact"), (20, "lora"), (20, "compact"),
+    ]  # fmt: skip
+    assert [r["ratio"] for r in growth["accumulation"] if r["row"] == "compact"] == [3.0, 1.25]
+    out = capsys.readouterr().out
+    assert "| 20 | compact | 8.000 | 28.000 | 3.50 | 0.250 | +2.00 | 2.00 |" in out
+    assert all(f"| {name} | preset | plain s / step |" in out for name in growth)
+
+
+def test_presets_are_both_unless_settings_vary(benchmark, recorded, capsys):
+    assert benchmark.main([]) == 0
+    assert [call[0] for call in recorded] == ["lora", "compact", "paper"]
+    assert (
+        "| paper | 10 | 10.000 | 1.25 | 0.500 | 0.250 | 0.250 | 3.00 | +2.00 | 1.00 | 2.00 |"
+        in capsys.readouterr().out
+    )
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+BAD_FLAGS = [
+    ({"shape": "llama70b"}, ["--shape", "llama8b-2layers"]),
+    ({"presets": ["huge"]}, ["'huge'", "paper, compact"]),
+    ({"vary": ["sources"]}, ["--vary", "'sources'", "sources, rank, accumulation"]),
+    ({"vary": ["sources=1,"]}, ["--vary", "'sources=1,'"]),
+    ({"vary": ["tokens=1,2"]}, ["--vary", "'tokens=1,2'", "sources, rank, accumulation"]),
+    ({"vary": ["sources=0,1"]}, ["--sources is 0"]),
+    ({"vary": ["rank=8,16"], "shape": "demo"}, ["--rank is 16", "--shape"]),
+    ({"vary": ["rank=8,16"], "exchange": True}, ["--vary", "--exchange"]),
+    ({"exchange": True, "shape": "llama8b"}, ["--exchange", "llama8b"]),
+    ({"ddp_reduce": ["everything"]}, ["--ddp_reduce", "'everything'", "updates, parameters"]),
+    ({"steps": 0}, ["--steps is 0"]),
+    ({"tokens": 1}, ["--tokens is 1"]),
+    ({"tokens": 97, "shape": "demo"}, ["--tokens is 97", "96"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD_FLAGS, ids=lambda value: str(value))
+def test_flag_out_of_range_raises(benchmark, recorded, capsys, settings, words):
+    error_line(capsys, benchmark.main, flags(settings), *words)
+    assert not recorded
+
+
+@pytest.mark.parametrize("memory", [None, 24])
+def test_llama8b_without_a_gpu_that_holds_it_raises(benchmark, recorded, capsys, monkeypatch, memory):
+    class Gpu:
+        name, total_memory = "Small GPU", (memory or 0) * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: memory is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
+    found = "there is none" if memory is None else "Small GPU has 24.0"
+    error_line(capsys, benchmark.main, ["--shape=llama8b"], "--shape llama8b", "44 GiB", found, "llama8b-2layers")
+    assert not recorded
+
+
+def test_row_that_fails_raises(benchmark, capfd):
+    workload = benchmark.Workload(shape="demo", rank=16)  # refused in the row's own process
+    with pytest.raises(ChildProcessError, match="lora did not finish: exit code 2"):
+        benchmark.run_row(workload, "lora")
+    assert "error: --rank is 16" in capfd.readouterr().err
+
+
+# ---- kept pages -------------------------------------------------------------------------------------------------
+
+COUNT_FAULTS = """
+import resource
+import torch
+from heterofusion.memory import keep_freed_pages
+
+layers = [torch.nn.Linear(4096, 4096, bias=False) for _ in range(2)]  # 64 MiB of gradient each
+x = torch.ones(1, 4096)
+
+def faults():
+    for repeat in range(40):
+        if repeat == 20:  # at first a block of the right size is not always found again
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        sum(layer(x).sum() for layer in layers).backward()
+        for layer in layers:
+            layer.weight.grad = None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+print(usual, keep_freed_pages(), faults())
+"""
+
+
+@pytest.mark.skipif(not GLIBC or torch.cuda.is_available(), reason="takes effect with glibc and without a GPU only")
+def test_repeated_backward_touches_no_fresh_pages(tmp_path):
+    script = tmp_path / "count.py"  # in a process of its own: allocation stays changed to the end
+    script.write_text(COUNT_FAULTS)
+    usual, took_effect, kept = shell("python", script).stdout.split()
+    assert took_effect == "True"
+    assert int(usual) > 1000  # 20 * 128 MiB, at 2 MiB a page if they are huge
+    assert int(kept) < int(usual) / 5
+
+
+def test_keeping_pages_says_where_it_does_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # as on musl
+    assert keep_freed_pages() is False
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert keep_freed_pages() is False

@@ -1,0 +1,362 @@
+"""Checkpoints: which are complete, which one is the last, which ones go, and whose they are."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import EarlyStoppingCallback
+
+from conftest import GOLDEN, TokenRows, fresh_base, make_args, make_model, make_trainer
+from heterofusion import HeteroFusionModel, load_adapter
+from heterofusion.checkpoints import (
+    COMPLETE_FILE,
+    HYPERNETWORKS_FILE,
+    IDENTITY_FILE,
+    failing_writes,
+    last_complete_checkpoint,
+    load_hypernetworks,
+    mark_complete,
+    missing_part,
+)
+from recipe_runner import copy_adapter
+
+
+def write_checkpoint(folder, complete=True):
+    """A folder as a checkpoint has it, with a file in a folder of its own as DeepSpeed writes them."""
+    (folder / "global_step2").mkdir(parents=True)
+    for name in ("hypernetworks.safetensors", "optimizer.pt", "global_step2/rank_0.pt"):
+        (folder / name).write_bytes(b"0123456789")
+    if complete:
+        mark_complete(folder)
+    return folder
+
+
+# ---- which are complete -----------------------------------------------------------------------------------------
+
+
+def test_marked_checkpoint_is_complete(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    assert missing_part(folder) is None
+    assert json.loads((folder / COMPLETE_FILE).read_text())["files"] == {
+        "global_step2/rank_0.pt": 10, "hypernetworks.safetensors": 10, "optimizer.pt": 10,
+    }  # fmt: skip
+    (folder / "notes.txt").write_text("a user's")
+    assert missing_part(folder) is None
+    mark_complete(folder)  # a second time: it does not list itself
+    assert COMPLETE_FILE not in json.loads((folder / COMPLETE_FILE).read_text())["files"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "lack"),
+    [
+        (
+            lambda folder: (folder / COMPLETE_FILE).unlink(),
+            f"{COMPLETE_FILE}, the last file to be written, is missing",
+        ),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b"0123"), "optimizer.pt has 4 bytes instead of 10"),
+        (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt has 0 bytes instead of 10"),
+        (lambda folder: shutil.rmtree(folder / "global_step2"), "global_step2/rank_0.pt is missing"),
+        (lambda folder: shutil.rmtree(folder), f"{COMPLETE_FILE}, the last file to be written, is missing"),
+    ],
+    ids=["no marker", "missing", "cut", "empty", "folder", "nothing"],
+)
+def test_missing_part_is_named(tmp_path, harm, lack):
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    harm(folder)
+    assert missing_part(folder) == lack
+
+
+def test_folder_in_place_of_a_file_is_missing(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    (folder / "optimizer.pt").unlink()
+    (folder / "optimizer.pt").mkdir()
+    assert missing_part(folder) == "optimizer.pt is missing"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"7", b"{}", b'{"files": null}', b'{"files": {}}', b'{"files": []}',
+        b'{"files": ["optimizer.pt"]}', b'{"files": "optimizer.pt"}', b"\xff\xfe", b"[" * 100_000, b"\x00" * 200,
+    ],
+    ids=lambda content: repr(content[:30]),
+)  # fmt: skip
+def test_damaged_marker_is_told(tmp_path, content):
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    (folder / COMPLETE_FILE).write_bytes(content)
+    assert missing_part(folder).startswith(f"{COMPLETE_FILE} is damaged")
+
+
+@pytest.mark.parametrize("size", ["10", None, [10], 10.5])
+def test_size_that_is_no_size_does_not_fit(tmp_path, size):
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    (folder / COMPLETE_FILE).write_text(json.dumps({"files": {"optimizer.pt": size}}))
+    assert missing_part(folder) == f"optimizer.pt has 10 bytes instead of {size}"
+
+
+def test_marker_itself_may_not_be_a_folder(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint-2", complete=False)
+    (folder / COMPLETE_FILE).mkdir()
+    assert missing_part(folder).startswith(f"{COMPLETE_FILE} is damaged")
+
+
+# ---- which is the last ------------------------------------------------------------------------------------------
+
+
+def test_last_checkpoint_is_that_of_the_highest_step(tmp_path):
+    for step in (10, 9, 100, 99):  # by name 99 would be the last, by time too
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-100"
+
+
+def test_unfinished_checkpoints_are_passed_over_and_told(tmp_path, caplog):
+    write_checkpoint(tmp_path / "checkpoint-1")
+    write_checkpoint(tmp_path / "checkpoint-2", complete=False)
+    (write_checkpoint(tmp_path / "checkpoint-3") / "optimizer.pt").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "heterofusion"):
+        assert last_complete_checkpoint(tmp_path).name == "checkpoint-1"
+    first, second = caplog.messages
+    assert str(tmp_path / "checkpoint-3") in first and "0 bytes instead of 10" in first
+    assert str(tmp_path / "checkpoint-2") in second and COMPLETE_FILE in second
+
+
+def test_other_names_and_files_are_no_checkpoints(tmp_path):
+    for name in (
+        "checkpoint",
+        "checkpoint-",
+        "checkpoint-3x",
+        "checkpoint-3.bak",
+        "old-checkpoint-3",
+        "checkpoint--3",
+    ):
+        write_checkpoint(tmp_path / name)
+    (tmp_path / "checkpoint-4").write_text("a file")
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    assert last_complete_checkpoint(tmp_path / "checkpoint-4") is None
+
+
+def test_nothing_to_resume_from_raises(tmp_path):
+    write_checkpoint(tmp_path / "checkpoint-2", complete=False)
+    with pytest.raises(ValueError, match="no complete checkpoint-N folder"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_unfinished_checkpoint_that_is_named_raises(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"not a complete checkpoint: optimizer\.pt has 3 bytes"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RuntimeError("torch's"), SafetensorError("safetensors'")]
+)
+def test_failed_write_leaves_no_checkpoint_and_names_the_last(tmp_path, error):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    folder = write_checkpoint(tmp_path / "checkpoint-4", complete=False)
+    with pytest.raises(OSError, match="could not be written") as raised, failing_writes(folder):
+        raise error
+    for part in (folder, str(error), tmp_path / "checkpoint-2"):
+        assert str(part) in str(raised.value)
+    assert not folder.exists() and missing_part(tmp_path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("a user's mistake")])
+def test_other_errors_pass_and_the_checkpoint_stays_unmarked(tmp_path, error):
+    folder = write_checkpoint(tmp_path / "checkpoint-4", complete=False)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error), failing_writes(folder):
+        raise error
+    assert folder.is_dir() and last_complete_checkpoint(tmp_path) is None
+
+
+@pytest.fixture
+def lasts(tmp_path, monkeypatch):
+    """Which checkpoint was the last complete one whenever another was about to be marked."""
+    seen = []
+
+    def mark(folder):
+        last = last_complete_checkpoint(tmp_path)
+        seen.append(last and last.name)
+        mark_complete(folder)
+
+    monkeypatch.setattr("heterofusion.trainer.mark_complete", mark)
+    return seen
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [4]), (2, [3, 4]), (None, [1, 2, 3, 4])])
+def test_older_checkpoints_go_once_the_new_one_is_complete(tmp_path, lasts, limit, kept):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=limit).train()
+    assert lasts == [None, "checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
+    assert all(missing_part(tmp_path / name) is None for name in names(tmp_path))
+
+
+def test_best_checkpoint_is_kept(tmp_path, lasts):
+    evaluation = {
+        "trainer_options": {"eval_dataset": TokenRows(4, seed=5)}, "eval_strategy": "steps", "eval_steps": 1,
+        "learning_rate": 0.3,  # diverges, so that the first evaluations are the best
+        "load_best_model_at_end": True,
+    }  # fmt: skip
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2, **evaluation
+    )
+    trainer.train()
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    assert best != "checkpoint-4" and names(tmp_path) == sorted([best, "checkpoint-4"])
+    assert missing_part(tmp_path / best) is None
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_a_killed_run_left_is_replaced(tmp_path, complete):
+    left = write_checkpoint(tmp_path / "checkpoint-2", complete)
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    assert missing_part(left) is None and not (left / "global_step2").exists()
+    listed = json.loads((left / COMPLETE_FILE).read_text())["files"]
+    assert set(listed) | {COMPLETE_FILE} == {path.name for path in left.iterdir()}
+    assert {HYPERNETWORKS_FILE, IDENTITY_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json"} < set(listed)
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------------
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    for (name, a), b in zip(
+        whole.model.hypernetworks.named_parameters(), resumed.model.hypernetworks.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    files = {path.name for path in (tmp_path / "whole/checkpoint-2").iterdir()}
+    assert HYPERNETWORKS_FILE in files
+    assert not [name for name in files if name.startswith(("adapter_model", "model"))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of the fusion of `make_model`."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+    return folder / "checkpoint-1"
+
+
+def negate(weights):
+    name = sorted(weights)[0]
+    weights[name] = -weights[name]
+
+
+def other_fusion(tmp_path, change):
+    """The fusion of `make_model`, but for one thing."""
+    names = {"target": "target_llama", "first source": "source_qwen2", "last source": "source_mistral"}
+    folders = {part: GOLDEN / name for part, name in names.items()}
+    settings = change if isinstance(change, dict) else {}
+    if not settings:
+        folders[change] = copy_adapter(tmp_path / "other", folders[change], tensors=negate)
+    target, *sources = map(load_adapter, folders.values())
+    return HeteroFusionModel.from_adapters(fresh_base(), target, sources, make_args(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("target", r"target_sha256: \"cd724cea"),
+        ("first source", r"source_sha256\[0\]: \"f24e2384"),
+        ("last source", r"source_sha256\[1\]: \"55476300"),
+        ({"embed_dim": 16}, r"hypernetwork\.embed_dim: 32, this run has 16"),
+        ({"block_size": 16}, r"hypernetwork\.block_size: 32, this run has 16"),
+        ({"preset": "compact"}, r"hypernetwork\.form: \"paper\", this run has \"compact\""),
+        ({"canonicalize": True}, "canonicalize: false, this run has true"),
+        ({"layer_alignment": "proportional"}, 'layer_alignment: "tail", this run has "proportional"'),
+        ({"transfer_ratio": "1/2"}, 'transfer_ratio: "1", this run has "1/2"'),
+    ],
+    ids=str,
+)
+def test_resuming_another_fusion_names_what_differs(tmp_path, trained, change, field):
+    with pytest.raises(ValueError, match=f"was trained with another {field}"):
+        load_hypernetworks(other_fusion(tmp_path, change), trained)
+
+
+def test_resuming_with_other_sources_raises(tmp_path, trained):
+    for names in (("source_mistral", "source_qwen2"), ("source_qwen2",)):
+        with pytest.raises(ValueError, match="source_sha256"):
+            load_hypernetworks(make_model(make_args(tmp_path), names), trained)
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({"engine": "zero2", "processes": 2}, r'engine: "zero2", this run has "plain"'),
+        ({"engine": "fsdp2"}, r'engine: "fsdp2", this run has "plain"'),
+        ({"processes": 4}, "processes: 4, this run has null"),
+        ({"groups": {}}, r"groups\.\w+: null, this run has \[\"model\.layers"),
+        ({"hypernetwork": None}, "hypernetwork: null, this run has {"),
+        ({"target_sha256": None}, "target_sha256: null"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_trainer_refuses_a_checkpoint_of_another_engine_or_plan(tmp_path, trained, record, field):
+    """Which files of optimizer states there are depends on the engine, and under ZeRO on the number of ranks."""
+    folder = shutil.copytree(trained, tmp_path / "checkpoint-1")
+    identity = json.loads((folder / IDENTITY_FILE).read_text())
+    assert (identity["engine"], identity["processes"]) == ("plain", None)
+    (folder / IDENTITY_FILE).write_text(json.dumps({**identity, **record}))
+    mark_complete(folder)
+    with pytest.raises(ValueError, match=f"was trained with another {field}"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_weights_that_cannot_be_loaded_raise(tmp_path, trained):
+    model = make_model(make_args(tmp_path))
+    folder = shutil.copytree(trained, tmp_path / "checkpoint-1")
+    weights = folder / HYPERNETWORKS_FILE
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{HYPERNETWORKS_FILE} cannot be loaded"):
+        load_hypernetworks(model, folder)
+    save_file(
+        {name: tensor for name, tensor in load_file(trained / HYPERNETWORKS_FILE).items() if "q_proj" in name}, weights
+    )
+    with pytest.raises(ValueError, match="other tensors than expected"):
+        load_hypernetworks(model, folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        load_hypernetworks(model, folder)
+
+
+def test_load_best_model_at_end_and_early_stopping(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_options={
+            "eval_dataset": TokenRows(4, seed=5),
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
+        },
+        max_steps=20,
+        learning_rate=0.3,  # diverges, so that the first evaluations are the best
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step < 20
+    best = load_file(f"{trainer.state.best_model_checkpoint}/{HYPERNETWORKS_FILE}")
+    for name, tensor in trainer.model.hypernetworks.state_dict().items():
+        assert torch.equal(tensor, best[name]), name
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)

@@ -1,0 +1,374 @@
+"""Losses, gradients and weights that are not finite: told with step and role, skipped if asked for, never kept."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from conftest import TokenRows, make_trainer
+from heterofusion.checkpoints import last_complete_checkpoint
+from heterofusion.export import ExportError, export_adapter
+from heterofusion.nonfinite import FiniteGuard, NonFiniteError, gradient_norms
+from recipe_runner import flags, train
+
+BAD = [float("nan"), float("inf"), float("-inf")]
+ONE = torch.tensor(1.0)
+GROUPS = ("q_proj_r4", "k_proj_r4", "v_proj_r4")
+
+
+# ---- the guard on values made by hand ---------------------------------------------------------------------------
+
+
+def finite(*bad: str) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(name not in bad) for name in GROUPS}
+
+
+@pytest.fixture
+def guard() -> FiniteGuard:
+    return FiniteGuard(GROUPS)
+
+
+@pytest.fixture
+def process() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_finite_steps_are_not_told(guard, process):
+    assert guard.first_bad(process) is None
+    for step in range(1, 4):
+        assert not guard.note(step, ONE, ONE, finite())
+    assert guard.first_bad(process) is None
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize(
+    ("loss", "norm", "bad", "text"),
+    [
+        (True, False, (), "the loss is not finite"),
+        (False, True, (), "the gradient norm is not finite"),
+        (True, True, (), "the loss and the gradient norm are not finite"),
+        (False, True, ("k_proj_r4",), "the gradient of k_proj_r4 is not finite"),
+        (False, False, ("k_proj_r4",), "the gradient of k_proj_r4 is not finite"),
+        (True, True, GROUPS, "the loss and the gradient of q_proj_r4, k_proj_r4, v_proj_r4 are not finite"),
+    ],
+)
+def test_what_was_not_finite_is_named(guard, process, value, loss, norm, bad, text):
+    value = torch.tensor(value)
+    assert guard.note(7, value if loss else ONE, value if norm else ONE, finite(*bad))
+    assert guard.first_bad(process) == f"step 7: {text}"
+
+
+def test_update_that_is_not_finite_is_the_cause_of_the_rest(guard, process):
+    nan = torch.tensor(float("nan"))
+    assert guard.note(7, nan, nan, finite(*GROUPS), finite("v_proj_r4"))
+    assert guard.first_bad(process) == "step 7: the update of v_proj_r4 is not finite"
+
+
+@pytest.mark.parametrize(("norm", "bad"), [(None, False), (1.0, False), (float("nan"), True)])
+def test_norm_may_be_unknown_or_a_plain_number(guard, process, norm, bad):
+    """DeepSpeed gives plain numbers, and none before its first step; of the groups it gives nothing."""
+    assert bool(guard.note(1, ONE, norm, {})) == bad
+    assert guard.first_bad(process) == ("step 1: the gradient norm is not finite" if bad else None)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_gradients_of_parameters_are_looked_at_by_group(value, model):
+    hypernetworks = model.hypernetworks
+    assert gradient_norms(hypernetworks) == {}  # DeepSpeed keeps them elsewhere
+    for parameter in hypernetworks.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norms = gradient_norms(hypernetworks)
+    assert norms.keys() == hypernetworks.networks.keys()
+    for name, norm in norms.items():
+        count = sum(parameter.numel() for parameter in hypernetworks.networks[name].parameters())
+        assert norm == pytest.approx(count**0.5, rel=1e-5)
+    hypernetworks.networks["k_proj_r4"].alpha.grad.fill_(value)
+    assert [name for name, norm in gradient_norms(hypernetworks).items() if not norm.isfinite()] == ["k_proj_r4"]
+
+
+def test_first_step_wins_until_it_is_forgotten(guard, process):
+    guard.note(1, ONE, ONE, finite())
+    guard.note(2, ONE, ONE, finite("v_proj_r4"))
+    guard.note(3, torch.tensor(float("nan")), ONE, finite("q_proj_r4"))
+    assert not guard.note(4, ONE, ONE, finite())  # of its own step alone
+    for _ in range(2):
+        assert guard.first_bad(process) == "step 2: the gradient of v_proj_r4 is not finite"
+    guard.forget()
+    assert guard.first_bad(process) is None
+    guard.note(5, ONE, ONE, finite("k_proj_r4"))
+    assert guard.first_bad(process) == "step 5: the gradient of k_proj_r4 is not finite"
+
+
+def test_first_step_of_any_rank_wins_and_ranks_add_up(process, monkeypatch):
+    """Rank 1 is bad at step 2 in one group, rank 2 in another; rank 0 only later."""
+    ranks = [FiniteGuard(GROUPS) for _ in range(3)]
+    for step in (1, 2, 3):
+        bad = {(0, 3): ("q_proj_r4",), (1, 2): ("v_proj_r4",), (2, 2): ("k_proj_r4",)}
+        for rank, guard in enumerate(ranks):
+            guard.note(step, ONE, ONE, finite(*bad.get((rank, step), ())))
+    monkeypatch.setattr(process, "gather", lambda own: torch.cat([guard._first.unsqueeze(0) for guard in ranks]))
+    for guard in ranks:
+        assert guard.first_bad(process) == "step 2: the gradient of k_proj_r4, v_proj_r4 is not finite"
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+
+def poison_loss(trainer, *micro_batches: int, value: float = float("nan")) -> None:
+    """Let the base's loss be this value at some micro-batches, counted from 1."""
+    calls = iter(range(1, 1000))
+
+    def spoil(module, args, output):
+        if module.training and next(calls) in micro_batches:
+            output.loss = output.loss * value
+        return output
+
+    trainer.fusion_model.register_forward_hook(spoil)
+
+
+def poison_gradient(trainer, group: str, *steps: int, inside: bool = False) -> None:
+    """Let the gradient be NaN at some steps: of a group's updates, or of one of its parameters alone."""
+
+    def spoil(gradient):
+        return gradient * float("nan") if trainer.state.global_step + 1 in steps else gradient
+
+    def spoil_update(module, args, output):
+        if torch.is_grad_enabled():
+            output.update.register_hook(spoil)
+
+    network = trainer.fusion_model.hypernetworks.networks[group]
+    if inside:
+        network.decoder.hidden.weight.register_hook(spoil)
+    else:
+        network.register_forward_hook(spoil_update)
+
+
+def snapshot(trainer) -> dict[str, torch.Tensor]:
+    """Every parameter and every optimizer state."""
+    found = {}
+    for name, parameter in trainer.fusion_model.hypernetworks.named_parameters():
+        found[name] = parameter.detach().clone()
+        states = trainer.optimizer.state.get(parameter, {})
+        found |= {f"{name} {key}": value.detach().clone() for key, value in states.items()}
+    return found
+
+
+class Watch(TrainerCallback):
+    """Parameters and optimizer states before and after every optimizer step, by its number."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self.before, self.after = {}, {}
+        trainer.add_callback(self)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before[state.global_step + 1] = snapshot(self.trainer)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after[state.global_step] = snapshot(self.trainer)
+
+    def unmoved(self, step: int) -> bool:
+        before, after = self.before[step], self.after[step]
+        return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def micro_batch(step: int, accumulation: int, last: bool = False) -> int:
+    """The first or the last micro-batch of a step."""
+    return step * accumulation if last else (step - 1) * accumulation + 1
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize(("accumulation", "last"), [(1, False), (3, False), (3, True)])
+def test_bad_loss_stops_the_run_and_nothing_bad_is_saved(tmp_path, accumulation, last, value):
+    """The run logs at step 100 only; what looks at step 3 is the save."""
+    options = {"max_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 100}
+    trainer = make_trainer(tmp_path, rows=TokenRows(24), save_strategy="steps", save_steps=1, **options)
+    poison_loss(trainer, micro_batch(3, accumulation, last), value=value)
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss and the gradient of (\w+, ){6}\w+ are not") as raised:
+        trainer.train()
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in str(raised.value)
+    assert "--skip_nonfinite_steps" in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_bad_loss_is_told_with_its_step_when_nobody_looked_before(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=5, logging_steps=100)
+    poison_loss(trainer, micro_batch(2, 2))
+    with pytest.raises(NonFiniteError, match=r"step 2: the loss and .* are not finite; no checkpoint was saved"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_bad_gradient_of_one_role_names_that_role_alone(tmp_path, accumulation, max_grad_norm):
+    """Clipping spreads it over all parameters, once the culprit is known."""
+    trainer = make_trainer(
+        tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, logging_steps=100, max_grad_norm=max_grad_norm
+    )
+    poison_gradient(trainer, "v_proj_r4", 2)
+    with pytest.raises(NonFiniteError, match="step 2: the gradient of v_proj_r4 is not finite"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("part", ["decoder", "source context"])
+def test_role_with_bad_weights_or_context_is_named_alone(tmp_path, part):
+    """Loss and gradients of all roles are bad then; the update is the cause."""
+    trainer = make_trainer(tmp_path, logging_steps=100)
+    model = trainer.fusion_model
+    if part == "decoder":
+        with torch.no_grad():
+            model.hypernetworks.networks["o_proj_r4"].decoder.hidden.weight[0, 0] = float("nan")
+    else:
+        model.updates.contexts["o_proj_r4"].source.blocks[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="step 1: the update of o_proj_r4 is not finite"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_overflow_inside_a_hypernetwork_names_its_role(tmp_path, max_grad_norm):
+    trainer = make_trainer(tmp_path, logging_steps=100, max_grad_norm=max_grad_norm)
+    poison_gradient(trainer, "v_proj_r4", 2, inside=True)
+    with pytest.raises(NonFiniteError, match="step 2: the gradient of v_proj_r4 is not finite"):
+        trainer.train()
+
+
+def test_run_goes_on_from_the_last_good_checkpoint(tmp_path):
+    """As a user would who found what was wrong; the end is that of a run in which it never was."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    stopped = make_trainer(tmp_path / "out", **options)
+    poison_gradient(stopped, "v_proj_r4", 3)
+    with pytest.raises(NonFiniteError, match="checkpoint-2"):
+        stopped.train()
+    again = make_trainer(tmp_path / "out", **options)
+    again.train(resume_from_checkpoint=True)
+    wanted, found = snapshot(whole), snapshot(again)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# ---- what is kept -----------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_exported_after_the_error_whoever_asks(tmp_path):
+    trainer = make_trainer(tmp_path / "out", max_steps=3)
+    poison_gradient(trainer, "v_proj_r4", 2)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        trainer.train()
+    with pytest.raises(NonFiniteError, match="step 2: the gradient of v_proj_r4"):
+        trainer.save_model(str(tmp_path / "adapter"))
+    with pytest.raises(ExportError, match=r"lora_B\.weight is not finite"):
+        export_adapter(trainer.fusion_model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists() and not list(tmp_path.glob("out/*"))
+
+
+def test_weights_that_a_finite_gradient_made_infinite_are_not_saved(tmp_path):
+    """The learning rate alone does it: loss and gradient are finite at every step that is taken."""
+    trainer = make_trainer(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=1, logging_steps=100, lr_scheduler_type="constant",
+        warmup_steps=0, weight_decay=0.0,
+    )  # fmt: skip
+
+    class Jump(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 2:
+                optimizer.param_groups[0]["lr"] = 1e39
+
+    trainer.add_callback(Jump())
+    with pytest.raises(
+        NonFiniteError, match=r"checkpoint-3 is not saved: weights of (\w+, ){6}\w+ are not finite"
+    ) as raised:
+        trainer.train()
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in str(raised.value)
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-2" and not (tmp_path / "checkpoint-3").exists()
+
+
+def test_recipe_stops_with_one_line(arguments, base_dir, capsys, monkeypatch, logging_restored):
+    """A user sees step, role, the checkpoint to go on from, and no adapter."""
+    trained = train.HeteroFusionTrainer.train
+
+    def poisoned(trainer, *args, **kwargs):
+        poison_gradient(trainer, "v_proj_r4", 3)
+        return trained(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(train.HeteroFusionTrainer, "train", poisoned)
+    values = {
+        **arguments, "model_name_or_path": base_dir, "max_steps": 5, "save_steps": 2, "save_strategy": "steps",
+        "disable_tqdm": True,  # an unfinished bar would stand in the way of those of later tests
+    }  # fmt: skip
+    capsys.readouterr()
+    assert train.main(flags(values)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "step 3: the gradient of v_proj_r4 is not finite" in errors[0]
+    assert str(arguments["output_dir"] / "checkpoint-2") in errors[0]
+    assert {path.name for path in arguments["output_dir"].iterdir()} == {"checkpoint-2"}
+
+
+# ---- steps that are skipped -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skipped_step_changes_nothing(tmp_path, caplog, accumulation, what):
+    trainer = make_trainer(tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, skip_nonfinite_steps=1)
+    if what == "loss":
+        poison_loss(trainer, micro_batch(2, accumulation))
+    else:
+        poison_gradient(trainer, "v_proj_r4", 2)
+    watch = Watch(trainer)
+    trainer.train()
+    assert [watch.unmoved(step) for step in (1, 2, 3, 4)] == [False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in snapshot(trainer).values())
+    (message,) = [text for text in caplog.messages if "skipped" in text]
+    assert message.startswith("step 2: ") and message.endswith("skipped, 1 of 1")
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "fusion.json").is_file()
+
+
+def test_figures_of_skipped_steps_are_not_logged(tmp_path):
+    """A log line is about the steps that were taken; here so short ones that every step has the loss of the first."""
+    options = {"max_steps": 3, "lr_scheduler_type": "constant", "learning_rate": 1e-12}
+    plain = make_trainer(tmp_path / "plain", logging_steps=1, **options)
+    plain.train()
+    wanted = [entry for entry in plain.state.log_history if "lm_loss" in entry]
+    skipping = make_trainer(tmp_path / "skipping", logging_steps=3, skip_nonfinite_steps=1, **options)
+    poison_loss(skipping, micro_batch(2, 2))
+    skipping.train()
+    (log,) = [entry for entry in skipping.state.log_history if "lm_loss" in entry]
+    for name in ("lm_loss", "rdm_loss", "loss"):
+        assert log[name] == pytest.approx((wanted[0][name] + wanted[2][name]) / 2, abs=1e-5), name
+    assert all(math.isfinite(value) for entry in skipping.state.log_history for value in entry.values())
+
+
+def test_log_line_of_a_skipped_step_alone_is_finite(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=1, skip_nonfinite_steps=1)
+    poison_loss(trainer, micro_batch(2, 2))
+    trainer.train()
+    first, skipped, last, _ = trainer.state.log_history
+    assert {"loss", "grad_norm"} <= first.keys() & last.keys()
+    assert not {"loss", "grad_norm", "lm_loss", "rdm_loss"} & skipped.keys() and "learning_rate" in skipped
+    assert all(math.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
+
+
+def test_one_bad_step_too_many_ends_the_run_and_is_not_taken(tmp_path):
+    trainer = make_trainer(
+        tmp_path, max_steps=6, skip_nonfinite_steps=1, logging_steps=100, save_strategy="steps", save_steps=1
+    )
+    poison_gradient(trainer, "v_proj_r4", 2, 4)
+    watch = Watch(trainer)
+    with pytest.raises(NonFiniteError, match="step 4: the gradient of v_proj_r4 is not finite") as raised:
+        trainer.train()
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-3'}" in str(raised.value)
+    assert watch.unmoved(2)
+    found = snapshot(trainer)
+    assert all(torch.equal(found[name], tensor) for name, tensor in watch.before[4].items())
+
+
+def test_skipping_changes_nothing_while_all_is_finite(tmp_path):
+    plain, skipping = (make_trainer(tmp_path, max_steps=3, skip_nonfinite_steps=count) for count in (0, 2))
+    for trainer in (plain, skipping):
+        trainer.train()
+    wanted, found = snapshot(plain), snapshot(skipping)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -9,7 +9,7 @@ same model under fusion with each preset; same batch, accumulation, tokens, thre
 per optimizer step: the median of the seconds after two steps that are not counted, their ratio to the plain step,
 the part spent in the hypernetworks (what a step runs of them, timed alone) and in the optimizer, and peak memory of
 the process. "above / w+g+s" is the memory above the plain step over the weights, gradients and optimizer states of
-the row. On a CPU all rows keep freed pages (`heterofusion.memory`).
+the row.
 
 `--vary` prints a table per setting instead, with a row per value and a plain step of its own wherever the setting
 changes that. `--exchange true` trains on two CPU processes and counts what passes the loopback interface in an

@@ -28,10 +28,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmark_shapes import DEMO, SHAPES, RandomRows, Workload, prepare
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.memory import keep_freed_pages
 
 LORA = "lora"
-WARM_UP = 2  # steps that are not counted: pages that the second one still takes are kept from then on
+WARM_UP = 2  # steps that are not counted
 
 
 @dataclass
@@ -220,10 +219,9 @@ def main(argv: list[str]) -> None:
     (arguments,) = parse_arguments((RowArguments,), argv, __doc__)
     set_up_logging(logging.WARNING)
     arguments.check()
-    kept = keep_freed_pages()
     several = rank_count() > 1
     measure: Callable[[RowArguments], dict[str, Any]] = measure_exchange if several else measure_step
-    figures = {"row": arguments.row, **measure(arguments), "freed_pages_kept": kept}
+    figures = {"row": arguments.row, **measure(arguments)}
     if not several or dist.get_rank() == 0:
         Path(arguments.output).write_text(json.dumps(figures), encoding="utf-8")
     if several:

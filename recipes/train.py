@@ -28,7 +28,6 @@ from heterofusion.diagnostics import mean_logged_loss
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_adapter
 from heterofusion.loading import check_base, check_token_ids, load_base, load_tokenizer
-from heterofusion.memory import keep_freed_pages
 from heterofusion.plan_summary import format_plan, plan_summary
 from heterofusion.progress import begin_stage, check_replay, find_progress
 from heterofusion.stages import Stage, plan_stages, read_stages
@@ -62,8 +61,6 @@ def main(argv: list[str]) -> None:
             load_data(stage, tokenizer, base_config)
 
     release_logging()
-    if first.run.keep_freed_pages and not keep_freed_pages():
-        logger.warning("--keep_freed_pages has no effect beside a GPU, or without glibc")
     for stage in stages:
         if stage.finished:
             logger.info("%s is finished: %s", stage.title, stage.folder)

@@ -21,6 +21,7 @@ from heterofusion.engines import engine_name, whole_tensors
 from heterofusion.nonfinite import NonFiniteError
 
 EXAMPLES_PER_STEP = 8
+ON_GPU = os.environ.get("ENGINE_WORKER_ON_GPU") == "1"
 
 
 class PoisonedTrainer(HeteroFusionTrainer):
@@ -35,21 +36,28 @@ class PoisonedTrainer(HeteroFusionTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def make_trainer(folder: Path, accumulation: int = 1, checkpointing: bool = False, **more) -> PoisonedTrainer:
+def make_trainer(
+    folder: Path, accumulation: int = 1, checkpointing: bool = False, launcher_precision: str = "no", **more
+) -> PoisonedTrainer:
     """A fusion of the same examples per optimizer step whatever accumulation and number of ranks."""
     world = PartialState().num_processes
     settings = {
         **TINY, "output_dir": str(folder), "max_steps": 4, "learning_rate": 1e-3, "rdm_weight": 0.5,
         "per_device_train_batch_size": EXAMPLES_PER_STEP // (accumulation * world), "save_strategy": "no",
         "gradient_accumulation_steps": accumulation, "activation_checkpointing": checkpointing, "logging_steps": 1,
-        "train_sampling_strategy": "sequential", "disable_tqdm": True, "max_grad_norm": 1e9, "use_cpu": True,
+        "train_sampling_strategy": "sequential", "disable_tqdm": True, "max_grad_norm": 1e9, "use_cpu": not ON_GPU,
     }  # fmt: skip
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = launcher_precision  # what the launcher would have said
     args = HeteroFusionConfig(**(settings | more))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    os.environ["ACCELERATE_MIXED_PRECISION"] = launched
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not ON_GPU:
         # accelerate takes its FSDP path on GPUs only; on gloo it would be DDP without a word
         assert args.world_size == world
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":  # transformers partitions it while it is loaded
+        assert all(hasattr(parameter, "ds_id") for parameter in base.parameters())
     sources = [load_adapter(GOLDEN / name) for name in ("source_qwen2", "source_mistral")]
     model = perturb(HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args))
     trainer = PoisonedTrainer(model, args, train_dataset=TokenRows(16), eval_dataset=TokenRows(4, seed=5))
@@ -96,11 +104,18 @@ def train(folder: Path, **case) -> dict:
     model = trainer.fusion_model
     gradients = KeepGradients(trainer)
     trainer.add_callback(gradients)
+    spread = Spread(model)
+    trainer.add_callback(spread)
     forwards, dtypes = [], set()
-    network = model.hypernetworks.networks["q_proj_r4"]
-    network.register_forward_hook(lambda *_: forwards.append((torch.is_grad_enabled(), trainer.state.global_step)))
-    network.register_forward_hook(lambda module, args, out: dtypes.add(str(out.update.dtype)))
+
+    def count(module, args, kwargs, output):
+        dtypes.add(str(output.update.dtype))
+        if not kwargs["diagnostics"]:  # a log line runs the hypernetworks once more
+            forwards.append((torch.is_grad_enabled(), trainer.state.global_step))
+
+    handle = model.hypernetworks.networks["q_proj_r4"].register_forward_hook(count, with_kwargs=True)
     trainer.train()
+    handle.remove()
     log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
     trainer.save_model()
     return {
@@ -113,9 +128,10 @@ def train(folder: Path, **case) -> dict:
         "rdm_losses": [entry["rdm_loss"] for entry in log],
         "grad_norms": [entry["grad_norm"] for entry in log],
         "gradients": gradients.gradients,
-        "rank_spread": rank_spread(model),
+        "rank_spread": [*spread.steps, rank_spread(model)],
         "eval_loss": trainer.evaluate()["eval_loss"],
         "live_forwards": [step for live, step in forwards if live],
+        "other_forwards": [step for live, step in forwards if not live],
         "update_dtypes": sorted(dtypes),
         "base_dtypes": sorted({str(p.dtype) for n, p in model.named_parameters() if not p.requires_grad}),
     }
@@ -156,6 +172,17 @@ class Begin(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.step = state.global_step
+
+
+class Spread(TrainerCallback):
+    """Largest difference between ranks after every optimizer step."""
+
+    def __init__(self, model: HeteroFusionModel):
+        self.model = model
+        self.steps: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(rank_spread(self.model))
 
 
 class Unmoved(TrainerCallback):
@@ -226,7 +253,7 @@ def held_share(model: torch.nn.Module) -> dict[str, float]:
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    state = PartialState(cpu=True)
+    state = PartialState(cpu=not ON_GPU)
     kinds = {"train": train, "resume": resume, "poisoned": poisoned}
     results = {}
     for name, case in cases.items():

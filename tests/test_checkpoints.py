@@ -189,7 +189,7 @@ def lasts(tmp_path, monkeypatch):
         seen.append(last and last.name)
         mark_complete(folder)
 
-    monkeypatch.setattr("heterofusion.trainer.mark_complete", mark)
+    monkeypatch.setattr("heterofusion.checkpoints.mark_complete", mark)
     return seen
 
 
@@ -360,3 +360,32 @@ def test_load_best_model_at_end_and_early_stopping(tmp_path):
     for name, tensor in trainer.model.hypernetworks.state_dict().items():
         assert torch.equal(tensor, best[name]), name
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
+    """Trainer would begin a new optimizer and schedule without a word."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="--save_only_model and holds no optimizer.*--init_hypernetwork_from"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_run_that_stopped_early_does_not_go_on_when_resumed(tmp_path):
+    """Killed in its export, say: the last checkpoint is that of its end."""
+
+    def early(**more):
+        options = {"eval_dataset": TokenRows(4, seed=5), "callbacks": [EarlyStoppingCallback(1)]}
+        return make_trainer(
+            tmp_path, trainer_options=options, max_steps=8, learning_rate=0.3, eval_strategy="steps", eval_steps=1,
+            save_strategy="steps", save_steps=1, load_best_model_at_end=True, **more,
+        )  # fmt: skip
+
+    whole = early()
+    whole.train()
+    stopped = whole.state.global_step
+    assert stopped < 8
+    again = early()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == stopped
+    for a, b in zip(whole.model.hypernetworks.parameters(), again.model.hypernetworks.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -79,6 +79,30 @@ def test_engines_that_would_cast_the_hypernetworks_raise():
         plugin = zero(**{name: {"enabled": True}})
         with pytest.raises(ValueError, match="DeepSpeed with mixed precision would cast"):
             check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
+
+
+def test_compiling_and_other_parallelism_raise():
+    """Both can come from the accelerate config, past the flags."""
+    plugin = SimpleNamespace(backend=DynamoBackend.INDUCTOR)
+    with pytest.raises(ValueError, match="INDUCTOR"):
+        check_engine(accelerator(DistributedType.NO, dynamo_plugin=plugin))
+    engine = accelerator(DistributedType.MULTI_GPU, dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
+    check_engine(engine)
+    engine.parallelism_config = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+    with pytest.raises(ValueError, match="context and sequence parallelism"):
+        check_engine(engine)
+
+
+def test_fsdp_that_became_ddp_is_said(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_engine(accelerator(DistributedType.MULTI_CPU))
+    assert "this is plain DDP" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["bf16_full_eval", "fp16_full_eval", "torch_compile"])
+def test_flags_that_would_cast_or_compile_the_hypernetworks_raise(tmp_path, flag):
+    with pytest.raises(ValueError, match=f"--{flag}"):
+        make_args(tmp_path, **{flag: True})
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])

@@ -139,7 +139,7 @@ IN_A_SAVE = {
     "half of the optimizer": {"at": "torch:save", "when": "half"},
     "after the optimizer": {"at": "torch:save", "when": "after"},
     "half of the trainer's state": {"at": "transformers.trainer_callback:TrainerState.save_to_json", "when": "half"},
-    "before the marker": {"at": "heterofusion.trainer:mark_complete"},
+    "before the marker": {"at": "heterofusion.checkpoints:mark_complete"},
     "in the marker": {"at": "os:fsync", "when": "after"},
 }
 
@@ -206,7 +206,7 @@ def test_killed_while_older_checkpoints_go(runs, whole, tmp_path):
 def test_the_last_complete_checkpoint_goes_only_when_there_is_another(runs, whole, tmp_path):
     out = tmp_path / "out"
     limit = {"save_total_limit": 1}
-    runs.killed(out, {"at": "heterofusion.trainer:mark_complete", **SECOND_SAVE}, **limit)
+    runs.killed(out, {"at": "heterofusion.checkpoints:mark_complete", **SECOND_SAVE}, **limit)
     assert last(out) == "checkpoint-2"
     assert_same(runs.resumed(out, **limit), whole)
 
@@ -227,7 +227,7 @@ def test_killed_again_and_again(runs, whole, tmp_path):
 
 def test_killed_before_there_is_a_checkpoint(runs, whole, tmp_path):
     out = tmp_path / "out"
-    runs.killed(out, {"at": "heterofusion.trainer:mark_complete"})
+    runs.killed(out, {"at": "heterofusion.checkpoints:mark_complete"})
     error = runs.refused(out, resume_from_checkpoint=True)
     assert str(out) in error and "not finished" in error and "--overwrite true" in error
     assert_same(runs.finished(out, overwrite=True), whole)
@@ -246,7 +246,7 @@ def test_best_hypernetworks_are_exported_after_any_kill(runs, tmp_path):
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 2 and last(tmp_path / "whole") == "checkpoint-2"
     faults = (
-        {"at": "heterofusion.trainer:mark_complete", "within": (SAVE, 3)},
+        {"at": "heterofusion.checkpoints:mark_complete", "within": (SAVE, 3)},
         {"at": "os:unlink", "when": "after", "within": (ROTATE, 3)},  # checkpoint-4
         {"at": "heterofusion.trainer:load_hypernetworks"},
         IN_THE_EXPORT["between two moves"],
@@ -280,7 +280,7 @@ def files(out: Path) -> dict[str, bytes]:
 def test_disk_full_in_a_save(runs, whole, earlier, part, limit):
     """Files cannot grow beyond a limit: of 0.6 MB for hypernetworks, 1.3 MB of optimizer states."""
     before = files(earlier)
-    at = {"at": "heterofusion.trainer:mark_complete"} if part == "marker" else {"at": SAVE}
+    at = {"at": "heterofusion.checkpoints:mark_complete"} if part == "marker" else {"at": SAVE}
     error = runs.refused(earlier, {**at, "call": 2, "do": "limit_files", "value": limit}, overwrite=True)
     assert f"checkpoint {earlier / 'checkpoint-4'} could not be written" in error
     assert f"the last good checkpoint is {earlier / 'checkpoint-2'}" in error

@@ -72,7 +72,12 @@ def test_hypernetwork_forward():
     source, source_singular = describe_blocks(data["in.source_blocks"])
     close(target_singular, data["in.target_singular_values"])
     close(source_singular, data["in.source_singular_values"])
-    out = network(HypernetworkInput(target, target_singular, source, source_singular), diagnostics=True)
+    blocks, descriptors = (
+        torch.cat([first.flatten(0, 1), second.flatten(0, 1)])
+        for first, second in ((target, source), (target_singular, source_singular))
+    )
+    inputs = HypernetworkInput(blocks, descriptors, *target.shape[:2])
+    out = network(inputs, diagnostics=True)
     close(out.target_embedding, data["out.target_embedding"])
     close(out.source_embedding, data["out.source_embedding"])
     close(out.attention, data["out.attention"])

@@ -48,23 +48,30 @@ def network(request):
 
 def inputs(modules=3, target=4, source=7, block=6, rank=3):
     torch.manual_seed(1)
-    return HypernetworkInput(
+    return (
         torch.randn(modules, target, block * rank), torch.rand(modules, target, rank),
         torch.randn(modules, source, block * rank), torch.rand(modules, source, rank),
     )  # fmt: skip
 
 
+def join(target, target_descriptors, source, source_descriptors, **masks) -> HypernetworkInput:
+    blocks, descriptors = (
+        torch.cat([first.flatten(0, 1), second.flatten(0, 1)])
+        for first, second in ((target, source), (target_descriptors, source_descriptors))
+    )
+    return HypernetworkInput(blocks, descriptors, *target.shape[:2], **masks)
+
+
 def test_padding_changes_nothing(network):
     """One padded, masked batch gives what each module gives alone."""
     net, shared = network
-    batch = inputs()
-    target, target_s, source, source_s, *_ = batch
+    target, target_s, source, source_s = inputs()
     lengths = (7, 3, 5)
     mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
-    out = net(batch._replace(source_mask=mask), shared=shared, diagnostics=True)
+    out = net(join(*inputs(), source_mask=mask), shared=shared, diagnostics=True)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
-        part = HypernetworkInput(target[one], target_s[one], source[one, :length], source_s[one, :length])
+        part = join(target[one], target_s[one], source[one, :length], source_s[one, :length])
         alone = net(part, shared=shared, diagnostics=True)
         torch.testing.assert_close(out.update.view(3, 4, 6, 3)[row], alone.update, atol=1e-6, rtol=0)
         torch.testing.assert_close(out.attention[row, :, :length], alone.attention[0], atol=1e-6, rtol=0)
@@ -74,9 +81,9 @@ def test_padding_changes_nothing(network):
 def test_decode_index_selects_blocks(network):
     net, shared = network
     batch = inputs()
-    everything = net(batch, shared=shared).update
+    everything = net(join(*batch), shared=shared).update
     index = torch.tensor([1, 3, 8])
-    found = net(batch._replace(decode_index=index), shared=shared).update
+    found = net(join(*batch, decode_index=index), shared=shared).update
     torch.testing.assert_close(found, everything[index], atol=1e-6, rtol=0)
 
 
@@ -85,7 +92,7 @@ def test_first_prediction_is_zero_and_gate_is_clamped():
         networks = HyperNetworks({"q_proj_r3": 3}, small(form, mu_gate=0.5))
         net = networks.networks["q_proj_r3"]
         batch = inputs()
-        assert not net(batch, shared=networks.shared).update.any()
+        assert not net(join(*batch), shared=networks.shared).update.any()
         _, gate = net.encode(batch[0], 100 * batch[1], networks.shared)
         assert gate.min() == 0 and gate.max() == 1
 
@@ -118,7 +125,7 @@ def test_initialization_is_xavier_with_zero_biases():
 def test_too_long_sequence_raises(rank, changes):
     networks = HyperNetworks({"x_r3": rank}, small(max_position_embeddings=5, **changes))
     with pytest.raises(ValueError, match="max_position_embeddings 5"):
-        networks.networks["x_r3"](inputs(), shared=networks.shared)
+        networks.networks["x_r3"](join(*inputs()), shared=networks.shared)
 
 
 def test_compact_model_shares_factors_between_roles_and_trains_them(base, target, sources):

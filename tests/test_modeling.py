@@ -207,7 +207,7 @@ def test_bfloat16_base_keeps_hypernetworks_in_fp32(target, sources):
     model = perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY)))
     seen = []
     for network in model.hypernetworks.networks.values():
-        network.register_forward_hook(lambda module, args, out: seen.append((args[0][0].dtype, out.update.dtype)))
+        network.register_forward_hook(lambda module, args, out: seen.append((args[0].blocks.dtype, out.update.dtype)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**token_batch()).loss
     loss.backward()
@@ -306,3 +306,19 @@ def test_initialization_is_seeded_and_leaves_the_global_generator(base, target, 
     name = "networks.q_proj_r4.features.views.weight"
     assert torch.equal(a.hypernetworks.state_dict()[name], b.hypernetworks.state_dict()[name])
     assert not torch.equal(a.hypernetworks.state_dict()[name], c.hypernetworks.state_dict()[name])
+
+
+def test_mode_is_set_again_after_someone_changed_it(model):
+    """Trainer sets it in every micro-batch, so it is skipped where nothing changed."""
+    layer = model.get_base_model().model.layers[0]
+    model.train()
+    assert model.hypernetworks.training and layer.training and not layer.mlp.training
+    model.get_base_model().train()
+    assert layer.mlp.training
+    model.train()
+    assert not layer.mlp.training and layer.training
+    model.eval()
+    assert not model.hypernetworks.training and not layer.training
+    model.hypernetworks.train()
+    model.eval()
+    assert not model.hypernetworks.training

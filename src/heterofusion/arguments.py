@@ -57,12 +57,6 @@ class RunArguments:
         default=False,
         metadata={"help": "Write into an output_dir that is not empty; checkpoints and files of the same name go."},
     )
-    keep_freed_pages: bool = field(
-        default=False,
-        metadata={
-            "help": "On a CPU, keep the pages of freed tensors: faster steps with large hypernetworks, more memory."
-        },
-    )
     dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})
     init_hypernetwork_from: str | None = field(
         default=None,

@@ -36,9 +36,15 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
     for key, tensor in adapter.extra_tensors.items():
         path = key.removeprefix(PREFIX)
         try:
-            expected = model.get_parameter(path).shape
+            parameter = model.get_parameter(path)
         except AttributeError:
             continue  # PEFT says what it cannot place
+        if hasattr(parameter, "ds_id"):
+            raise AdapterError(
+                f"target adapter {adapter.folder} holds {path}, which cannot be loaded into a base that ZeRO-3 has "
+                "partitioned; use FSDP2, ZeRO-2 or DDP"
+            )
+        expected = parameter.shape
         if expected != tensor.shape:
             raise AdapterError(
                 f"base model {name}: {path} is {tuple(expected)}, but target adapter {adapter.folder} holds "

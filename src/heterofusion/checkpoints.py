@@ -10,12 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
 
 from heterofusion.config import MethodConfig
 from heterofusion.engines import load_whole_tensors, whole_tensors
@@ -59,7 +60,9 @@ def save_hypernetworks(
         NonFiniteError: a weight is not finite, and nothing was written; names the roles. A step whose loss and
             gradient are finite makes such weights if its learning rate is out of proportion.
     """
-    state = whole_tensors(model.hypernetworks.named_parameters())
+    state = whole_tensors(model.hypernetworks.named_parameters(), keep=write)
+    if not write:
+        return
     folder = Path(folder)
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
@@ -68,14 +71,38 @@ def save_hypernetworks(
             f"{folder.absolute()} is not saved: weights of {', '.join(dict.fromkeys(names))} are not finite; "
             f"{last_good(folder.parent)}. Lower --learning_rate"
         )
-    if not write:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     identity = {**fusion_identity(model.plan, model.hypernetworks.config, model.method), **(engine or {})}
     partial = folder / f"{HYPERNETWORKS_FILE}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    try:
+        save_file(state, partial, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{folder / HYPERNETWORKS_FILE} could not be written ({error})") from error
     (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / HYPERNETWORKS_FILE)
+
+
+@contextlib.contextmanager
+def new_checkpoint(folder: Path, main: bool, wait_for_everyone: Callable[[], None]) -> Iterator[None]:
+    """Save a checkpoint in here, on all ranks together; its last file then says that it is complete.
+
+    Args:
+        folder: the checkpoint; what a killed run left there goes, it must not mix with this one.
+        main: whether this rank clears and marks.
+        wait_for_everyone: barrier of all ranks, which write their own parts.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    if main and folder.exists():
+        shutil.rmtree(folder)
+    wait_for_everyone()
+    with failing_writes(folder):
+        yield
+        wait_for_everyone()
+        if main:
+            mark_complete(folder)
 
 
 def mark_complete(folder: str | Path) -> None:
@@ -105,7 +132,18 @@ def failing_writes(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}") from error
+        message = f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}"
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # programs print the errors of the first rank alone
+            logger.error("rank %s: %s", os.environ.get("RANK"), message)
+        raise OSError(message) from error
+
+
+def stopped_early(folder: str | Path) -> bool:
+    """Whether a checkpoint was the last of a run that a callback had stopped before its last step."""
+    path = Path(folder) / TRAINER_STATE_NAME
+    state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
 
 
 def nonfinite_error(reason: str | None, output_dir: str | Path) -> NonFiniteError:
@@ -175,6 +213,11 @@ def check_checkpoint(
     """
     folder = Path(folder).absolute()
     check_hypernetworks(folder, {**fusion_identity(plan, sizes, method), **(engine or {})})
+    if read_identity(folder).get("save_only_model"):
+        raise ValueError(
+            f"{folder} was saved with --save_only_model and holds no optimizer to resume with; start anew from its "
+            "hypernetworks with --init_hypernetwork_from"
+        )
     lack = missing_part(folder)
     if lack is not None:
         raise ValueError(f"{folder} is not a complete checkpoint: {lack}; resume from another one")

@@ -225,6 +225,9 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             ("eval_steps", 0, False),
         ):
             check_range(name, getattr(self, name), low, strict)
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} would cast the hypernetworks, which must stay float32: leave it out")
         if self.neftune_noise_alpha is not None:
             raise ValueError("--neftune_noise_alpha is set, but the base stays in eval mode in a fusion: leave it out")
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +29,10 @@ ONCE_PER_WINDOW = {
     DistributedType.DEEPSPEED,
     DistributedType.FSDP,
 }
+_CASTS = (
+    "{engine} with mixed precision would cast the hypernetworks, which must stay float32; leave bf16 and fp16 out of "
+    "its config: with --bf16 true, or --dtype bfloat16, the frozen base alone is bfloat16"
+)
 DATA_PARALLEL = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
@@ -63,8 +67,17 @@ def check_engine(accelerator: Accelerator) -> None:
 
     Raises:
         ValueError: FSDP1, FSDP that does not wrap by layers or loads on one rank only; DeepSpeed or FSDP that would
-            cast the hypernetworks.
+            cast the hypernetworks; compiling; tensor, context or sequence parallelism.
     """
+    dynamo = getattr(accelerator.state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise ValueError(
+            f"compiling the model ({dynamo.backend.value}) is not supported: the micro-batches of an accumulation "
+            "window pass the compiled wrapper by; leave dynamo_config out of the accelerate config"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError("tensor, context and sequence parallelism are not supported; leave parallelism_config out")
     if accelerator.distributed_type in DATA_PARALLEL and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         logger.warning("accelerate runs FSDP on GPUs only: this is plain DDP, every rank holds the whole base")
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -87,12 +100,6 @@ def check_engine(accelerator: Accelerator) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
             raise ValueError(_CASTS.format(engine="DeepSpeed"))
-
-
-_CASTS = (
-    "{engine} with mixed precision would cast the hypernetworks, which must stay float32; leave bf16 and fp16 out of "
-    "its config: with --bf16 true, or --dtype bfloat16, the frozen base alone is bfloat16"
-)
 
 
 def _wraps_by_class(plugin: object) -> bool:
@@ -170,20 +177,23 @@ def _gathered(parameter: Tensor, modified: bool = False) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole_tensors(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
     """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together.
 
     Args:
         parameters: names and parameters, in the same order on all ranks.
+        keep: whether this rank wants them; the others only take part, and get an empty dictionary.
     """
     state = {}
     for name, parameter in parameters:
         if _partitioned_by_zero(parameter):
             with _gathered(parameter):
-                state[name] = parameter.to("cpu", copy=True)
+                if keep:
+                    state[name] = parameter.to("cpu", copy=True)
         else:
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            state[name] = whole.to("cpu", copy=True)
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heterofusion.large_linear import LargeLinear
+
 PRESETS = ("paper", "compact")
 
 
@@ -88,23 +90,28 @@ class HypernetworkConfig:
 
 
 class HypernetworkInput(NamedTuple):
-    """What one hypernetwork reads.
+    """What one hypernetwork reads. Blocks of target and sources are one batch, so that each matrix is used once.
 
     Attributes:
-        target_blocks: (M, N_t, b * r), standardized.
-        target_descriptors: (M, N_t, r) singular values.
-        source_blocks: (M, N_s, b * r), standardized.
-        source_descriptors: (M, N_s, r).
+        blocks: (M * N_t + M * N_s, b * r), standardized; those of the target first.
+        descriptors: (M * N_t + M * N_s, r) singular values.
+        modules: M.
+        target_length: N_t.
         source_mask: (M, N_s) bool, True at real blocks; None if all are.
         decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
     """
 
-    target_blocks: Tensor
-    target_descriptors: Tensor
-    source_blocks: Tensor
-    source_descriptors: Tensor
+    blocks: Tensor
+    descriptors: Tensor
+    modules: int
+    target_length: int
     source_mask: Tensor | None = None
     decode_index: Tensor | None = None
+
+    def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut a batch like `blocks` into that of the target, (M, N_t, ...), and that of the sources, (M, N_s, ...)."""
+        first = self.modules * self.target_length
+        return tuple(part.unflatten(0, (self.modules, -1)) for part in (batch[:first], batch[first:]))
 
 
 class HypernetworkOutput(NamedTuple):
@@ -135,9 +142,8 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A Linear of zeros: predictions start at 0, so training starts from the target adapter exactly."""
-    layer = nn.Linear(inputs, outputs)
+def _zero(layer: nn.Linear) -> nn.Linear:
+    """Set a layer to zeros: predictions start at 0, so training starts from the target adapter exactly."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -167,7 +173,7 @@ class DenseFeatures(nn.Module):
         size, e = config.block_size * rank, config.embed_dim
         self.norm_weight = nn.Parameter(torch.ones(size))  # the affine half of the input LayerNorm
         self.norm_bias = nn.Parameter(torch.zeros(size))
-        self.views = nn.Linear(size, 2 * e)
+        self.views = LargeLinear(size, 2 * e)
         for half in self.views.weight.detach().split(e):
             nn.init.xavier_uniform_(half)
         nn.init.zeros_(self.views.bias)
@@ -199,7 +205,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.rank = rank
         self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero_linear(config.embed_dim, config.block_size * rank)
+        self.output = _zero(LargeLinear(config.embed_dim, config.block_size * rank))
 
     def forward(self, z: Tensor, shared: SharedFactors | None) -> Tensor:
         return self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.rank))  # (..., b, r)
@@ -213,7 +219,7 @@ class FactorizedDecoder(nn.Module):
         self.rank = rank
         self.columns = config.column_features
         self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero_linear(config.embed_dim, config.row_features * config.column_features)
+        self.output = _zero(nn.Linear(config.embed_dim, config.row_features * config.column_features))
 
     def forward(self, z: Tensor, shared: SharedFactors) -> Tensor:
         core = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., k, m)
@@ -264,12 +270,12 @@ class HyperNetwork(nn.Module):
         """Embed blocks.
 
         Args:
-            blocks: (M, N, b * r), standardized.
-            descriptors: (M, N, r) singular values.
+            blocks: (..., b * r), standardized.
+            descriptors: (..., r) singular values.
             shared: factors of the compact form.
 
         Returns:
-            Embedding and gate, each (M, N, e).
+            Embedding and gate, each (..., e).
         """
         gate = torch.clamp(torch.relu(self.gate(descriptors) + self.mu_gate), 0.0, 1.0)
         return self.fusion_norm(self.features(blocks, shared) * gate), gate
@@ -284,8 +290,8 @@ class HyperNetwork(nn.Module):
             shared: factors of the compact form.
             diagnostics: also give the attention map and the source gate.
         """
-        z_target, _ = self.encode(inputs.target_blocks, inputs.target_descriptors, shared)
-        z_source, gate = self.encode(inputs.source_blocks, inputs.source_descriptors, shared)
+        embedding, gate = self.encode(inputs.blocks, inputs.descriptors, shared)
+        z_target, z_source = (z.clone() for z in inputs.split(embedding))  # FSDP2 takes no views for outputs
         queries = self._heads(self.q_proj(z_target + self.positions(z_target.shape[1])))
         located = z_source + self.positions(z_source.shape[1])
         keys, values = self._heads(self.k_proj(located)), self._heads(self.v_proj(located))
@@ -298,7 +304,9 @@ class HyperNetwork(nn.Module):
         if not diagnostics:
             return HypernetworkOutput(update, z_target, z_source, None, None, None)
         attention = self._attention_map(queries, keys, mask)
-        return HypernetworkOutput(update, z_target, z_source, attention, gate, self.alpha.detach().clone())
+        return HypernetworkOutput(
+            update, z_target, z_source, attention, inputs.split(gate)[1], self.alpha.detach().clone()
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (M, h, N, e / h)
@@ -325,7 +333,7 @@ class HyperNetworks(nn.Module):
         self, groups: Mapping[str, HypernetworkInput], diagnostics: bool = False
     ) -> dict[str, HypernetworkOutput]:
         """Run all hypernetworks, in float32 whatever autocast is on; see `HyperNetwork.forward`."""
-        device = next(iter(groups.values())).target_blocks.device
+        device = next(iter(groups.values())).blocks.device
         with torch.autocast(device.type, enabled=False):
             return {
                 name: network(groups[name], shared=self.shared, diagnostics=diagnostics)

@@ -7,7 +7,7 @@ stays in place until the next forward, so activation checkpointing recomputes wi
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -50,7 +50,7 @@ class LiveUpdates:
         by_module: the installed updates `alpha * dB` by module path, each (out_features, rank) float32.
         device: where the hypernetworks run, if that is not where their parameters lie: engines may offload those.
         average_over_ranks: whether `close_window` averages the updates' gradients over all ranks, so that those of
-            the hypernetworks need no reduction: they come out alike everywhere.
+            the hypernetworks need no reduction: every rank computes the same from it.
         finite: per group, whether the gradient of the last closed window was finite: (,) bool, on the device.
         finite_updates: the same of the updates that the last training forward predicted.
         seconds: wall-clock time of the hypernetworks' training forwards so far (on a GPU, of launching them); reset
@@ -182,7 +182,9 @@ class LiveUpdates:
         device = self.device or next(self.networks.parameters()).device
         if device != self._placed_on:
             self.contexts = {name: context.to(device) for name, context in self.contexts.items()}
-            self._constants = {name: _constants(context) for name, context in self.contexts.items()}
+            self._constants = {}
+            for name in self.contexts:
+                self.contexts[name], self._constants[name] = _joined(self.contexts[name])
             self._placed_on = device
         return self._constants
 
@@ -242,14 +244,26 @@ class LiveUpdates:
         return lora_B.register_forward_hook(add_update)
 
 
-def _constants(context: GroupContext) -> _Constants:
+def _joined(context: GroupContext) -> tuple[GroupContext, _Constants]:
+    """The context with its tensors as views of one batch, and what the hypernetwork reads of it."""
     device = context.decode_index.device
     target, source = context.target, context.source
     inputs = HypernetworkInput(
-        target.blocks, target.descriptors, source.blocks, source.descriptors, source.mask, context.decode_index
+        torch.cat([target.blocks.flatten(0, 1), source.blocks.flatten(0, 1)]),
+        torch.cat([target.descriptors.flatten(0, 1), source.descriptors.flatten(0, 1)]),
+        target.blocks.shape[0],
+        target.blocks.shape[1],
+        source.mask,
+        context.decode_index,
     )
+    blocks, descriptors = inputs.split(inputs.blocks), inputs.split(inputs.descriptors)
+    views = [
+        replace(part, blocks=blocks[index], descriptors=descriptors[index])
+        for index, part in enumerate((target, source))
+    ]
     rows = tuple(None if item.target.rows is None else item.target.rows.to(device) for item in context.members)
-    return _Constants(inputs, (target.real_index(), source.real_index()), rows)
+    constants = _Constants(inputs, (target.real_index(), source.real_index()), rows)
+    return replace(context, target=views[0], source=views[1]), constants
 
 
 def _mix(seed: int, step: int, index: int) -> int:

@@ -105,6 +105,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init).float()
         self.plan = plan
         self.method = method
+        self._mode_set = False
         self._load_target(plan.target)
         contexts = build_contexts(plan, sizes.block_size, method.canonicalize)
         self.updates = LiveUpdates(self.hypernetworks, contexts, method, seed)
@@ -183,7 +184,12 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
         The decoder layers themselves carry the flag, since transformers checkpoints activations only where it is set.
         """
+        settled = self.training == mode == self.hypernetworks.training
+        base: Any = self.get_base_model()
+        if settled and self._mode_set and not base.get_input_embeddings().training:
+            return self  # Trainer calls this in every micro-batch
         super().train(False)
+        self._mode_set = True
         self.training = mode
         self.hypernetworks.train(mode)
         for module in self.base_model.modules():
@@ -205,6 +211,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
                 "reentrant activation checkpointing gives the hypernetworks no gradient; set use_reentrant=False"
             )
         base: Any = self.get_base_model()
+        self._mode_set = False
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
 
     # ---- live updates -------------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             hook.remove()
         for config, name, rate in self._dropout:
             setattr(config, name, rate)
-        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout"):
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout", "_mode_set"):
             delattr(self, name)
         for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward
             self.__dict__.pop(name, None)

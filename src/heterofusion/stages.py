@@ -26,7 +26,7 @@ from heterofusion.topology import AlignmentPlan
 ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, HeteroFusionConfig)
 WHOLE_RUN = (
     *ModelArguments.__dataclass_fields__, "target_adapter", "target_revision", "output_dir", "overwrite", "dry_run",
-    "keep_freed_pages", "resume_from_checkpoint", "init_hypernetwork_from", "push_to_hub", "hub_model_id", "hub_token",
+    "resume_from_checkpoint", "init_hypernetwork_from", "push_to_hub", "hub_model_id", "hub_token",
     "hub_private_repo", "hub_revision",
 )  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")

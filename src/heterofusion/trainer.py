@@ -6,7 +6,6 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from heterofusion.base_model import cast_base, refuse_reentrant_checkpointing
 from heterofusion.checkpoints import (
     check_checkpoint,
-    failing_writes,
     last_complete_checkpoint,
     load_hypernetworks,
-    mark_complete,
+    new_checkpoint,
     nonfinite_error,
     save_hypernetworks,
+    stopped_early,
 )
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.data import make_collator
@@ -98,7 +97,7 @@ class HeteroFusionTrainer(Trainer):
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
         self._means = WindowMeans()
         self._skipped = 0
-        self._once_per_window = False
+        self._once_per_window = self._stopped_early = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
         self.replay_record = replay_record or {}
         self.run_record = run_record or {}
@@ -141,6 +140,7 @@ class HeteroFusionTrainer(Trainer):
                 model.method,
                 engine_record(self.accelerator),
             )
+        self._stopped_early = bool(resume_from_checkpoint) and stopped_early(str(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- objective ----------------------------------------------------------------------------------------------
@@ -266,7 +266,8 @@ class HeteroFusionTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would make one step more
+        # resumed at the end: Trainer would make one step more
+        if self._stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -277,6 +278,8 @@ class HeteroFusionTrainer(Trainer):
             self.control.should_log = True
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._raise_if_not_finite()
+        if self.control.should_evaluate or self.control.should_save:
+            self._align_ranks()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -292,7 +295,7 @@ class HeteroFusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
-        if not model.training:
+        if not self.fusion_model.training:  # DeepSpeed's engine does not tell
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         closes_window = self.accelerator.sync_gradients
         if closes_window and self.args.rdm_weight > 0:
@@ -329,12 +332,14 @@ class HeteroFusionTrainer(Trainer):
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer)."""
+        """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer).
+
+        All ranks together; rank 0 writes.
+        """
         if _internal_call:
             if output_dir is not None:
-                save_hypernetworks(
-                    self.fusion_model, output_dir, engine_record(self.accelerator), self.args.should_save
-                )
+                record = engine_record(self.accelerator) | {"save_only_model": self.args.save_only_model}
+                save_hypernetworks(self.fusion_model, output_dir, record, self.args.should_save)
             return
         self.export(output_dir or str(self.args.output_dir))
 
@@ -355,16 +360,10 @@ class HeteroFusionTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"
         main = self.args.should_save
-        if main and folder.exists():  # what a killed run left must not mix with this one
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
         try:
-            with failing_writes(folder):
+            with new_checkpoint(folder, main, self.accelerator.wait_for_everyone):
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()  # ranks write their own parts
-                if main:
-                    mark_complete(folder)
         finally:
             self.args.save_total_limit = limit
         if main:

@@ -42,14 +42,14 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 def test_readme_flags_exist():
     """Every --flag in the README and the recipes' README belongs to a recipe (or to accelerate launch)."""
     known = set()
-    for path in RECIPES.glob("*.py"):
+    for path in RECIPES.rglob("*.py"):
         known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
     for kind in (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments):
         known |= set(kind.__dataclass_fields__)
     known |= {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
-    for page in (ROOT / "README.md", RECIPES / "README.md"):
+    for page in (ROOT / "README.md", *RECIPES.rglob("README.md")):
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
-        assert flags <= known, f"{page.name}: {sorted(flags - known)}"
+        assert flags <= known, f"{page}: {sorted(flags - known)}"
 
 
 @pytest.mark.slow

@@ -96,6 +96,53 @@ def test_macro_is_the_mean_over_types():
     assert scores["f1"] == pytest.approx(2 * 2 / (3 + 4))
 
 
+@pytest.mark.parametrize(
+    ("answer", "failures"),
+    [
+        ("works for: Anna, Karl", 0),
+        ("None", 0),
+        ("works for: Anna, Karl, the younger; leads: Eva,Karl", 0),  # a comma in a span
+        ("works for: Anna", 1),
+        ("works for: Anna,", 1),
+        ("works for: , Karl", 1),
+        ("works for: Anna, Karl; leads: Eva", 1),
+        ("Anna, Karl", 1),
+        ("", 1),
+    ],
+)
+def test_relations_without_head_or_tail_break_the_format(answer, failures):
+    references = ["works for: Anna, Karl"]
+    assert UIEF1("RE").compute(predictions=[answer], references=references)["format_failure_rate"] == failures
+    others = UIEF1("NER").compute(predictions=[answer], references=references)
+    assert others == UIEF1("ET").compute(predictions=[answer], references=references)
+    assert others == score_answers([answer], references)
+    assert others["f1"] == score_answers([answer], references, "RE")["f1"]
+
+
+def test_macro_by_type_of_relations_and_of_equal_spans():
+    # one span under two types is two items; a relation's type ends at the first colon
+    references = ["part: bolt; material: bolt", "Live in: Anna, Rome : north"]
+    predictions = ["part: bolt; part: bolt", "live in: Anna, Rome: north; Kill: Anna, Karl"]
+    scores = score_answers(predictions, references)
+    assert (scores["true_positives"], scores["num_predicted"], scores["num_expected"]) == (2, 3, 3)
+    assert scores["macro_f1"] == pytest.approx((1 + 0 + 1 + 0) / 4)  # part, material, live in, kill
+    assert scores["sample_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
+def test_unknown_kind_raises():
+    with pytest.raises(ValueError, match="'EE' is no kind of extraction; choose one of NER, RE, ET"):
+        UIEF1("EE")
+    with pytest.raises(ValueError, match="'re' is no kind"):
+        score_answers(["None"], ["None"], "re")
+
+
+def test_answers_that_are_no_strings_raise():
+    with pytest.raises(ValueError, match=r"predictions\[1\] is None; give a string, '' where there is no answer"):
+        UIEF1().compute(predictions=["None", None], references=["None", "None"])
+    with pytest.raises(ValueError, match=r"references\[0\] is 3"):
+        score_answers(["None"], [3])
+
+
 def test_unequal_lengths_raise():
     with pytest.raises(ValueError, match="1 predictions for 2 references"):
         score_answers(["None"], ["None", "None"])

@@ -71,7 +71,7 @@ def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
             f"it: give every record the columns {' and '.join(FORMATS[format])}"
         )
     if format == "text":
-        return "", _string(record["text"], "text")
+        return "", check_string(record["text"], "text")
     if format == "messages":
         return [], _messages(record["messages"], "messages")
     if format == "alpaca":
@@ -81,7 +81,7 @@ def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
     if isinstance(record["prompt"], list) != isinstance(record["completion"], list):
         found = f"{type_name(record['prompt'])} and {type_name(record['completion'])}"
         raise ValueError(f"`prompt` and `completion` are {found}: make both strings or both lists of messages")
-    return _string(record["prompt"], "prompt"), _string(record["completion"], "completion")
+    return check_string(record["prompt"], "prompt"), check_string(record["completion"], "completion")
 
 
 def render(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -174,9 +174,9 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    prompt, output = _string(record["instruction"], "instruction"), _string(record["output"], "output")
+    prompt, output = check_string(record["instruction"], "instruction"), check_string(record["output"], "output")
     # `input` and `history` are optional columns: tables hold null where a record has none.
-    extra = _string(record["input"], "input") if record.get("input") is not None else ""
+    extra = check_string(record["input"], "input") if record.get("input") is not None else ""
     if extra.strip() and extra not in prompt:
         prompt = f"{prompt}\n{extra}"
     turns: list[Message] = []
@@ -187,8 +187,8 @@ def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
         if not isinstance(pair, list) or len(pair) != 2:
             found = f"a list of {len(pair)}" if isinstance(pair, list) else type_name(pair)
             raise ValueError(f"`history[{i}]` is {found}: make it a pair [prompt, answer]")
-        turns.append({"role": "user", "content": _string(pair[0], f"history[{i}][0]")})
-        turns.append({"role": "assistant", "content": _string(pair[1], f"history[{i}][1]")})
+        turns.append({"role": "user", "content": check_string(pair[0], f"history[{i}][0]")})
+        turns.append({"role": "assistant", "content": check_string(pair[1], f"history[{i}][1]")})
     return [*turns, {"role": "user", "content": prompt}], [{"role": "assistant", "content": output}]
 
 
@@ -202,12 +202,21 @@ def _messages(value: Any, field: str) -> list[Message]:
         for key in ("role", "content"):
             if key not in message:
                 raise ValueError(f"`{field}[{i}]` has no `{key}` (found: {', '.join(message) or 'none'}): add it")
-            _string(message[key], f"{field}[{i}].{key}")
+            check_string(message[key], f"{field}[{i}].{key}")
         messages.append({"role": message["role"], "content": message["content"]})
     return messages
 
 
-def _string(value: Any, field: str) -> str:
+def check_string(value: Any, field: str) -> str:
+    """Give back a string that a tokenizer can read.
+
+    Args:
+        value: What a record holds.
+        field: Names the field in messages.
+
+    Raises:
+        ValueError: It is no string, or has half a surrogate pair.
+    """
     if not isinstance(value, str):
         raise ValueError(f"`{field}` is {type_name(value)}: make it a string or leave the record out")
     try:

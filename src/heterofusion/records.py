@@ -1,19 +1,21 @@
 """Replay data as records: a file, a folder or a Hub id becomes rows that still know where they came from.
 
-JSON and CSV files are parsed here, so that a message can name the line and no value is re-interpreted; parquet files,
-folders and Hub ids go through `datasets`.
+JSON and CSV files are parsed here, so that a message can name the line and no value is re-interpreted; folders and
+Hub ids go through `datasets`.
 """
 
 import csv
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import parquet
 
 from heterofusion.formats import detect_format, type_name
 
@@ -37,17 +39,20 @@ class Records:
         return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"
 
 
-def load_records(name: str, config: str | None = None, split: str = "train", kind: str = "replay") -> Records:
+def load_records(
+    name: str, config: str | None = None, split: str = "train", kind: str = "replay", revision: str | None = None
+) -> Records:
     """Load one data set.
 
-    JSON and CSV files are parsed by us, so that messages can name the line and no value is re-interpreted; parquet
-    files, folders and Hub ids go through `datasets`.
+    JSON and CSV files are parsed by us, so that messages can name the line and no value is re-interpreted; folders and
+    Hub ids go through `datasets`.
 
     Args:
         name: A local file or folder, or a Hub id.
         config: Configuration of a Hub data set or a folder.
         split: Split of a Hub data set or a folder; a file has none.
         kind: "replay" or "eval", for messages.
+        revision: Commit, branch or tag of a Hub data set.
 
     Returns:
         The records; never empty.
@@ -68,7 +73,7 @@ def load_records(name: str, config: str | None = None, split: str = "train", kin
         raise ValueError(f"{kind} file {path} does not exist: check the path")
     else:
         try:
-            rows = load_dataset(name, config, split=split)
+            rows = load_dataset(name, config, split=split, revision=revision)
         # These two are what datasets and huggingface_hub raise when the Hub or the data set is out of reach.
         except (OSError, RuntimeError) as error:
             raise ValueError(
@@ -87,25 +92,53 @@ def _load_file(path: Path, label: str) -> Records:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{label} has the extension '{path.suffix}': give one of {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        return Records(label, _read_parquet(path, label))
+    text = read_text(path, label)
+    rows, lines = parse_csv(text, label) if suffix == ".csv" else parse_json(text, label, suffix == ".jsonl")
+    return Records(label, rows, lines)
+
+
+def read_text(path: Path, label: str) -> str:
+    """Text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        path: The file.
+        label: Names the file in messages.
+
+    Returns:
+        The text; never blank.
+
+    Raises:
+        ValueError: It cannot be read, is empty, or is not UTF-8.
+    """
     try:
-        content = path.read_bytes()
-        text = "" if suffix == ".parquet" else content.decode("utf-8").removeprefix("\ufeff")
+        text = _read_bytes(path, label).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{label} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}): convert it"
         ) from error
+    if not text.strip():
+        raise ValueError(f"{label} is empty: leave it out or fill it")
+    return text
+
+
+def _read_bytes(path: Path, label: str) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{label} cannot be read ({_one_line(error)}): check its permissions") from error
-    if not (content if suffix == ".parquet" else text).strip():
+
+
+def _read_parquet(path: Path, label: str) -> Dataset:
+    content = _read_bytes(path, label)
+    if not content.strip():
         raise ValueError(f"{label} is empty: leave it out or fill it")
-    if suffix == ".parquet":
-        try:
-            return Records(label, Dataset.from_parquet(str(path)))
-        except (DatasetGenerationError, OSError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"{label} is not a readable parquet file ({_one_line(cause)}): write it again") from error
-    rows, lines = parse_csv(text, label) if suffix == ".csv" else parse_json(text, label, suffix == ".jsonl")
-    return Records(label, rows, lines)
+    try:
+        # Not Dataset.from_parquet: it copies the file into the user's cache, and its bar stands beside an error.
+        return Dataset(parquet.read_table(io.BytesIO(content)))
+    except (OSError, ValueError) as error:  # what pyarrow raises are subclasses
+        raise ValueError(f"{label} is not a readable parquet file ({_one_line(error)}): write it again") from error
 
 
 def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Dataset:
@@ -149,13 +182,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def parse_json(text: str, label: str, lines_expected: bool) -> Parsed:
+def parse_json(
+    text: str, label: str, lines_expected: bool, is_record: Callable[[dict[str, Any]], Any] = detect_format
+) -> Parsed:
     """Read JSON: a list of objects, an object that holds one such list, or one object a line.
 
     Args:
         text: The file's text.
         label: Names the file in messages.
         lines_expected: Whether the extension says that there is one object a line (`.jsonl`).
+        is_record: Tells a record from an object that holds a list of records.
 
     Returns:
         The records, and their line numbers where there is one object a line.
@@ -169,17 +205,17 @@ def parse_json(text: str, label: str, lines_expected: bool) -> Parsed:
         # Not splitlines(): a JSON string may hold U+2028 and other characters that it takes for line ends.
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                rows.append(_loads(line.strip("\r"), label, number))
+                rows.append(load_json(line.strip("\r"), label, number))
                 lines.append(number)
                 if not isinstance(rows[-1], dict):
                     raise ValueError(
                         f"{label}, line {number} is {type_name(rows[-1])}, not an object: write one {{...}} object "
                         "a line"
                     )
-        if len(rows) > 1 or detect_format(rows[0]) or not _lists(rows[0]):
+        if len(rows) > 1 or is_record(rows[0]) or not _lists(rows[0]):
             return rows, lines
-    value = _loads(text, label)
-    if isinstance(value, dict) and not detect_format(value):
+    value = load_json(text, label)
+    if isinstance(value, dict) and not is_record(value):
         lists = _lists(value)
         if len(lists) != 1:
             raise ValueError(
@@ -199,7 +235,17 @@ def parse_json(text: str, label: str, lines_expected: bool) -> Parsed:
     return rows, None
 
 
-def _loads(text: str, label: str, line: int | None = None) -> Any:
+def load_json(text: str, label: str, line: int | None = None) -> Any:
+    """Parse one JSON value.
+
+    Args:
+        text: The text.
+        label: Names the file in messages.
+        line: Line of the file that the text is, if it is one.
+
+    Raises:
+        ValueError: A syntax error (with its line and column), or a value that cannot be held.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -2,6 +2,7 @@
 
 An answer is the set of its items, the strings between semicolons. Before they are compared, white space is collapsed,
 spaces around punctuation are dropped and letters are lowercased. `None` (or nothing at all) stands for the empty set.
+Named entities (NER), entity types (ET) and relations (RE) are scored alike; only what breaks the format differs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 import datasets
 import evaluate
 
+from heterofusion.evaluation.answers import check_answers
+
+KINDS = ("NER", "RE", "ET")
+
 _DESCRIPTION = "Micro, macro and per-sample F1 of extracted items, and the share of answers that break the format."
 _KWARGS_DESCRIPTION = """
 Args:
@@ -25,7 +30,8 @@ Returns:
     precision, recall, f1: over all items of the data set (micro).
     macro_f1: mean F1 over the types that occur in predictions or references.
     sample_f1: mean F1 over the examples (1 where both sides are empty).
-    format_failure_rate: share of predictions that hold something else than `type: span` items.
+    format_failure_rate: share of predictions that hold something else than `type: span` items (of the kind RE,
+        `relation: head, tail` items).
     true_positives, num_predicted, num_expected: the counts behind the micro scores.
 """
 _CITATION = ""
@@ -73,36 +79,40 @@ def parse_items(text: str) -> frozenset[str]:
     return frozenset(items - {"none"})
 
 
-def _well_formed(text: str) -> bool:
-    """Whether an answer is `None` or made of `type: span` items only."""
+def _well_formed(text: str, kind: str | None) -> bool:
+    """Whether an answer is `None` or made of `type: span` items only, of the kind RE `relation: head, tail` items."""
     whole = normalize(text)
     if whole == "none":
         return True
     items = [item for item in whole.split(";") if item]
-    return bool(items) and all(all(part for part in item.partition(":")) for item in items)
+    parts = [item.partition(":") for item in items]
+    if kind == "RE" and not all(all(span.partition(",")) for _, _, span in parts):
+        return False
+    return bool(items) and all(all(part) for part in parts)
 
 
 def _f1(true_positives: int, predicted: int, expected: int) -> float:
     return 2 * true_positives / (predicted + expected) if predicted + expected else 0.0
 
 
-def score_answers(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
+def score_answers(
+    predictions: Sequence[str], references: Sequence[str], kind: str | None = None
+) -> dict[str, float | int]:
     """Scores answers against references; what `UIEF1().compute` returns.
 
     Args:
         predictions: The generated answers.
         references: The right answers, as many.
+        kind: `"NER"`, `"RE"` or `"ET"`; without it, the items of relations are not checked for head and tail.
 
     Returns:
         The scores listed in the description of `UIEF1`. Precision, recall and F1 are 0 where their denominator is.
 
     Raises:
-        ValueError: If the two differ in length or are empty.
+        ValueError: If the two differ in length or are empty, hold something else than strings, or for an unknown kind.
     """
-    if len(predictions) != len(references):
-        raise ValueError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
-    if not predictions:
-        raise ValueError("no predictions to score")
+    _check_kind(kind)
+    check_answers(predictions, references)
     hits: Counter[str] = Counter()
     predicted: Counter[str] = Counter()
     expected: Counter[str] = Counter()
@@ -114,7 +124,7 @@ def score_answers(predictions: Sequence[str], references: Sequence[str]) -> dict
             counter.update(item.partition(":")[0] for item in items)
         both_empty = not found and not wanted
         sample_scores.append(1.0 if both_empty else _f1(len(found & wanted), len(found), len(wanted)))
-        failures += not _well_formed(prediction)
+        failures += not _well_formed(prediction, kind)
     tp, num_predicted, num_expected = hits.total(), predicted.total(), expected.total()
     types = sorted(predicted.keys() | expected.keys())
     per_type = [_f1(hits[name], predicted[name], expected[name]) for name in types]
@@ -131,15 +141,31 @@ def score_answers(predictions: Sequence[str], references: Sequence[str]) -> dict
     }
 
 
+def _check_kind(kind: str | None) -> None:
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
+
+
 class UIEF1(evaluate.Metric):
     """F1 of extraction answers as an `evaluate` metric; constructed directly, works without a network.
 
     `UIEF1().compute(predictions=[...], references=[...])` returns the dictionary of `score_answers`: micro
     `precision`, `recall` and `f1`, `macro_f1` (mean over types), `sample_f1` (mean over examples),
-    `format_failure_rate` and the counts `true_positives`, `num_predicted`, `num_expected`.
+    `format_failure_rate` and the counts `true_positives`, `num_predicted`, `num_expected`. `UIEF1("RE")` also expects
+    a head and a tail in every item; NER and ET need no such word.
+
+    Args:
+        config_name: `"NER"`, `"RE"` or `"ET"`.
+
+    Raises:
+        ValueError: For another name.
     """
 
+    def _kind(self) -> str | None:
+        return None if self.config_name == "default" else self.config_name  # "default" is evaluate's word for none
+
     def _info(self) -> evaluate.MetricInfo:
+        _check_kind(self._kind())
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -150,4 +176,4 @@ class UIEF1(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
-        return score_answers(predictions, references)
+        return score_answers(predictions, references, self._kind())

@@ -1,0 +1,171 @@
+"""Scores of GLUE as verbalized question answering: greedy answers against the words that stand for the labels.
+
+An answer is right if it is the label and nothing else; case, white space, and quotes or punctuation around it do not
+count. An answer that is no label of the task does not parse: it is wrong in every score, and the share of such answers
+is a score of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import datasets
+import evaluate
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from heterofusion.evaluation.answers import check_answers
+
+# The names GLUE gives its labels, in the order of its label numbers, as words. STS-B has a number from 0 to 5 instead.
+GLUE_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cola": ("unacceptable", "acceptable"),
+        "mnli": ("entailment", "neutral", "contradiction"),
+        "mrpc": ("not equivalent", "equivalent"),
+        "qnli": ("entailment", "not entailment"),
+        "qqp": ("not duplicate", "duplicate"),
+        "rte": ("entailment", "not entailment"),
+        "sst2": ("negative", "positive"),
+        "stsb": (),
+        "wnli": ("not entailment", "entailment"),
+    }
+)
+MAX_SIMILARITY = 5.0  # of STS-B
+
+_F1_OF = {"mrpc": "equivalent", "qqp": "duplicate"}
+_EDGES = " .,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]*"  # with curly quotes and guillemets
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+_DESCRIPTION = "Scores of one GLUE task whose labels are answered as words, and the share of answers that are none."
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: list of str, the generated answers.
+    references: list of str, the right answers: labels of the task as words; for stsb, numbers from 0 to 5.
+
+Returns:
+    accuracy: share of answers that are the right label (all tasks but stsb).
+    matthews_correlation: for cola; 0 where it is undefined.
+    f1: for mrpc (of `equivalent`) and qqp (of `duplicate`).
+    pearson, spearman: for stsb; 0 where they are undefined.
+    format_failure_rate: share of predictions that are no label, or no number from 0 to 5.
+    num_examples: number of answers.
+"""
+_CITATION = ""
+
+
+def parse_label(text: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer is, whatever its case, white space and surrounding punctuation.
+
+    Args:
+        text: An answer.
+        labels: The labels of the task, in lower case.
+
+    Returns:
+        The label, or None if the answer is something else, or says more than a label.
+    """
+    words = " ".join(text.lower().split()).strip(_EDGES)
+    return words if words in labels else None
+
+
+def parse_similarity(text: str) -> float | None:
+    """The number from 0 to 5 that an answer is.
+
+    Args:
+        text: An answer.
+
+    Returns:
+        The number, or None if the answer is something else.
+    """
+    number = text.strip().rstrip(".")
+    if not _NUMBER.fullmatch(number) or float(number) > MAX_SIMILARITY:
+        return None
+    return float(number)
+
+
+def score_glue(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
+    """Scores answers of a GLUE task; what `GLUEText(task).compute` returns.
+
+    Args:
+        task: A key of `GLUE_LABELS`.
+        predictions: The generated answers.
+        references: The right answers, as many.
+
+    Returns:
+        The scores listed in the description of `GLUEText`.
+
+    Raises:
+        ValueError: For an unknown task, answers of different number or none, or a reference that is no label.
+    """
+    _check_task(task)
+    check_answers(predictions, references)
+    labels = GLUE_LABELS[task]
+    parse: Any = (lambda text: parse_label(text, labels)) if labels else parse_similarity
+    expected = [parse(reference) for reference in references]
+    if None in expected:
+        index = expected.index(None)
+        wanted = f"one of {', '.join(labels)}" if labels else "a number from 0 to 5"
+        raise ValueError(f"references[{index}] is {references[index]!r}; an answer of {task} must be {wanted}")
+    found = [parse(prediction) for prediction in predictions]
+    scores = _label_scores(task, found, expected) if labels else _similarity_scores(found, expected)
+    return {**scores, "format_failure_rate": found.count(None) / len(found), "num_examples": len(found)}
+
+
+def _label_scores(task: str, found: list[str | None], expected: list[str]) -> dict[str, float]:
+    scores = {"accuracy": sum(a == b for a, b in zip(found, expected, strict=True)) / len(found)}
+    if task == "cola":
+        # An answer that does not parse is a class of its own: never right, and no vote for the other label either.
+        answers = [label or "" for label in found]
+        varied = len(set(answers)) > 1 and len(set(expected)) > 1
+        scores["matthews_correlation"] = float(matthews_corrcoef(expected, answers)) if varied else 0.0
+    if task in _F1_OF:
+        wanted, got = ([int(label == _F1_OF[task]) for label in labels] for labels in (expected, found))
+        scores["f1"] = float(f1_score(wanted, got, zero_division=0.0))
+    return scores
+
+
+def _similarity_scores(found: list[float | None], expected: list[float]) -> dict[str, float]:
+    # The middle of the scale says nothing; any other number in place of an answer would be a guess, good or bad.
+    answers = [MAX_SIMILARITY / 2 if number is None else number for number in found]
+    if len(set(answers)) == 1 or len(set(expected)) == 1:
+        return {"pearson": 0.0, "spearman": 0.0}
+    return {
+        "pearson": float(pearsonr(answers, expected).statistic),
+        "spearman": float(spearmanr(answers, expected).statistic),
+    }
+
+
+def _check_task(task: str) -> None:
+    if task not in GLUE_LABELS:
+        raise ValueError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
+
+
+class GLUEText(evaluate.Metric):
+    """Scores of one GLUE task as an `evaluate` metric; constructed directly, works without a network.
+
+    `GLUEText("cola").compute(predictions=[...], references=[...])` returns the dictionary of `score_glue`: `accuracy`
+    (exact match of the labels' words), for CoLA `matthews_correlation`, for MRPC and QQP `f1`, for STS-B `pearson` and
+    `spearman` instead; `format_failure_rate` and `num_examples`.
+
+    Args:
+        config_name: The task, a key of `GLUE_LABELS`.
+
+    Raises:
+        ValueError: For an unknown task, or none.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        _check_task(self.config_name)
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
+        return score_glue(self.config_name, predictions, references)

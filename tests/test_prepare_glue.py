@@ -1,0 +1,306 @@
+"""recipes/glue/prepare.py: the GLUE data sets become verbalized question answering."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from heterofusion.evaluation import GLUE_LABELS, GLUEText
+from heterofusion.preparation.glue import QUESTIONS
+from preparation_runner import check_accounts, check_replay_keeps_all, glue, prepare, texts, written
+from recipe_runner import contents, error_line, flags
+from replay_builders import write
+
+pytestmark = pytest.mark.usefixtures("logging_restored", "offline_datasets")
+
+
+def rows_of(task: str, count: int, first: int = 0) -> list[dict]:
+    """Records of a task as GLUE has them."""
+    labels = len(GLUE_LABELS[task])
+    return [
+        {
+            **{column: f"{title} number {i} ." for column, title in QUESTIONS[task].columns.items()},
+            "label": i % labels if labels else (i % 26) / 5,
+            "idx": i,
+        }
+        for i in range(first, first + count)
+    ]
+
+
+def write_task(root: Path, task: str, train=None, test=None, suffix: str = ".jsonl") -> Path:
+    folder = root / task
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), (QUESTIONS[task].test_split, test)):
+        if rows is not None:
+            write(folder / f"{split}{suffix}", rows)
+    return folder
+
+
+def as_dataset(task: str, rows: list[dict], names: list[str] | None = None) -> Dataset:
+    """Rows with the features that the Hub's files have."""
+    names = names or [label.replace(" ", "_") for label in GLUE_LABELS[task]]
+    features = {column: Value("string") for column in QUESTIONS[task].columns}
+    features["label"] = ClassLabel(names=names) if names else Value("float32")
+    return Dataset.from_list(rows, features=Features({**features, "idx": Value("int32")}))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two of the tasks, with 40 and 8 records each."""
+    root = tmp_path / "glue"
+    for task in ("cola", "rte"):
+        write_task(root, task, rows_of(task, 40), rows_of(task, 8, 100))
+    return root
+
+
+def run(data: Path | None, output: Path, **values) -> tuple[dict, str]:
+    return prepare(glue.main, output, dataset_path=data, **{"num_replay": 10, "tasks": ["cola", "rte"], **values})
+
+
+def fails(capsys, data: Path, *words: object, **values) -> str:
+    output = data.parent / "out"
+    before = contents(output)
+    argv = flags({"dataset_path": data, "output_dir": output, "tasks": ["cola"], **values})
+    line = error_line(capsys, glue.main, argv, *words)
+    assert contents(output) == before
+    return line
+
+
+# ---- what is written --------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_answers(data, tmp_path):
+    out = tmp_path / "out"
+    run(data, out)
+    assert written(out, "test/cola")[:2] == [
+        {
+            "prompt": "Is this sentence acceptable English grammar?\nOption: unacceptable, acceptable\n"
+            f"Sentence: Sentence number {number} .\nAnswer:",
+            "completion": completion,
+            "task": "cola",
+            "kind": "GLUE",
+        }
+        for number, completion in ((100, " unacceptable"), (101, " acceptable"))
+    ]
+    assert written(out, "test/rte")[1] == {
+        "prompt": "Does the premise entail the hypothesis?\nOption: entailment, not entailment\n"
+        "Premise: Premise number 101 .\nHypothesis: Hypothesis number 101 .\nAnswer:",
+        "completion": " not entailment",
+        "task": "rte",
+        "kind": "GLUE",
+    }
+
+
+def test_files_and_manifest(data, tmp_path, capsys):
+    manifest, log = run(data, tmp_path / "out", num_test=5)
+    assert list(manifest["tasks"]) == ["cola", "rte"] and log == ""
+    for name, task in manifest["tasks"].items():
+        records = {file.split("/")[0]: entry["records"] for file, entry in task["files"].items()}
+        assert records == {"replay": 10, "train": 36, "validation": 4, "test": 5}  # a tenth of train is validation
+        assert task["labels"] == list(GLUE_LABELS[name]) and task["source"] == name
+        train = (data / name / "train.jsonl").read_bytes()
+        assert task["inputs"]["train.jsonl"] == hashlib.sha256(train).hexdigest() and len(task["inputs"]) == 2
+    check_accounts(manifest)
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+    capsys.readouterr()
+    assert glue.main(flags({"dataset_path": data, "output_dir": tmp_path / "table", "tasks": ["rte"]})) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "| task | read | no text | no answer | repeated | in another split | cut for validation | replay | train | "
+        "validation | test |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| rte | 40 + 8 | 0 | 0 | 0 | 0 | 4 | 36 | 36 | 4 | 8 |",
+        f"written to {tmp_path / 'table'}",
+    ]
+
+
+@pytest.mark.parametrize("task", list(QUESTIONS))
+def test_every_task_is_read_whole_and_answers_itself(tmp_path, task):
+    write_task(tmp_path / "glue", task, rows_of(task, 60), rows_of(task, 30, 100))
+    out = tmp_path / "out"
+    manifest, _ = run(tmp_path / "glue", out, tasks=[task])
+    check_accounts(manifest)
+    check_replay_keeps_all(out)
+    answers = [row["completion"] for row in written(out, f"test/{task}")]
+    assert len(answers) == 30
+    scores = GLUEText(task).compute(predictions=answers, references=answers)
+    assert scores["format_failure_rate"] == 0
+    assert scores.get("accuracy", scores.get("pearson")) == pytest.approx(1)
+    if task != "stsb":
+        assert set(answers) == {f" {label}" for label in GLUE_LABELS[task]}
+        for answer in set(answers):
+            assert GLUEText(task).compute(predictions=[answer], references=[answer])["accuracy"] == 1
+
+
+def test_similarity_is_rounded_to_one_digit(tmp_path):
+    rows = rows_of("stsb", 3, 100)
+    rows[0]["label"], rows[1]["label"], rows[2]["label"] = 3.799999952316284, 0, 2.917
+    write_task(tmp_path / "glue", "stsb", rows_of("stsb", 10), rows)
+    run(tmp_path / "glue", tmp_path / "out", tasks=["stsb"])
+    assert [row["completion"] for row in written(tmp_path / "out", "test/stsb")] == [" 3.8", " 0.0", " 2.9"]
+    assert "Option" not in written(tmp_path / "out", "test/stsb")[0]["prompt"]
+
+
+def test_parquet_parts_give_the_same_files_as_json_lines(data, tmp_path):
+    other = tmp_path / "parquet" / "cola"
+    other.mkdir(parents=True)
+    rows = rows_of("cola", 40)
+    as_dataset("cola", rows[:25]).to_parquet(str(other / "train-00000-of-00002.parquet"))
+    as_dataset("cola", rows[25:]).to_parquet(str(other / "train-00001-of-00002.parquet"))
+    as_dataset("cola", rows_of("cola", 8, 100)).to_parquet(str(other / "validation-00000-of-00001.parquet"))
+    as_dataset("cola", [{**rows[0], "label": -1}]).to_parquet(str(other / "test-00000-of-00001.parquet"))
+    run(data, tmp_path / "a", tasks=["cola"])
+    manifest, _ = run(other.parent, tmp_path / "b", tasks=["cola"])
+    for name in ("replay", "train", "validation", "test"):
+        assert written(tmp_path / "a", f"{name}/cola") == written(tmp_path / "b", f"{name}/cola")
+    assert sorted(manifest["tasks"]["cola"]["inputs"]) == [
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation-00000-of-00001.parquet",
+    ]  # fmt: skip
+
+
+def test_data_set_of_the_hub(data, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, revision):
+        asked.append((name, config, split, revision))
+        return as_dataset(config, rows_of(config, *((40,) if split == "train" else (8, 100))))
+
+    monkeypatch.setattr("heterofusion.records.load_dataset", load_dataset)
+    manifest, _ = run(None, tmp_path / "hub", dataset_revision="main")
+    assert asked == [
+        ("nyu-mll/glue", task, split, "main") for task in ("cola", "rte") for split in ("train", "validation")
+    ]
+    run(data, tmp_path / "local")
+    for name in ("replay/cola", "train/rte", "test/rte"):
+        assert written(tmp_path / "hub", name) == written(tmp_path / "local", name)
+    task = manifest["tasks"]["cola"]
+    assert task["source"] == "nyu-mll/glue/cola" and list(task["inputs"]) == ["train", "validation"]
+    again, _ = run(None, tmp_path / "again")
+    assert again["tasks"] == manifest["tasks"]
+
+
+def test_hub_out_of_reach(tmp_path, capsys):
+    argv = flags({"output_dir": tmp_path / "out", "tasks": ["cola"]})
+    error_line(capsys, glue.main, argv, "'nyu-mll/glue'", "download it first")
+    assert not (tmp_path / "out").exists()
+
+
+def test_default_tasks_are_the_papers(tmp_path):
+    for task in ("cola", "mrpc", "qnli", "rte", "sst2"):
+        write_task(tmp_path / "glue", task, rows_of(task, 12), rows_of(task, 2, 100))
+    manifest, _ = prepare(glue.main, tmp_path / "out", dataset_path=tmp_path / "glue")
+    assert list(manifest["tasks"]) == ["cola", "mrpc", "qnli", "rte", "sst2"]
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+def test_same_flags_give_the_same_bytes(data, tmp_path):
+    run(data, tmp_path / "a")
+    run(data, tmp_path / "b", tasks=["rte", "cola"])
+    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.jsonl")]
+    assert len(names) == 8
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    run(data, tmp_path / "c", seed=7)
+    assert texts(tmp_path / "c", "replay/rte") != texts(tmp_path / "a", "replay/rte")
+
+
+def test_no_text_is_in_two_splits(data, tmp_path):
+    test = rows_of("rte", 8, 100)
+    train = rows_of("rte", 40)
+    train[0] = {**test[0], "sentence1": test[0]["sentence1"].upper() + " "}
+    train[1] = {**train[1], "sentence1": test[1]["sentence1"]}  # half of a pair is no leak
+    train[3] = train[2]
+    write_task(data, "rte", [*train, *train[4:6]], [*test, test[0]])
+    manifest, _ = run(data, tmp_path / "out", tasks=["rte"])
+    parts = {name: set(texts(tmp_path / "out", f"{name}/rte")) for name in ("train", "validation", "test")}
+    assert not parts["train"] & parts["test"] and not parts["train"] & parts["validation"]
+    assert not parts["validation"] & parts["test"]
+    assert manifest["tasks"]["rte"]["splits"] == {
+        "train": {"read": 42, "in_test": 1, "repeated": 3, "cut_for_validation": 3, "kept": 35},
+        "test": {"read": 9, "kept": 9},
+    }
+    assert set(texts(tmp_path / "out", "replay/rte")) < parts["train"]
+
+
+def test_records_without_text_or_label_are_counted(data, tmp_path):
+    rows = rows_of("rte", 8, 100)
+    rows[0]["sentence1"], rows[1]["sentence2"], rows[2]["label"], rows[3]["label"] = " ", None, -1, None
+    write_task(data, "rte", test=rows)
+    manifest, _ = run(data, tmp_path / "out", tasks=["rte"])
+    assert manifest["tasks"]["rte"]["splits"]["test"] == {
+        "read": 8, "without_text": 2, "without_answer": 2, "kept": 4,
+    }  # fmt: skip
+
+
+# ---- refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"label": 2}, ["`label` is 2", "one of 0 (unacceptable), 1 (acceptable)"]),
+        ({"label": "acceptable"}, ["`label` is of type str", "one of 0 (unacceptable), 1 (acceptable)"]),
+        ({"label": True}, ["`label` is of type bool"]),
+        ({"label": 1.0}, ["`label` is of type float"]),
+        ({"sentence": 3}, ["`sentence` is of type int"]),
+        ({"sentence": "\ud800"}, ["half a surrogate pair"]),
+    ],
+)
+def test_bad_record(data, capsys, changes, words):
+    rows = rows_of("cola", 40)
+    rows[2] |= changes
+    write_task(data, "cola", rows)
+    fails(capsys, data, data / "cola" / "train.jsonl", "line 3", *words)
+
+
+@pytest.mark.parametrize("column", ["sentence", "label"])
+def test_missing_column(data, capsys, column):
+    rows = rows_of("cola", 40)
+    del rows[4][column]
+    write_task(data, "cola", rows)
+    fails(capsys, data, "train.jsonl, line 5", f"the column `{column}` is missing (found: ")
+
+
+def test_bad_similarity(data, capsys):
+    write_task(data, "stsb", [{**rows_of("stsb", 1)[0], "label": 5.2}], rows_of("stsb", 2, 100))
+    fails(capsys, data, "train.jsonl, line 1", "`label` is 5.2: make it a number from 0 to 5", tasks=["stsb"])
+
+
+def test_labels_numbered_otherwise(data, capsys):
+    (data / "cola" / "train.jsonl").unlink()
+    path = data / "cola" / "train.parquet"
+    as_dataset("cola", rows_of("cola", 4), ["acceptable", "unacceptable"]).to_parquet(str(path))
+    fails(capsys, data, path, "numbers its labels as acceptable, unacceptable, GLUE as unacceptable, acceptable")
+
+
+def test_bad_files(data, capsys):
+    train = data / "cola" / "train.jsonl"
+    train.write_text("")
+    fails(capsys, data, train, "is empty")
+    train.write_bytes(b'{"sentence": "caf\xe9"}\n')
+    fails(capsys, data, train, "is not UTF-8")
+    write_task(data, "cola", rows_of("cola", 2))
+    write_task(data, "cola", rows_of("cola", 2), suffix=".json")
+    fails(capsys, data, data / "cola", "train split more than once (train.jsonl, train.json)")
+    train.unlink()
+    (data / "cola" / "train.json").unlink()
+    fails(capsys, data, data / "cola", "holds no train split", "put train.parquet")
+    write(data / "cola" / "train-00001-of-00002.jsonl", rows_of("cola", 2))
+    fails(capsys, data, "1 of the parts of train (train-00001-of-00002.jsonl), not all of them")
+
+
+def test_bad_flags(data, capsys):
+    fails(capsys, data, "--tasks has 'glue'", "choose of cola, mnli", tasks=["cola", "glue"])
+    fails(capsys, data, data / "mrpc", "is no folder", tasks=["mrpc"])
+    fails(capsys, data, "--dataset_revision is main", dataset_revision="main")
+    fails(capsys, data, "--num_replay is 0", num_replay=0)
+    write_task(data, "cola", [{**row, "label": -1} for row in rows_of("cola", 4)])
+    fails(capsys, data, "cola: no record of train can be used (4 read, 4 without_answer)")
+    out = data.parent / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text(json.dumps("mine"))
+    fails(capsys, data, "is not empty", "--overwrite true", tasks=["rte"])
+    run(data, out, tasks=["rte"], overwrite=True)
+    assert (out / "notes.txt").is_file()

@@ -1,0 +1,223 @@
+"""recipes/uie/prepare.py: data in the InstructUIE layout become replay, train, validation and test files."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from heterofusion.evaluation import UIEF1
+from heterofusion.preparation.prompts import INSTRUCTIONS
+from preparation_runner import (
+    FILMS,
+    check_accounts,
+    check_replay_keeps_all,
+    film,
+    run_uie,
+    texts,
+    town,
+    uie,
+    write_task,
+    write_uie,
+    written,
+)
+from recipe_runner import flags
+
+pytestmark = pytest.mark.usefixtures("logging_restored", "offline_datasets")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_uie(tmp_path / "data")
+
+
+# ---- what is written --------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_answers(data, tmp_path):
+    out = tmp_path / "out"
+    run_uie(data, out)
+    films = {row["prompt"].split("\n")[2]: row for row in written(out, "train/NER_films")}
+    assert films["Text: show Film 1 of 1960 s"] == {
+        "prompt": 'Go through the text and write down each entity with its type, as "type1: word1; type2: word2"; '
+        "write None without any.\nOption: title, year, actor\nText: show Film 1 of 1960 s\nAnswer:",
+        "completion": " title: Film 1; year: 1960 s",
+        "task": "NER_films",
+        "kind": "NER",
+    }
+    assert films["Text: show Film 3 of 1960 s"]["completion"] == " None"
+    assert written(out, "test/RE_towns")[0] == {
+        "prompt": 'Which pairs in the text stand in one of the listed relations? Answer in the form "relation1: '
+        'head1, tail1; relation2: head2, tail2", or None.\nOption: lives in\nText: Ann 99 lives in Rome .\nAnswer:',
+        "completion": " lives in: Ann 99, Rome",
+        "task": "RE_towns",
+        "kind": "RE",
+    }
+    used = {row["prompt"].split("\n")[0] for row in films.values()}
+    assert used == set(INSTRUCTIONS["NER"])  # all wordings, each text always in the same
+    replay = written(out, "replay/NER_films")
+    assert len(replay) == 10 and all(row in films.values() for row in replay)
+
+
+def test_files_and_manifest(data, tmp_path):
+    out = tmp_path / "out"
+    manifest, log = run_uie(data, out, num_validation=5, num_test=4)
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    purposes = ("replay", "train", "validation", "test")
+    assert names == {f"{purpose}/{task}.jsonl" for purpose in purposes for task in manifest["tasks"]} | {
+        "manifest.json"
+    }
+    assert list(manifest["tasks"]) == ["NER_films", "RE_towns"] and log == ""
+    films, towns = manifest["tasks"].values()
+    assert {file.split("/")[0]: entry["records"] for file, entry in films["files"].items()} == {
+        "replay": 10, "train": 24, "validation": 5, "test": 4,
+    }  # fmt: skip
+    # a tenth of train, since there is no dev.json
+    assert {file.split("/")[0]: entry["records"] for file, entry in towns["files"].items()} == {
+        "replay": 10, "train": 27, "validation": 3, "test": 2,
+    }  # fmt: skip
+    assert films["source"] == "NER/films" and films["labels"] == FILMS and films["labels_from"] == "labels.json"
+    train = (data / "NER" / "films" / "train.json").read_bytes()
+    assert films["inputs"]["train.json"] == hashlib.sha256(train).hexdigest() and len(films["inputs"]) == 4
+    for file, entry in films["files"].items():
+        assert entry["sha256"] == hashlib.sha256((out / file).read_bytes()).hexdigest()
+    assert [manifest[name] for name in ("seed", "num_replay", "num_validation", "num_test")] == [42, 10, 5, 4]
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    check_accounts(manifest)
+
+
+def test_table_accounts_for_all(data, capsys):
+    films = data / "NER" / "films"
+    write_task(films, train=[film(1), film(1), film(33), film(25), {"sentence": " ", "entities": []}, film(2)])
+    assert uie.main(flags({"dataset_path": data, "output_dir": data.parent / "out", "tasks": ["films"]})) == 0
+    header, _, row, last = capsys.readouterr().out.splitlines()
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert cells == {
+        "| task": "| NER_films", "read": "6 + 8 + 8", "no text": "1", "no answer": "0", "repeated": "1",
+        "in another split": "2", "replay": "2", "train": "2", "validation": "8", "test |": "8 |",
+    }  # fmt: skip
+    assert last == f"written to {data.parent / 'out'}"
+
+
+def test_prepared_files_are_read_whole_and_answer_themselves(data, tmp_path):
+    out = tmp_path / "out"
+    awkward = [
+        {"name": "Mission : Impossible", "type": "title"}, {"name": "stop ; go", "type": "title"},
+        {"name": "Zoë\u2028 \n & 東京", "type": "actor"}, {"name": "None", "type": "title"},
+    ]  # fmt: skip
+    rows = json.loads((data / "NER" / "films" / "train.json").read_text())
+    write_task(data / "NER" / "films", train=[film(50, entities=awkward), *rows])
+    manifest, _ = run_uie(data, out, tasks=["NER/films", "RE/towns", "ET/films"])
+    assert manifest["tasks"]["NER_films"]["splits"]["train"]["items_with_semicolon"] == 1
+    check_accounts(manifest)
+    check_replay_keeps_all(out)
+    answers = [row for path in sorted(out.rglob("*.jsonl")) for row in written(path.parent, path.stem)]
+    assert " title: Mission : Impossible; title: stop ; go; actor: Zoë & 東京; title: None" in [
+        row["completion"] for row in answers
+    ]
+    for kind in ("NER", "RE", "ET"):
+        found = sorted({row["completion"] for row in answers if row["kind"] == kind})
+        for answer in found:
+            scores = UIEF1(kind).compute(predictions=[answer], references=[answer])
+            assert scores["sample_f1"] == 1 and scores["f1"] == (answer != " None")
+            assert scores["format_failure_rate"] == ("stop ; go" in answer)
+        assert UIEF1(kind).compute(predictions=found, references=found)["macro_f1"] == 1
+
+
+def test_entity_typing_gives_the_entities(data, tmp_path):
+    out = tmp_path / "out"
+    extra = [{"name": "old", "type": "NA"}, {"name": "Film 1", "type": "actor"}]
+    rows = [film(1), film(3), film(4, entities=[*film(4)["entities"], *extra, film(4)["entities"][0]])]
+    write_task(data / "NER" / "films", train=rows)
+    manifest, log = run_uie(data, out, tasks=["ET/films"])
+    assert "ET/films has no folder of its own: it is made of NER/films" in log
+    train = {row["prompt"].split("\n")[2]: row for row in written(out, "train/ET_films")}
+    assert list(train) == ["Text: show Film 1 of 1960 s", "Text: show Film 4 of 1960 s"]  # film 3 has no entity
+    row = train["Text: show Film 4 of 1960 s"]
+    assert row["prompt"].split("\n")[0] in INSTRUCTIONS["ET"]
+    assert row["prompt"].endswith("\nEntities: Film 4, 1960 s, Film 1\nAnswer:") and row["kind"] == "ET"
+    assert row["completion"] == " title: Film 4; year: 1960 s; actor: Film 1"
+    assert manifest["tasks"]["ET_films"]["source"] == "ET/films"
+    counts = manifest["tasks"]["ET_films"]["splits"]["train"]
+    assert counts == {
+        "read": 3, "without_answer": 1, "untyped_items": 1, "repeated_items": 1, "kept": 2,
+    }  # fmt: skip
+
+
+def test_relations_without_a_type_are_left_out(data, tmp_path):
+    none = {"head": {"name": "Ann 1"}, "type": "NA", "tail": {"name": "Rome"}}
+    both = [none, *town(2)["relations"], {**none, "type": ""}, {**none, "type": "lives in", "tail": {"name": None}}]
+    rows = [town(1, relations=[none]), town(2, relations=both)]
+    write_task(data / "RE" / "towns", train=rows)
+    manifest, _ = run_uie(data, tmp_path / "out", tasks=["towns"], num_validation=0)
+    answers = [row["completion"] for row in written(tmp_path / "out", "train/RE_towns")]
+    assert answers == [" None", " lives in: Ann 2, Rome"]
+    assert manifest["tasks"]["RE_towns"]["splits"]["train"]["untyped_items"] == 4
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+def test_same_flags_give_the_same_bytes(data, tmp_path):
+    run_uie(data, tmp_path / "a")
+    run_uie(data, tmp_path / "b")
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted((tmp_path / name).rglob("*.json*"))} for name in "ab"
+    )
+    assert first == second
+    run_uie(data, tmp_path / "c", seed=7)
+    assert texts(tmp_path / "c", "replay/NER_films") != texts(tmp_path / "a", "replay/NER_films")
+
+
+def test_samples_do_not_depend_on_other_tasks_or_on_the_order(data, tmp_path):
+    run_uie(data, tmp_path / "all")
+    rows = json.loads((data / "RE" / "towns" / "train.json").read_text())
+    write_task(data / "RE" / "towns", train=rows[::-1])
+    run_uie(data, tmp_path / "one", tasks=["towns"])
+    for name in ("replay/RE_towns", "validation/RE_towns"):
+        assert texts(tmp_path / "one", name) == texts(tmp_path / "all", name)[::-1]
+    run_uie(data, tmp_path / "more", tasks=["towns"], num_replay=20)
+    assert set(texts(tmp_path / "one", "replay/RE_towns")) < set(texts(tmp_path / "more", "replay/RE_towns"))
+
+
+def test_no_text_is_in_two_splits(data, tmp_path):
+    films = [film(i) for i in range(40)]
+    films[0]["sentence"] = films[38]["sentence"].upper()  # of test, in other letters and spaces
+    films[1]["sentence"] = f" {films[39]['sentence']}".replace(" ", "  ")
+    films[2]["sentence"] = films[25]["sentence"]  # of dev
+    films[26]["sentence"] = films[39]["sentence"]
+    films[4] = films[5]
+    films[6] = film(7, entities=[])  # the text of film 7 with another answer is no repeat
+    write_task(data / "NER" / "films", train=films[:24], dev=films[24:32], test=[*films[32:], films[39]])
+    out = tmp_path / "out"
+    manifest, _ = run_uie(data, out, tasks=["films"], num_replay=300)
+    parts = {name: {" ".join(text.casefold().split()) for text in texts(out, f"{name}/NER_films")}
+             for name in ("train", "validation", "test")}  # fmt: skip
+    assert not parts["train"] & parts["test"] and not parts["validation"] & parts["test"]
+    assert not parts["train"] & parts["validation"]
+    assert texts(out, "replay/NER_films") == texts(out, "train/NER_films")
+    assert manifest["tasks"]["NER_films"]["splits"] == {
+        "train": {"read": 24, "in_test": 2, "in_validation": 1, "repeated": 1, "kept": 20},
+        "validation": {"read": 8, "in_test": 1, "kept": 7},
+        "test": {"read": 9, "kept": 9},  # as published: its own repeats stay
+    }
+    check_accounts(manifest)
+
+
+def test_a_cut_validation_takes_all_answers_of_its_texts_out_of_train(data, tmp_path):
+    write_task(data / "RE" / "towns", train=[row for i in range(20) for row in (town(i), town(i, relations=[]))])
+    manifest, _ = run_uie(data, tmp_path / "out", tasks=["towns"])
+    counts = manifest["tasks"]["RE_towns"]["splits"]["train"]
+    assert counts["cut_for_validation"] == 4 and counts["in_validation"] >= 2
+    train, validation = (set(texts(tmp_path / "out", f"{name}/RE_towns")) for name in ("train", "validation"))
+    assert not train & validation
+    check_accounts(manifest)
+
+
+def test_fewer_records_than_wanted_is_said(data, tmp_path):
+    write_task(data / "RE" / "towns", train=[town(1)])
+    manifest, log = run_uie(data, tmp_path / "out", tasks=["towns"])
+    assert "RE_towns: replay has 1 records, not 10: train has no more" in log
+    assert "RE_towns: no validation file, since no record is left for one" in log
+    assert not (tmp_path / "out" / "validation").exists()
+    check_accounts(manifest)

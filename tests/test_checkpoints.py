@@ -366,7 +366,7 @@ def test_checkpoint_without_an_optimizer_is_not_resumed(tmp_path):
     """Trainer would begin a new optimizer and schedule without a word."""
     settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
     make_trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match="--save_only_model and holds no optimizer.*--init_hypernetwork_from"):
+    with pytest.raises(ValueError, match=r"--save_only_model and holds no optimizer.*--init_hypernetwork_from"):
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
 
 

@@ -78,10 +78,14 @@ def _find_stage(stage: Stage, wish: Path | bool, overwrite: bool) -> None:
         stage.resume = wish
     elif not stage.name:
         stage.resume = last_complete_checkpoint(stage.folder)
-        if stage.resume is None:
+        if stage.resume is None and not _checkpoints(stage.folder):
             raise ValueError(
-                f"--resume_from_checkpoint is true, but --output_dir {stage.folder} holds {_why_none(stage.folder)}"
+                f"--resume_from_checkpoint is true, but --output_dir {stage.folder} holds no checkpoint-N folder; "
+                "leave the flag out to start anew, or name the checkpoint"
             )
+        if stage.resume is None:  # it was killed inside its first checkpoint
+            logger.warning("no checkpoint in %s was finished: the run starts anew", stage.folder)
+            return
     elif stage.previous is not None and not stage.previous.finished:
         if not overwrite and (_is_marked(stage) or last_complete_checkpoint(stage.folder)):
             raise ValueError(
@@ -101,12 +105,6 @@ def _find_stage(stage: Stage, wish: Path | bool, overwrite: bool) -> None:
             logger.info("%s: no complete checkpoint in %s, it starts anew", stage.title, stage.folder)
             return
     check_checkpoint(stage.resume, stage.plan, stage.sizes, stage.args)
-
-
-def _why_none(folder: Path) -> str:
-    if _checkpoints(folder):
-        return "only checkpoints that were not finished; leave the flag out and pass --overwrite true to start anew"
-    return "no checkpoint-N folder; leave the flag out to start anew, or name the checkpoint"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

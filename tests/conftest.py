@@ -19,6 +19,9 @@ from transformers.utils import logging as transformers_logging
 from builders import write_adapter
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, MethodConfig, load_adapter
 
+# Models here are tiny, and runs of several tests are compared bit for bit: a sum over two threads is another one.
+torch.set_num_threads(1)
+
 TINY = {"preset": "paper", "block_size": 32, "embed_dim": 32, "num_heads": 4, "max_position_embeddings": 64}
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,15 +11,12 @@ A list `stages:` in the YAML file makes several fusions in a row: the fused adap
 
 import logging
 import sys
-from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from accelerate.utils.memory import clear_device_cache
-from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
@@ -27,7 +24,7 @@ from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.diagnostics import mean_logged_loss
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_adapter
-from heterofusion.loading import check_base, check_token_ids, load_base, load_tokenizer
+from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
 from heterofusion.plan_summary import format_plan, plan_summary
 from heterofusion.progress import begin_stage, check_replay, find_progress
 from heterofusion.stages import Stage, plan_stages, read_stages
@@ -53,7 +50,8 @@ def main(argv: list[str]) -> None:
     find_progress(stages)
     for stage in stages:
         with stage.named_errors():
-            check_flags(stage)
+            check_run_flags(stage.args, stage.data)
+            refuse_data_parallel(stage.args)
     base_config = check_base(first.base, first.plan.target, first.adapters.trust_remote_code)
     tokenizer = load_tokenizer(first.base, first.plan.target, first.adapters.trust_remote_code)
     for stage in stages:
@@ -79,23 +77,6 @@ def main(argv: list[str]) -> None:
             revision=args.hub_revision,
         )
         logger.info("pushed: %s", address)
-
-
-def check_flags(stage: Stage) -> None:
-    """Refuse flags that would fail once the base model is loaded."""
-    args = stage.args
-    if args.eval_strategy != "no" and not stage.data.eval_dataset_name:
-        raise ValueError(
-            f"--eval_strategy is {args.eval_strategy.value}, but --eval_dataset_name is not given; name one"
-        )
-    try:  # Trainer would do so once the base is loaded
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"--report_to is {', '.join(args.report_to)}: {error}") from error
-    refuse_data_parallel(args)
-    if args.push_to_hub:  # a name that the Hub cannot have would be refused once the adapter is trained
-        validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
 
 
 def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: PretrainedConfig) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
 from heterofusion.config import HeteroFusionConfig
+from heterofusion.expert import ExpertModelArguments, LoraArguments
 from heterofusion.push import PushArguments
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, recipe
@@ -44,7 +45,8 @@ def test_readme_flags_exist():
     known = set()
     for path in RECIPES.rglob("*.py"):
         known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
-    for kind in (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments):
+    shared = (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments)
+    for kind in (*shared, LoraArguments, ExpertModelArguments):
         known |= set(kind.__dataclass_fields__)
     known |= {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
     for page in (ROOT / "README.md", *RECIPES.rglob("README.md")):

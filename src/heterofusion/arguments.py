@@ -50,13 +50,19 @@ class ModelArguments:
 
 
 @dataclass
-class RunArguments:
-    """What a training run does besides training."""
+class OutputArguments:
+    """What a training run does with an output_dir that is there."""
 
     overwrite: bool = field(
         default=False,
         metadata={"help": "Write into an output_dir that is not empty; checkpoints and files of the same name go."},
     )
+
+
+@dataclass
+class RunArguments(OutputArguments):
+    """What a fusion run does besides training."""
+
     dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})
     init_hypernetwork_from: str | None = field(
         default=None,

@@ -29,6 +29,70 @@ def check_range(flag: str, value: float | None, low: float, strict: bool) -> Non
         raise ValueError(f"--{flag} is {value}; it must be {'above' if strict else 'at least'} {low:g} and finite")
 
 
+def check_training(args: TrainingArguments) -> None:
+    """Check ranges that `TrainingArguments` leaves open; a value outside would train nothing, or fail late.
+
+    Raises:
+        ValueError: names the flag, its value and the range.
+    """
+    for name, low, strict in (
+        ("learning_rate", 0.0, True),
+        ("weight_decay", 0.0, False),
+        ("max_grad_norm", 0.0, False),
+        ("adam_epsilon", 0.0, False),
+        ("per_device_train_batch_size", 1, False),
+        ("per_device_eval_batch_size", 1, False),
+        ("gradient_accumulation_steps", 1, False),
+        ("dataloader_num_workers", 0, False),
+        ("logging_steps", 0, False),
+        ("save_steps", 0, False),
+        ("eval_steps", 0, False),
+    ):
+        check_range(name, getattr(args, name), low, strict)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
+    if args.max_steps <= 0:
+        check_range("num_train_epochs", args.num_train_epochs, 0, True)
+    for name in ("seed", "data_seed"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 2**32:
+            raise ValueError(f"--{name} is {value}; it must be at least 0 and below 2^32")
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name)
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"--{name} is {value}, which is not JSON: {error}") from None
+
+
+def avoid_reentrant(args: TrainingArguments, consequence: str) -> None:
+    """Have activation checkpointing, if it is on, without reentrance: frozen inputs end the gradient with it.
+
+    Raises:
+        ValueError: reentrance is asked for; the message ends with the consequence.
+    """
+    kwargs = cast("dict[str, Any] | None", args.activation_checkpointing_kwargs)  # parsed by TrainingArguments
+    if args.activation_checkpointing:
+        if kwargs and kwargs.get("use_reentrant"):
+            raise ValueError(
+                f"activation_checkpointing_kwargs has use_reentrant=True: {consequence}; set use_reentrant to false"
+            )
+        args.activation_checkpointing_kwargs = {**(kwargs or {}), "use_reentrant": False}
+
+
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The settings of training that its result depends on, as plain values."""
+    names = (
+        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
+        "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
+        "optim",
+    )  # fmt: skip
+    settings = args.to_dict()  # enums as plain values
+    return {name: settings[name] for name in names}
+
+
 @dataclass
 class MethodConfig:
     """Settings of the method itself, without those of training.
@@ -174,14 +238,7 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             super().__post_init__()
         if self.base_in_bf16:
             set_zero_init_dtype(torch.bfloat16)
-        kwargs = cast("dict[str, Any] | None", self.activation_checkpointing_kwargs)  # parsed by TrainingArguments
-        if self.activation_checkpointing:
-            if kwargs and kwargs.get("use_reentrant"):
-                raise ValueError(
-                    "activation_checkpointing_kwargs has use_reentrant=True: reentrant checkpointing gives the "
-                    "hypernetworks no gradient; set use_reentrant to false"
-                )
-            self.activation_checkpointing_kwargs = {**(kwargs or {}), "use_reentrant": False}
+        avoid_reentrant(self, "reentrant checkpointing gives the hypernetworks no gradient")
 
     @contextlib.contextmanager
     def _mixed_precision_taken_over(self) -> Iterator[None]:
@@ -209,22 +266,8 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             os.environ["ACCELERATE_MIXED_PRECISION"] = precision
 
     def _check_training(self) -> None:
-        """Ranges that `TrainingArguments` leaves unchecked; a value outside would train nothing, or fail late."""
-        for name, low, strict in (
-            ("learning_rate", 0.0, True),
-            ("weight_decay", 0.0, False),
-            ("max_grad_norm", 0.0, False),
-            ("adam_epsilon", 0.0, False),
-            ("per_device_train_batch_size", 1, False),
-            ("per_device_eval_batch_size", 1, False),
-            ("gradient_accumulation_steps", 1, False),
-            ("dataloader_num_workers", 0, False),
-            ("skip_nonfinite_steps", 0, False),
-            ("logging_steps", 0, False),
-            ("save_steps", 0, False),
-            ("eval_steps", 0, False),
-        ):
-            check_range(name, getattr(self, name), low, strict)
+        check_training(self)
+        check_range("skip_nonfinite_steps", self.skip_nonfinite_steps, 0, False)
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(self, name):
                 raise ValueError(f"--{name} would cast the hypernetworks, which must stay float32: leave it out")
@@ -235,22 +278,6 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
                 "--torch_compile compiles the wrapper that all micro-batches of an accumulation window but the last "
                 "pass by, so little would be gained for minutes of compiling: leave it out"
             )
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.max_steps <= 0:
-            check_range("num_train_epochs", self.num_train_epochs, 0, True)
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 2**32:
-                raise ValueError(f"--{name} is {value}; it must be at least 0 and below 2^32")
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                try:
-                    json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"--{name} is {value}, which is not JSON: {error}") from None
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps: a share of the steps is rounded down, as in the published recipe (Trainer rounds up)."""
@@ -260,10 +287,4 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
 
     def training_dict(self) -> dict[str, Any]:
         """The settings of training that a fused adapter depends on, as plain values."""
-        names = (
-            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
-            "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
-            "optim",
-        )  # fmt: skip
-        settings = self.to_dict()  # enums as plain values
-        return {name: settings[name] for name in names} | {"bf16": self.bf16 or self.base_in_bf16}
+        return training_settings(self) | {"bf16": self.bf16 or self.base_in_bf16}

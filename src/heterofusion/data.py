@@ -79,12 +79,15 @@ class ReplayReport:
         return record
 
 
-def build_replay(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
+def build_replay(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, kind: str = "replay"
+) -> tuple[Dataset, ReplayReport]:
     """Load, sample, tokenize and mix the replay data sets.
 
     Args:
         args: The mixture.
         tokenizer: The target model's tokenizer; not changed.
+        kind: What messages call the data: "replay", or "training" for that of an expert.
 
     Returns:
         The data set with `input_ids`, `attention_mask` and `labels` (lists of at most `max_length`), shuffled over all
@@ -95,8 +98,8 @@ def build_replay(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tup
     """
     args.validate()
     if not args.dataset_name:
-        raise ValueError("--dataset_name is missing: name at least one replay data set")
-    examples, report = _build(args.replay_sets(), args, tokenizer, kind="replay")
+        raise ValueError(f"--dataset_name is missing: name at least one {kind} data set")
+    examples, report = _build(args.replay_sets(), args, tokenizer, kind)
     # A generator of its own: the order must not depend on how many draws the sampling took.
     order = np.random.default_rng([args.dataset_seed, 1]).permutation(len(examples))
     return _dataset([examples[i] for i in order]), report

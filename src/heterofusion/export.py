@@ -25,6 +25,7 @@ from heterofusion.modeling import HeteroFusionModel
 logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "fusion.json"
+EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
 CARD_FILE = "README.md"
 _STAGING = ".export-"
 _SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from heterofusion.adapter_config import AdapterError, read_json_object
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from heterofusion.export import CARD_FILE, PROVENANCE_FILE, ExportError, display_name
+from heterofusion.export import CARD_FILE, EXPERT_FILE, PROVENANCE_FILE, ExportError, display_name
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def push_adapter(
     All files arrive in one commit or not at all. The local folder is only read.
 
     Args:
-        folder: what `export_adapter` wrote; it may hold anything besides.
+        folder: what `export_adapter` or `recipes/expert.py` wrote; it may hold anything besides.
         repo_id: `name` or `owner/name`; the repository is made if there is none.
         token: Hub token; HF_TOKEN or the one of `hf auth login` by default.
         private: whether a new repository is private; one that exists stays as it is.
@@ -132,23 +132,25 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
     Raises:
         ExportError: the adapter there is missing, incomplete or damaged.
     """
-    for name in (PROVENANCE_FILE, CONFIG_FILE, WEIGHTS_FILE):
+    is_expert = (folder / EXPERT_FILE).is_file() and not (folder / PROVENANCE_FILE).is_file()
+    provenance = EXPERT_FILE if is_expert else PROVENANCE_FILE
+    for name in (provenance, CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ExportError(f"{folder} holds no {name}; export an adapter there first")
     try:
-        read_json_object(folder / PROVENANCE_FILE)
+        read_json_object(folder / provenance)
         base = load_adapter(folder).base_model or ""
     except AdapterError as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
-        for pattern in HUB_PATTERNS
+        for pattern in (*HUB_PATTERNS, provenance)
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
     cleaned = []
     private_paths = _private_paths(folder, base)
-    for name in (CONFIG_FILE, PROVENANCE_FILE, TOKENIZER_CONFIG_FILE, CARD_FILE):
+    for name in (CONFIG_FILE, provenance, TOKENIZER_CONFIG_FILE, CARD_FILE):
         if name in files and (content := _cleaned(folder / name, private_paths)) is not None:
             files[name] = content
             cleaned.append(name)

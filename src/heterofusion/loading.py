@@ -5,10 +5,11 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -16,11 +17,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.architectures import load_base_config, read_source_configs, read_target_config
-from heterofusion.arguments import AdapterArguments, ModelArguments
+from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments
 from heterofusion.base_model import check_base_fits
 from heterofusion.config import MethodConfig
 from heterofusion.engines import set_zero_init_dtype, without_zero_init
@@ -66,15 +70,15 @@ def load_plan(
 
 
 def load_tokenizer(
-    model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False
+    model: ModelArguments, target: LoraAdapter | None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The target's tokenizer: the one saved with the adapter if there is one, else the base model's.
 
     Raises:
         ValueError: neither can be loaded.
     """
-    own = (target.folder / "tokenizer_config.json").is_file()
-    name = str(target.folder) if own else model.model_name_or_path
+    own = target is not None and (target.folder / "tokenizer_config.json").is_file()
+    name = str(target.folder) if target is not None and own else model.model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(
             name, revision=None if own else model.model_revision, trust_remote_code=trust_remote_code
@@ -96,6 +100,18 @@ def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bo
         AdapterError: the config cannot be read or a module does not fit.
         ValueError: the config is of no causal language model, or quantization is not possible.
     """
+    skeleton = base_skeleton(model, trust_remote_code)
+    check_base_fits(skeleton, target)
+    return skeleton.config
+
+
+def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model on the meta device: everything but its weights.
+
+    Raises:
+        AdapterError: the config cannot be read.
+        ValueError: the config is of no causal language model, or quantization is not possible.
+    """
     if model.load_in_4bit and model.load_in_8bit:
         raise ValueError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
     if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
@@ -106,14 +122,12 @@ def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bo
     )
     try:
         with torch.device("meta"), without_zero_init():
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # senseless sizes break a model's constructor in any way
         raise ValueError(
             f"--model_name_or_path: no causal language model can be built from config.json of base model "
             f"{model.model_name_or_path!r} ({_first_line(error)}); give the base of the target adapter"
         ) from error
-    check_base_fits(skeleton, target)
-    return config
 
 
 def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig) -> None:
@@ -197,6 +211,25 @@ def _own_dtype(model: ModelArguments, trust_remote_code: bool) -> torch.dtype:
         model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
     )
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def check_run_flags(args: TrainingArguments, data: DataArguments) -> None:
+    """Refuse flags that would fail once the base model is loaded, or at the end of the run.
+
+    Raises:
+        ValueError: evaluation without data, an integration that is not there, or a name that the Hub cannot have.
+    """
+    if args.eval_strategy != "no" and not data.eval_dataset_name:
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise ValueError(f"--eval_strategy is {strategy}, but --eval_dataset_name is not given; name one")
+    try:  # Trainer would do so once the base is loaded
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError) as error:
+        names = ", ".join(cast("list[str]", args.report_to))  # a list once it is parsed
+        raise ValueError(f"--report_to is {names}: {error}") from error
+    if args.push_to_hub:  # a name that the Hub cannot have would be refused once the adapter is trained
+        validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
 
 
 def check_output_dir(output_dir: str, resuming: bool, overwrite: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.checkpoints import (
@@ -23,7 +24,6 @@ from heterofusion.checkpoints import (
     fusion_identity,
     last_complete_checkpoint,
 )
-from heterofusion.config import HeteroFusionConfig
 from heterofusion.export import PROVENANCE_FILE, display_name
 from heterofusion.initialization import (
     INITIALIZATION_FILE,
@@ -47,7 +47,7 @@ def find_progress(stages: Sequence[Stage]) -> None:
         ValueError: what is there is of another run or must not be written over, or hypernetworks to start from do
             not fit.
     """
-    wish = _resume_wish(stages[0].args)
+    wish = resume_wish(stages[0].args)
     overwrite = stages[0].run.overwrite
     if isinstance(wish, Path) and stages[0].name:
         raise ValueError(
@@ -65,7 +65,7 @@ def find_progress(stages: Sequence[Stage]) -> None:
         _plan_removal(stages)
 
 
-def _resume_wish(args: HeteroFusionConfig) -> Path | bool | None:
+def resume_wish(args: TrainingArguments) -> Path | bool | None:
     """What `--resume_from_checkpoint` asks for: a folder, True for the last checkpoint, None to start anew."""
     wanted = str(args.resume_from_checkpoint)
     if args.resume_from_checkpoint is None or wanted.lower() in ("false", "no", "0"):
@@ -77,14 +77,8 @@ def _find_stage(stage: Stage, wish: Path | bool, overwrite: bool) -> None:
     if isinstance(wish, Path):
         stage.resume = wish
     elif not stage.name:
-        stage.resume = last_complete_checkpoint(stage.folder)
-        if stage.resume is None and not _checkpoints(stage.folder):
-            raise ValueError(
-                f"--resume_from_checkpoint is true, but --output_dir {stage.folder} holds no checkpoint-N folder; "
-                "leave the flag out to start anew, or name the checkpoint"
-            )
-        if stage.resume is None:  # it was killed inside its first checkpoint
-            logger.warning("no checkpoint in %s was finished: the run starts anew", stage.folder)
+        stage.resume = last_checkpoint(stage.folder)
+        if stage.resume is None:
             return
     elif stage.previous is not None and not stage.previous.finished:
         if not overwrite and (_is_marked(stage) or last_complete_checkpoint(stage.folder)):
@@ -107,7 +101,25 @@ def _find_stage(stage: Stage, wish: Path | bool, overwrite: bool) -> None:
     check_checkpoint(stage.resume, stage.plan, stage.sizes, stage.args)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint true` means; None if a run was killed inside its first one.
+
+    Raises:
+        ValueError: there is no checkpoint at all.
+    """
+    last = last_complete_checkpoint(folder)
+    if last is None and not checkpoint_folders(folder):
+        raise ValueError(
+            f"--resume_from_checkpoint is true, but --output_dir {folder} holds no checkpoint-N folder; leave "
+            "the flag out to start anew, or name the checkpoint"
+        )
+    if last is None:
+        logger.warning("no checkpoint in %s was finished: the run starts anew", folder)
+    return last
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """All `checkpoint-N` folders, complete or not."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in paths if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
 
@@ -234,7 +246,7 @@ def _plan_removal(stages: Sequence[Stage]) -> None:
     for stage in stages:
         if not stage.finished and stage.resume is None:
             marks = (PROVENANCE_FILE, HYPERNETWORKS_FILE, IDENTITY_FILE, INITIALIZATION_FILE) if stage.name else ()
-            remains += _checkpoints(stage.folder)
+            remains += checkpoint_folders(stage.folder)
             remains += [path for name in marks if (path := stage.folder / name).is_file()]
     start = stages[0].start
     if start is not None and any(path in (start.file, *start.file.parents) for path in remains):

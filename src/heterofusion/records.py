@@ -51,7 +51,7 @@ def load_records(
         name: A local file or folder, or a Hub id.
         config: Configuration of a Hub data set or a folder.
         split: Split of a Hub data set or a folder; a file has none.
-        kind: "replay" or "eval", for messages.
+        kind: "replay", "training" or "eval", for messages.
         revision: Commit, branch or tag of a Hub data set.
 
     Returns:
@@ -167,7 +167,7 @@ def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Datas
 
 
 def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, error: Exception) -> NoReturn:
-    config_flag = "--dataset_config" if kind == "replay" else "--eval_config"
+    config_flag = "--eval_config" if kind == "eval" else "--dataset_config"
     raise ValueError(
         f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({_one_line(error)}): check "
         f"{config_flag} and {_split_flag(kind)}"
@@ -175,7 +175,7 @@ def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, err
 
 
 def _split_flag(kind: str) -> str:
-    return "--dataset_split" if kind == "replay" else "--eval_split"
+    return "--eval_split" if kind == "eval" else "--dataset_split"
 
 
 def _one_line(error: BaseException) -> str:

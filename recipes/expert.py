@@ -24,7 +24,7 @@ from transformers import Trainer, set_seed
 from heterofusion.arguments import OutputArguments
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
-from heterofusion.diagnostics import mean_logged_loss
+from heterofusion.diagnostics import run_metrics
 from heterofusion.expert import (
     ExpertCallback,
     ExpertConfig,
@@ -153,11 +153,8 @@ def train(trainer: Trainer, resume: Path | None) -> dict[str, float]:
         trainer.model.load_adapter(best or str(resume), "default", is_trainable=True)
         metrics = {}
     else:
-        result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        metrics = {key: value for key, value in result.metrics.items() if key not in ("total_flos", "train_loss")}
-    loss = mean_logged_loss(trainer.state.log_history)  # Trainer's own begins anew when a run resumes
-    if loss is not None:
-        metrics["train_loss"] = loss
+        metrics = trainer.train(resume_from_checkpoint=None if resume is None else str(resume)).metrics
+    metrics = run_metrics(metrics, trainer.state.log_history)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
-from heterofusion.diagnostics import mean_logged_loss
+from heterofusion.diagnostics import run_metrics
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_adapter
 from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
@@ -114,10 +114,7 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
     trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
     logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
     result = trainer.train(resume_from_checkpoint=None if stage.resume is None else str(stage.resume))
-    metrics = {key: value for key, value in result.metrics.items() if key not in ("total_flos", "train_loss")}
-    loss = mean_logged_loss(trainer.state.log_history)  # Trainer's own begins anew when a run resumes
-    if loss is not None:
-        metrics["train_loss"] = loss
+    metrics = run_metrics(result.metrics, trainer.state.log_history)
     if stage.evaluation is not None:
         metrics |= trainer.evaluate()
     trainer.log_metrics("all", metrics)

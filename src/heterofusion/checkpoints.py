@@ -259,7 +259,7 @@ def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
         if found.get(name) != expected:
             field, there, here = _difference(name, found.get(name), expected)
             raise ValueError(
-                f"{folder} was trained with another {field}: {_short(there)}, this run has {_short(here)}; resume "
+                f"{folder} was trained with another {field}: {shorten(there)}, this run has {shorten(here)}; resume "
                 "with the same adapters and settings, or start in a new output_dir"
             )
 
@@ -292,6 +292,7 @@ def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
     model.updates.invalidate()
 
 
-def _short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """A plain value as JSON for an error message, cut at 120 characters."""
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -82,6 +82,13 @@ def mean_logged_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
     return total / last if last else None
 
 
+def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Trainer's metrics of a run for its record, with the mean loss of all its steps, resumed or not."""
+    kept = {name: value for name, value in metrics.items() if name not in ("total_flos", "train_loss")}
+    loss = mean_logged_loss(history)  # Trainer's own begins anew when a run resumes
+    return kept if loss is None else kept | {"train_loss": loss}
+
+
 def diagnostic_logs(model: HeteroFusionModel) -> dict[str, float]:
     """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
     groups = {key.name: key for key in model.plan.groups}

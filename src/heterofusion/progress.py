@@ -23,6 +23,7 @@ from heterofusion.checkpoints import (
     check_hypernetworks,
     fusion_identity,
     last_complete_checkpoint,
+    shorten,
 )
 from heterofusion.export import PROVENANCE_FILE, display_name
 from heterofusion.initialization import (
@@ -183,10 +184,9 @@ def check_replay(stage: Stage) -> None:
 
 
 def _other_run(stage: Stage, name: str, found: Any, expected: Any) -> ValueError:
-    texts = [text if len(text) <= 120 else text[:117] + "..." for text in map(json.dumps, (found, expected))]
     return ValueError(
-        f"{stage.folder / PROVENANCE_FILE} is of a finished stage with another {name}: {texts[0]}, this run has "
-        f"{texts[1]}; resume with the same flags, or start in a new output_dir"
+        f"{stage.folder / PROVENANCE_FILE} is of a finished stage with another {name}: {shorten(found)}, this run "
+        f"has {shorten(expected)}; resume with the same flags, or start in a new output_dir"
     )
 
 

@@ -28,7 +28,7 @@ from recipe_runner import error_line, flags, save_tokenizer, shell, succeeds, tr
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FILES = {WEIGHTS, CONFIG, "README.md", "fusion.json", "tokenizer.json", "tokenizer_config.json"}
+FILES = {WEIGHTS, CONFIG, "README.md", "fusion.json", "diagnostics.json", "tokenizer.json", "tokenizer_config.json"}
 # What lies in the folder of a run, or was put there by its owner, and is nobody's business.
 CLUTTER = (
     "checkpoint-1/adapter_model.safetensors", "checkpoint-1/optimizer.pt", "checkpoint-1/tokenizer.json",

@@ -1,34 +1,29 @@
 """The end of a fusion: one ordinary PEFT adapter with its provenance and model card."""
 
 import contextlib
-import importlib.metadata
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256
+from heterofusion.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.engines import whole_tensors
 from heterofusion.modeling import HeteroFusionModel
+from heterofusion.provenance import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
 
 logger = logging.getLogger(__name__)
 
-PROVENANCE_FILE = "fusion.json"
-EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
-CARD_FILE = "README.md"
 _STAGING = ".export-"
-_SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
 
 
 class ExportError(ValueError):
@@ -44,7 +39,9 @@ def export_adapter(
     metrics: dict[str, Any] | None = None,
     write: bool = True,
 ) -> Path:
-    """Write the fused adapter as a plain PEFT folder with `fusion.json` and a model card. All ranks together.
+    """Write the fused adapter as a plain PEFT folder with `fusion.json`, a model card and `diagnostics.json`.
+
+    All ranks together.
 
     Everything is validated first and written beside its final place, then moved; what killed exports left there goes.
 
@@ -67,6 +64,7 @@ def export_adapter(
     validate_fused(state, model.plan.target)
     folder = Path(output_dir)
     alphas = whole_tensors(model.hypernetworks.alphas.items())
+    diagnostics = adapter_diagnostics(model)
     if not write:
         return folder
     record = provenance(model, training, metrics)
@@ -80,6 +78,7 @@ def export_adapter(
             if tokenizer is not None:
                 _save_tokenizer(tokenizer, staging)
             (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
+            _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
             record["weights_sha256"] = file_sha256(staging / WEIGHTS_FILE)
             _write_json(staging / PROVENANCE_FILE, record)
             shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
@@ -147,122 +146,6 @@ def validate_fused(state: dict[str, Tensor], target: LoraAdapter) -> None:
                 f"fused tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was "
                 "written; lower --learning_rate, or take an earlier checkpoint"
             )
-
-
-def fused_config(model: HeteroFusionModel) -> dict[str, Any]:
-    """`adapter_config.json` of the fused adapter: the target's, for inference, with a base model named."""
-    config = dict(model.plan.target.config)
-    config["inference_mode"] = True
-    if not config.get("base_model_name_or_path"):
-        config["base_model_name_or_path"] = getattr(model.get_base_model().config, "name_or_path", None) or None
-    return config
-
-
-def provenance(
-    model: HeteroFusionModel, training: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What `fusion.json` records: where every number of the adapter comes from. Local paths are cut to their names."""
-    plan = model.plan
-    return {
-        "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
-        "target": _adapter_record(plan.target),
-        "sources": [_adapter_record(source) for source in plan.sources],
-        "plan": {
-            "layer_alignment": plan.layer_alignment,
-            "transfer_ratio": str(plan.transfer_ratio),
-            "aligned_modules": {key.name: len(members) for key, members in plan.groups.items()},
-            "untouched_modules": len(plan.untouched),
-            "layer_maps": [{str(i): j for i, j in pairs.items()} for pairs in plan.layer_maps],
-        },
-        "method": {**model.method.method_dict(), "seed": model.updates.seed},
-        "hypernetwork": {
-            **model.hypernetworks.config.to_dict(),
-            "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),
-        },
-        "training": training or {},
-        "metrics": metrics or {},
-        "versions": library_versions(),
-    }
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of the packages that a fused adapter depends on."""
-    names = ("heterofusion", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def display_name(name: str) -> str:
-    """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
-        return name
-    return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
-
-
-def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
-    return {
-        "name": display_name(adapter.name),
-        "base_model": display_name(adapter.base_model or ""),
-        "sha256": adapter.sha256,
-    }
-
-
-def model_card(record: dict[str, Any]) -> ModelCard:
-    """A model card from a provenance record. The licence is left to the owner of the adapters."""
-    base = record["base_model"]
-    data = ModelCardData(
-        base_model=base or None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["heterofusion", "lora", "adapter-fusion", f"base_model:adapter:{base}"]
-        if base
-        else ["heterofusion", "lora"],
-    )
-    sources = "\n".join(
-        f"| source {index} | {source['name']} | {source['base_model'] or 'not named'} | `{source['sha256'][:12]}` |"
-        for index, source in enumerate(record["sources"], start=1)
-    )
-    target = record["target"]
-    aligned = sum(record["plan"]["aligned_modules"].values())
-    body = f"""
-# Fused LoRA adapter
-
-LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of
-`{base or "the target model"}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter:
-`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated,
-{record["plan"]["untouched_modules"]} modules are the target's own.
-
-| part | adapter | base model | sha256 of its weights |
-|---|---|---|---|
-| target | {target["name"]} | {target["base_model"] or "not named"} | `{target["sha256"][:12]}` |
-{sources}
-
-## Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base or "<base model>"}")
-model = PeftModel.from_pretrained(model, "<this adapter>")
-```
-{_metrics_table(record["metrics"])}
-## Provenance
-
-`{PROVENANCE_FILE}` holds the hashes of all adapters, the alignment, all settings, seeds and library versions.
-No licence is stated here: it follows from those of the base model, the adapters and the replay data.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-
-
-def _metrics_table(metrics: dict[str, Any]) -> str:
-    shown = {name: value for name, value in metrics.items() if not name.endswith(_SPEEDS)}
-    if not shown:
-        return ""
-    rows = "\n".join(
-        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
-        for name, value in shown.items()
-    )
-    return f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"
 
 
 def _write_json(path: Path, content: Any) -> None:

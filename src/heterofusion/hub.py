@@ -19,7 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from heterofusion.adapter_config import AdapterError, read_json_object
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from heterofusion.export import CARD_FILE, EXPERT_FILE, PROVENANCE_FILE, ExportError, display_name
+from heterofusion.diagnostics import DIAGNOSTICS_FILE
+from heterofusion.export import ExportError
+from heterofusion.provenance import CARD_FILE, EXPERT_FILE, PROVENANCE_FILE, display_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ HUB_PATTERNS = (
     WEIGHTS_FILE,
     CONFIG_FILE,
     PROVENANCE_FILE,
+    DIAGNOSTICS_FILE,
     CARD_FILE,
     TOKENIZER_CONFIG_FILE,
     "tokenizer.json",

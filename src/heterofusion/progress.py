@@ -25,7 +25,6 @@ from heterofusion.checkpoints import (
     last_complete_checkpoint,
     shorten,
 )
-from heterofusion.export import PROVENANCE_FILE, display_name
 from heterofusion.initialization import (
     INITIALIZATION_FILE,
     Initialization,
@@ -36,6 +35,7 @@ from heterofusion.initialization import (
 )
 from heterofusion.loading import check_output_dir
 from heterofusion.modeling import HeteroFusionModel
+from heterofusion.provenance import PROVENANCE_FILE, display_name
 from heterofusion.stages import Stage
 
 logger = logging.getLogger(__name__)

@@ -243,6 +243,18 @@ def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter], configs: 
         seen.setdefault(source.sha256, f"source {number}")
 
 
+def adapter_depth(adapter: LoraAdapter) -> int:
+    """Layers of a model as far as its adapter tells: 1 + the highest layer index that it holds.
+
+    Raises:
+        AdapterError: it has no module inside the language model's layers.
+    """
+    layers = [key.layer for key in module_keys(adapter).values() if key is not None]
+    if not layers:
+        raise AdapterError(f"{adapter.folder} has no LoRA module inside the language model's layers")
+    return 1 + max(layers)
+
+
 class _RoleTable:
     """An adapter's modules as role slices, in layer order, found by layer and role.
 

@@ -1,0 +1,133 @@
+"""What is told of a fused adapter: names fit for publishing, the record in `fusion.json`, and the model card."""
+
+import importlib.metadata
+import os
+import re
+from pathlib import PureWindowsPath
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from heterofusion.adapters import LoraAdapter
+from heterofusion.modeling import HeteroFusionModel
+
+PROVENANCE_FILE = "fusion.json"
+EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
+CARD_FILE = "README.md"
+_SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the packages that a fused adapter depends on."""
+    names = ("heterofusion", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def display_name(name: str) -> str:
+    """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
+        return name
+    return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
+
+
+def fused_config(model: HeteroFusionModel) -> dict[str, Any]:
+    """`adapter_config.json` of the fused adapter: the target's, for inference, with a base model named."""
+    config = dict(model.plan.target.config)
+    config["inference_mode"] = True
+    if not config.get("base_model_name_or_path"):
+        config["base_model_name_or_path"] = getattr(model.get_base_model().config, "name_or_path", None) or None
+    return config
+
+
+def provenance(
+    model: HeteroFusionModel, training: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `fusion.json` records: where every number of the adapter comes from. Local paths are cut to their names."""
+    plan = model.plan
+    return {
+        "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
+        "target": _adapter_record(plan.target),
+        "sources": [_adapter_record(source) for source in plan.sources],
+        "plan": {
+            "layer_alignment": plan.layer_alignment,
+            "transfer_ratio": str(plan.transfer_ratio),
+            "aligned_modules": {key.name: len(members) for key, members in plan.groups.items()},
+            "untouched_modules": len(plan.untouched),
+            "layer_maps": [{str(i): j for i, j in pairs.items()} for pairs in plan.layer_maps],
+        },
+        "method": {**model.method.method_dict(), "seed": model.updates.seed},
+        "hypernetwork": {
+            **model.hypernetworks.config.to_dict(),
+            "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),
+        },
+        "training": training or {},
+        "metrics": metrics or {},
+        "versions": library_versions(),
+    }
+
+
+def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
+    return {
+        "name": display_name(adapter.name),
+        "base_model": display_name(adapter.base_model or ""),
+        "sha256": adapter.sha256,
+    }
+
+
+def model_card(record: dict[str, Any]) -> ModelCard:
+    """A model card from a provenance record. The licence is left to the owner of the adapters."""
+    base = record["base_model"]
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["heterofusion", "lora", "adapter-fusion", f"base_model:adapter:{base}"]
+        if base
+        else ["heterofusion", "lora"],
+    )
+    sources = "\n".join(
+        f"| source {index} | {source['name']} | {source['base_model'] or 'not named'} | `{source['sha256'][:12]}` |"
+        for index, source in enumerate(record["sources"], start=1)
+    )
+    target = record["target"]
+    aligned = sum(record["plan"]["aligned_modules"].values())
+    body = f"""
+# Fused LoRA adapter
+
+LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of
+`{base or "the target model"}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter:
+`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated,
+{record["plan"]["untouched_modules"]} modules are the target's own.
+
+| part | adapter | base model | sha256 of its weights |
+|---|---|---|---|
+| target | {target["name"]} | {target["base_model"] or "not named"} | `{target["sha256"][:12]}` |
+{sources}
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base or "<base model>"}")
+model = PeftModel.from_pretrained(model, "<this adapter>")
+```
+{_metrics_table(record["metrics"])}
+## Provenance
+
+`{PROVENANCE_FILE}` holds the hashes of all adapters, the alignment, all settings, seeds and library versions.
+No licence is stated here: it follows from those of the base model, the adapters and the replay data.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    shown = {name: value for name, value in metrics.items() if not name.endswith(_SPEEDS)}
+    if not shown:
+        return ""
+    rows = "\n".join(
+        f"| {name} | {value:.4f} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in shown.items()
+    )
+    return f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n"

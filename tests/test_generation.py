@@ -3,9 +3,10 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from heterofusion.evaluation import generate_answers
+from heterofusion.evaluation import AnswerGenerator, generate_answers
+from heterofusion.evaluation.generation import cut_prompt
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 
 
@@ -101,3 +102,138 @@ def test_tokenizer_without_padding_and_end_raises(expert):
     bare.eos_token = None
     with pytest.raises(ValueError, match=r"set tokenizer\.pad_token"):
         generate_answers(model, bare, ["fine"], progress=False)
+
+
+# ---- the core ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoded(expert, prompts):
+    return {10 + i: expert[1](prompt)["input_ids"] for i, prompt in enumerate(prompts)}
+
+
+def collect(generator: AnswerGenerator, prompts) -> dict:
+    return {answer.index: answer for batch in generator.answers(prompts) for answer in batch}
+
+
+def limit_memory(monkeypatch, model, most: int) -> list[int]:
+    """Let generation run out of memory above a batch size; gives the sizes that were tried."""
+    tried, generate = [], model.generate
+
+    def limited(input_ids, **kwargs):
+        tried.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", limited)
+    return tried
+
+
+def test_longest_prompts_come_first_and_keep_their_keys(expert, encoded, prompts):
+    batches = list(AnswerGenerator(*expert, max_new_tokens=8, batch_size=5).answers(encoded))
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    lengths = [len(encoded[answer.index]) for batch in batches for answer in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    answers = {answer.index: answer.text for batch in batches for answer in batch}
+    assert [answers[10 + i] for i in range(len(prompts))] == generate_answers(
+        *expert, prompts, max_new_tokens=8, progress=False
+    )
+
+
+def test_new_tokens_count_the_end(expert, encoded):
+    model, tokenizer = expert
+    for answer in collect(AnswerGenerator(model, tokenizer, 48), encoded).values():
+        assert answer.new_tokens == len(tokenizer(answer.text, add_special_tokens=False)["input_ids"]) + 1
+    assert {a.new_tokens for a in collect(AnswerGenerator(model, tokenizer, 2), encoded).values()} == {2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_cache_gives_the_same_answers(family, prompts):
+    model, tokenizer = load(family, "ner_garden")
+    encoded = {i: tokenizer(prompt)["input_ids"] for i, prompt in enumerate(prompts)}
+    static, dynamic = (
+        collect(AnswerGenerator(model, tokenizer, 24, 5, cache), encoded) for cache in ("static", "dynamic")
+    )
+    assert static == dynamic
+
+
+def test_generation_config_of_the_base_does_not_leak(expert, encoded):
+    """Sampling, penalties, lengths, forbidden and forced tokens of a generation_config.json."""
+    model, tokenizer = expert
+    expected = collect(AnswerGenerator(model, tokenizer, 16), encoded)
+    base = model.get_base_model()
+    own = base.generation_config
+    first = next(iter(expected.values())).text
+    word = tokenizer(first, add_special_tokens=False)["input_ids"][0]
+    base.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3,
+        min_new_tokens=15, max_length=3, suppress_tokens=[word], forced_eos_token_id=7, bad_words_ids=[[word]],
+        cache_implementation="static", num_return_sequences=2, use_cache=False, eos_token_id=own.eos_token_id,
+    )  # fmt: skip
+    leaking = base.generation_config
+    try:
+        assert collect(AnswerGenerator(model, tokenizer, 16), encoded) == expected
+        assert base.generation_config is leaking
+    finally:
+        base.generation_config = own
+
+
+def test_stop_ids_are_those_of_model_and_tokenizer(expert, encoded):
+    model, tokenizer = expert
+    base = model.get_base_model()
+    whole = collect(AnswerGenerator(model, tokenizer, 16), encoded)
+    index = next(iter(whole))
+    second = tokenizer(whole[index].text, add_special_tokens=False)["input_ids"][1]
+    own, base.generation_config = base.generation_config, GenerationConfig(eos_token_id=[second])
+    try:
+        cut = collect(AnswerGenerator(model, tokenizer, 16), {index: encoded[index]})[index]
+    finally:
+        base.generation_config = own
+    assert cut.new_tokens == 2 and whole[index].text.startswith(cut.text)
+
+
+def test_automatic_batch_size_halves_until_it_fits(expert, encoded, monkeypatch):
+    model, tokenizer = expert
+    expected = collect(AnswerGenerator(model, tokenizer, 4), encoded)
+    tried = limit_memory(monkeypatch, model, most=3)
+    generator = AnswerGenerator(model, tokenizer, 4)
+    assert collect(generator, encoded) == expected
+    assert tried == [12, 6, 3, 3, 3, 3]
+    assert generator.batch_size == 3
+
+
+def test_one_prompt_that_does_not_fit_raises(expert, encoded, monkeypatch):
+    limit_memory(monkeypatch, expert[0], most=0)
+    with pytest.raises(ValueError, match=r"one prompt of \d+ tokens and 4 new tokens .* lower --max_prompt_length"):
+        collect(AnswerGenerator(*expert, max_new_tokens=4), encoded)
+
+
+def test_fixed_batch_size_that_does_not_fit_raises(expert, encoded, monkeypatch):
+    tried = limit_memory(monkeypatch, expert[0], most=3)
+    with pytest.raises(ValueError, match=r"--batch_size 8 does not fit .* lower it, or give auto"):
+        collect(AnswerGenerator(*expert, max_new_tokens=4, batch_size=8), encoded)
+    assert tried == [8]
+
+
+def test_other_errors_of_a_batch_are_raised_as_they_are(expert, encoded, monkeypatch):
+    def broken(**kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(expert[0], "generate", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        collect(AnswerGenerator(*expert, max_new_tokens=4), encoded)
+
+
+def test_prompts_are_cut_on_the_left():
+    assert cut_prompt([1, 5, 6, 7], 3, bos_token_id=1) == [1, 6, 7]
+    assert cut_prompt([4, 5, 6, 7], 3, bos_token_id=1) == [5, 6, 7]
+    assert cut_prompt([4, 5], 2) == [4, 5] == cut_prompt([4, 5], None)
+    assert cut_prompt([1, 5], 1, bos_token_id=1) == [1]
+
+
+def test_settings_of_the_core_that_are_wrong_raise(expert, encoded):
+    with pytest.raises(ValueError, match="cache_implementation must be 'dynamic' or 'static', got 'quantized'"):
+        AnswerGenerator(*expert, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="prompt 3 has no tokens"):
+        collect(AnswerGenerator(*expert), {2: [1], 3: []})

@@ -26,6 +26,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+_PLACEHOLDER = "x"  # an answer where there is none: a word, as most answers begin
 KNOWN_COLUMNS = "`messages`, `prompt` and `completion`, `instruction` and `output` (`input`, `history`), or `text`"
 
 
@@ -42,6 +43,21 @@ class Rendered:
     text: str
     spans: list[tuple[int, int]]
     templated: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One example as it is asked.
+
+    Args:
+        text: Everything before the answer, as the tokenizer reads it.
+        templated: Whether a chat template wrote the text.
+        reference: The right answer as the record has it; empty where there is none.
+    """
+
+    text: str
+    templated: bool
+    reference: str
 
 
 def detect_format(columns: Any) -> str | None:
@@ -171,6 +187,63 @@ def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[li
             loss[-1] = True
     labels = [token if keep and i > 0 else IGNORE_INDEX for i, (token, keep) in enumerate(zip(ids, loss, strict=True))]
     return ids, labels
+
+
+def render_prompt(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Write an example as training writes it, up to its (last) answer.
+
+    A space before the answer stays with the prompt only where training puts it into a token of its own: most
+    tokenizers join it with the answer's first word, which the model then expects to write itself.
+
+    Args:
+        prompt: What `to_conversation` gave.
+        answer: What `to_conversation` gave; it may be empty. Turns after the last assistant turn are left out.
+        format: A key of `FORMATS` other than `text`, which has no prompt.
+        tokenizer: Gives the chat template.
+
+    Returns:
+        The text for `tokenize_prompt`, and the reference.
+
+    Raises:
+        ValueError: As for `render`, or a conversation without an assistant turn.
+    """
+    if isinstance(prompt, str) or isinstance(answer, str):
+        assert isinstance(prompt, str) and isinstance(answer, str)  # for the type checker: never mixed
+        reference = answer
+        rendered = render(prompt, answer if answer.strip() else _PLACEHOLDER, format, tokenizer)
+    else:
+        last = next((i for i in reversed(range(len(answer))) if answer[i]["role"] == "assistant"), None)
+        if last is None:
+            raise ValueError("the conversation has no assistant turn: end it with one that holds the right answer")
+        reference = answer[last]["content"]
+        filled = answer[last] if reference.strip() else {**answer[last], "content": _PLACEHOLDER}
+        rendered = render([*prompt, *answer[:last]], [filled], format, tokenizer)
+    (start, _), end = rendered.spans[0], rendered.spans[-1][1]
+    text = rendered.text[:start]
+    if text.endswith(" "):
+        whole = Rendered(rendered.text[:end], [(start, end)], rendered.templated)
+        ids, labels = tokenize(whole, tokenizer)
+        first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
+        without = Prompt(text[:-1], rendered.templated, reference)
+        if tokenize_prompt(without, tokenizer) == ids[:first]:
+            return without
+    return Prompt(text, rendered.templated, reference)
+
+
+def tokenize_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt: those that `tokenize` gives the whole example, before the first label.
+
+    Args:
+        prompt: What `render_prompt` gave.
+        tokenizer: Of the model that answers.
+
+    Returns:
+        The ids; without an EOS that the tokenizer appends, after which nothing would come.
+    """
+    ids, _ = tokenize(Rendered(prompt.text, [], prompt.templated), tokenizer)
+    if not prompt.templated and tokenizer.eos_token_id is not None and not prompt.text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # `tokenize` sees to it that a plain text ends with one
+    return ids
 
 
 def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:

@@ -232,8 +232,16 @@ def check_run_flags(args: TrainingArguments, data: DataArguments) -> None:
         validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
 
 
-def check_output_dir(output_dir: str, resuming: bool, overwrite: bool) -> None:
+def check_output_dir(
+    output_dir: str, resuming: bool, overwrite: bool, resume_flag: str = "--resume_from_checkpoint"
+) -> None:
     """Refuse to write over another run, or where nothing can be written. The folder is not made yet.
+
+    Args:
+        output_dir: The folder.
+        resuming: Whether what is there is gone on with.
+        overwrite: Whether what is there may be replaced.
+        resume_flag: What the message calls the flag to resume with.
 
     Raises:
         ValueError: a file of that name, no permission, or a folder with content that was not asked to be reused.
@@ -247,7 +255,7 @@ def check_output_dir(output_dir: str, resuming: bool, overwrite: bool) -> None:
     if folder == nearest and any(folder.iterdir()) and not (resuming or overwrite):
         raise ValueError(
             f"--output_dir {folder} exists and is not empty; name another, resume with "
-            "--resume_from_checkpoint true, or pass --overwrite true"
+            f"{resume_flag} true, or pass --overwrite true"
         )
 
 

@@ -1,16 +1,224 @@
-"""Batched greedy generation: prompts in, answers out, in the order given."""
+"""Batched greedy generation: prompts in, answers out.
+
+`AnswerGenerator` is the core: token ids in, one batch of answers after the other out, longest prompts first. It knows
+nothing of references, metrics, files or processes. `generate_answers` is the short way from texts to texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FIRST_BATCH_SIZE = 64  # of automatic batch sizes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    Args:
+        index: Key of its prompt.
+        text: The new tokens up to the end of the answer, without special tokens.
+        new_tokens: How many tokens were generated for it, the one that ended it included.
+    """
+
+    index: int
+    text: str
+    new_tokens: int
+
+
+def longest_first(lengths: Mapping[int, int]) -> list[int]:
+    """Keys in the order of generation: long prompts first, so that memory runs out in the first batch or in none.
+
+    Args:
+        lengths: Number of tokens by key.
+
+    Returns:
+        The keys; those of equal length in the order they came in.
+    """
+    return sorted(lengths, key=lambda index: -lengths[index])
+
+
+def cut_prompt(ids: Sequence[int], length: int | None, bos_token_id: int | None = None) -> list[int]:
+    """Cut a prompt on the left: its end holds the question.
+
+    Args:
+        ids: Token ids.
+        length: Number of tokens that are kept at most; None keeps all.
+        bos_token_id: A token that stays where the prompt begins with it.
+
+    Returns:
+        At most `length` token ids.
+    """
+    if length is None or len(ids) <= length:
+        return list(ids)
+    if ids[0] == bos_token_id:
+        return [ids[0], *ids[len(ids) - length + 1 :]]
+    return list(ids[len(ids) - length :])
+
+
+class AnswerGenerator:
+    """Answers prompts by greedy decoding, in batches padded on the left.
+
+    Whatever the model's own generation config says of sampling, penalties, beams or lengths does not count; of it only
+    the tokens that end an answer are taken. Model, mode and tokenizer are left as they were.
+
+    Args:
+        model: A causal LM, with or without a PEFT adapter.
+        tokenizer: Its tokenizer. Without a padding token its end-of-sequence token pads.
+        max_new_tokens: Most tokens in an answer.
+        batch_size: Prompts per batch; None begins with 64 and halves it whenever memory runs out.
+        cache_implementation: `"dynamic"`, or `"static"` for a key-value cache of one size, as long as the longest
+            prompt needs; with it a GPU runs compiled decoding steps.
+
+    Attributes:
+        batch_size: Prompts per batch, as it stands.
+
+    Raises:
+        ValueError: If a number is not positive, for another cache, or if the tokenizer has neither a padding nor an
+            end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int = 256,
+        batch_size: int | None = None,
+        cache_implementation: str = "dynamic",
+    ) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if cache_implementation not in ("dynamic", "static"):
+            raise ValueError(f"cache_implementation must be 'dynamic' or 'static', got {cache_implementation!r}")
+        pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad_id is None:
+            raise ValueError(
+                "the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token"
+            )
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size or FIRST_BATCH_SIZE
+        self.automatic = batch_size is None
+        self.pad_id = int(pad_id)
+        self.stops = _stop_ids(model, tokenizer)
+        self.cache_implementation = cache_implementation
+
+    def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
+        """Generate, one batch at a time.
+
+        Args:
+            prompts: Token ids by a key that the answers carry.
+
+        Yields:
+            The answers of a batch. Longest prompts first; batches hold prompts of similar length.
+
+        Raises:
+            ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
+        """
+        for index, ids in prompts.items():
+            if not ids:
+                raise ValueError(f"prompt {index} has no tokens; a model needs one at least to begin with")
+        order = longest_first({index: len(ids) for index, ids in prompts.items()})
+        config = self._config(longest=len(prompts[order[0]]) if order else 0)
+        start = 0
+        while start < len(order):
+            batch = order[start : start + self.batch_size]
+            rows = self._try(batch, [prompts[index] for index in batch], config)
+            if rows is None:
+                continue
+            start += len(batch)
+            yield [self._answer(index, row) for index, row in zip(batch, rows, strict=True)]
+
+    def _config(self, longest: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad_id,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.stops or None,
+            cache_implementation=self.cache_implementation,
+            # of all batches: a cache of another size is another graph to a compiler
+            max_cache_len=longest + self.max_new_tokens if self.cache_implementation == "static" else None,
+        )
+
+    def _try(
+        self, batch: Sequence[int], prompts: Sequence[Sequence[int]], config: GenerationConfig
+    ) -> list[list[int]] | None:
+        """Generate for one batch: the new token ids, or None where it has to be tried again with a smaller one."""
+        try:
+            return self._generate(prompts, config)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+        # outside of the handler: there, the traceback still holds the tensors of the failed batch
+        clear_device_cache(garbage_collection=True)
+        tried = len(batch)
+        if not self.automatic:
+            raise ValueError(
+                f"--batch_size {self.batch_size} does not fit into memory with prompts of {len(prompts[0])} tokens; "
+                "lower it, or give auto"
+            )
+        if tried == 1:
+            raise ValueError(
+                f"one prompt of {len(prompts[0])} tokens and {self.max_new_tokens} new tokens do not fit into memory; "
+                "lower --max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
+            )
+        self.batch_size = max(1, min(self.batch_size, tried) // 2)
+        logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.batch_size)
+        return None
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+        """New token ids of each prompt, as many as of the longest answer."""
+        width = max(len(ids) for ids in prompts)
+        device = next(self.model.parameters()).device
+        rows = [[self.pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
+        masks = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        with _in_evaluation(self.model, config):
+            output = self.model.generate(
+                input_ids=torch.tensor(rows, device=device),  # (prompts, width)
+                attention_mask=torch.tensor(masks, device=device),
+                generation_config=config,
+            )
+        return output[:, width:].tolist()
+
+    def _answer(self, index: int, row: Sequence[int]) -> Answer:
+        end = next((at for at, token in enumerate(row) if token in self.stops), len(row))
+        # no clean-up: it takes spaces away that the reference may have
+        text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(index, str(text), min(end + 1, len(row)))
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, and a generation config in place of the model's, whose values fill any gap in one's own."""
+    holder: Any = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT passes its own on to it
+    own, was_training = holder.generation_config, model.training
+    holder.generation_config = config
+    model.eval()
+    try:
+        yield
+    finally:
+        holder.generation_config = own
+        model.train(was_training)
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -22,26 +230,24 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return stops
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int = 64,
-    batch_size: int = 32,
+    batch_size: int | None = 32,
     progress: bool = True,
 ) -> list[str]:
     """Answers prompts by greedy decoding, in batches of prompts of similar length.
 
-    The prompts are padded on the left and tokenized as they are, special tokens included; the model's mode
-    (train or eval) and the tokenizer are left as they were.
+    The prompts are tokenized as they are, special tokens included.
 
     Args:
         model: A causal LM, with or without a PEFT adapter.
         tokenizer: Its tokenizer. Without a padding token its end-of-sequence token pads.
         prompts: The prompts.
         max_new_tokens: Most tokens in an answer.
-        batch_size: Prompts per batch.
+        batch_size: Prompts per batch; None as in `AnswerGenerator`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -56,44 +262,30 @@ def generate_answers(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"prompts[{index}] must be a non-empty string, got {prompt!r}")
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if pad_id is None:
-        raise ValueError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
-
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    generator = AnswerGenerator(model, tokenizer, max_new_tokens, batch_size)
+    encoded = {index: tokenizer(prompt)["input_ids"] for index, prompt in enumerate(prompts)}
     answers = [""] * len(encoded)
-    stops = _stop_ids(model, tokenizer)
-    device = next(model.parameters()).device
-    generate: Any = model.generate  # a method of both classes; typed as an attribute of PeftModel
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(encoded), desc="Generating", unit="prompt", disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                width = len(encoded[batch[-1]])
-                rows = [[pad_id] * (width - len(encoded[i])) + encoded[i] for i in batch]
-                masks = [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
-                output = generate(
-                    input_ids=torch.tensor(rows, device=device),
-                    attention_mask=torch.tensor(masks, device=device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    pad_token_id=pad_id,
-                    eos_token_id=stops or None,
-                )
-                for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-                    end = next((at for at, token in enumerate(row) if token in stops), len(row))
-                    answers[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
-                bar.update(len(batch))
-    finally:
-        model.train(was_training)
+    for batch in show_progress(generator.answers(encoded), len(encoded), progress):
+        for answer in batch:
+            answers[answer.index] = answer.text
     return answers
+
+
+def show_progress(
+    batches: Iterable[list[Answer]], total: int, shown: bool, what: str = "Generating"
+) -> Iterator[list[Answer]]:
+    """Pass batches on with a progress bar that counts prompts.
+
+    Args:
+        batches: What `AnswerGenerator.answers` yields.
+        total: Number of prompts.
+        shown: Whether to show the bar.
+        what: Stands before the bar.
+
+    Yields:
+        The batches.
+    """
+    with tqdm(total=total, desc=what, unit="prompt", disable=not shown) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

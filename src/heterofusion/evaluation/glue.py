@@ -121,7 +121,12 @@ def _label_scores(task: str, found: list[str | None], expected: list[str]) -> di
         varied = len(set(answers)) > 1 and len(set(expected)) > 1
         scores["matthews_correlation"] = float(matthews_corrcoef(expected, answers)) if varied else 0.0
     if task in _F1_OF:
-        wanted, got = ([int(label == _F1_OF[task]) for label in labels] for labels in (expected, found))
+        wanted = [int(label == _F1_OF[task]) for label in expected]
+        # An answer that does not parse is wrong: taken for the other label, it cannot raise F1 by saying nothing.
+        got = [
+            1 - right if label is None else int(label == _F1_OF[task])
+            for right, label in zip(wanted, found, strict=True)
+        ]
         scores["f1"] = float(f1_score(wanted, got, zero_division=0.0))
     return scores
 

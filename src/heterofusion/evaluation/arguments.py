@@ -1,0 +1,261 @@
+"""Flags of the evaluation program."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from heterofusion.arguments import DataArguments, DatasetSpec, ModelArguments
+from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric
+
+NO_ADAPTER = "none"
+BASE_NAME = "base"
+# No colon, slash or leading dot: these become names of files and folders, and columns of a Markdown table.
+_FILE_NAME = re.compile(r"\w[\w.+=-]*")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a label or a name can be that of a file or a folder everywhere."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+@dataclass
+class EvalModelArguments(ModelArguments):
+    """What is evaluated: a base model and adapters on it."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model of the adapters: local folder or Hub id."})
+    adapters: list[str] = field(
+        default_factory=lambda: [NO_ADAPTER],
+        metadata={
+            "help": "PEFT adapters to evaluate one after the other: local folders or Hub ids; the word none is the "
+            "base model alone, which is also the default."
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+    def __post_init__(self) -> None:
+        if not self.adapters or not all(self.adapters):
+            raise ValueError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
+
+
+@dataclass
+class EvalDataArguments:
+    """What it is evaluated on; list flags have one value for all data sets, or one per data set."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data sets with the right answers: local .json, .jsonl, .csv or .parquet files, local folders, or "
+            "ids on the Hub."
+        },
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Split of each data set; a local file has no splits and is read whole."},
+    )
+    dataset_label: list[str] | None = field(
+        default=None,
+        metadata={"help": "Name of each data set in results; by default its file's, or the last part of its Hub id."},
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Number of examples that are sampled from each data set at most; 0 takes all."},
+    )
+    dataset_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    metric: list[str] = field(
+        default_factory=lambda: [AUTO],
+        metadata={
+            "help": f"Metric of each data set: {', '.join(METRICS)}; {AUTO} reads the columns kind and task of its "
+            "records."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.dataset_name:
+            raise ValueError("--dataset_name is missing: name at least one data set to evaluate on")
+        self.specs()
+        for flag, values in (("dataset_label", self.dataset_label or []), ("metric", self.metric)):
+            allowed = (len(self.dataset_name),) if flag == "dataset_label" else (1, len(self.dataset_name))
+            if values and len(values) not in allowed:
+                raise ValueError(
+                    f"--{flag} has {len(values)} values, but --dataset_name has {len(self.dataset_name)}: give one "
+                    "per data set"
+                )
+        for metric in self.metric:
+            if metric != AUTO:
+                check_metric(metric)
+        self.labels()
+
+    def specs(self) -> list[DatasetSpec]:
+        """The data sets, checked as those of a replay mixture are.
+
+        Raises:
+            ValueError: a value is out of range, or the lengths of two lists do not match.
+        """
+        return DataArguments(
+            dataset_name=self.dataset_name,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_split,
+            max_examples=[sys.maxsize if count == 0 else count for count in self.max_examples],
+            dataset_seed=self.dataset_seed,
+        ).replay_sets()
+
+    def labels(self) -> list[str]:
+        """The names of the data sets in results, one per data set.
+
+        Raises:
+            ValueError: two are the same, or one cannot be the name of a file.
+        """
+        labels = self.dataset_label or [_default_label(name) for name in self.dataset_name]
+        for index, label in enumerate(labels):
+            if not is_file_name(label):
+                raise ValueError(
+                    f"the label {label!r} of data set {self.dataset_name[index]} cannot be the name of a file; give "
+                    "--dataset_label, one per data set, of letters, digits and . _ + = -"
+                )
+            if label in labels[:index]:
+                raise ValueError(
+                    f"data sets {self.dataset_name[labels.index(label)]} and {self.dataset_name[index]} have the same "
+                    f"label {label!r}; give --dataset_label, one per data set, all different"
+                )
+        return labels
+
+    def metrics(self) -> list[str]:
+        """The metrics, one per data set."""
+        return self.metric * len(self.dataset_name) if len(self.metric) == 1 else self.metric
+
+
+def _default_label(name: str) -> str:
+    path = Path(name).expanduser()
+    # A Hub id may hold a dot too; what ends like a data file is one.
+    return path.stem if path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet") else path.resolve().name
+
+
+@dataclass
+class GenerationArguments:
+    """How answers are generated; always greedily."""
+
+    max_new_tokens: int = field(default=256, metadata={"help": "Number of tokens in an answer at most."})
+    batch_size: str = field(
+        default="auto",
+        metadata={"help": "Prompts per batch and process; auto starts at 64 and halves it when memory runs out."},
+    )
+    cache_implementation: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
+            "choices": ["dynamic", "static"],
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens that longer prompts are cut to, on the left; by default the model's context "
+            "length minus max_new_tokens."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for flag, lowest in (("max_new_tokens", 1), ("max_prompt_length", 2)):
+            value = getattr(self, flag)
+            if value is not None and value < lowest:
+                raise ValueError(f"--{flag} is {value}: give an integer of at least {lowest}")
+        self.fixed_batch_size()
+
+    def fixed_batch_size(self) -> int | None:
+        """The batch size that was asked for, None for `auto`.
+
+        Raises:
+            ValueError: it is neither `auto` nor a positive integer.
+        """
+        if self.batch_size == AUTO:
+            return None
+        if not re.fullmatch(r"[1-9][0-9]*", self.batch_size):
+            raise ValueError(f"--batch_size is {self.batch_size!r}: give an integer of at least 1, or {AUTO}")
+        return int(self.batch_size)
+
+
+@dataclass
+class EvalOutputArguments:
+    """Where results go, and how reports call them."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json and the predictions."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with the evaluation of the same settings that output_dir holds."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Write into an output_dir that is not empty; what an earlier evaluation wrote there goes."},
+    )
+    name: str | None = field(
+        default=None,
+        metadata={"help": "Name of the row in reports, for one adapter; by default the adapter's, or base."},
+    )
+    names: list[str] | None = field(
+        default=None,
+        metadata={"help": "One name per adapter, for its folder and its row in reports; by default its own."},
+    )
+    labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Labels key=value by which reports group results, such as experiment=noise seed=0."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other; choose one")
+        self.label_values()
+
+    def label_values(self) -> dict[str, str]:
+        """The labels as a dictionary.
+
+        Raises:
+            ValueError: one is not `key=value`, or a key comes twice.
+        """
+        values: dict[str, str] = {}
+        for label in self.labels:
+            key, sign, value = label.partition("=")
+            if not (key.strip() and sign):
+                raise ValueError(f"--labels has {label!r}; write key=value, such as seed=0")
+            if key in values:
+                raise ValueError(f"--labels has the key {key!r} twice; give it once")
+            values[key] = value
+        return values
+
+    def adapter_names(self, adapters: list[str]) -> list[str]:
+        """Names of the adapters, one each, for folders and rows.
+
+        Raises:
+            ValueError: as many names as adapters were expected, two are the same, or one cannot name a folder.
+        """
+        if self.name is not None and len(adapters) > 1:
+            raise ValueError(f"--name is for one adapter, but --adapters has {len(adapters)}; give --names, one each")
+        if self.names is not None and len(self.names) != len(adapters):
+            raise ValueError(
+                f"--names has {len(self.names)} values, but --adapters has {len(adapters)}: give one each"
+            )
+        names = self.names or [BASE_NAME if a == NO_ADAPTER else Path(a).expanduser().resolve().name for a in adapters]
+        for index, name in enumerate(names):
+            if not is_file_name(name):
+                raise ValueError(
+                    f"{name!r} cannot name the folder of adapter {adapters[index]}; give --names, one per adapter, of "
+                    "letters, digits and . _ + = -"
+                )
+            if name in names[:index]:
+                raise ValueError(
+                    f"adapters {adapters[names.index(name)]} and {adapters[index]} have the same name {name!r}; give "
+                    "--names, one per adapter, all different"
+                )
+        return names if self.name is None else [self.name]
+
+
+EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)
+
+
+EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)

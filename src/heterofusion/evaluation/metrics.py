@@ -1,0 +1,131 @@
+"""Which metric scores a data set, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from heterofusion.evaluation.answers import check_answers
+from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
+from heterofusion.evaluation.uie import KINDS, UIEF1
+
+AUTO = "auto"
+UIE = "uie"
+EXACT_MATCH = "exact_match"
+METRICS = (*KINDS, UIE, *GLUE_LABELS, EXACT_MATCH)
+
+_GLUE_KIND = "GLUE"  # what recipes/glue/prepare.py writes into the column `kind`; `task` then names the GLUE task
+_EXACT_KWARGS = """
+Args:
+    predictions: list of str, the generated answers.
+    references: list of str, the right answers.
+
+Returns:
+    exact_match: share of predictions that are the reference, white space around both aside.
+    num_examples: number of answers.
+"""
+
+
+class ExactMatch(evaluate.Metric):
+    """Share of answers that are the reference, case included, white space around both aside; works offline."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of answers that equal the reference.",
+            citation="",
+            inputs_description=_EXACT_KWARGS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
+        check_answers(predictions, references)
+        hits = sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True))
+        return {EXACT_MATCH: hits / len(predictions), "num_examples": len(predictions)}
+
+
+def check_metric(metric: str) -> None:
+    """Refuse a metric that is not there.
+
+    Raises:
+        ValueError: names it and those that are.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"--metric {metric!r} is not known; choose one of {AUTO}, {', '.join(METRICS)}")
+
+
+def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
+    """Score answers.
+
+    Args:
+        metric: One of `METRICS`.
+        predictions: The generated answers.
+        references: The right answers, as many.
+
+    Returns:
+        All scores of the metric; `primary_score` says which one stands for it.
+
+    Raises:
+        ValueError: For an unknown metric, or answers that it cannot score.
+    """
+    check_metric(metric)
+    # The functions behind the metrics are not called directly: what is published is what `evaluate` gives. An id of
+    # its own keeps processes that score at the same time out of each other's cache files.
+    if metric in GLUE_LABELS:
+        computed = GLUEText(metric, keep_in_memory=True).compute
+    elif metric == EXACT_MATCH:
+        computed = ExactMatch(keep_in_memory=True).compute
+    else:
+        computed = UIEF1(None if metric == UIE else metric, keep_in_memory=True).compute
+    # pyarrow takes only strings here; what is no string was refused when the records were read
+    return dict(computed(predictions=list(predictions), references=list(references)))
+
+
+def primary_score(metric: str) -> str:
+    """The score that stands for a metric in tables and means: a key of what `score` gives.
+
+    Raises:
+        ValueError: For an unknown metric.
+    """
+    check_metric(metric)
+    if metric in GLUE_LABELS:
+        return "accuracy" if GLUE_LABELS[metric] else "pearson"  # STS-B has numbers in place of labels
+    return EXACT_MATCH if metric == EXACT_MATCH else "f1"
+
+
+def choose_metric(metric: str, rows: Iterable[Mapping[str, Any]], label: str) -> str:
+    """The metric of a data set.
+
+    Args:
+        metric: One of `METRICS`, or `auto` to take it from the columns `kind` and `task` of the records.
+        rows: The records.
+        label: Names the data set in messages.
+
+    Returns:
+        One of `METRICS`.
+
+    Raises:
+        ValueError: `auto` and the records have no `kind`, an unknown one, or not all the same.
+    """
+    if metric != AUTO:
+        check_metric(metric)
+        return metric
+    names = sorted({_metric_of(row.get("kind"), row.get("task")) for row in rows})
+    if names == [_metric_of(None, None)]:
+        raise ValueError(f"{label}: its records have no column `kind` that tells the metric; give --metric")
+    if len(names) > 1:
+        raise ValueError(f"{label} mixes records of {' and '.join(names)}; split it by kind, or give --metric")
+    if names[0] not in METRICS:
+        raise ValueError(f"{label}: its records are of {names[0]}, for which there is no metric; give --metric")
+    return names[0]
+
+
+def _metric_of(kind: Any, task: Any) -> str:
+    # of GLUE the task is the metric, of the others the kind: their task names the data set
+    if kind == _GLUE_KIND:
+        return str(task) if task in GLUE_LABELS else f"the GLUE task {task!r}"
+    return kind if kind in KINDS else f"the kind {kind!r}"

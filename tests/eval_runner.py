@@ -1,0 +1,78 @@
+"""Running recipes/eval.py in the tests: the embedded zoo's Llama, small data sets, and what a run leaves.
+
+A plugin of the tests that import its fixtures.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import restored_logging
+from heterofusion.zoo import make_examples, write_dataset, zoo_path
+from recipe_runner import flags, recipe, succeeds
+
+evaluation = recipe("eval")
+TASKS = ("ner_kitchen", "re_town")
+COUNT = 10
+
+
+@pytest.fixture(scope="session")
+def test_sets(tmp_path_factory) -> dict[str, Path]:
+    """Test examples of two tasks, by task."""
+    folder = tmp_path_factory.mktemp("eval") / "data"
+    return {task: write_dataset(folder / f"{task}.jsonl", make_examples(task, "test", COUNT)) for task in TASKS}
+
+
+@pytest.fixture
+def values(test_sets, tmp_path) -> dict[str, Any]:
+    """Flags of an evaluation of one expert on one task."""
+    return {
+        "model_name_or_path": zoo_path("llama"),
+        "adapters": [zoo_path("llama", "ner_kitchen")],
+        "dataset_name": [test_sets["ner_kitchen"]],
+        "max_new_tokens": 40,
+        "batch_size": 4,
+        "output_dir": tmp_path / "out",
+        "use_cpu": True,
+    }
+
+
+def run(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Run an evaluation that must succeed; gives its results.json."""
+    values = {**values, **changes}
+    succeeds(evaluation.main, flags(values))
+    return results(values["output_dir"])
+
+
+def fails_inside(values: dict[str, Any], **changes: Any) -> None:
+    """Run an evaluation that dies of something that is no user's error."""
+    with restored_logging(), pytest.raises(Killed):
+        evaluation.main(flags({**values, **changes}))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that the program does about errors helps."""
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def predictions(folder: Path, label: str = "ner_kitchen") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions" / f"{label}.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def scores(found: dict[str, Any]) -> dict[str, Any]:
+    """Results without what depends on time and processes."""
+    kept = {key: value for key, value in found.items() if key not in ("seconds", "tokens_per_second", "processes")}
+    kept["datasets"] = {
+        label: {key: value for key, value in record.items() if key != "seconds"}
+        for label, record in found["datasets"].items()
+    }
+    return kept

@@ -1,0 +1,379 @@
+"""recipes/eval.py as a program: its results, its flags, its errors."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import heterofusion.evaluation.runner as runner
+from conftest import GOLDEN
+from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
+from heterofusion.evaluation import UIEF1
+from heterofusion.evaluation.examples import sample_indices
+from heterofusion.zoo import make_examples, write_dataset, zoo_path
+from heterofusion.zoo.build import score_tasks
+from recipe_runner import ROOT, error_line, flags, shell, succeeds
+
+pytest_plugins = ["eval_runner"]
+
+
+@pytest.fixture(scope="module")
+def whole(test_sets, tmp_path_factory):
+    """One evaluation of an expert on two tasks: flags, folder, results."""
+    flags = {
+        "model_name_or_path": zoo_path("llama"),
+        "adapters": [zoo_path("llama", "ner_kitchen")],
+        "dataset_name": [test_sets[task] for task in TASKS],
+        "max_new_tokens": 40,
+        "batch_size": 4,
+        "use_cpu": True,
+        "output_dir": tmp_path_factory.mktemp("whole") / "out",
+    }
+    return flags, flags["output_dir"], run(flags, labels=["experiment=single source", "seed=0"])
+
+
+@pytest.fixture
+def refused(values, capsys, logging_restored):
+    """Run an evaluation with some flags changed; it must fail as a user's error does and write nothing."""
+
+    def check(*words: object, **changed: object) -> str:
+        output = {**values, **changed}["output_dir"]
+        before = files(output)
+        line = error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
+        assert files(output) == before
+        return line
+
+    return check
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_those_of_the_zoo(whole):
+    _, folder, found = whole
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
+    model = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, zoo_path("llama", "ner_kitchen"))
+    expected = score_tasks(model, tokenizer, TASKS, COUNT, progress=False)
+    assert {label: record["score"] for label, record in found["datasets"].items()} == expected
+    assert expected["ner_kitchen"] > 0.8 > expected["re_town"]
+    assert found["mean"] == pytest.approx(sum(expected.values()) / 2)
+    assert files(folder) == [
+        "predictions/ner_kitchen.jsonl",
+        "predictions/re_town.jsonl",
+        "results.json",
+        "state.json",
+    ]
+
+
+def test_predictions_are_kept_in_the_order_of_the_data_set(whole):
+    _, folder, found = whole
+    for task, metric in zip(TASKS, ("NER", "RE"), strict=True):
+        kept, examples = predictions(folder, task), make_examples(task, "test", COUNT)
+        assert [record["index"] for record in kept] == list(range(COUNT))
+        assert [record["prompt"] for record in kept] == [example["prompt"] for example in examples]
+        assert [record["reference"] for record in kept] == [example["completion"] for example in examples]
+        rescored = UIEF1(metric).compute(
+            predictions=[record["prediction"] for record in kept], references=[record["reference"] for record in kept]
+        )
+        record = found["datasets"][task]
+        assert record["scores"] == rescored
+        assert (record["metric"], record["primary"], record["score"]) == (metric, "f1", rescored["f1"])
+        assert record["new_tokens"] == sum(answer["new_tokens"] for answer in kept)
+
+
+def test_results_say_what_was_done(whole):
+    _, _, found = whole
+    assert (found["name"], found["labels"]) == ("ner_kitchen", {"experiment": "single source", "seed": "0"})
+    assert (found["base_model"], found["adapter"]["name"], found["fusion"]) == ("base", "ner_kitchen", None)
+    assert found["generation"] == {
+        "max_new_tokens": 40, "batch_size": 4, "cache_implementation": "dynamic", "dtype": "float32",
+        "max_prompt_length": 512 - 40,
+    }  # fmt: skip
+    assert (found["processes"], found["device"]) == (1, "cpu")
+    assert found["new_tokens"] == sum(record["new_tokens"] for record in found["datasets"].values())
+    assert found["tokens_per_second"] == pytest.approx(found["new_tokens"] / found["seconds"], rel=0.01)
+    assert found["settings"]["dataset_name"] == ["ner_kitchen.jsonl", "re_town.jsonl"]
+    assert found["versions"]["peft"]
+    assert str(ROOT) not in json.dumps(found) and "/" not in json.dumps(found["settings"])
+
+
+def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys):
+    """Each is on a clean base: LoRA is taken off, and what cannot be is loaded anew."""
+    base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+    torch.manual_seed(0)
+    kinds = {
+        "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[]),
+        "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "saved": LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], modules_to_save=["lm_head"], r=2),
+    }
+    for name, config in kinds.items():
+        model = get_peft_model(base, config)
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.5 * torch.randn(parameter.shape) * ("lm_head" not in key)
+        model.save_pretrained(tmp_path / name)
+        base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+    expert = zoo_path("llama", "ner_kitchen")
+    out = tmp_path / "many"
+    names = ["expert", "bare", "ia3", "prompt", "saved", "again"]
+    argv = flags({
+        **values, "adapters": [expert, "none", *(tmp_path / name for name in kinds), expert], "names": names,
+        "dataset_name": [test_sets["ner_kitchen"]], "output_dir": out,
+    })  # fmt: skip
+    assert evaluation.main(argv) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in table[2:]] == names
+    assert table[0] == "|  | ner_kitchen | mean | seconds | tokens/s |"
+    texts = {name: [record["prediction"] for record in predictions(out / name)] for name in names}
+    alone = [record["prediction"] for record in predictions(whole[1])]
+    assert texts["expert"] == texts["again"] == alone
+    assert len({tuple(text) for text in texts.values()}) == len(names) - 1
+    assert results(out / "bare")["adapter"] is None
+    assert results(out / "prompt")["generation"]["max_prompt_length"] == 512 - 40 - 3
+    assert not (out / "results.json").exists()
+
+
+def test_names_and_records_of_a_fused_adapter(values, tmp_path):
+    fused = tmp_path / "fused"
+    shutil.copytree(zoo_path("llama", "ner_kitchen"), fused)
+    record = {
+        "method": {"preset": "paper", "alpha_init": 0.3, "mu_gate": 0.1, "seed": 0, "other": 1},
+        "sources": [{"name": "a"}, {"name": "b"}],
+        "metrics": {"train_runtime": 41.2},
+    }
+    (fused / "fusion.json").write_text(json.dumps(record))
+    found = run(values, adapters=[fused], name="HeteroFusion (ours)", max_examples=1, max_new_tokens=2)
+    assert found["name"] == "HeteroFusion (ours)"
+    assert found["fusion"] == {
+        "preset": "paper", "alpha_init": 0.3, "mu_gate": 0.1, "seed": 0, "sources": ["a", "b"], "train_seconds": 41.2
+    }  # fmt: skip
+
+
+def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
+    """GLUE by its columns, exact match by a flag, of other formats; all from a YAML file."""
+    glue = [{"prompt": "Sentence: fine\nAnswer:", "completion": " positive", "kind": "GLUE", "task": "sst2"}]
+    write_dataset(tmp_path / "sst2.jsonl", glue)
+    alpaca = [{"instruction": "Say it", "input": "now", "output": "it", "history": []}]
+    (tmp_path / "exact.json").write_text(json.dumps(alpaca))
+    config = {
+        "dataset_name": [str(tmp_path / "sst2.jsonl"), str(tmp_path / "exact.json")],
+        "metric": ["auto", "exact_match"], "dataset_label": ["glue", "exact"], "max_new_tokens": 3,
+    }  # fmt: skip
+    (tmp_path / "eval.yaml").write_text(json.dumps(config))  # JSON is YAML
+    kept = {name: value for name, value in values.items() if name not in config}
+    found = run(kept, config=tmp_path / "eval.yaml", adapters=["none"])
+    assert {label: (r["metric"], r["primary"]) for label, r in found["datasets"].items()} == {
+        "glue": ("sst2", "accuracy"), "exact": ("exact_match", "exact_match"),
+    }  # fmt: skip
+    assert found["name"] == "base"
+    assert predictions(values["output_dir"], "exact")[0]["prompt"] == "Say it\nnow"
+
+
+def test_tables_and_folders_give_the_same(values, test_sets, tmp_path, whole, offline_datasets):
+    """Metric and prompts of a parquet file, a CSV file and a folder are those of the JSON file."""
+    rows = Dataset.from_list(make_examples("ner_kitchen", "test", COUNT))
+    rows.to_parquet(tmp_path / "table.parquet")
+    rows.to_csv(tmp_path / "csv.csv")
+    DatasetDict({"test": rows, "train": rows.select([0])}).save_to_disk(tmp_path / "saved")
+    sets = [tmp_path / "table.parquet", tmp_path / "csv.csv", tmp_path / "saved"]
+    found = run(values, dataset_name=sets)["datasets"]
+    expected = scores(whole[2])["datasets"]["ner_kitchen"]
+    for label in ("table", "csv", "saved"):
+        assert {**found[label], "sha256": expected["sha256"]} == {**expected, "seconds": found[label]["seconds"]}
+        assert predictions(values["output_dir"], label) == predictions(whole[1])
+    assert len({record["sha256"] for record in found.values()}) == 3
+    assert run(values, dataset_name=sets, resume=True)["datasets"] == found
+
+
+def test_sample_is_that_of_training(values):
+    from heterofusion.arguments import DatasetSpec
+    from heterofusion.data import _sample
+
+    for total, count in ((10, 4), (10, 20)):
+        assert sample_indices(total, count, 7) == list(_sample(total, DatasetSpec("x", None, "test", count, 1.0), 7))
+    found = run(values, max_examples=3, dataset_seed=7, max_new_tokens=2)
+    assert [record["index"] for record in predictions(values["output_dir"])] == sample_indices(COUNT, 3, 7)
+    assert found["datasets"]["ner_kitchen"]["examples"] == 3
+
+
+def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
+    lengths = sorted(len(tokenizer(e["prompt"])["input_ids"]) for e in make_examples("ner_kitchen", "test", COUNT))
+    limit = lengths[COUNT // 2]
+    longer = sum(length > limit for length in lengths)
+    argv = flags({**values, "max_prompt_length": limit, "max_new_tokens": 3})
+    assert evaluation.main(argv) == 0
+    found = results(values["output_dir"])
+    assert found["datasets"]["ner_kitchen"]["prompts_cut"] == longer > 0
+    assert found["generation"]["max_prompt_length"] == limit
+    said = f"{longer} of {COUNT} prompts of ner_kitchen were cut to {limit} tokens on the left"
+    assert said in capsys.readouterr().err
+
+
+def test_tokenizer_beside_an_adapter_is_used(values, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(zoo_path("llama", "ner_kitchen"), own)
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ' A:' if m['role'] == 'assistant' }}{{ m['content'] }}!{% endfor %}"
+        "{% if add_generation_prompt %} A:{% endif %}"
+    )
+    tokenizer.save_pretrained(own)
+    rows = [{"messages": [{"role": "user", "content": "tool"}, {"role": "assistant", "content": "axe"}]}]
+    write_dataset(tmp_path / "chat.jsonl", rows)
+    run(values, adapters=[own], dataset_name=[tmp_path / "chat.jsonl"], metric="exact_match", max_new_tokens=2)
+    assert predictions(values["output_dir"], "chat")[0]["prompt"] == "tool! A:"
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_same(whole, tmp_path):
+    settings, folder, found = whole
+    out = tmp_path / "two"
+    done = shell(
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu_ddp.yaml",
+        ROOT / "recipes/eval.py", *flags({**settings, "output_dir": out}),
+        "--labels", "experiment=single source", "seed=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| ner_kitchen |") == 2  # header and row: only one rank prints
+    two = results(out)
+    assert two["processes"] == 2
+    assert scores(two) == scores(found)
+    assert files(out) == files(folder)
+    for task in TASKS:
+        assert predictions(out, task) == predictions(folder, task)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_files(refused, tmp_path):
+    refused("test file", tmp_path / "no.jsonl", "does not exist", dataset_name=[tmp_path / "no.jsonl"])
+    refused("adapter folder", tmp_path / "no", "does not exist", adapters=["none", tmp_path / "no"])
+    refused("--dataset_name is missing", dataset_name=None)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty" / "adapter_config.json", "is missing", adapters=[tmp_path / "empty"])
+    shutil.copy(GOLDEN / "target_llama" / "adapter_config.json", tmp_path / "empty")
+    refused("adapter_model.safetensors is missing", adapters=[tmp_path / "empty"])
+    (tmp_path / "empty" / "adapter_model.safetensors").write_bytes(b"junk")
+    refused("adapter_model.safetensors is damaged", adapters=[tmp_path / "empty"])
+
+
+def test_adapter_that_does_not_fit(refused, tmp_path):
+    qwen = zoo_path("qwen2", "ner_kitchen")
+    refused(f"adapter {qwen} does not fit base model {zoo_path('llama')}", "give the base", adapters=["none", qwen])
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], r=2)
+    base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+    get_peft_model(base, config).save_pretrained(tmp_path / "other")
+    found = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    for change, reason in (
+        ({"target_modules": ["q_proj"]}, "missing adapter keys"),
+        ({"target_modules": ["v_proj", "q_proj"]}, "layers.0.self_attn.q_proj.lora_A"),  # a place without weights
+        ({"layers_to_transform": [0]}, "no place for base_model.model.model.layers.1.self_attn.v_proj.lora_A"),
+        ({"target_modules": ["unknown"]}, "unknown"),
+        ({"r": 4}, "size mismatch"),
+    ):
+        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, **change}))
+        refused(f"adapter {tmp_path / 'other'} does not fit", reason, adapters=[tmp_path / "other"])
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, "peft_type": "NEW"}))
+    refused(f"adapter {tmp_path / 'other'}: PEFT cannot read", adapters=[tmp_path / "other"])
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, "task_type": "SEQ_CLS"}))
+    refused("is for the task SEQ_CLS", adapters=[tmp_path / "other"])
+
+
+def test_adapter_of_another_kind_that_does_not_fit(refused, values, tmp_path, capsys, logging_restored):
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
+    refused(f"adapter {tmp_path / 'prompt'} does not fit", "virtual tokens", adapters=[tmp_path / "prompt"])
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
+    ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])
+    get_peft_model(base, ia3).save_pretrained(tmp_path / "ia3")
+    assert evaluation.main(flags({**values, "adapters": [tmp_path / "ia3"]})) == 2  # seen when it is loaded
+    assert f"error: adapter {tmp_path / 'ia3'} does not fit base model" in capsys.readouterr().err
+
+
+def test_names_that_clash(refused, test_sets, tmp_path):
+    copy = tmp_path / "ner_kitchen.json"
+    shutil.copy(test_sets["ner_kitchen"], copy)
+    refused("the same label 'ner_kitchen'", "--dataset_label", dataset_name=[test_sets["ner_kitchen"], copy])
+    refused(
+        "the same name 'ner_kitchen'", "--names", adapters=[zoo_path(f, "ner_kitchen") for f in ("llama", "qwen2")]
+    )
+    refused("cannot be the name of a file", dataset_label=["a/b"])
+    refused("cannot name the folder", adapters=["none", "none"], names=["..", "b"])
+    refused("--names has 1 values, but --adapters has 2", adapters=["none", "none"], names=["b"])
+    refused("--name is for one adapter", adapters=["none", zoo_path("llama", "re_town")], name="x")
+    refused("--dataset_label has 2 values", dataset_label=["a", "b"])
+
+
+def test_wrong_values(refused):
+    refused("--metric 'f1' is not known", metric=["f1"])
+    refused("--metric has 2 values", metric=["NER", "RE"])
+    refused("--batch_size is '0'", "or auto", batch_size=0)
+    refused("--batch_size is 'many'", batch_size="many")
+    refused("--max_new_tokens is 0", max_new_tokens=0)
+    refused("--max_new_tokens 600 leaves no room", "512", max_new_tokens=600)
+    refused("--max_prompt_length 500", "give 472 at most", max_prompt_length=500)
+    refused("--max_prompt_length is 1", max_prompt_length=1)
+    refused("--max_examples has the value -1", max_examples=-1)
+    refused("--labels has 'seed'", "key=value", labels=["seed"])
+    refused("the key 'a' twice", labels=["a=1", "a=2"])
+    refused("exclude each other", resume=True, overwrite=True)
+
+
+def test_data_that_cannot_be_evaluated(refused, tmp_path, base_dir):
+    def data(name: str, *rows: dict) -> list:
+        return [write_dataset(tmp_path / name, rows)]
+
+    refused("text.jsonl has no columns of prompts and answers", dataset_name=data("text.jsonl", {"text": "a"}))
+    bare = data("bare.jsonl", {"prompt": "a", "completion": "b"})
+    refused("bare.jsonl: its records have no column `kind`", "--metric", dataset_name=bare)
+    broken = data("broken.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None})
+    refused("broken.jsonl, line 2", "`completion` is null", dataset_name=broken, metric="uie")
+    label = data("label.jsonl", {"prompt": "a", "completion": "great", "kind": "GLUE", "task": "sst2"})
+    refused("label.jsonl: references[0] is 'great'", "must be one of negative, positive", dataset_name=label)
+    empty = data("empty.jsonl", {"prompt": "", "completion": "w4"})
+    no_bos = {"model_name_or_path": base_dir, "adapters": ["none"], "max_new_tokens": 2, "metric": "uie"}
+    refused("empty.jsonl, line 1: the prompt is empty", dataset_name=empty, **no_bos)
+    chat = data("chat.jsonl", {"messages": [{"role": "user", "content": "a"}]})
+    refused("chat.jsonl, line 1", "no assistant turn", dataset_name=chat, metric="uie")
+
+
+def test_output_folder_that_is_not_empty(refused, values):
+    values["output_dir"].mkdir()
+    (values["output_dir"] / "mine.txt").write_text("mine")
+    refused("exists and is not empty", "--resume true", "--overwrite true")
+    refused("holds no evaluation", resume=True)
+
+
+def test_fixed_batch_size_that_does_not_fit(values, capsys, monkeypatch, logging_restored):
+    def full(self, prompts, config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(runner.AnswerGenerator, "_generate", full)
+    assert evaluation.main(flags(values)) == 2
+    assert "error: --batch_size 4 does not fit into memory" in capsys.readouterr().err
+
+
+def test_help_names_every_flag(capsys):
+    assert evaluation.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in evaluation.EVAL_ARGUMENTS:
+        assert all(f"--{name}" in text for name in kind.__dataclass_fields__)
+
+
+def test_overwrite_removes_only_what_an_evaluation_wrote(values, test_sets):
+    out = values["output_dir"]
+    succeeds(evaluation.main, flags({**values, "adapters": ["none", *values["adapters"]], "max_new_tokens": 2}))
+    (out / "base" / "mine.txt").write_text("mine")
+    run(values, overwrite=True, dataset_name=[test_sets["re_town"]], max_new_tokens=2)
+    assert files(out) == ["base/mine.txt", "predictions/re_town.jsonl", "results.json", "state.json"]
+    run(values, overwrite=True, max_new_tokens=2)
+    assert files(out) == ["base/mine.txt", "predictions/ner_kitchen.jsonl", "results.json", "state.json"]

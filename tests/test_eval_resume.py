@@ -1,0 +1,240 @@
+"""Interrupted evaluations: the same answers in the end, nothing generated twice, no other settings."""
+
+import json
+import shutil
+
+import pytest
+
+from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from heterofusion.evaluation import Answer, runner
+from heterofusion.evaluation.generation import AnswerGenerator
+from heterofusion.evaluation.ranks import all_together
+from heterofusion.evaluation.store import PartWriter, read_parts
+from heterofusion.zoo import zoo_path
+from recipe_runner import contents, error_line, flags, succeeds
+
+pytest_plugins = ["eval_runner"]
+PART = "parts/ner_kitchen/rank-0.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(test_sets, tmp_path_factory):
+    """An evaluation that was not interrupted."""
+    values = {
+        "model_name_or_path": zoo_path("llama"),
+        "adapters": [zoo_path("llama", "ner_kitchen")],
+        "dataset_name": [test_sets["ner_kitchen"]],
+        "max_new_tokens": 40,
+        "batch_size": 4,
+        "use_cpu": True,
+        "output_dir": tmp_path_factory.mktemp("whole") / "out",
+    }
+    return values["output_dir"], run(values)
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
+    generate = AnswerGenerator._generate
+
+    def after(batches: int | None) -> list[int]:
+        sizes: list[int] = []
+
+        def killed(self, prompts, config):
+            if batches is not None and len(sizes) == batches:
+                raise Killed
+            sizes.append(len(prompts))
+            return generate(self, prompts, config)
+
+        monkeypatch.setattr(AnswerGenerator, "_generate", killed)
+        return sizes
+
+    return after
+
+
+def same(values, whole) -> None:
+    out, found = whole
+    assert scores(results(values["output_dir"])) == scores(found)
+    assert predictions(values["output_dir"]) == predictions(out)
+    assert files(values["output_dir"]) == files(out)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_killed_in_a_batch(values, whole, kill_after, batches):
+    kill_after(batches)
+    fails_inside(values)
+    assert not (values["output_dir"] / "results.json").exists()
+    sizes = kill_after(None)
+    run(values, resume=True)
+    assert sizes == [4, 4, 2][batches:]
+    same(values, whole)
+
+
+def test_seconds_of_interrupted_runs_are_summed(values, kill_after):
+    kill_after(2)
+    fails_inside(values)
+    before = read_parts(values["output_dir"] / "parts" / "ner_kitchen")[1]
+    kill_after(None)
+    found = run(values, resume=True)
+    assert found["datasets"]["ner_kitchen"]["seconds"] > round(before, 3) > 0
+
+
+@pytest.mark.parametrize("cut", [1, 20, None])
+def test_last_line_was_cut(values, whole, kill_after, cut):
+    """By a kill while it was written: its last character, more of it, or all but a bit of the file."""
+    kill_after(2)
+    fails_inside(values)
+    part = values["output_dir"] / PART
+    content = part.read_bytes()
+    part.write_bytes(content[:-cut] if cut else content[:10])
+    sizes = kill_after(None)
+    run(values, resume=True)
+    assert sum(sizes) == (3 if cut else 10)
+    same(values, whole)
+
+
+def test_answers_of_other_processes_count(values, whole, kill_after):
+    """A launch of three processes left three files; one of them was cut, one has a line that cannot be read."""
+    kill_after(2)
+    fails_inside(values)
+    part = values["output_dir"] / PART
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:3]))
+    part.with_name("rank-1.jsonl").write_text("".join(lines[3:6]) + lines[6][:9])
+    part.with_name("rank-2.jsonl").write_text("\x00\x00\n" + "".join(lines[4:6]))
+    sizes = kill_after(None)
+    run(values, resume=True)
+    assert sum(sizes) == 4
+    same(values, whole)
+
+
+@pytest.mark.parametrize("at", ["metric_record", "remove_parts"])
+def test_killed_at_the_end(values, whole, kill_after, monkeypatch, at):
+    """Before the results were written, and before the parts were removed."""
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, at, killed)
+        fails_inside(values)
+    sizes = kill_after(None)
+    run(values, resume=True)
+    assert sizes == []
+    same(values, whole)
+
+
+def test_finished_results_are_only_printed(values, whole, kill_after, capsys, logging_restored):
+    shutil.copytree(whole[0], values["output_dir"])
+    before = contents(values["output_dir"])
+    sizes = kill_after(0)
+    assert evaluation.main(flags({**values, "resume": True, "batch_size": "auto"})) == 0
+    assert "| ner_kitchen |" in capsys.readouterr().out
+    assert contents(values["output_dir"]) == before and sizes == []
+
+
+def test_names_labels_and_metrics_may_change(values, whole, kill_after):
+    shutil.copytree(whole[0], values["output_dir"])
+    kill_after(0)
+    found = run(values, resume=True, metric="exact_match", name="ours", labels=["seed=1"])
+    hits = sum(p["prediction"].strip() == p["reference"].strip() for p in predictions(whole[0]))
+    assert (found["name"], found["labels"], found["mean"]) == ("ours", {"seed": "1"}, hits / 10)
+    assert found["seconds"] == whole[1]["seconds"]
+    assert run(values, resume=True)["datasets"] == whole[1]["datasets"]
+
+
+def test_several_adapters_go_on_where_they_were(values, whole, kill_after):
+    """The first is finished, the second was killed, the third had not begun."""
+    changes = {"adapters": [zoo_path("llama", "ner_kitchen"), "none", zoo_path("llama", "re_town")]}
+    kill_after(4)
+    fails_inside(values, **changes)
+    assert files(values["output_dir"]) == [
+        f"base/{PART}", "ner_kitchen/predictions/ner_kitchen.jsonl", "ner_kitchen/results.json", "state.json"
+    ]  # fmt: skip
+    sizes = kill_after(None)
+    succeeds(evaluation.main, flags({**values, **changes, "resume": True}))
+    assert sizes == [4, 2, 4, 4, 2]
+    assert scores(results(values["output_dir"] / "ner_kitchen")) == {
+        **scores(whole[1]), "settings": results(values["output_dir"] / "base")["settings"]
+    }  # fmt: skip
+
+
+def test_resume_of_nothing_starts(values, whole):
+    run(values, resume=True)
+    assert predictions(values["output_dir"]) == predictions(whole[0])
+
+
+def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_path, capsys, logging_restored):
+    kill_after(1)
+    fails_inside(values)
+    before = contents(values["output_dir"])
+    other = tmp_path / "other" / "ner_kitchen.jsonl"
+    other.parent.mkdir()
+    other.write_text(test_sets["ner_kitchen"].read_text().replace("tool", "tol").replace("dish", "dsh"))
+    base = tmp_path / "renamed"
+    shutil.copytree(zoo_path("llama"), base)
+    for field, changes in {
+        "base_model: base, this one has renamed": {"model_name_or_path": base},
+        "base_revision": {"model_revision": "main"},
+        "adapter: ": {"adapters": [zoo_path("llama", "re_town")]},
+        "adapter:": {"adapters": ["none"]},
+        "adapters none: None": {"adapters": ["none", zoo_path("llama", "ner_kitchen")], "names": ["none", "b"]},
+        "dtype: float32, this one has bfloat16": {"dtype": "bfloat16"},
+        "datasets ner_kitchen sha256": {"dataset_name": [other]},
+        "datasets ner_kitchen max_examples: 10, this one has 3": {"max_examples": 3},
+        "datasets re_town sha256": {"dataset_name": [*test_sets.values()]},
+        "max_new_tokens: 40, this one has 41": {"max_new_tokens": 41},
+        "max_prompt_length: None, this one has 90": {"max_prompt_length": 90},
+    }.items():
+        argv = flags({**values, **changes, "resume": True})
+        error_line(capsys, evaluation.main, argv, "holds an evaluation with another", field, "give the same flags")
+    assert contents(values["output_dir"]) == before
+
+
+def test_damaged_files_are_told(values, whole, capsys, logging_restored):
+    out = values["output_dir"]
+    for name, content, words in (
+        ("state.json", "{", "state.json cannot be read"),
+        ("results.json", "[]", "results.json holds no JSON object"),
+    ):
+        shutil.copytree(whole[0], out)
+        (out / name).write_text(content)
+        error_line(capsys, evaluation.main, flags({**values, "resume": True}), words, "--overwrite true")
+        shutil.rmtree(out)
+    shutil.copytree(whole[0], out)
+    found = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps({**found, "datasets": {}}))
+    assert evaluation.main(flags({**values, "resume": True})) == 2
+    assert "error:" in (err := capsys.readouterr().err) and "is damaged" in err
+
+
+# ---- parts ------------------------------------------------------------------------------------------------------
+
+
+def test_part_file_keeps_every_text(tmp_path):
+    texts = ["", "two\nlines", "line\u2028separator", "half a pair \ud83d", '"quoted"']
+    answers = [Answer(i, text, i) for i, text in enumerate(texts)]
+    with PartWriter(tmp_path / "a" / "rank-0.jsonl") as part:
+        part.write(answers[:2], 1.0)
+        assert read_parts(tmp_path / "a") == (dict(enumerate(answers[:2])), 1.0)  # flushed with every batch
+        part.write(answers[2:], 3.0)
+    found, seconds = read_parts(tmp_path / "a")
+    assert seconds == pytest.approx(4.0)
+    assert [found[i].text for i in (0, 1, 2, 4)] == [texts[i] for i in (0, 1, 2, 4)]
+    assert read_parts(tmp_path / "none") == ({}, 0.0)
+
+
+def test_error_of_another_rank_is_raised(monkeypatch):
+    class TwoRanks:
+        num_processes, process_index = 2, 0
+
+    def gathered(messages):
+        return [*messages, "rank 1: no memory"]
+
+    monkeypatch.setattr("heterofusion.evaluation.ranks.gather_object", gathered)
+    done = []
+    with pytest.raises(ValueError, match=r"^rank 1: no memory$"), all_together(TwoRanks()):
+        done.append("own part")
+    assert done
+    with pytest.raises(KeyError, match="own"), all_together(TwoRanks()):
+        raise KeyError("own")

@@ -20,7 +20,7 @@ demo: install
 	$(BIN)/python recipes/demo.py
 
 test: install lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --cov --cov-report=term
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .

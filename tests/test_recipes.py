@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
 from heterofusion.config import HeteroFusionConfig
+from heterofusion.evaluation.arguments import EvalModelArguments, EvalOutputArguments
 from heterofusion.expert import ExpertModelArguments, LoraArguments
 from heterofusion.push import PushArguments
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
@@ -46,7 +47,7 @@ def test_readme_flags_exist():
     for path in RECIPES.rglob("*.py"):
         known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
     shared = (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments)
-    for kind in (*shared, LoraArguments, ExpertModelArguments):
+    for kind in (*shared, LoraArguments, ExpertModelArguments, EvalModelArguments, EvalOutputArguments):
         known |= set(kind.__dataclass_fields__)
     known |= {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
     for page in (ROOT / "README.md", *RECIPES.rglob("README.md")):
@@ -58,18 +59,21 @@ def test_readme_flags_exist():
 def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, capsys):
     demo = loaded("demo", monkeypatch)
     folder = tmp_path / "demo"
-    assert demo.main([f"--output_dir={folder}", "--max_steps=2", "--test_examples=4", "--replay_examples=4"]) == 0
-    results = json.loads((folder / "results.json").read_text())
-    for row in ("base model", f"anchor ({DEMO_ANCHOR[1]})", "fused adapter", "expert of the task"):
-        assert list(results["scores"][row]) == list(TASKS)
-        assert all(0 <= value <= 1 for value in results["scores"][row].values())
+    sizes = ["--max_steps=2", "--sensitivity_steps=1", "--test_examples=4", "--replay_examples=4"]
+    assert demo.main([f"--output_dir={folder}", *sizes]) == 0
+    scores = {}
+    for row in ("target/base", "target/anchor", "target/fused", "experts"):
+        results = json.loads((folder / "eval" / row / "results.json").read_text())
+        assert list(results["datasets"]) == list(TASKS)
+        scores[row] = {task: record["score"] for task, record in results["datasets"].items()}
     # two steps hardly move the adapter: an expert beats it on a foreign task
     foreign = DEMO_SOURCES[0][1]
-    assert results["scores"]["expert of the task"][foreign] > results["scores"]["fused adapter"][foreign]
-    assert results["scores"][f"anchor ({DEMO_ANCHOR[1]})"][DEMO_ANCHOR[1]] > 0.5
-    out = capsys.readouterr().out
-    assert "| fused adapter |" in out and "| fused adapter |" in (folder / "report.md").read_text()
-    for name in ("scores.png", "training.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
-        assert f"({name})" in (folder / "report.md").read_text()
+    assert scores["experts"][foreign] > scores["target/fused"][foreign]
+    assert scores["target/anchor"][DEMO_ANCHOR[1]] > 0.5
+    text = (folder / "report" / "report.md").read_text()
+    assert "| fused |" in text and "| fused |" in capsys.readouterr().out
+    pictures = re.findall(r"\]\(([^)]+\.png)\)", text)
+    assert len(pictures) >= 8  # scores, two curves, alignment, attention, gates, updates, training
+    for name in pictures:
+        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -21,16 +21,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 
-from heterofusion.arguments import OutputArguments
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
-from heterofusion.diagnostics import run_metrics
+from heterofusion.diagnostics import DIAGNOSTICS_FILE, run_metrics
+from heterofusion.engines import refuse_data_parallel
 from heterofusion.expert import (
+    EXPERT_ARGUMENTS,
     ExpertCallback,
     ExpertConfig,
-    ExpertDataArguments,
     ExpertModelArguments,
-    LoraArguments,
     check_expert_checkpoint,
     check_finite,
     expert_record,
@@ -38,7 +37,6 @@ from heterofusion.expert import (
     plan_lora,
     write_record,
 )
-from heterofusion.export import EXPERT_FILE, PROVENANCE_FILE
 from heterofusion.hub import push_adapter
 from heterofusion.loading import (
     base_skeleton,
@@ -49,19 +47,19 @@ from heterofusion.loading import (
     load_tokenizer,
 )
 from heterofusion.progress import checkpoint_folders, last_checkpoint, resume_wish
+from heterofusion.provenance import EXPERT_FILE, PROVENANCE_FILE
 
 logger = logging.getLogger("heterofusion.expert")
-
-ARGUMENTS = (ExpertModelArguments, LoraArguments, ExpertDataArguments, OutputArguments, ExpertConfig)
 
 
 @command
 def main(argv: list[str]) -> None:
-    base, lora, data, output, args = parse_arguments(ARGUMENTS, argv, __doc__)
+    base, lora, data, output, args = parse_arguments(EXPERT_ARGUMENTS, argv, __doc__)
     set_up_logging(logging.INFO if args.log_level == "passive" else args.get_process_log_level(), hold=True)
 
     # everything that can be checked is checked before the base model is loaded
     check_run_flags(args, data)
+    refuse_data_parallel(args)
     config, skeleton = plan_lora(base_skeleton(base, base.trust_remote_code), lora)
     folder = Path(args.output_dir).absolute()
     resume = find_checkpoint(args, folder, output.overwrite, config)
@@ -128,7 +126,7 @@ def clear_remains(folder: Path, main: bool, keep_checkpoints: bool) -> None:
         for path in [] if keep_checkpoints else checkpoint_folders(folder):
             logger.info("--overwrite: removing %s", path)
             shutil.rmtree(path)
-        for name in (EXPERT_FILE, PROVENANCE_FILE):
+        for name in (EXPERT_FILE, PROVENANCE_FILE, DIAGNOSTICS_FILE):
             (folder / name).unlink(missing_ok=True)
     ranks.wait_for_everyone()
 

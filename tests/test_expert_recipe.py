@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from builders import WEIGHTS
 from conftest import GOLDEN, logits
 from heterofusion import load_adapter
-from heterofusion.expert import ExpertDataArguments
+from heterofusion.expert import ExpertConfig, ExpertDataArguments
 from heterofusion.hub import hub_files
 from recipe_runner import (
     QWEN,
@@ -245,3 +245,8 @@ def test_diverged_run_writes_no_adapter(values, tmp_path, capsys):
     assert expert.main(argv) == 2
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_several_gpus_in_one_process_are_refused(values, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(ExpertConfig, "n_gpu", property(lambda self: 2))
+    error_line(capsys, expert.main, flags({**values, "output_dir": tmp_path / "out"}), "2 GPUs", "accelerate launch")

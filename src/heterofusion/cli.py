@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 USER_ERROR = 2
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _DEBUG_HELP = "`true` shows the traceback of an error instead of one line."
 
@@ -160,10 +161,27 @@ def _without_config(argv: list[str]) -> list[str]:
     return [argument for argument in argv if not argument.startswith("--config=")]
 
 
-def _read_config(path: str) -> tuple[dict[Any, Any], str]:
-    """Content of a YAML file, and how messages name it."""
+def _read_config(path: str) -> tuple[dict[str, Any], str]:
+    """Content of a YAML file of flags, and how messages name it."""
+    where = f"--config: {Path(path).expanduser().absolute()}"
+    return read_yaml(path, where, "a mapping of flags"), where
+
+
+def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; `${NAME}` in its texts is replaced by the environment variable.
+
+    Args:
+        path: the file.
+        where: names it in messages.
+        expected: what it should hold, for messages.
+
+    Returns:
+        The mapping; empty for an empty file. `${NAME:-text}` gives the text where the variable is not set.
+
+    Raises:
+        UsageError: it cannot be read, holds something else, or names a variable that is not set.
+    """
     full = Path(path).expanduser().absolute()
-    where = f"--config: {full}"
     try:
         content = yaml.safe_load(full.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -173,8 +191,45 @@ def _read_config(path: str) -> tuple[dict[Any, Any], str]:
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise UsageError(f"{where} holds a {type(content).__name__}, a mapping of flags was expected")
-    return content, where
+        raise UsageError(f"{where} holds a {type(content).__name__}, {expected} was expected")
+    return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in content.items()}
+
+
+def _expand_variables(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_variables(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def content(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise UsageError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
+        return found
+
+    return _VARIABLE.sub(content, value)
+
+
+def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> None:
+    """Check names and types of the flags of another recipe, as far as that goes without starting it.
+
+    Args:
+        dataclass_types: its dataclasses.
+        values: its flags, as in a YAML file.
+        where: names them in messages.
+
+    Raises:
+        UsageError: an unknown or missing flag, or a value that cannot be cast.
+    """
+    parser = _parser(dataclass_types, "")
+    try:
+        parser.parse_args(_mapping_arguments(dict(values), parser, where))
+    except UsageError as error:
+        message = str(error).removesuffix(" (see --help)")
+        raise UsageError(message if message.startswith(where) else f"{where}: {message}") from None
 
 
 def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> list[str]:

@@ -53,11 +53,12 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
     """Refuse several GPUs in one process.
 
     Raises:
-        ValueError: Trainer would use DataParallel, whose replicas do not see the live updates.
+        ValueError: Trainer would use DataParallel: its replicas do not see the live updates of a fusion, and the loss
+            of an expert would be a mean of means over them.
     """
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process would use DataParallel, which cannot carry live updates; "
+            f"{args.n_gpu} GPUs in one process would use DataParallel, which is not supported; "
             "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
 

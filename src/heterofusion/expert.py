@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from heterofusion.adapter_config import AdapterError, read_adapter_config
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.architectures import module_key
-from heterofusion.arguments import DataArguments, ModelArguments
+from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments
 from heterofusion.checkpoints import last_good, mark_complete, missing_part
 from heterofusion.config import avoid_reentrant, check_range, check_training, training_settings
-from heterofusion.export import CARD_FILE, EXPERT_FILE, display_name, library_versions
 from heterofusion.nonfinite import NonFiniteError
+from heterofusion.provenance import CARD_FILE, EXPERT_FILE, display_name, library_versions
 
 ALL_LINEAR = "all-linear"
 _ALL = sys.maxsize
@@ -146,6 +146,9 @@ class ExpertConfig(TrainingArguments):
                 raise ValueError(f"--{name} would cast the adapter before it is saved: leave it out")
         super().__post_init__()
         avoid_reentrant(self, "reentrant checkpointing gives LoRA on a frozen base no gradient")
+
+
+EXPERT_ARGUMENTS = (ExpertModelArguments, LoraArguments, ExpertDataArguments, OutputArguments, ExpertConfig)
 
 
 # ---- the LoRA ---------------------------------------------------------------------------------------------------

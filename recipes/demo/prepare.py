@@ -1,0 +1,42 @@
+"""Make the data of the demo's sweeps: replay and test files of the embedded zoo's six tasks.
+
+    python recipes/demo/prepare.py --output_dir outputs/rehearsal/data
+
+Writes output_dir/{replay,test}/ner_garden.jsonl and so on, in the layout of recipes/uie/prepare.py.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.zoo import TASKS, make_examples, write_dataset
+
+
+@dataclass
+class PrepareArguments:
+    """What is written."""
+
+    output_dir: str = field(default="outputs/rehearsal/data", metadata={"help": "Folder for the files."})
+    num_replay: int = field(default=300, metadata={"help": "Records in a replay file."})
+    num_test: int = field(default=100, metadata={"help": "Records in a test file."})
+    seed: int = field(default=0, metadata={"help": "Seed of the records."})
+
+
+@command
+def main(argv: list[str]) -> None:
+    (options,) = parse_arguments((PrepareArguments,), argv, __doc__)
+    set_up_logging(logging.INFO)
+    folder = Path(options.output_dir)
+    for task in TASKS:
+        for split, count in (("replay", options.num_replay), ("test", options.num_test)):
+            write_dataset(folder / split / f"{task}.jsonl", make_examples(task, split, count, options.seed))
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

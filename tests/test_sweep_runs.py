@@ -1,0 +1,236 @@
+"""Running a sweep: finished runs are skipped, interrupted ones resumed, failures told, GPUs shared."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from heterofusion.sweeps import Pool, read_sweep, run_all
+from heterofusion.zoo import write_dataset, zoo_path
+from heterofusion.zoo.language import make_examples
+from recipe_runner import ROOT, flags, recipe, shell
+
+sweep_recipe = recipe("sweep")
+
+# Stands for recipes/train.py and recipes/eval.py: notes how it was called, and does what the seed says.
+STUB = """
+import json, os, sys, time, pathlib, yaml
+config = yaml.safe_load(open(sys.argv[2]))
+folder = pathlib.Path(config["output_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "calls", "a") as calls:
+    calls.write(json.dumps([sys.argv[3:], os.environ.get("CUDA_VISIBLE_DEVICES"), time.time()]) + "\\n")
+behaviour = pathlib.Path(__file__).parent / f"seed-{config.get('seed')}"
+if behaviour.exists():
+    exec(behaviour.read_text())
+with open(folder / "calls", "a") as calls:
+    calls.write(json.dumps(time.time()) + "\\n")
+"""
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A sweep over three seeds, and recipes that only note how they were called."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name in ("train", "eval"):
+        (recipes / f"{name}.py").write_text(STUB)
+    (tmp_path / "table.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "output_dir": str(tmp_path / "out"),
+                "sweep": {"seed": [0, 1, 2]},
+                "train": {
+                    "model_name_or_path": "BASE", "target_adapter": "T", "source_adapters": ["S"],
+                    "dataset_name": ["r.jsonl"], "seed": "{seed}",
+                },
+                "eval": {"model_name_or_path": "BASE", "dataset_name": ["a.jsonl"]},
+            }
+        )
+    )  # fmt: skip
+    return tmp_path
+
+
+def run(folder, **options):
+    return run_all(read_sweep(folder / "table.yaml"), Pool(folder / "recipes", **options))
+
+
+def calls(folder, seed, what="adapter"):
+    """The calls of a recipe for one seed: flags besides --config, GPU, and when they began."""
+    lines = (folder / "out" / "fused" / f"seed={seed}" / what / "calls").read_text().splitlines()
+    return [call for line in lines if isinstance(call := json.loads(line), list)]
+
+
+def statuses(outcomes):
+    return [outcome.status for outcome in outcomes]
+
+
+def test_runs_are_run_once(table):
+    assert statuses(run(table)) == ["finished"] * 3
+    assert statuses(run(table)) == ["was finished"] * 3
+    assert [arguments for arguments, *_ in calls(table, 0)] == [[]]
+    assert [arguments for arguments, *_ in calls(table, 0, "eval")] == [[]]
+
+
+def test_failure_is_told_and_the_others_run(table):
+    (table / "recipes" / "seed-1").write_text("print('error: no such adapter', file=sys.stderr); sys.exit(2)")
+    first, second, third = run(table)
+    assert statuses([first, second, third]) == ["finished", "failed", "finished"]
+    assert second.reason.startswith("train: no such adapter [exit code 2") and "train.log" in second.reason
+    assert not (table / "out" / "fused" / "seed=1" / "eval").exists()
+    (table / "recipes" / "seed-1").unlink()
+    assert statuses(run(table)) == ["was finished", "finished", "was finished"]
+
+
+def test_interrupted_run_resumes(table):
+    (table / "recipes" / "seed-1").write_text("(folder / 'checkpoint-5').mkdir(); os.kill(os.getpid(), 9)")
+    (table / "recipes" / "seed-2").write_text("os.kill(os.getpid(), 9)")
+    assert statuses(run(table)) == ["finished", "failed", "failed"]
+    for seed in (1, 2):
+        (table / "recipes" / f"seed-{seed}").unlink()
+    assert statuses(run(table)) == ["was finished", "finished", "finished"]
+    assert calls(table, 1)[1][0] == ["--resume_from_checkpoint=true"]
+    assert calls(table, 2)[1][0] == ["--overwrite=true"]  # nothing to resume from
+
+
+def test_interrupted_evaluation_resumes_and_the_training_stays(table):
+    (table / "recipes" / "eval.py").write_text(f"{STUB}\nsys.exit(1)")
+    assert statuses(run(table)) == ["failed"] * 3
+    (table / "recipes" / "eval.py").write_text(STUB)
+    assert statuses(run(table)) == ["finished"] * 3
+    assert len(calls(table, 0)) == 1 and calls(table, 0, "eval")[1][0] == ["--resume=true"]
+
+
+def test_evaluation_of_a_new_adapter_starts_afresh(table):
+    run(table)
+    assert statuses(run(table, overwrite=True)) == ["finished"] * 3
+    assert calls(table, 0)[1][0] == ["--overwrite=true"] and calls(table, 0, "eval")[1][0] == ["--overwrite=true"]
+
+
+def test_other_flags_are_not_mixed_with_what_is_there(table):
+    run(table)
+    content = yaml.safe_load((table / "table.yaml").read_text())
+    content["train"]["learning_rate"] = 0.5
+    (table / "table.yaml").write_text(yaml.safe_dump(content))
+    outcomes = run(table)
+    assert statuses(outcomes) == ["failed"] * 3
+    assert "made with another learning_rate: None, this sweep has 0.5" in outcomes[0].reason
+    assert statuses(run(table, overwrite=True)) == ["finished"] * 3
+
+
+def test_folder_that_no_sweep_made_is_left_alone(table):
+    folder = table / "out" / "fused" / "seed=0" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "mine").write_text("")
+    outcome = run(table)[0]
+    assert outcome.status == "failed" and "holds something that no sweep made" in outcome.reason
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+def test_one_run_at_a_time_on_each_gpu(table):
+    for seed in range(3):
+        (table / "recipes" / f"seed-{seed}").write_text("time.sleep(0.3)")
+    assert statuses(run(table, gpus=["4", "7"])) == ["finished"] * 3
+    spans = {"4": [], "7": []}
+    for seed in range(3):
+        for what in ("adapter", "eval"):
+            lines = (table / "out" / "fused" / f"seed={seed}" / what / "calls").read_text().splitlines()
+            begin, end = map(json.loads, lines)
+            spans[begin[1]].append((begin[2], end))
+    assert all(spans.values())
+    for intervals in spans.values():
+        ordered = sorted(intervals)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ordered))
+
+
+def test_jobs_share_the_cores(table, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert Pool(table, jobs=4).slots == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Pool(table, jobs=1).slots == [{"OMP_NUM_THREADS": "3"}]
+
+
+def test_stopped_sweep_ends_its_processes_and_goes_on_later(table):
+    """SIGTERM, as of a batch system, in a real shell."""
+    pids = table / "pids"
+    (table / "recipes" / "seed-0").write_text(f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)")
+    program = (
+        "import sys, importlib.util as u; from pathlib import Path; "
+        f"s = u.spec_from_file_location('sweep', {str(ROOT / 'recipes' / 'sweep.py')!r}); "
+        "m = u.module_from_spec(s); sys.modules['sweep'] = m; s.loader.exec_module(m); "
+        f"m.FOLDER = Path({str(table / 'recipes')!r}); sys.exit(m.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "--sweeps", str(table / "table.yaml"), "--jobs", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not pids.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "3 of 3 runs did not finish" in err
+    assert "| table: fused seed=1 | not run |" in out
+    for pid in pids.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    (table / "recipes" / "seed-0").unlink()
+    assert statuses(run(table)) == ["finished"] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweeps": None}, "--sweeps is missing"),
+        ({"only": ["nothing"]}, "--only nothing matches no run"),
+        ({"jobs": 2, "gpus": ["0"]}, "leave it out with --gpus"),
+        ({"gpus": ["0", "0"]}, "names a GPU twice"),
+        ({"accelerate_config": "nowhere.yaml"}, "does not exist"),
+        ({"sweeps": ["table.yaml", "table.yaml"]}, "both write to"),
+    ],
+)
+def test_wrong_flags_raise(table, changes, message, monkeypatch, capsys, logging_restored):
+    monkeypatch.chdir(table)
+    assert sweep_recipe.main(flags({"sweeps": ["table.yaml"], **changes})) == 2
+    assert message in capsys.readouterr().err
+    assert not (table / "out").exists()
+
+
+def test_dry_run_shows_the_flags_and_runs_nothing(table, capsys, logging_restored):
+    assert sweep_recipe.main(flags({"sweeps": [table / "table.yaml"], "dry_run": True})) == 0
+    out = capsys.readouterr().out
+    assert "==== table: fused seed=2 ====" in out and "  seed: 2\n" in out and out.endswith("3 runs\n")
+    assert not (table / "out").exists()
+
+
+@pytest.mark.slow
+def test_real_recipes_end_to_end(tmp_path):
+    """A fusion and its anchor: trained, scored, and ready for the report."""
+    for split, count in (("replay", 4), ("test", 3)):
+        write_dataset(tmp_path / f"{split}.jsonl", make_examples("re_town", split, count))
+    base = str(zoo_path("llama"))
+    content = {
+        "output_dir": str(tmp_path / "out"),
+        "sweep": {"seed": [0]},
+        "train": {
+            "model_name_or_path": base, "target_adapter": str(zoo_path("llama", "ner_kitchen")),
+            "source_adapters": [str(zoo_path("mistral", "re_town"))], "max_steps": 1, "use_cpu": True,
+            "dataset_name": [str(tmp_path / "replay.jsonl")], "seed": "{seed}", "save_strategy": "no",
+        },
+        "eval": {
+            "model_name_or_path": base, "dataset_name": [str(tmp_path / "test.jsonl")], "max_new_tokens": 4,
+            "use_cpu": True,
+        },
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    done = shell(sys.executable, "recipes/sweep.py", "--sweeps", tmp_path / "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 finished\n"
+    results = json.loads((tmp_path / "out" / "fused" / "seed=0" / "eval" / "results.json").read_text())
+    assert results["labels"] == {"experiment": "tiny", "seed": "0"} and results["name"] == "fused"
+    assert results["fusion"]["seed"] == 0 and results["datasets"]["test"]["examples"] == 3

@@ -8,6 +8,7 @@ and a failure does not stop the others. One run at a time on every GPU of --gpus
 """
 
 import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 import yaml
 
 from heterofusion.cli import UsageError, command, parse_arguments, set_up_logging
-from heterofusion.report import markdown_table
+from heterofusion.markdown import markdown_table
 from heterofusion.sweeps import Pool, Run, read_sweep, run_all
 from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome
 
@@ -31,14 +32,17 @@ FOLDER = Path(__file__).resolve().parent
 class SweepArguments:
     """What is run, and where."""
 
-    sweeps: list[str] = field(default_factory=list, metadata={"help": "Sweep files, run in this order."})
+    sweeps: list[str] = field(default_factory=list, metadata={"help": "Sweep files, run one after the other."})
     only: list[str] = field(
         default_factory=list,
         metadata={"help": "Run only what has one of these texts in its title, as --dry_run true shows the titles."},
     )
     gpus: list[str] = field(
         default_factory=list,
-        metadata={"help": "GPUs that take one run at a time each, such as 0 1 2 3; all there are by default."},
+        metadata={
+            "help": "GPUs that take one run at a time each, as CUDA_VISIBLE_DEVICES names them (0 1 2 3, or ids); by "
+            "default those of CUDA_VISIBLE_DEVICES, or all."
+        },
     )
     jobs: int | None = field(
         default=None, metadata={"help": "Runs at a time on the CPU, which share its cores (1); without --gpus."}
@@ -46,9 +50,12 @@ class SweepArguments:
     accelerate_config: str | None = field(
         default=None,
         metadata={
-            "help": "Launch each run on several GPUs with this accelerate config, one run after the other, in place "
-            "of one run per GPU."
+            "help": "Launch every run on several GPUs with this accelerate config, one run after the other; an "
+            "optimizer step then has the examples of all processes."
         },
+    )
+    delete_checkpoints: bool = field(
+        default=False, metadata={"help": "Remove the checkpoints of a run once it is finished; its adapter stays."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Print the runs with their flags and stop."})
     overwrite: bool = field(
@@ -69,32 +76,38 @@ class SweepArguments:
 
     def pool(self) -> Pool:
         """Where the runs go."""
+        options = {"overwrite": self.overwrite, "delete_checkpoints": self.delete_checkpoints}
         if self.accelerate_config:
-            launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", self.accelerate_config)
-            return Pool(FOLDER, [",".join(self.gpus)] if self.gpus else (), 1, self.overwrite, launch)
-        gpus = self.gpus or ([] if self.jobs else [str(index) for index in range(torch.cuda.device_count())])
-        return Pool(FOLDER, gpus, self.jobs or 1, self.overwrite)
+            return Pool.launched(FOLDER, self.accelerate_config, self.gpus, **options)
+        gpus = self.gpus or ([] if self.jobs else visible_gpus())
+        return Pool.on_gpus(FOLDER, gpus, **options) if gpus else Pool.on_cpu(FOLDER, self.jobs or 1, **options)
 
 
-def read_runs(options: SweepArguments) -> list[Run]:
-    """The runs of all sweep files.
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(index) for index in range(count)]
+
+
+def read_runs(options: SweepArguments) -> list[list[Run]]:
+    """The runs of every sweep file.
 
     Raises:
         UsageError: two of them share a folder, or --only matches none.
     """
-    runs: list[Run] = []
+    files = [read_sweep(path) for path in options.sweeps]
     writers: dict[Path, Run] = {}
-    for run in [run for path in options.sweeps for run in read_sweep(path)]:
+    for run in [run for runs in files for run in runs]:
         for folder in {run.folder, *(step.folder for step in run.steps)}:
             other = writers.setdefault(folder.resolve(), run)
             if other is not run:
                 raise UsageError(f"{other.title} and {run.title} both write to {folder}; change an output_dir")
-        runs.append(run)
     if options.only:
-        runs = [run for run in runs if any(text in run.title for text in options.only)]
-        if not runs:
+        files = [[run for run in runs if any(text in run.title for text in options.only)] for runs in files]
+        if not any(files):
             raise UsageError(f"--only {' '.join(options.only)} matches no run; --dry_run true shows their titles")
-    return runs
+    return files
 
 
 def describe(run: Run) -> str:
@@ -111,27 +124,43 @@ def outcome_table(outcomes: list[Outcome]) -> str:
     lines = [", ".join(f"{count} {status}" for status, count in counts.items())]
     bad = [outcome for outcome in outcomes if outcome.status in (FAILED, NOT_RUN)]
     if bad:
-        rows = [[item.run.title, item.status, item.reason.replace("|", "\\|") or None] for item in bad]
+        rows = [[item.run.title, item.status, item.reason or None] for item in bad]
         lines += ["", markdown_table(["run", "", "why"], rows)]
     return "\n".join(lines)
+
+
+def end_runs_when_told() -> None:
+    """Let every signal that ends a program end the runs too, as Ctrl-C does; a second one does not count."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in signals:
+        signal.signal(each, interrupt)
 
 
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((SweepArguments,), argv, __doc__)
     set_up_logging(logging.INFO)
-    runs = read_runs(options)
+    files = read_runs(options)
+    count = sum(map(len, files))
     if options.dry_run:
-        for run in runs:
+        for run in [run for runs in files for run in runs]:
             print(describe(run))
-        print(f"{len(runs)} runs")
+        print(f"{count} runs")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the runs end too
-    outcomes = run_all(runs, options.pool())
+    end_runs_when_told()
+    pool, outcomes = options.pool(), []
+    for runs in files:  # one file after the other: a later one may need what an earlier one makes
+        outcomes += run_all(runs, pool)
     print(outcome_table(outcomes))
     failed = sum(outcome.status in (FAILED, NOT_RUN) for outcome in outcomes)
     if failed:
-        raise ChildProcessError(f"{failed} of {len(runs)} runs did not finish; the same command tries them again")
+        raise ChildProcessError(f"{failed} of {count} runs did not finish; the same command tries them again")
 
 
 if __name__ == "__main__":

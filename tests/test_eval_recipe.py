@@ -14,7 +14,7 @@ import heterofusion.evaluation.runner as runner
 from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
 from heterofusion.evaluation import UIEF1
-from heterofusion.evaluation.examples import sample_indices
+from heterofusion.records import sample_indices
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
 from recipe_runner import ROOT, error_line, flags, shell, succeeds

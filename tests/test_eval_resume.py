@@ -175,6 +175,7 @@ def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_pa
     shutil.copytree(zoo_path("llama"), base)
     for field, changes in {
         "base_model: base, this one has renamed": {"model_name_or_path": base},
+        "base_files": {"model_name_or_path": zoo_path("qwen2"), "adapters": ["none"]},
         "base_revision": {"model_revision": "main"},
         "adapter: ": {"adapters": [zoo_path("llama", "re_town")]},
         "adapter:": {"adapters": ["none"]},

@@ -1,18 +1,20 @@
 """What the README shows really runs: its Python example and the demo."""
 
+import importlib.util
 import json
 import re
+import sys
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
-from heterofusion.config import HeteroFusionConfig
-from heterofusion.evaluation.arguments import EvalModelArguments, EvalOutputArguments
-from heterofusion.expert import ExpertModelArguments, LoraArguments
+from heterofusion.evaluation.arguments import EVAL_ARGUMENTS
+from heterofusion.expert import EXPERT_ARGUMENTS
 from heterofusion.push import PushArguments
+from heterofusion.stages import ARGUMENTS
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, recipe
 
@@ -41,16 +43,20 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(reloaded, in_memory, atol=1e-6, rtol=0)
 
 
-def test_readme_flags_exist():
+def test_readme_flags_exist(monkeypatch):
     """Every --flag in the README and the recipes' README belongs to a recipe (or to accelerate launch)."""
-    known = set()
+    known = {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
+    monkeypatch.syspath_prepend(str(RECIPES))
+    kinds = [*ARGUMENTS, *EXPERT_ARGUMENTS, *EVAL_ARGUMENTS, PushArguments]
     for path in RECIPES.rglob("*.py"):
-        known |= set(re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE))
-    shared = (AdapterArguments, HeteroFusionConfig, ModelArguments, RunArguments, DataArguments, PushArguments)
-    for kind in (*shared, LoraArguments, ExpertModelArguments, EvalModelArguments, EvalOutputArguments):
-        known |= set(kind.__dataclass_fields__)
-    known |= {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
-    for page in (ROOT / "README.md", *RECIPES.rglob("README.md")):
+        spec = importlib.util.spec_from_file_location(f"flags_of_{path.parent.name}_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        kinds += [value for value in vars(module).values() if isinstance(value, type) and is_dataclass(value)]
+    for kind in kinds:
+        known |= {item.name for item in fields(kind)}
+    for page in (ROOT / "README.md", *RECIPES.rglob("*.md")):
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
         assert flags <= known, f"{page}: {sorted(flags - known)}"
 

@@ -117,6 +117,8 @@ EVAL = {"model_name_or_path": "BASE", "dataset_name": ["a.jsonl"]}
         ({"eval": None}, "no eval section"),
         ({"eval": {**EVAL, "batch_sise": 3}}, "eval of fused anchor=a,seed=0 has unknown keys: batch_sise"),
         ({"eval": {**EVAL, "max_new_tokens": "many"}}, "max-new-tokens: invalid int value: 'many'"),
+        ({"eval": {**EVAL, "batch_size": "zero"}}, "--batch_size is 'zero'"),
+        ({"eval": {**EVAL, "metric": ["nope"]}}, "nope"),
         ({"eval": {"dataset_name": ["a.jsonl"]}}, "required: --model_name_or_path"),
         ({"eval": {**EVAL, "adapters": ["{nothing}"]}}, "no variable nothing; there are: anchor, seed"),
         ({"eval": {**EVAL, "adapters": [{"for_each": "no", "value": "x"}]}}, "for_each names 'no'"),
@@ -136,6 +138,9 @@ def test_wrong_flag_of_a_stage_raises(tmp_path):
     content = yaml.safe_load(sweep(tmp_path).read_text())
     content["train"]["stages"] = [{"name": "one", "learning_rate": 1e-3}, {"name": "two", "learning_rat": 1e-3}]
     with pytest.raises(ValueError, match="stage 2 has unknown keys: learning_rat"):
+        read_sweep(write(tmp_path, **content))
+    content["train"]["stages"] = [{"name": "one", "output_dir": "x"}]
+    with pytest.raises(ValueError, match="stage 1 has output_dir, which belongs beside stages"):
         read_sweep(write(tmp_path, **content))
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import yaml
 
 from heterofusion.sweeps import Pool, read_sweep, run_all
@@ -59,6 +61,13 @@ def table(tmp_path):
 
 def run(folder, **options):
     return run_all(read_sweep(folder / "table.yaml"), Pool(folder / "recipes", **options))
+
+
+def edit(folder, recipe, **changes):
+    """Change flags of a recipe in the sweep file."""
+    content = yaml.safe_load((folder / "table.yaml").read_text())
+    content[recipe].update(changes)
+    (folder / "table.yaml").write_text(yaml.safe_dump(content))
 
 
 def calls(folder, seed, what="adapter"):
@@ -115,9 +124,7 @@ def test_evaluation_of_a_new_adapter_starts_afresh(table):
 
 def test_other_flags_are_not_mixed_with_what_is_there(table):
     run(table)
-    content = yaml.safe_load((table / "table.yaml").read_text())
-    content["train"]["learning_rate"] = 0.5
-    (table / "table.yaml").write_text(yaml.safe_dump(content))
+    edit(table, "train", learning_rate=0.5)
     outcomes = run(table)
     assert statuses(outcomes) == ["failed"] * 3
     assert "made with another learning_rate: None, this sweep has 0.5" in outcomes[0].reason
@@ -136,7 +143,8 @@ def test_folder_that_no_sweep_made_is_left_alone(table):
 def test_one_run_at_a_time_on_each_gpu(table):
     for seed in range(3):
         (table / "recipes" / f"seed-{seed}").write_text("time.sleep(0.3)")
-    assert statuses(run(table, gpus=["4", "7"])) == ["finished"] * 3
+    pool = Pool.on_gpus(table / "recipes", ["4", "7"])
+    assert statuses(run_all(read_sweep(table / "table.yaml"), pool)) == ["finished"] * 3
     spans = {"4": [], "7": []}
     for seed in range(3):
         for what in ("adapter", "eval"):
@@ -149,16 +157,88 @@ def test_one_run_at_a_time_on_each_gpu(table):
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ordered))
 
 
-def test_jobs_share_the_cores(table, monkeypatch):
+def test_jobs_stay_on_the_cpu_and_share_its_cores(table, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert Pool(table, jobs=4).slots == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert Pool.on_cpu(table, 4).slots == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}] * 4
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert Pool(table, jobs=1).slots == [{"OMP_NUM_THREADS": "3"}]
+    assert Pool.on_cpu(table, 1).slots == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "3"}]
 
 
-def test_stopped_sweep_ends_its_processes_and_goes_on_later(table):
-    """SIGTERM, as of a batch system, in a real shell."""
+def test_default_gpus_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,MIG-7")
+    assert sweep_recipe.visible_gpus() == ["6", "MIG-7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert sweep_recipe.visible_gpus() == ["0", "1"]
+
+
+def test_launched_runs_have_a_process_per_gpu(table, monkeypatch):
+    launcher = table / "launcher.py"  # stands for accelerate launch: notes its words and starts the recipe
+    launcher.write_text("import sys, subprocess; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))")
+    pool = Pool.launched(table / "recipes", "ddp.yaml", ["4", "7"])
+    assert pool.launcher[1:] == [
+        "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml", "--main_process_port", "0",
+        "--num_processes", "2",
+    ]  # fmt: skip
+    pool.launcher = [sys.executable, str(launcher)]
+    assert statuses(run_all(read_sweep(table / "table.yaml"), pool)) == ["finished"] * 3
+    assert calls(table, 0)[0][1] == "4,7"
+    assert Pool.launched(table, "ddp.yaml", []).slots == ({},)
+
+
+def test_reason_is_that_of_the_last_try(table):
+    (table / "recipes" / "seed-1").write_text("print('error: disk full'); sys.exit(2)")
+    assert "disk full" in run(table)[1].reason
+    (table / "recipes" / "seed-1").write_text("print('out of luck'); sys.exit(1)")
+    assert run(table)[1].reason.startswith("train: out of luck [exit code 1")
+
+
+def test_damaged_record_fails_its_run_alone(table):
+    run(table)
+    (table / "out" / "fused" / "seed=1" / "train.yaml").write_text("a: [1,")
+    outcomes = run(table)
+    assert statuses(outcomes) == ["was finished", "failed", "was finished"]
+    assert "train.yaml is damaged" in outcomes[1].reason
+
+
+def test_scores_of_a_renewed_adapter_are_renewed_even_after_a_failure(table):
+    run(table)
+    (table / "recipes" / "eval.py").write_text("import sys; sys.exit(1)")
+    assert statuses(run(table, overwrite=True)) == ["failed"] * 3
+    (table / "recipes" / "eval.py").write_text(STUB)
+    assert statuses(run(table)) == ["finished"] * 3
+    assert len(calls(table, 0)) == 2 and calls(table, 0, "eval")[-1][0] == ["--overwrite=true"]
+    assert statuses(run(table)) == ["was finished"] * 3
+
+
+def test_run_of_another_sweep_is_left_alone(table):
+    (table / "recipes" / "seed-1").write_text("time.sleep(20)")
+    with ThreadPoolExecutor(1) as background:
+        pool = Pool(table / "recipes")
+        first = background.submit(run_all, read_sweep(table / "table.yaml"), pool)
+        while not (table / "out" / "fused" / "seed=1" / "adapter" / "calls").exists():
+            time.sleep(0.02)
+        second = run(table)
+        assert statuses(second) == ["was finished", "failed", "finished"]
+        assert "another sweep is at work" in second[1].reason
+        pool.stop()
+        first.result()
+    assert len(calls(table, 1)) == 1
+
+
+def test_checkpoints_go_only_if_asked(table):
+    (table / "recipes" / "seed-1").write_text("(folder / 'checkpoint-5').mkdir(exist_ok=True)")
+    checkpoint = table / "out" / "fused" / "seed=1" / "adapter" / "checkpoint-5"
+    run(table)
+    assert checkpoint.is_dir()
+    assert statuses(run(table, delete_checkpoints=True)) == ["was finished"] * 3
+    assert not checkpoint.exists() and (checkpoint.parent / "calls").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["batch system", "closed session"])
+def test_stopped_sweep_ends_its_processes_and_goes_on_later(table, number):
+    """In a real shell."""
     pids = table / "pids"
     (table / "recipes" / "seed-0").write_text(f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)")
     program = (
@@ -172,7 +252,7 @@ def test_stopped_sweep_ends_its_processes_and_goes_on_later(table):
     deadline = time.monotonic() + 60
     while not pids.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "3 of 3 runs did not finish" in err
     assert "| table: fused seed=1 | not run |" in out

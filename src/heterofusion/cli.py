@@ -4,6 +4,7 @@ A user's mistake ends with `error: ...` on stderr and exit code 2; `--debug true
 Log messages can be held back until everything is checked, so that the error stands alone.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 USER_ERROR = 2
@@ -214,7 +215,7 @@ def _expand_variables(value: Any, where: str) -> Any:
 
 
 def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> None:
-    """Check names and types of the flags of another recipe, as far as that goes without starting it.
+    """Check the flags of another recipe, as far as that goes without starting it: those of training start an engine.
 
     Args:
         dataclass_types: its dataclasses.
@@ -222,12 +223,15 @@ def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], wher
         where: names them in messages.
 
     Raises:
-        UsageError: an unknown or missing flag, or a value that cannot be cast.
+        UsageError: an unknown or missing flag, or a value that cannot be cast or is out of range.
     """
     parser = _parser(dataclass_types, "")
     try:
-        parser.parse_args(_mapping_arguments(dict(values), parser, where))
-    except UsageError as error:
+        found = vars(parser.parse_args(_mapping_arguments(dict(values), parser, where)))
+        for kind in dataclass_types:
+            if not issubclass(kind, TrainingArguments):
+                kind(**{item.name: found[item.name] for item in dataclasses.fields(kind)})
+    except ValueError as error:
         message = str(error).removesuffix(" (see --help)")
         raise UsageError(message if message.startswith(where) else f"{where}: {message}") from None
 
@@ -237,7 +241,7 @@ def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> 
     unknown = [str(key) for key in content if key not in known]
     if unknown:
         raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)")
-    if _WORDS.get(_as_argument(content.get("debug")).lower()) is not None:
+    if _WORDS.get(as_text(content.get("debug")).lower()) is not None:
         raise UsageError(f"{where} sets debug; give `--debug true` on the command line")
     arguments: list[str] = []
     for key, value in content.items():
@@ -246,17 +250,18 @@ def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> 
         if isinstance(value, list):
             if not value:
                 raise UsageError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
-            items = [_as_argument(item) for item in value]
+            items = [as_text(item) for item in value]
             for item in items:
                 if item.startswith("--"):  # argparse would take it for a flag
                     raise UsageError(f"{where} has {item!r} in the list of {key}; a value was expected")
             arguments += [f"--{key}", *items]
         else:
-            arguments.append(f"--{key}={_as_argument(value)}")
+            arguments.append(f"--{key}={as_text(value)}")
     return arguments
 
 
-def _as_argument(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as a command line has it: true and false in small letters, a mapping as JSON."""
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value) if isinstance(value, dict) else str(value)

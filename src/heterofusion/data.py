@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from heterofusion.arguments import DataArguments, DatasetSpec
 from heterofusion.formats import IGNORE_INDEX, KNOWN_COLUMNS, detect_format, render, to_conversation, tokenize
-from heterofusion.records import Records, load_records
+from heterofusion.records import Records, load_records, sample_indices
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ def _sample(total: int, spec: DatasetSpec, seed: int) -> Iterator[int]:
     only adds.
     """
     count = min(spec.max_examples, max(1, round(total * spec.ratio)))
-    chosen = sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    chosen = sample_indices(total, count, seed)
     # Silent for the first seconds, and on all ranks but the first.
     quiet = os.environ.get("RANK", "0") != "0"
     return iter(tqdm(chosen, desc=f"Tokenizing {Path(spec.name).name}", delay=3, leave=False, disable=quiet))

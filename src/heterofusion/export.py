@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256
 from heterofusion.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.engines import whole_tensors
+from heterofusion.files import staging_folder
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.provenance import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
 
@@ -71,7 +71,7 @@ def export_adapter(
     record["alpha"] = {name: alpha.item() for name, alpha in alphas.items()}
     with contextlib.ExitStack() as stack:
         with _told(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
-            staging = stack.enter_context(_staging(folder))
+            staging = stack.enter_context(staging_folder(folder, _STAGING))
             weights = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
             save_file(weights, staging / WEIGHTS_FILE, {"format": "pt"})
             _write_json(staging / CONFIG_FILE, fused_config(model))
@@ -94,19 +94,6 @@ def _told(what: str, outcome: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(f"{what} ({error}); {outcome}") from error
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """An empty folder in a folder, gone afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_STAGING}*"):  # of a run that was killed
-        shutil.rmtree(left)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
@@ -86,6 +87,20 @@ def load_records(
     if len(records.rows) == 0:
         raise ValueError(f"{records.label} holds no records: leave it out or fill it")
     return records
+
+
+def sample_indices(total: int, count: int, seed: int) -> list[int]:
+    """Indices of a sample, ascending; they depend on these numbers alone.
+
+    Args:
+        total: Number of records.
+        count: Number of records to take at most.
+        seed: Seed of the choice.
+
+    Returns:
+        `min(total, count)` indices; a larger count only adds some.
+    """
+    return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 
 def _load_file(path: Path, label: str) -> Records:

@@ -33,12 +33,26 @@ class EvalModelArguments(ModelArguments):
             "base model alone, which is also the default."
         },
     )
+    adapter_revision: list[str] | None = field(
+        default=None, metadata={"help": "Hub revision of the adapters: one for all, or one per adapter."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
 
     def __post_init__(self) -> None:
         if not self.adapters or not all(self.adapters):
             raise ValueError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
+        if self.adapter_revision is not None and len(self.adapter_revision) not in (1, len(self.adapters)):
+            raise ValueError(
+                f"--adapter_revision has {len(self.adapter_revision)} values, but --adapters has "
+                f"{len(self.adapters)}: give one for all, or one per adapter"
+            )
+
+    def revisions(self) -> list[str | None]:
+        """The Hub revisions of the adapters, one each."""
+        if self.adapter_revision is None or len(self.adapter_revision) == 1:
+            return [self.adapter_revision[0] if self.adapter_revision else None] * len(self.adapters)
+        return [*self.adapter_revision]
 
 
 @dataclass
@@ -253,9 +267,6 @@ class EvalOutputArguments:
                     "--names, one per adapter, all different"
                 )
         return names if self.name is None else [self.name]
-
-
-EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)
 
 
 EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +25,7 @@ from heterofusion.formats import (
     to_conversation,
     tokenize_prompt,
 )
-from heterofusion.records import Records, load_records
+from heterofusion.records import Records, load_records, sample_indices
 
 _KIND = "test"  # what messages call the data
 T = TypeVar("T")
@@ -130,20 +129,6 @@ def _kinds(records: Records) -> Iterator[dict[str, Any]]:
     names = [name for name in ("kind", "task") if name in records.rows.column_names]
     for row in records.rows.select_columns(names) if names else [{}]:
         yield dict(row)
-
-
-def sample_indices(total: int, count: int, seed: int) -> list[int]:
-    """Indices of a sample, ascending: those that `heterofusion.data` takes for the same numbers.
-
-    Args:
-        total: Number of records.
-        count: Number of records to take at most.
-        seed: Seed of the choice.
-
-    Returns:
-        `min(total, count)` indices; a larger count only adds some.
-    """
-    return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 
 def encode(examples: EvalSet, tokenizer: PreTrainedTokenizerBase, max_prompt_length: int | None) -> Prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import warnings
@@ -65,11 +66,12 @@ class Adapter:
         return int(getattr(self.config, "num_virtual_tokens", 0)) if self.config.is_prompt_learning else 0
 
 
-def find_adapter(name: str) -> Adapter | None:
+def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
     """Find an adapter and read everything but its weights.
 
     Args:
         name: A local folder, a Hub id, or `none`.
+        revision: Commit, branch or tag of a Hub id.
 
     Returns:
         The adapter; None for `none`.
@@ -79,7 +81,7 @@ def find_adapter(name: str) -> Adapter | None:
     """
     if name == NO_ADAPTER:
         return None
-    folder = _find_folder(name)
+    folder = _find_folder(name, revision)
     read_json_object(folder / CONFIG_FILE)  # PEFT's own messages name no file
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
@@ -101,7 +103,7 @@ def find_adapter(name: str) -> Adapter | None:
     return Adapter(name, folder, config, shapes, file_sha256(weights))
 
 
-def _find_folder(name: str) -> Path:
+def _find_folder(name: str, revision: str | None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
@@ -113,7 +115,7 @@ def _find_folder(name: str) -> Path:
     except HFValidationError:
         raise AdapterError(f"{missing}; name a folder that holds {CONFIG_FILE}, or a Hub id") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the Hub client raises its own, its transport's and the system's types
         raise AdapterError(
             f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
@@ -194,6 +196,27 @@ def adapter_tokenizer(model: EvalModelArguments, adapter: Adapter | None) -> Pre
     return load_tokenizer(model, None, model.trust_remote_code)
 
 
+def base_fingerprint(name: str) -> str | None:
+    """What tells a local base model from another one of the same folder name, or from what it was before.
+
+    Args:
+        name: A local folder or a Hub id.
+
+    Returns:
+        A hash of its `config.json` and of the names, sizes and times of its weight files; None for a Hub id, which
+        has a revision.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
 def prompt_limit(config: PretrainedConfig, max_new_tokens: int, wanted: int | None, virtual: int = 0) -> int | None:
     """Number of tokens that a prompt may have.
 
@@ -254,7 +277,8 @@ class Models:
             yield base
             self._base = base
             return
-        model = _fit(base, adapter, self.args.model_name_or_path, torch_device=str(self.device))
+        with _enough_memory(f"adapter {adapter.given}"):
+            model = _fit(base, adapter, self.args.model_name_or_path, torch_device=str(self.device))
         model.requires_grad_(False)
         yield model.eval()
         if adapter.only_adds:
@@ -270,11 +294,23 @@ class Models:
             ValueError: it cannot be loaded.
         """
         if self._base is None:
-            base = load_base(self.args, self.args.use_cpu, self.args.trust_remote_code)
-            if not (self.args.load_in_4bit or self.args.load_in_8bit):  # bitsandbytes has put it where it belongs
-                base.to(self.device)  # type: ignore[arg-type]
+            with _enough_memory(f"base model {self.args.model_name_or_path}"):
+                base = load_base(self.args, self.args.use_cpu, self.args.trust_remote_code)
+                if not (self.args.load_in_4bit or self.args.load_in_8bit):  # bitsandbytes has put it where it belongs
+                    base.to(self.device)  # type: ignore[arg-type]
             self._base = base.eval()
         return self._base
+
+
+@contextlib.contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{what} does not fit into memory ({one_line(error)[:200]}); load the base with --dtype bfloat16 or "
+            "--load_in_4bit true"
+        ) from error
 
 
 def fusion_record(adapter: Adapter) -> dict[str, Any] | None:

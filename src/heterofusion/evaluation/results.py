@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heterofusion.evaluation.metrics import primary_score, score
-from heterofusion.report import markdown_table
+from heterofusion.markdown import markdown_table
 
 
 def metric_record(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from heterofusion.evaluation.models import (
     Adapter,
     Models,
     adapter_tokenizer,
+    base_fingerprint,
     check_adapters,
     find_adapter,
     fusion_record,
@@ -109,7 +110,7 @@ class Evaluation:
         self.folder = Path(output.output_dir).expanduser().absolute()
         with all_together(ranks):
             names = output.adapter_names(model.adapters)
-            adapters = [find_adapter(name) for name in model.adapters]
+            adapters = list(map(find_adapter, model.adapters, model.revisions()))
             config = check_adapters(model, adapters)
             self.sets = load_eval_sets(data)
             self.jobs = [
@@ -138,6 +139,7 @@ class Evaluation:
         return {
             "base_model": display_name(model.model_name_or_path),
             "base_revision": model.model_revision,
+            "base_files": base_fingerprint(model.model_name_or_path),
             "dtype": str(base_dtype(model, model.use_cpu)).removeprefix("torch."),
             "load_in_8bit": model.load_in_8bit,
             "load_in_4bit": model.load_in_4bit,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from heterofusion.evaluation.arguments import is_file_name
 from heterofusion.evaluation.generation import Answer
+from heterofusion.files import TEMPORARY, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ STATE_FILE = "state.json"
 RESULTS_FILE = "results.json"
 PREDICTIONS = "predictions"
 PARTS = "parts"
-_TEMPORARY = ".tmp"
 
 
 # ---- answers of a process ---------------------------------------------------------------------------------------
@@ -97,22 +96,12 @@ def read_parts(folder: Path) -> tuple[dict[int, Answer], float]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is there as a whole or not at all."""
-    _write(path, [json.dumps(content, indent=2, ensure_ascii=False)])
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, so that the file is there as a whole or not at all."""
-    _write(path, (json.dumps(record, ensure_ascii=False) for record in records))
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -165,7 +154,7 @@ def check_same(output_dir: Path, state: Mapping[str, Any]) -> None:
     """
     found = read_json(output_dir / STATE_FILE)
     if found is None:
-        if output_dir.is_dir() and any(path.suffix != _TEMPORARY for path in output_dir.iterdir()):
+        if output_dir.is_dir() and any(path.suffix != TEMPORARY for path in output_dir.iterdir()):
             raise ValueError(f"--resume: {output_dir} holds no evaluation ({STATE_FILE} is missing); name another")
         return
     there, here = _flat(found), _flat(state)

@@ -1,20 +1,18 @@
 """What a preparation leaves: JSON Lines files by purpose and task, a manifest, and a table that accounts for all."""
 
-import contextlib
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from heterofusion.adapters import file_sha256
+from heterofusion.files import staging_folder
+from heterofusion.markdown import markdown_table
 from heterofusion.preparation.splits import PreparedTask
 from heterofusion.records import load_json, read_text
-from heterofusion.report import markdown_table
 
 MANIFEST = "manifest.json"
 FILES = ("replay", "train", "validation", "test")
@@ -87,8 +85,7 @@ def write_tasks(folder: Path, tasks: Sequence[PreparedTask], settings: Mapping[s
     Raises:
         OSError: A file cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _staging(folder) as staging:
+    with staging_folder(folder, _STAGING) as staging:
         entries = {}
         for task in tasks:
             written = {}
@@ -113,18 +110,6 @@ def write_tasks(folder: Path, tasks: Sequence[PreparedTask], settings: Mapping[s
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         os.replace(staging / MANIFEST, folder / MANIFEST)
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """An empty folder in a folder, gone afterwards."""
-    for left in folder.glob(f"{_STAGING}*"):  # of a run that was killed
-        shutil.rmtree(left)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging)
 
 
 def _write_examples(path: Path, task: PreparedTask, name: str) -> None:

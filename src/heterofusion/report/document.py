@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from heterofusion.markdown import markdown_table
 from heterofusion.report.claims import AT_LEAST, Finding
 from heterofusion.report.results import MEAN, Result
 from heterofusion.report.rows import DETAIL_COUNTS, Group, Row, baseline_difference, baseline_rows
-from heterofusion.report.tables import markdown_table
 
 # what an f1 is the F1 of: see heterofusion.evaluation.uie
 _SCORES = {"f1": "micro-F1"}

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heterofusion.cli import as_text
+from heterofusion.evaluation.store import RESULTS_FILE
 from heterofusion.records import load_json, read_text
 from heterofusion.report.fields import Fields, shown
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
 MEAN = "mean"
 SEED = "seed"
 SETTINGS = ("preset", "alpha_init", "mu_gate")  # of a fusion; rows differ by them even where no label says so
@@ -182,8 +183,3 @@ def _dataset(field: Fields) -> DatasetResult:
         examples=field.get("examples", int),
         sha256=field.get("sha256", str, None),
     )
-
-
-def as_text(value: Any) -> str:
-    """A label's value as text: `true` for True, as a command line has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,10 +1,8 @@
 """From results and fused adapters to the report's files: Markdown, JSON and pictures."""
 
-import contextlib
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
+from heterofusion.files import staging_folder
+from heterofusion.markdown import markdown_table
 from heterofusion.provenance import display_name
 from heterofusion.records import load_json, read_text
 from heterofusion.report.claims import Finding
@@ -38,7 +38,6 @@ from heterofusion.report.results import MEAN
 from heterofusion.report.rows import Group
 from heterofusion.report.score_pictures import draw_curve, draw_score_map, draw_scores
 from heterofusion.report.sensitivity import find_curves
-from heterofusion.report.tables import markdown_table
 from heterofusion.report.training import TRAINER_STATE_FILE, draw_training, read_history
 
 REPORT_FILE, NUMBERS_FILE, PICTURES = "report.md", "report.json", "pictures"
@@ -170,7 +169,7 @@ def write_report(report: Report, folder: Path, document: Path) -> list[str]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     old = _pictures_before(folder)
-    with _staging(folder) as staging:
+    with staging_folder(folder, _STAGING) as staging:
         drawn = _Pictures(staging, folder / PICTURES, document.parent)
         text, numbers = _compose(report, drawn)
         (staging / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -317,15 +316,3 @@ def _pictures_before(folder: Path) -> list[Path]:
     if not isinstance(names, list) or any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
         raise ValueError(f"{path} was not written by recipes/report.py; name another --output_dir")
     return [folder / PICTURES / name for name in names]
-
-
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """An empty folder in a folder, gone afterwards."""
-    for left in folder.glob(f"{_STAGING}*"):  # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -2,33 +2,41 @@
 
 What a run made is left alone if its flags are the same; what was interrupted goes on where it was. Every step leaves
 its flags (`train.yaml`), its output (`train.log`) and, once it has ended well, its seconds (`train.done`) in the run's
-folder.
+folder. `eval.stale` marks what is out of date because a step before was run again. A lock that the processes of a run
+inherit keeps another sweep away as long as one of them lives.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import queue
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import yaml
 
+from heterofusion.cli import one_line
+from heterofusion.files import write_whole
 from heterofusion.progress import checkpoint_folders
 from heterofusion.sweeps.runs import Run, Step
 
 logger = logging.getLogger(__name__)
 
 FINISHED, SKIPPED, FAILED, NOT_RUN = "finished", "was finished", "failed", "not run"
-_KILL_AFTER = 10.0  # seconds that a process has to end after it was asked to
+_KILL_AFTER = 40.0  # seconds that processes have to end after they were asked to; torch's launcher takes up to 30
+_LOCK_FILE = ".lock"
 
 
 @dataclass
@@ -54,29 +62,54 @@ class Pool:
 
     Attributes:
         recipes: folder of the recipes.
-        gpus: GPUs, one run at a time on each; empty for the CPU.
-        jobs: runs at a time on the CPU, which share its cores.
+        slots: environment variables of each place that can take a run at a time.
         overwrite: run again what was finished or is of other flags.
-        launcher: words before the recipe's name, in place of the Python interpreter.
+        delete_checkpoints: remove the `checkpoint-N` folders of a run once all its steps are finished.
+        launcher: words before the recipe's name.
     """
 
     recipes: Path
-    gpus: Sequence[str] = ()
-    jobs: int = 1
+    slots: Sequence[dict[str, str]] = ({},)
     overwrite: bool = False
-    launcher: Sequence[str] = ()
-    _processes: set[subprocess.Popen] = field(default_factory=set)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _stopped: bool = False
+    delete_checkpoints: bool = False
+    launcher: Sequence[str] = (sys.executable,)
+    _processes: set[subprocess.Popen] = field(default_factory=set, init=False)
+    _guard: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _stopped: bool = field(default=False, init=False)
 
-    @property
-    def slots(self) -> list[dict[str, str]]:
-        """Environment variables of each place that a run can have."""
-        if self.gpus:
-            return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in self.gpus]
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        given = os.environ.get("OMP_NUM_THREADS")
-        return [{"OMP_NUM_THREADS": given or str(threads)}] * self.jobs
+    @classmethod
+    def on_gpus(cls, recipes: Path, gpus: Sequence[str], **options: Any) -> "Pool":
+        """One run at a time on each GPU.
+
+        Args:
+            recipes: folder of the recipes.
+            gpus: what `CUDA_VISIBLE_DEVICES` may hold: numbers, or ids of GPUs and their parts.
+            **options: see the class.
+        """
+        return cls(recipes, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus], **options)
+
+    @classmethod
+    def on_cpu(cls, recipes: Path, jobs: int, **options: Any) -> "Pool":
+        """A number of runs at a time on the CPU, which share its cores unless OMP_NUM_THREADS is set."""
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+        return cls(recipes, [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs, **options)
+
+    @classmethod
+    def launched(cls, recipes: Path, config: str, gpus: Sequence[str], **options: Any) -> "Pool":
+        """One run after the other, each on several GPUs by `accelerate launch`.
+
+        Args:
+            recipes: folder of the recipes.
+            config: file of `accelerate_configs/`.
+            gpus: the GPUs, a process each; those of the config if empty.
+            **options: see the class.
+        """
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+        words += ["--main_process_port", "0"]  # a free one: another launch may have the default
+        if not gpus:
+            return cls(recipes, launcher=words, **options)
+        variables = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        return cls(recipes, [variables], launcher=[*words, "--num_processes", str(len(gpus))], **options)
 
     # ---- one run ------------------------------------------------------------------------------------------------
 
@@ -88,22 +121,27 @@ class Pool:
             variables: environment variables of its place.
         """
         outcome = Outcome(run, SKIPPED)
-        renewed = False  # a step before was run, so what later ones made of it is out of date
-        for step in run.steps:
-            try:
-                state = self._state(run, step)
-                if state == SKIPPED and not renewed:
-                    continue
-                again = renewed or state == NOT_RUN
-                outcome.status = FINISHED
-                seconds, reason = self._run_step(run, step, variables, again)
-                renewed = True
-            except (OSError, ValueError) as error:
-                seconds, reason = 0.0, " ".join(str(error).split())
-            outcome.seconds += seconds
-            if reason:
-                outcome.status, outcome.reason = FAILED, f"{step.recipe}: {reason}"
-                break
+        try:
+            with _lock(run.folder) as lock:
+                for index, step in enumerate(run.steps):
+                    state = self._state(run, step)
+                    if state == SKIPPED:
+                        continue
+                    outcome.status = FINISHED
+                    for later in run.steps[index + 1 :]:  # what they made of this step is out of date
+                        if later.folder.exists():
+                            _mark(run, later, "stale").touch()
+                    seconds, reason = self._run_step(run, step, variables, state == NOT_RUN, lock)
+                    outcome.seconds += seconds
+                    if reason:
+                        outcome.status, outcome.reason = FAILED, f"{step.recipe}: {reason}"
+                        return outcome
+        except (OSError, ValueError) as error:
+            outcome.status, outcome.reason = FAILED, one_line(error)
+            return outcome
+        if self.delete_checkpoints:
+            for checkpoint in [path for step in run.steps for path in step.folder.rglob("checkpoint-*")]:
+                shutil.rmtree(checkpoint, ignore_errors=True)
         return outcome
 
     def _state(self, run: Run, step: Step) -> str:
@@ -112,14 +150,17 @@ class Pool:
         Raises:
             ValueError: what is there was made with other flags.
         """
-        record, done = run.folder / f"{step.recipe}.yaml", run.folder / f"{step.recipe}.done"
-        if self.overwrite or not step.folder.exists():
+        record = _mark(run, step, "yaml")
+        if self.overwrite or not step.folder.exists() or _mark(run, step, "stale").exists():
             return NOT_RUN
         if not record.is_file():
             if any(step.folder.iterdir()):
                 raise ValueError(f"{step.folder} holds something that no sweep made; remove it, or --overwrite true")
             return NOT_RUN
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        try:
+            before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{record} is damaged ({one_line(error)}); remove it, or --overwrite true") from error
         before = before if isinstance(before, dict) else {}
         for name in sorted({*before, *step.flags}):
             if before.get(name) != step.flags.get(name):
@@ -127,40 +168,43 @@ class Pool:
                     f"{step.folder} was made with another {name}: {before.get(name)!r}, this sweep has "
                     f"{step.flags.get(name)!r}; name another output_dir, or --overwrite true"
                 )
-        return SKIPPED if done.is_file() else FAILED
+        return SKIPPED if _mark(run, step, "done").is_file() else FAILED
 
-    def _run_step(self, run: Run, step: Step, variables: dict[str, str], again: bool) -> tuple[float, str]:
+    def _run_step(
+        self, run: Run, step: Step, variables: dict[str, str], afresh: bool, lock: IO[str]
+    ) -> tuple[float, str]:
         """Run a recipe; gives its seconds, and why it failed if it did."""
-        run.folder.mkdir(parents=True, exist_ok=True)
-        record, log, done = (run.folder / f"{step.recipe}.{suffix}" for suffix in ("yaml", "log", "done"))
+        record, log, done, stale = (_mark(run, step, suffix) for suffix in ("yaml", "log", "done", "stale"))
         done.unlink(missing_ok=True)
-        record.write_text(yaml.safe_dump(step.flags, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        launcher = [*(self.launcher or [sys.executable]), str(self.recipes / f"{step.recipe}.py")]
-        command = [*launcher, "--config", str(record), *_go_on(step, again)]
+        write_whole(record, yaml.safe_dump(step.flags, sort_keys=False, allow_unicode=True))
+        recipe = str(self.recipes / f"{step.recipe}.py")
+        command = [*self.launcher, recipe, "--config", str(record), *_go_on(step, afresh)]
         start = time.perf_counter()
-        with log.open("wb" if again else "ab") as output:
-            output.write(f"$ {' '.join(command)}\n".encode())
+        with log.open("wb" if afresh else "ab") as output:
+            output.write(f"$ {shlex.join(command)}\n".encode())
             output.flush()
-            with self._lock:
+            begin = output.tell()
+            with self._guard:
                 if self._stopped:
                     return 0.0, "the sweep was stopped"
                 process = subprocess.Popen(
                     command, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL, start_new_session=True,
+                    stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock.fileno()],
                 )  # fmt: skip
                 self._processes.add(process)
             code = process.wait()
-        with self._lock:
+        with self._guard:
             self._processes.discard(process)
         seconds = time.perf_counter() - start
-        if code == 0:
-            done.write_text(json.dumps({"seconds": seconds}) + "\n", encoding="utf-8")
-            return seconds, ""
-        return seconds, f"{_last_words(log)} [exit code {code}, {log}]"
+        if code:
+            return seconds, f"{_last_words(log, begin)} [exit code {code}, {log}]"
+        stale.unlink(missing_ok=True)
+        write_whole(done, json.dumps({"seconds": seconds}) + "\n")
+        return seconds, ""
 
     def stop(self) -> None:
         """End the processes of all runs, and start no more."""
-        with self._lock:
+        with self._guard:
             self._stopped = True
             processes = list(self._processes)
         for process in processes:
@@ -172,6 +216,31 @@ class Pool:
             except subprocess.TimeoutExpired:
                 _signal(process, signal.SIGKILL)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it takes no more runs."""
+        return self._stopped
+
+
+def _mark(run: Run, step: Step, suffix: str) -> Path:
+    return run.folder / f"{step.recipe}.{suffix}"
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[IO[str]]:
+    """Keep other sweeps out of a run's folder.
+
+    Raises:
+        ValueError: processes of another sweep are at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a process of another sweep is at work in {folder}; wait for it, or end it") from None
+        yield lock
+
 
 def _signal(process: subprocess.Popen, number: int) -> None:
     """Send a signal to a process and to those that it launched."""
@@ -179,11 +248,11 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _go_on(step: Step, again: bool) -> list[str]:
+def _go_on(step: Step, afresh: bool) -> list[str]:
     """Flags with which a recipe goes on where it was, or starts afresh in a folder that is there."""
     if not (step.folder.is_dir() and any(step.folder.iterdir())):
         return []
-    if again:
+    if afresh:
         return ["--overwrite=true"]
     if step.recipe == "eval":
         return ["--resume=true"]
@@ -191,12 +260,12 @@ def _go_on(step: Step, again: bool) -> list[str]:
     return ["--resume_from_checkpoint=true"] if has_checkpoint else ["--overwrite=true"]
 
 
-def _last_words(log: Path) -> str:
-    """Why a program failed, from its output: its last `error: ` line, else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+def _last_words(log: Path, begin: int) -> str:
+    """Why a program failed, from its output from a position on: its last `error: ` line, else its last line."""
+    text = log.read_bytes()[begin:].decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    said = [line for line in lines if line and not line.startswith("$ ")]
-    return (errors or said or ["it said nothing"])[-1]
+    return (errors or lines or ["it said nothing"])[-1]
 
 
 def run_all(runs: Sequence[Run], pool: Pool) -> list[Outcome]:
@@ -210,9 +279,11 @@ def run_all(runs: Sequence[Run], pool: Pool) -> list[Outcome]:
         What became of each, in the same order. After an interrupt from the keyboard, those that had not begun are
         `not run`.
     """
-    slots = pool.slots
+    outcomes = [Outcome(run) for run in runs]
+    if pool.stopped:
+        return outcomes
     free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-    for slot in slots:
+    for slot in pool.slots:
         free.put(slot)
 
     def work(run: Run) -> Outcome:
@@ -222,9 +293,8 @@ def run_all(runs: Sequence[Run], pool: Pool) -> list[Outcome]:
         finally:
             free.put(slot)
 
-    outcomes = [Outcome(run) for run in runs]
     places: dict[Future[Outcome], int] = {}
-    with ThreadPoolExecutor(len(slots)) as executor:
+    with ThreadPoolExecutor(len(pool.slots)) as executor:
         try:
             places = {executor.submit(work, run): index for index, run in enumerate(runs)}
             open_runs = set(places)

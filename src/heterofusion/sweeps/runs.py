@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import UsageError, check_flags, read_yaml
+from heterofusion.cli import UsageError, as_text, check_flags, read_yaml
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS
 from heterofusion.expert import EXPERT_ARGUMENTS
-from heterofusion.stages import ARGUMENTS
-from heterofusion.sweeps.template import Template, as_text
+from heterofusion.stages import ARGUMENTS, WHOLE_RUN
+from heterofusion.sweeps.template import Template
 
 RECIPES: Mapping[str, tuple[type, ...]] = {"expert": EXPERT_ARGUMENTS, "train": ARGUMENTS, "eval": EVAL_ARGUMENTS}
 _KEYS = {"description", "output_dir", "lists", "sweep", "references", *RECIPES}
@@ -225,5 +225,8 @@ def _check_step(step: Step, where: str) -> None:
         raise UsageError(f"{where}: stages must be a list of mappings")
     common = {key: value for key, value in step.flags.items() if key != "stages"}
     for number, stage in enumerate(stages, start=1):
+        misplaced = [key for key in stage if key in (*WHOLE_RUN, "config", "stages")]
+        if misplaced:
+            raise UsageError(f"{where}, stage {number} has {misplaced[0]}, which belongs beside stages")
         own = {key: value for key, value in stage.items() if key != "name"}
         check_flags(RECIPES["train"], {**common, **own}, f"{where}, stage {number}")

@@ -4,15 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heterofusion.cli import UsageError
+from heterofusion.cli import UsageError, as_text
 
 _VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _LOOP_KEYS = ("for_each", "except", "value")
-
-
-def as_text(value: Any) -> str:
-    """A value as it stands in a path or a name: true and false as YAML writes them."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Template:

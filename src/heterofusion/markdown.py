@@ -1,6 +1,6 @@
-"""Markdown tables of results."""
+"""Tables in Markdown, as all programs print them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -17,13 +17,3 @@ def _cell(value: Any) -> str:
         return f"{value:.3f}"
     # a bar or a line break in a name would end the cell
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def score_table(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> str:
-    """Markdown table of one score per task and the mean over the tasks, one row per method."""
-    rows = []
-    for name, row in scores.items():
-        values = [row.get(task) for task in tasks]
-        known = [value for value in values if value is not None]
-        rows.append([name, *values, sum(known) / len(known) if known else None])
-    return markdown_table(["", *tasks, "mean"], rows)

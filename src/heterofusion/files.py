@@ -1,0 +1,44 @@
+"""Files that are there as a whole or not at all: a text in one step, or a folder that is filled beside its place."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+TEMPORARY = ".tmp"  # suffix of a file that is being written
+
+
+def write_whole(path: Path, parts: str | Iterable[str]) -> None:
+    """Write a text so that the file is there as a whole or, after a kill or on a full disk, as it was.
+
+    Args:
+        path: the file; its folder is made.
+        parts: the text, in one or many pieces; what UTF-8 cannot hold is written as an escape.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines([parts] if isinstance(parts, str) else parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
+    """An empty folder inside a folder, gone afterwards; what killed programs left of such folders goes first.
+
+    Args:
+        folder: made if it is missing.
+        prefix: with which the folder's name begins, one for each program.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{prefix}*"):
+        shutil.rmtree(left)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

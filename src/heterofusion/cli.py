@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from tqdm import tqdm
@@ -230,7 +230,7 @@ def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], wher
         found = vars(parser.parse_args(_mapping_arguments(dict(values), parser, where)))
         for kind in dataclass_types:
             if not issubclass(kind, TrainingArguments):
-                kind(**{item.name: found[item.name] for item in dataclasses.fields(kind)})
+                kind(**{item.name: found[item.name] for item in dataclasses.fields(cast(Any, kind))})
     except ValueError as error:
         message = str(error).removesuffix(" (see --help)")
         raise UsageError(message if message.startswith(where) else f"{where}: {message}") from None

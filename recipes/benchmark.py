@@ -35,8 +35,8 @@ import torch
 
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.export import library_versions
 from heterofusion.hypernet import HypernetworkConfig
+from heterofusion.provenance import library_versions
 
 FOLDER = Path(__file__).resolve().parent
 LORA = "lora"
@@ -273,7 +273,8 @@ def main(argv: list[str]) -> None:
         tables = [format_rows(results["rows"])]
     print(
         f"shape {workload.shape}, {device}, {workload.sources} sources, rank {workload.rank}, accumulation "
-        f"{workload.accumulation}, {workload.token_count()} tokens, median of {workload.steps} steps\n"
+        f"{workload.accumulation}, micro-batch {workload.micro_batch}, {workload.token_count()} tokens, "
+        f"{'activation checkpointing, ' * workload.activation_checkpointing}median of {workload.steps} steps\n"
     )
     print("\n\n".join(tables))
     if arguments.output:

@@ -119,12 +119,15 @@ def build_trainer(arguments: RowArguments, folder: Path, callbacks: list[Trainer
     steps = WARM_UP + arguments.steps
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": steps, "save_strategy": "no",
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": arguments.accumulation,
+        "per_device_train_batch_size": arguments.micro_batch, "gradient_accumulation_steps": arguments.accumulation,
         "logging_steps": 10**6, "max_grad_norm": 0.0, "report_to": "none", "optim": "adamw_torch_fused",
         "bf16": arguments.shape != DEMO and SHAPES[arguments.shape].dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False,
+        "activation_checkpointing": arguments.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
     }  # fmt: skip
-    rows = RandomRows(steps * arguments.accumulation * rank_count(), arguments.token_count(), base.config.vocab_size)
+    count = steps * arguments.accumulation * arguments.micro_batch * rank_count()
+    rows = RandomRows(count, arguments.token_count(), base.config.vocab_size)
     if arguments.row == LORA:
         base.requires_grad_(False)
         model = PeftModel.from_pretrained(base, anchor, is_trainable=True)

@@ -114,6 +114,18 @@ def test_more_sources_than_the_demo_has(row, tmp_path):
     assert many["trainable_parameters"] == few["trainable_parameters"]
 
 
+@pytest.mark.parametrize("name", ["lora", "compact"])
+def test_micro_batches_and_checkpointing_are_as_asked_for(row, tmp_path, name):
+    arguments = row.RowArguments(
+        shape="demo", tokens=8, row=name, steps=1, accumulation=2, micro_batch=3, activation_checkpointing=True
+    )
+    trainer = row.build_trainer(arguments, tmp_path, [])
+    trainer.train()
+    assert len(trainer.train_dataset) == 3 * 2 * 3  # two steps are not counted
+    assert (trainer.state.global_step, trainer.state.epoch) == (3, 1)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+
+
 @pytest.mark.parametrize("name", ["lora", "paper"])
 def test_bfloat16_shape_of_unequal_depth(row, tmp_path, monkeypatch, name):
     """What llama8b goes through, in small and on a CPU."""
@@ -183,6 +195,7 @@ BAD_FLAGS = [
     ({"steps": 0}, ["--steps is 0"]),
     ({"tokens": 1}, ["--tokens is 1"]),
     ({"tokens": 97, "shape": "demo"}, ["--tokens is 97", "96"]),
+    ({"micro_batch": 0}, ["--micro_batch is 0"]),
 ]
 
 
@@ -200,7 +213,7 @@ def test_llama8b_without_a_gpu_that_holds_it_raises(benchmark, recorded, capsys,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: memory is not None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Gpu)
     found = "there is none" if memory is None else "Small GPU has 24.0"
-    error_line(capsys, benchmark.main, ["--shape=llama8b"], "--shape llama8b", "44 GiB", found, "llama8b-2layers")
+    error_line(capsys, benchmark.main, ["--shape=llama8b"], "--shape llama8b", "34 GiB", found, "llama8b-2layers")
     assert not recorded
 
 

@@ -229,6 +229,7 @@ def rank_spread(model: HeteroFusionModel) -> float:
     flat = torch.cat([tensor.flatten() for tensor in parameters(model).values()])
     if not dist.is_initialized():
         return 0.0
+    flat = flat.to(PartialState().device)  # NCCL reduces nothing on the CPU
     highest, lowest = flat.clone(), flat.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     dist.all_reduce(lowest, dist.ReduceOp.MIN)

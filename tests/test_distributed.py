@@ -202,11 +202,12 @@ def test_tolerated_step_is_skipped_and_the_next_one_ends_the_run(runs, engine):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 through accelerate on GPUs needs two of them")
-def test_fsdp2_on_gpus_agrees_with_one_process(runs, tmp_path):
-    result = launch(
-        tmp_path / "gpu", "fsdp2.yaml", "--num_processes", "2", "--mixed_precision", "no",
-        cases=PARITY, ENGINE_WORKER_ON_GPU="1", DS_ACCELERATOR="cuda",
-    )  # fmt: skip
+def test_fsdp2_on_gpus_agrees_with_one_process(tmp_path):
+    """With one process on a GPU: RDM draws its noise on the device, and a CPU would draw another."""
+    on_gpu = {"cases": PARITY, "ENGINE_WORKER_ON_GPU": "1", "DS_ACCELERATOR": "cuda"}
+    flags = ("--num_processes", "2", "--mixed_precision", "no")
+    result = launch(tmp_path / "two", "fsdp2.yaml", *flags, **on_gpu)
+    one = launch(tmp_path / "one", "single.yaml", **on_gpu, CUDA_VISIBLE_DEVICES="0")
     for case in PARITY:
         assert result[case]["engine"] == "fsdp2" and result[case]["held_share"]["base"] == pytest.approx(0.5, abs=1e-3)
-        assert result[case]["losses"] == pytest.approx(runs("single")[0]["accumulation-1"]["losses"], abs=1e-4)
+        assert result[case]["losses"] == pytest.approx(one["accumulation-1"]["losses"], abs=1e-4)

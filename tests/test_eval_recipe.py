@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import heterofusion.evaluation.runner as runner
@@ -137,6 +138,32 @@ def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys
     assert results(out / "bare")["adapter"] is None
     assert results(out / "prompt")["generation"]["max_prompt_length"] == 512 - 40 - 3
     assert not (out / "results.json").exists()
+
+
+def test_merged_adapters_give_the_same_answers_each_on_a_clean_base(values, test_sets, tmp_path, whole, capsys):
+    expert, other = zoo_path("llama", "ner_kitchen"), zoo_path("llama", "re_town")
+    names = ["other", "bare", "expert"]
+    argv = {
+        **values, "adapters": [other, "none", expert], "names": names, "dataset_name": [test_sets["ner_kitchen"]],
+        "output_dir": tmp_path / "merged", "merge_adapters": True,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        merged = []
+        merge = LoraModel.merge_and_unload
+        patch.setattr(LoraModel, "merge_and_unload", lambda self: merged.append(1) or merge(self))
+        assert evaluation.main(flags(argv)) == 0
+    assert len(merged) == 2
+    texts = {name: [record["prediction"] for record in predictions(tmp_path / "merged" / name)] for name in names}
+    assert texts["expert"] == [record["prediction"] for record in predictions(whole[1])]
+    assert texts["bare"] not in (texts["other"], texts["expert"])
+
+    prompt = tmp_path / "prompt"
+    base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(prompt)
+    new = {**argv, "output_dir": tmp_path / "new"}
+    unmergeable = flags({**new, "adapters": [prompt], "names": None})
+    error_line(capsys, evaluation.main, unmergeable, "cannot be merged", prompt)
+    error_line(capsys, evaluation.main, flags({**new, "load_in_4bit": True}), "--merge_adapters", "quantized")
 
 
 def test_names_and_records_of_a_fused_adapter(values, tmp_path):

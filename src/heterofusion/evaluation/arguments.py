@@ -36,12 +36,21 @@ class EvalModelArguments(ModelArguments):
     adapter_revision: list[str] | None = field(
         default=None, metadata={"help": "Hub revision of the adapters: one for all, or one per adapter."}
     )
+    merge_adapters: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
+            "in bfloat16 the weights are rounded once more, so answers may differ."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
 
     def __post_init__(self) -> None:
         if not self.adapters or not all(self.adapters):
             raise ValueError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
+        if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
         if self.adapter_revision is not None and len(self.adapter_revision) not in (1, len(self.adapters)):
             raise ValueError(
                 f"--adapter_revision has {len(self.adapter_revision)} values, but --adapters has "

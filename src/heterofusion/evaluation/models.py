@@ -146,6 +146,11 @@ def check_adapters(model: EvalModelArguments, adapters: Sequence[Adapter | None]
         if adapter is not None and token_dim not in (None, width):  # of prompt tuning and the like
             reason = f"its virtual tokens have {token_dim} features, the base has {width}"
             raise _unfit(adapter, model.model_name_or_path, reason)
+        if adapter is not None and model.merge_adapters and adapter.config.is_prompt_learning:
+            raise AdapterError(
+                f"adapter {adapter.given} puts tokens before the prompt, which cannot be merged into the base: leave "
+                "--merge_adapters out"
+            )
         if adapter is None or not adapter.only_adds:
             continue
         with torch.device("meta"):
@@ -280,8 +285,10 @@ class Models:
         with _enough_memory(f"adapter {adapter.given}"):
             model = _fit(base, adapter, self.args.model_name_or_path, torch_device=str(self.device))
         model.requires_grad_(False)
+        if self.args.merge_adapters:
+            model = model.merge_and_unload()
         yield model.eval()
-        if adapter.only_adds:
+        if adapter.only_adds and not self.args.merge_adapters:
             self._base = model.unload()
             return
         del base, model  # before another base is loaded; what PEFT makes of it refers to itself

@@ -143,6 +143,7 @@ class Evaluation:
             "dtype": str(base_dtype(model, model.use_cpu)).removeprefix("torch."),
             "load_in_8bit": model.load_in_8bit,
             "load_in_4bit": model.load_in_4bit,
+            "merge_adapters": model.merge_adapters,
             # the name of a single one may change: no folder is called by it
             **({"adapters": hashes} if len(hashes) > 1 else {"adapter": hashes[self.jobs[0].name]}),
             "datasets": {examples.label: examples.identity() for examples in self.sets},

@@ -36,6 +36,7 @@ import torch
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.hypernet import HypernetworkConfig
+from heterofusion.markdown import markdown_table
 from heterofusion.provenance import library_versions
 
 FOLDER = Path(__file__).resolve().parent
@@ -190,10 +191,6 @@ def measure_exchange(workload: Workload, presets: list[str], ways: list[str]) ->
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
-
-
 def over_state(row: Row) -> str:
     """Memory above plain LoRA in units of the row's weights, gradients and optimizer states."""
     return "-" if row["row"] == LORA else f"{row['memory_above_plain_over_state']:.2f}"
@@ -214,7 +211,7 @@ def format_rows(rows: list[Row]) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    return markdown(header, cells)
+    return markdown_table(header, cells)
 
 
 def format_growth(name: str, rows: list[Row]) -> str:
@@ -238,7 +235,7 @@ def format_growth(name: str, rows: list[Row]) -> str:
         for r in rows
         if r["row"] != LORA
     ]  # fmt: skip
-    return markdown(header, cells)
+    return markdown_table(header, cells)
 
 
 def format_exchange(rows: list[Row]) -> str:
@@ -248,7 +245,7 @@ def format_exchange(rows: list[Row]) -> str:
         [r["row"], r["ddp_reduce"] or "-", f"{r['bytes_per_step'] / 2**20:.2f}", f"{r['computed_bytes'] / 2**20:.2f}"]
         for r in rows
     ]
-    return markdown(header, cells)
+    return markdown_table(header, cells)
 
 
 @command

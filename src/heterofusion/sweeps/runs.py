@@ -24,7 +24,7 @@ from heterofusion.stages import ARGUMENTS, WHOLE_RUN
 from heterofusion.sweeps.template import Template
 
 RECIPES: Mapping[str, tuple[type, ...]] = {"expert": EXPERT_ARGUMENTS, "train": ARGUMENTS, "eval": EVAL_ARGUMENTS}
-_KEYS = {"description", "output_dir", "lists", "sweep", "references", *RECIPES}
+_KEYS = {"output_dir", "lists", "sweep", "references", *RECIPES}
 _FOLDERS = {"expert": "adapter", "train": "adapter", "eval": "eval"}
 
 

@@ -47,7 +47,7 @@ class DemoArguments:
     preset: str = field(default="", metadata={"help": "Preset of the fusion; the default one if empty."})
     max_steps: int = field(default=0, metadata={"help": "Optimizer steps; those of recipes/demo/fuse.yaml if 0."})
     sensitivity_steps: int = field(
-        default=50, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
+        default=30, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of replay, tests and training."})
 

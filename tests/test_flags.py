@@ -190,3 +190,14 @@ def test_debug_of_transformers_passes_through(fails, monkeypatch, arguments):
     assert [str(option.value) for option in seen["stages"][0].args.debug] == ["underflow_overflow"]
     fails("nowhere", debug=False, target_adapter="./nowhere")
     fails("sideways", debug="sideways")
+
+
+def test_environment_variables_in_a_config_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: ${MODEL_ROOT}/${SIZE:-8b}\ndtype: float32\n")
+    monkeypatch.delenv("SIZE", raising=False)
+    monkeypatch.setenv("MODEL_ROOT", "/models")
+    assert parse_arguments((ModelArguments,), ["--config", str(path)], "")[0].model_name_or_path == "/models/8b"
+    monkeypatch.delenv("MODEL_ROOT")
+    with pytest.raises(ValueError, match="environment variable MODEL_ROOT is not set"):
+        parse_arguments((ModelArguments,), ["--config", str(path)], "")

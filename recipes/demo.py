@@ -28,6 +28,7 @@ import train
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, make_examples, write_dataset, zoo_path
 
+MARK = ".heterofusion-demo"  # in a folder that a demo may write over
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
 SETTINGS = {"alpha_init": (0.05, 0.9), "mu_gate": (-0.4, 0.15)}  # beside the defaults, 0.3 and 0.1
 
@@ -141,6 +142,10 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)  # tensors are so small that a second thread costs more than it gives
     start = time.perf_counter()
     folder = Path(options.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise ValueError(f"--output_dir {folder} holds something that no demo made; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
     data, adapter = folder / "data", folder / "adapter"
     write_data(options, data)
     flags = [f"--preset={options.preset}"] if options.preset else []

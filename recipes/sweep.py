@@ -160,7 +160,9 @@ def main(argv: list[str]) -> None:
     print(outcome_table(outcomes))
     failed = sum(outcome.status in (FAILED, NOT_RUN) for outcome in outcomes)
     if failed:
-        raise ChildProcessError(f"{failed} of {count} runs did not finish; the same command tries them again")
+        raise ChildProcessError(
+            f"{failed} of {count} runs did not finish; the same command, without --overwrite, tries them again"
+        )
 
 
 if __name__ == "__main__":

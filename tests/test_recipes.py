@@ -16,7 +16,7 @@ from heterofusion.expert import EXPERT_ARGUMENTS
 from heterofusion.push import PushArguments
 from heterofusion.stages import ARGUMENTS
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
-from recipe_runner import RECIPES, ROOT, recipe
+from recipe_runner import RECIPES, ROOT, error_line, recipe
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -83,3 +83,10 @@ def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, 
     for name in pictures:
         assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_demo_leaves_other_folders_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter").mkdir()
+    demo = loaded("demo", monkeypatch)
+    error_line(capsys, demo.main, [f"--output_dir={tmp_path}"], tmp_path, "no demo made")
+    assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]

@@ -125,6 +125,8 @@ EVAL = {"model_name_or_path": "BASE", "dataset_name": ["a.jsonl"]}
         ({"eval": {**EVAL, "adapters": [{"for_each": "tasks"}]}}, "goes with value"),
         ({"eval": {**EVAL, "adapters": {"for_each": "tasks", "value": "x"}}}, "must stand in a list"),
         ({"eval": {**EVAL, "config": "nowhere.yaml"}}, "nowhere.yaml does not exist"),
+        ({"eval": {**EVAL, "adapters": ["a", "b"]}}, "--name is for one adapter"),
+        ({"eval": {**EVAL, "adapters": ["a", "b"], "names": ["a"]}}, "--names has 1 values"),
         ({"expert": {"model_name_or_path": "BASE"}}, "expert and train"),
     ],
 )

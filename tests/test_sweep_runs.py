@@ -212,6 +212,31 @@ def test_scores_of_a_renewed_adapter_are_renewed_even_after_a_failure(table):
     assert statuses(run(table)) == ["was finished"] * 3
 
 
+def test_failed_overwriting_never_resumes_what_it_was_to_replace(table):
+    (table / "recipes" / "seed-1").write_text("(folder / 'checkpoint-5').mkdir()")
+    run(table)
+    edit(table, "train", learning_rate=0.5)
+    for name in ("train", "eval"):
+        (table / "recipes" / f"{name}.py").write_text("import sys; sys.exit(1)")  # before it looks at its folder
+    assert statuses(run(table, overwrite=True)) == ["failed"] * 3
+    for name in ("train", "eval"):
+        (table / "recipes" / f"{name}.py").write_text(STUB)
+    (table / "recipes" / "seed-1").write_text("")
+    assert statuses(run(table)) == ["finished"] * 3
+    assert calls(table, 1)[-1][0] == ["--overwrite=true"] and calls(table, 1, "eval")[-1][0] == ["--overwrite=true"]
+
+
+def test_overwriting_that_was_interrupted_later_resumes_from_its_own_checkpoint(table):
+    run(table)
+    stop = "time.sleep(0.01); (folder / 'checkpoint-5').mkdir(); os.kill(os.getpid(), 9)"
+    (table / "recipes" / "seed-1").write_text(stop)
+    assert statuses(run(table, overwrite=True)) == ["finished", "failed", "finished"]
+    (table / "recipes" / "seed-1").unlink()
+    assert statuses(run(table)) == ["was finished", "finished", "was finished"]
+    assert calls(table, 1)[-1][0] == ["--resume_from_checkpoint=true"]
+    assert calls(table, 1, "eval")[-1][0] == ["--overwrite=true"]
+
+
 def test_run_of_another_sweep_is_left_alone(table):
     (table / "recipes" / "seed-1").write_text("time.sleep(20)")
     with ThreadPoolExecutor(1) as background:
@@ -228,12 +253,19 @@ def test_run_of_another_sweep_is_left_alone(table):
 
 
 def test_checkpoints_go_only_if_asked(table):
-    (table / "recipes" / "seed-1").write_text("(folder / 'checkpoint-5').mkdir(exist_ok=True)")
+    for name in ("5", "best"):  # a user's own, and a result of that name, are no checkpoints
+        made = f"(folder / 'checkpoint-{name}').mkdir(exist_ok=True);"
+        with (table / "recipes" / "seed-1").open("a") as stub:
+            stub.write(made)
     checkpoint = table / "out" / "fused" / "seed=1" / "adapter" / "checkpoint-5"
     run(table)
+    evaluated = checkpoint.parents[1] / "eval" / "checkpoint-5"
+    evaluated.mkdir()
     assert checkpoint.is_dir()
     assert statuses(run(table, delete_checkpoints=True)) == ["was finished"] * 3
     assert not checkpoint.exists() and (checkpoint.parent / "calls").is_file()
+    assert (checkpoint.parent / "checkpoint-best").is_dir()
+    assert evaluated.is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["batch system", "closed session"])

@@ -208,8 +208,8 @@ def base_fingerprint(name: str) -> str | None:
         name: A local folder or a Hub id.
 
     Returns:
-        A hash of its `config.json` and of the names, sizes and times of its weight files; None for a Hub id, which
-        has a revision.
+        A hash of its `config.json` and of the names, sizes and times of its weight files; None for a Hub id,
+        which `--model_revision` pins.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():

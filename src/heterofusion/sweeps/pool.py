@@ -2,8 +2,8 @@
 
 What a run made is left alone if its flags are the same; what was interrupted goes on where it was. Every step leaves
 its flags (`train.yaml`), its output (`train.log`) and, once it has ended well, its seconds (`train.done`) in the run's
-folder. `eval.stale` marks what is out of date because a step before was run again. A lock that the processes of a run
-inherit keeps another sweep away as long as one of them lives.
+folder. `eval.stale` marks what is out of date: a step before was run again, or it is itself being run again. A lock
+that the recipe (or its launcher) inherits keeps another sweep away as long as it lives.
 """
 
 import contextlib
@@ -136,12 +136,10 @@ class Pool:
                     if reason:
                         outcome.status, outcome.reason = FAILED, f"{step.recipe}: {reason}"
                         return outcome
+                if self.delete_checkpoints:
+                    _delete_checkpoints(run)
         except (OSError, ValueError) as error:
             outcome.status, outcome.reason = FAILED, one_line(error)
-            return outcome
-        if self.delete_checkpoints:
-            for checkpoint in [path for step in run.steps for path in step.folder.rglob("checkpoint-*")]:
-                shutil.rmtree(checkpoint, ignore_errors=True)
         return outcome
 
     def _state(self, run: Run, step: Step) -> str:
@@ -151,7 +149,7 @@ class Pool:
             ValueError: what is there was made with other flags.
         """
         record = _mark(run, step, "yaml")
-        if self.overwrite or not step.folder.exists() or _mark(run, step, "stale").exists():
+        if self.overwrite or not step.folder.exists() or _is_stale(run, step):
             return NOT_RUN
         if not record.is_file():
             if any(step.folder.iterdir()):
@@ -166,7 +164,7 @@ class Pool:
             if before.get(name) != step.flags.get(name):
                 raise ValueError(
                     f"{step.folder} was made with another {name}: {before.get(name)!r}, this sweep has "
-                    f"{step.flags.get(name)!r}; name another output_dir, or --overwrite true"
+                    f"{step.flags.get(name)!r}; remove it, name another output_dir, or --overwrite true"
                 )
         return SKIPPED if _mark(run, step, "done").is_file() else FAILED
 
@@ -175,6 +173,8 @@ class Pool:
     ) -> tuple[float, str]:
         """Run a recipe; gives its seconds, and why it failed if it did."""
         record, log, done, stale = (_mark(run, step, suffix) for suffix in ("yaml", "log", "done", "stale"))
+        if afresh and step.folder.exists():
+            stale.touch()  # until it has ended: what lies there is of other flags, and must not be resumed
         done.unlink(missing_ok=True)
         write_whole(record, yaml.safe_dump(step.flags, sort_keys=False, allow_unicode=True))
         recipe = str(self.recipes / f"{step.recipe}.py")
@@ -224,6 +224,24 @@ class Pool:
 
 def _mark(run: Run, step: Step, suffix: str) -> Path:
     return run.folder / f"{step.recipe}.{suffix}"
+
+
+def _is_stale(run: Run, step: Step) -> bool:
+    """Whether what a step left is out of date. Checkpoints of its own make it one that goes on."""
+    mark = _mark(run, step, "stale")
+    if not mark.exists():
+        return False
+    checkpoints = checkpoint_folders(step.folder)
+    return not checkpoints or any(path.stat().st_mtime_ns <= mark.stat().st_mtime_ns for path in checkpoints)
+
+
+def _delete_checkpoints(run: Run) -> None:
+    """Remove the checkpoints of a finished run, those of a sequence's stages too."""
+    for step in [step for step in run.steps if step.recipe != "eval"]:
+        stages = [str(stage.get("name")) for stage in step.flags.get("stages") or []]
+        for folder in (step.folder, *(step.folder / name for name in stages)):
+            for checkpoint in checkpoint_folders(folder):
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -304,7 +322,9 @@ def run_all(runs: Sequence[Run], pool: Pool) -> list[Outcome]:
                     outcomes[places[future]] = future.result()
                     _tell(future.result(), len(runs) - len(open_runs), len(runs))
         except KeyboardInterrupt:
-            logger.warning("interrupted: ending the runs; the same command goes on where they were")
+            logger.warning(
+                "interrupted: ending the runs; the same command, without --overwrite, goes on where they were"
+            )
             executor.shutdown(wait=False, cancel_futures=True)
             pool.stop()
     for future, index in places.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.cli import UsageError, as_text, check_flags, read_yaml
-from heterofusion.evaluation.arguments import EVAL_ARGUMENTS
+from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.expert import EXPERT_ARGUMENTS
 from heterofusion.stages import ARGUMENTS, WHOLE_RUN
 from heterofusion.sweeps.template import Template
@@ -220,6 +220,8 @@ def _check_step(step: Step, where: str) -> None:
     stages = step.flags.get("stages") if step.recipe == "train" else None
     if stages is None:
         check_flags(RECIPES[step.recipe], step.flags, where)
+        if step.recipe == "eval":
+            _check_names(step.flags, where)
         return
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UsageError(f"{where}: stages must be a list of mappings")
@@ -230,3 +232,13 @@ def _check_step(step: Step, where: str) -> None:
             raise UsageError(f"{where}, stage {number} has {misplaced[0]}, which belongs beside stages")
         own = {key: value for key, value in stage.items() if key != "name"}
         check_flags(RECIPES["train"], {**common, **own}, f"{where}, stage {number}")
+
+
+def _check_names(flags: Mapping[str, Any], where: str) -> None:
+    """Check that an evaluation has as many names as adapters."""
+    output = EvalOutputArguments(flags["output_dir"], name=flags.get("name"), names=flags.get("names"))
+    adapters = flags.get("adapters", NO_ADAPTER)
+    try:
+        output.adapter_names([adapters] if isinstance(adapters, str) else list(map(str, adapters)))
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,9 +119,7 @@ def describe(run: Run) -> str:
 
 def outcome_table(outcomes: list[Outcome]) -> str:
     """What became of the runs, and of those that failed why."""
-    counts: dict[str, int] = {}
-    for outcome in outcomes:
-        counts[outcome.status] = counts.get(outcome.status, 0) + 1
+    counts = Counter(outcome.status for outcome in outcomes)
     lines = [", ".join(f"{count} {status}" for status, count in counts.items())]
     bad = [outcome for outcome in outcomes if outcome.status in (FAILED, NOT_RUN)]
     if bad:

@@ -203,15 +203,15 @@ def _encode(
         )
     if isinstance(rows, list):  # a broken record is reported whether or not the seed happens to draw it
         for i, row in enumerate(rows):
-            _at_record(records, i, to_conversation, row, format)
+            records.call(i, to_conversation, row, format)
 
     report = DatasetReport(spec.name, format, read=len(rows))
     examples: list[Example] = []
     needed: list[int] = []
     for i in _sample(len(rows), spec, args.dataset_seed):
         report.sampled += 1
-        prompt, answer = _at_record(records, i, to_conversation, rows[i], format)
-        rendered = _at_record(records, i, render, prompt, answer, format, tokenizer)
+        prompt, answer = records.call(i, to_conversation, rows[i], format)
+        rendered = records.call(i, render, prompt, answer, format, tokenizer)
         ids, labels = tokenize(rendered, tokenizer) if rendered.spans else ([], [])
         first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
         removed = max(0, len(ids) - args.max_length)
@@ -229,14 +229,6 @@ def _encode(
         report.tokens += len(examples[-1][0])
         report.label_tokens += sum(label != IGNORE_INDEX for label in examples[-1][1])
     return examples, report, needed
-
-
-def _at_record(records: Records, index: int, function: Any, *args: Any) -> Any:
-    """Call a function on a record; a ValueError that it raises gets the name of the file and the record."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{records.where(index)}: {error}") from error
 
 
 def _sample(total: int, spec: DatasetSpec, seed: int) -> Iterator[int]:

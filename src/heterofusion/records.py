@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -19,6 +19,8 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow import parquet
 
 from heterofusion.formats import detect_format, type_name
+
+T = TypeVar("T")
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # A name that ends like this was meant as a file, not as a Hub id (which may hold a dot too).
@@ -38,6 +40,13 @@ class Records:
     def where(self, index: int) -> str:
         """Name the record with this index (from 0) as a user counts it (from 1)."""
         return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"
+
+    def call(self, index: int, function: Callable[..., T], *args: Any) -> T:
+        """Call a function for the record with this index; a ValueError that it raises gets the record's name."""
+        try:
+            return function(*args)
+        except ValueError as error:
+            raise ValueError(f"{self.where(index)}: {error}") from error
 
 
 def load_records(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,6 @@ from heterofusion.formats import (
 from heterofusion.records import Records, load_records, sample_indices
 
 _KIND = "test"  # what messages call the data
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def load_eval_sets(args: EvalDataArguments) -> list[EvalSet]:
             )
         indices = sample_indices(len(records.rows), spec.max_examples, args.dataset_seed)
         rows = [records.rows[i] for i in indices]
-        examples = [_at_record(records, i, to_conversation, row, format) for i, row in zip(indices, rows, strict=True)]
+        examples = [records.call(i, to_conversation, row, format) for i, row in zip(indices, rows, strict=True)]
         is_file = isinstance(records.rows, list) or os.path.isfile(os.path.expanduser(spec.name))
         sha256 = file_sha256(Path(spec.name).expanduser()) if is_file else _digest(rows)
         sample = {"max_examples": spec.max_examples, "dataset_seed": args.dataset_seed}
@@ -147,7 +146,7 @@ def encode(examples: EvalSet, tokenizer: PreTrainedTokenizerBase, max_prompt_len
             knows; names the record.
     """
     rendered = [
-        _at_record(examples.records, index, render_prompt, prompt, answer, examples.format, tokenizer)
+        examples.records.call(index, render_prompt, prompt, answer, examples.format, tokenizer)
         for index, (prompt, answer) in zip(examples.indices, examples.examples, strict=True)
     ]
     whole = [tokenize_prompt(prompt, tokenizer) for prompt in rendered]
@@ -174,11 +173,3 @@ def _digest(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _at_record(records: Records, index: int, function: Callable[..., T], *args: Any) -> T:
-    """Call a function on a record; a ValueError that it raises gets the name of the file and the record."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{records.where(index)}: {error}") from error

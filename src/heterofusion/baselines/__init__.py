@@ -1,0 +1,1 @@
+"""What a user would do instead of a fusion: merging, distillation from the experts, ensembles of them."""

@@ -13,8 +13,39 @@ from heterofusion.modeling import HeteroFusionModel
 
 PROVENANCE_FILE = "fusion.json"
 EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
+MERGE_FILE = "merge.json"  # of a merge by recipes/merge.py
+DISTILLATION_FILE = "distillation.json"  # of a student of recipes/distill.py
+RECORD_FILES = (PROVENANCE_FILE, MERGE_FILE, DISTILLATION_FILE, EXPERT_FILE)
 CARD_FILE = "README.md"
 _SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
+
+
+def made_by(
+    kind: str,
+    method: str,
+    cost: dict[str, Any],
+    seed: int | None = None,
+    ran_source_models: bool = False,
+    source_control: str | None = None,
+) -> dict[str, Any]:
+    """What every record file holds as `made_by`, so that tables can set methods side by side.
+
+    Args:
+        kind: `fusion`, `merge`, `distillation` or `tuning`.
+        method: name of the method within its kind, such as `ties`.
+        cost: of `heterofusion.cost.cost_record`.
+        seed: of what is random in it; None if nothing is.
+        ran_source_models: whether source experts were run on their own bases.
+        source_control: the control that took the place of the sources, if one did.
+    """
+    return {
+        "kind": kind,
+        "method": method,
+        "seed": seed,
+        "ran_source_models": ran_source_models,
+        "source_control": source_control,
+        "cost": cost,
+    }
 
 
 def library_versions() -> dict[str, str]:

@@ -3,9 +3,11 @@
     accelerate launch --config_file accelerate_configs/single.yaml recipes/expert.py \
         --model_name_or_path BASE --dataset_name task.json --output_dir expert
 
-LoRA flags have PEFT's names, data flags are those of a fusion. Any flag may stand in a YAML file given with --config;
-flags of the command line override it. The result in --output_dir is an ordinary PEFT adapter that can be a source or
-a target of `recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
+LoRA flags have PEFT's names, data flags are those of a fusion. With --init_adapter ANCHOR [--train_only lora_B] an
+adapter is trained on instead of a new one: what a fusion has to be compared with. Any flag may stand in a YAML file
+given with --config; flags of the command line override it. The result in --output_dir is an ordinary PEFT adapter that
+can be a source or a target of `recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at
+the end.
 """
 
 import logging
@@ -17,9 +19,9 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer, set_seed
+from transformers import Trainer
 
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
@@ -30,13 +32,11 @@ from heterofusion.expert import (
     ExpertCallback,
     ExpertConfig,
     ExpertModelArguments,
-    check_expert_checkpoint,
     check_finite,
-    expert_record,
     is_at_end,
-    plan_lora,
-    write_record,
 )
+from heterofusion.expert_lora import ExpertLora, check_expert_checkpoint, choose_lora
+from heterofusion.expert_record import expert_record, write_record
 from heterofusion.hub import push_adapter
 from heterofusion.loading import (
     base_skeleton,
@@ -60,17 +60,21 @@ def main(argv: list[str]) -> None:
     # everything that can be checked is checked before the base model is loaded
     check_run_flags(args, data)
     refuse_data_parallel(args)
-    config, skeleton = plan_lora(base_skeleton(base, base.trust_remote_code), lora)
+    skeleton = base_skeleton(base, base.trust_remote_code)
+    config = skeleton.config
+    planned = choose_lora(skeleton, lora)
     folder = Path(args.output_dir).absolute()
-    resume = find_checkpoint(args, folder, output.overwrite, config)
-    tokenizer = load_tokenizer(base, None, base.trust_remote_code)
+    if planned.initial is not None and planned.initial.folder == folder.resolve():
+        raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+    resume = find_checkpoint(args, folder, output.overwrite, planned)
+    tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
     examples, report = build_replay(data, tokenizer, kind="training")
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
-    check_token_ids([examples, evaluation], skeleton.get_base_model().config)
+    check_token_ids([examples, evaluation], config)
 
     release_logging()
     logger.info("training data:\n%s", "\n".join(report.summary()))
-    model = load_model(base, config, args)
+    model = load_model(base, planned, args)
     clear_remains(folder, args.should_save, keep_checkpoints=resume is not None)
     push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
     trainer = Trainer(
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=make_collator(tokenizer),
-        callbacks=[ExpertCallback()],
+        callbacks=[ExpertCallback(planned.write_state)],
     )
     metrics = train(trainer, resume)
     check_finite(model)
@@ -90,7 +94,7 @@ def main(argv: list[str]) -> None:
         raise OSError(f"the adapter could not be written to {folder} ({error})") from error
     if args.should_save:
         record = expert_record(
-            base.model_name_or_path, config, args, trainer.state.global_step, report.to_dict(), metrics
+            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics
         )
         write_record(folder, record)
     logger.info("expert written to %s", folder)
@@ -107,13 +111,13 @@ def main(argv: list[str]) -> None:
         logger.info("pushed: %s", address)
 
 
-def find_checkpoint(args: ExpertConfig, folder: Path, overwrite: bool, config: LoraConfig) -> Path | None:
+def find_checkpoint(args: ExpertConfig, folder: Path, overwrite: bool, lora: ExpertLora) -> Path | None:
     """The checkpoint that the run resumes from, None to start anew."""
     wish = resume_wish(args)
     check_output_dir(args.output_dir, resuming=wish is not None, overwrite=overwrite)
     resume = last_checkpoint(folder) if wish is True else wish
     if isinstance(resume, Path):
-        check_expert_checkpoint(resume, config)
+        check_expert_checkpoint(resume, lora)
         return resume
     return None
 
@@ -131,12 +135,11 @@ def clear_remains(folder: Path, main: bool, keep_checkpoints: bool) -> None:
     ranks.wait_for_everyone()
 
 
-def load_model(base: ExpertModelArguments, config: LoraConfig, args: ExpertConfig) -> PeftModel:
+def load_model(base: ExpertModelArguments, lora: ExpertLora, args: ExpertConfig) -> PeftModel:
     """Load the base and give it the LoRA, the same for the same seed."""
     model = load_base(base, args.use_cpu, base.trust_remote_code)
     model.config.use_cache = False
-    set_seed(args.seed)
-    expert = get_peft_model(model, config)
+    expert = lora.put_on(model, args.seed)
     trainable, total = expert.get_nb_trainable_parameters()
     logger.info("LoRA: %s trainable parameters of %s", f"{trainable:,}", f"{total:,}")
     return expert

@@ -23,13 +23,13 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
             layer = model.get_submodule(path)
         except AttributeError:
             raise AdapterError(
-                f"base model {name} has no module {path}, which target adapter {adapter.folder} changes; "
+                f"base model {name} has no module {path}, which adapter {adapter.folder} changes; "
                 f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
             ) from None
         shape = _layer_shape(layer)
         if shape is not None and shape != (module.in_features, module.out_features):
             raise AdapterError(
-                f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but target adapter "
+                f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but adapter "
                 f"{adapter.folder} has {module.in_features} to {module.out_features}; "
                 f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
             )
@@ -41,13 +41,13 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
             continue  # PEFT says what it cannot place
         if hasattr(parameter, "ds_id"):
             raise AdapterError(
-                f"target adapter {adapter.folder} holds {path}, which cannot be loaded into a base that ZeRO-3 has "
+                f"adapter {adapter.folder} holds {path}, which cannot be loaded into a base that ZeRO-3 has "
                 "partitioned; use FSDP2, ZeRO-2 or DDP"
             )
         expected = parameter.shape
         if expected != tensor.shape:
             raise AdapterError(
-                f"base model {name}: {path} is {tuple(expected)}, but target adapter {adapter.folder} holds "
+                f"base model {name}: {path} is {tuple(expected)}, but adapter {adapter.folder} holds "
                 f"{tuple(tensor.shape)}; tokens were added when it was trained: give a base that was resized alike "
                 "(resize_token_embeddings, then save_pretrained)"
             )

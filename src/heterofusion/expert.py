@@ -1,4 +1,4 @@
-"""LoRA supervised fine-tuning of one expert: its flags, a LoRA that a fusion can read, what the run leaves behind.
+"""LoRA supervised fine-tuning of one expert: its flags, and what watches over its training.
 
 Training itself is transformers' `Trainer`. What `load_adapter` would refuse (DoRA, biases, PiSSA, ...) has no flag.
 """
@@ -6,30 +6,22 @@ Training itself is transformers' `Trainer`. What `load_adapter` would refuse (Do
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from huggingface_hub import ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.pytorch_utils import Conv1D
+from transformers import TrainerCallback, TrainingArguments
 
-from heterofusion.adapter_config import AdapterError, read_adapter_config
-from heterofusion.adapters import WEIGHTS_FILE, file_sha256
-from heterofusion.architectures import module_key
 from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments
-from heterofusion.checkpoints import last_good, mark_complete, missing_part
-from heterofusion.config import avoid_reentrant, check_range, check_training, training_settings
+from heterofusion.checkpoints import last_good, mark_complete
+from heterofusion.config import avoid_reentrant, check_range, check_training
 from heterofusion.nonfinite import NonFiniteError
-from heterofusion.provenance import CARD_FILE, EXPERT_FILE, display_name, library_versions
 
 ALL_LINEAR = "all-linear"
+LORA_B = "lora_B"
 _ALL = sys.maxsize
 
 
@@ -71,13 +63,18 @@ class ExpertDataArguments(DataArguments):
         super().__post_init__()
 
 
+_BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout")
+
+
 @dataclass
 class LoraArguments:
     """The LoRA of an expert, in the names of PEFT's `LoraConfig`."""
 
     r: int = field(default=16, metadata={"help": "Rank of the update."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the update, which is lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the inputs of lora_A."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter."}
+    )
     target_modules: list[str] | None = field(
         default=None,
         metadata={
@@ -93,6 +90,21 @@ class LoraArguments:
         default=None,
         metadata={"help": "Modules that are trained whole and saved with the adapter; a fusion keeps the target's."},
     )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
+            "scaling and modules."
+        },
+    )
+    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
+    train_only: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train these weights alone, as a fusion does: lora_A and modules_to_save stay as they are.",
+            "choices": [LORA_B],
+        },
+    )
     init_lora_weights: str = field(
         default="true",
         metadata={
@@ -104,7 +116,7 @@ class LoraArguments:
     def __post_init__(self) -> None:
         check_range("r", self.r, 1, False)
         check_range("lora_alpha", self.lora_alpha, 1, False)
-        if not 0 <= self.lora_dropout < 1:
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
         if self.target_modules and ALL_LINEAR in self.target_modules:
             if len(self.target_modules) > 1:
@@ -115,6 +127,18 @@ class LoraArguments:
                 )
         if any(index < 0 for index in self.layers_to_transform or ()):
             raise ValueError(f"--layers_to_transform is {self.layers_to_transform}; layers count from 0")
+        if self.train_only not in (None, LORA_B):
+            raise ValueError(f"--train_only is {self.train_only!r}; it can be {LORA_B}, or left out")
+        if self.init_adapter is None:
+            if self.init_revision is not None:
+                raise ValueError("--init_revision is of --init_adapter, which is not given")
+            return
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in _BESIDE_INIT and value != item.default:
+                raise ValueError(
+                    f"--{item.name} is {value}, but --init_adapter brings its own: leave one of the two out"
+                )
 
 
 @dataclass
@@ -151,117 +175,18 @@ class ExpertConfig(TrainingArguments):
 EXPERT_ARGUMENTS = (ExpertModelArguments, LoraArguments, ExpertDataArguments, OutputArguments, ExpertConfig)
 
 
-# ---- the LoRA ---------------------------------------------------------------------------------------------------
-
-
-def plan_lora(skeleton: PreTrainedModel, lora: LoraArguments) -> tuple[LoraConfig, PeftModel]:
-    """Choose the LoRA of an expert and try it out on a base without weights.
-
-    Args:
-        skeleton: the base on the meta device; it gets the LoRA.
-        lora: the flags.
-
-    Returns:
-        PEFT's config for the real base, and the skeleton with LoRA.
-
-    Raises:
-        ValueError: the base has no such modules or layers, or the adapter could not be fused.
-    """
-    name = skeleton.config.name_or_path
-    for saved in lora.modules_to_save or ():
-        if not any(path == saved or path.endswith(f".{saved}") for path, _ in skeleton.named_modules()):
-            raise ValueError(f"--modules_to_save: base model {name} has no module {saved}; name one that it has")
-    init: Any = True if lora.init_lora_weights == "true" else lora.init_lora_weights
-    targets = lora.target_modules or _projections(skeleton)
-    layers = None if lora.layers_to_transform is None else sorted(set(lora.layers_to_transform))
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        bias="none",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        layers_to_transform=layers,
-        use_rslora=lora.use_rslora,
-        modules_to_save=lora.modules_to_save,
-        init_lora_weights=init,
-    )
-    try:
-        with torch.device("meta"):
-            model = get_peft_model(skeleton, config)
-    except ValueError as error:
-        raise ValueError(f"--target_modules {' '.join(targets)} with --r {lora.r}: PEFT refuses ({error})") from error
-    layers_found = set()
-    for path, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
-            kind = type(module.get_base_layer()).__name__
-            raise ValueError(f"--target_modules: {path} is a {kind}; only LoRA of linear layers can be fused")
-        try:
-            key = module_key(path)
-        except AdapterError as error:
-            raise ValueError(f"--target_modules: an adapter of {path} could not be fused: {error}") from error
-        layers_found |= set() if key is None else {key.layer}
-    if not layers_found:
-        raise ValueError(f"--target_modules {targets}: none lies in a decoder layer of base model {name}")
-    if layers is not None and set(layers) != layers_found:
-        missing = sorted(set(layers) - layers_found)
-        raise ValueError(f"--layers_to_transform: base model {name} has no layers {missing} with {targets}")
-    for target in targets if targets != [ALL_LINEAR] else ():
-        if not any(path == target or path.endswith(f".{target}") for path in model.targeted_module_names):
-            raise ValueError(f"--target_modules: base model {name} has no module {target}; name one that it has")
-    return config, model
-
-
-def _projections(skeleton: nn.Module) -> list[str]:
-    """Names of the linear layers that do one of the seven roles, as far as a base has them."""
-    names = set()
-    for path, module in skeleton.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            try:
-                key = module_key(path)
-            except AdapterError:  # a layer of another kind, such as a router: it gets no LoRA
-                continue
-            if key is not None:
-                names.add(path.rpartition(".")[2])
-    if not names:
-        raise ValueError("the base model has no linear layers of known roles; name some with --target_modules")
-    return sorted(names)
-
-
-def check_expert_checkpoint(folder: Path, config: LoraConfig) -> None:
-    """Check that a checkpoint to resume from is complete and of the same LoRA; reads no weights.
-
-    Raises:
-        ValueError: files are missing or damaged, or a setting differs; names it.
-    """
-    lack = missing_part(folder)
-    if lack is not None:
-        raise ValueError(f"{folder} is not a complete checkpoint: {lack}; resume from another one")
-    in_folders = any(path.is_dir() for path in folder.iterdir())  # where DeepSpeed and FSDP keep the optimizer
-    if not (folder / "optimizer.pt").is_file() and not in_folders:
-        raise ValueError(f"{folder} holds no optimizer (--save_only_model?); resume from another checkpoint")
-    found, wanted = read_adapter_config(folder), config.to_dict()
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-                 "modules_to_save"):  # fmt: skip
-        there, here = _plain(found.get(name)), _plain(wanted[name])
-        if there != here:
-            raise ValueError(
-                f"{folder} was trained with another {name}: {there}, this run has {here}; resume with the same flags, "
-                "or start in a new output_dir"
-            )
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, set)) else value
-
-
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
 class ExpertCallback(TrainerCallback):
-    """Stops at a loss that is not finite, and marks checkpoints as complete once all ranks have written theirs."""
+    """Stops at a loss that is not finite, and marks checkpoints as complete once all ranks have written theirs.
+
+    Args:
+        before_mark: gets the folder of a checkpoint, on the main process, to add files to it.
+    """
+
+    def __init__(self, before_mark: Callable[[Path], None] | None = None) -> None:
+        self.before_mark = before_mark
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -275,7 +200,10 @@ class ExpertCallback(TrainerCallback):
         ranks = PartialState()
         ranks.wait_for_everyone()
         if args.should_save:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if self.before_mark is not None:
+                self.before_mark(folder)
+            mark_complete(folder)
         ranks.wait_for_everyone()
 
 
@@ -296,55 +224,3 @@ def check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise NonFiniteError(f"{name} is not finite, so no adapter is written; lower --learning_rate")
-
-
-# ---- the result -------------------------------------------------------------------------------------------------
-
-
-def expert_record(
-    base: str, lora: LoraConfig, args: TrainingArguments, steps: int, data: dict[str, Any], metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """What `expert.json` records of a run: settings, data and metrics; local paths are cut to their names."""
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-             "modules_to_save", "init_lora_weights")  # fmt: skip
-    return {
-        "base_model": display_name(base),
-        "lora": {name: _plain(getattr(lora, name)) for name in names},
-        "training": {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data},
-        "metrics": metrics,
-        "versions": library_versions(),
-    }
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write model card and `expert.json` beside a saved adapter; where the latter stands, the adapter is complete."""
-    (folder / CARD_FILE).write_text(str(_card(record)), encoding="utf-8")
-    record = {**record, "weights_sha256": file_sha256(folder / WEIGHTS_FILE)}
-    text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    (folder / EXPERT_FILE).write_text(text, encoding="utf-8")
-
-
-def _card(record: dict[str, Any]) -> ModelCard:
-    """A model card without what only the owner knows, such as a licence. It replaces PEFT's, which has local paths."""
-    base, lora = record["base_model"], record["lora"]
-    data = ModelCardData(
-        base_model=base or None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", f"base_model:adapter:{base}"],
-    )
-    sets: Sequence[dict[str, Any]] = record["training"]["data"]["datasets"]
-    rows = "\n".join(f"| {entry['name']} | {entry['kept']} |" for entry in sets)
-    body = f"""
-# LoRA expert
-
-A LoRA adapter of rank {lora["r"]} for `{base}`, trained with the loss on the answers only.
-
-| data set | examples |
-|---|---|
-{rows}
-
-`{EXPERT_FILE}` holds all settings, seeds, metrics and library versions. No licence is stated here: it follows from
-those of the base model and the data.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")

@@ -1,0 +1,73 @@
+"""What the training of an expert leaves beside the adapter: `expert.json` and a model card."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainingArguments
+
+from heterofusion.adapters import WEIGHTS_FILE, file_sha256
+from heterofusion.config import training_settings
+from heterofusion.cost import cost_record
+from heterofusion.expert_lora import ExpertLora, plain
+from heterofusion.provenance import CARD_FILE, EXPERT_FILE, display_name, library_versions, made_by
+
+
+def expert_record(
+    base: str, lora: ExpertLora, args: TrainingArguments, steps: int, data: dict[str, Any], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """What `expert.json` records of a run: settings, data and metrics; local paths are cut to their names."""
+    initial = lora.initial
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
+             "modules_to_save", "init_lora_weights")  # fmt: skip
+    return {
+        "base_model": display_name(base),
+        "lora": {name: plain(getattr(lora.config, name)) for name in names},
+        "init_adapter": {"name": display_name(initial.name), "sha256": initial.sha256} if initial else None,
+        "train_only": lora.train_only,
+        "training": {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data},
+        "metrics": metrics,
+        "made_by": made_by(
+            "tuning", lora.train_only or "lora", cost_record(metrics.get("train_runtime", 0.0)), args.seed
+        ),
+        "versions": library_versions(),
+    }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write model card and `expert.json` beside a saved adapter; where the latter stands, the adapter is complete."""
+    (folder / CARD_FILE).write_text(str(_card(record)), encoding="utf-8")
+    record = {**record, "weights_sha256": file_sha256(folder / WEIGHTS_FILE)}
+    text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    (folder / EXPERT_FILE).write_text(text, encoding="utf-8")
+
+
+def _card(record: dict[str, Any]) -> ModelCard:
+    """A model card without what only the owner knows, such as a licence. It replaces PEFT's, which has local paths."""
+    base, lora = record["base_model"], record["lora"]
+    data = ModelCardData(
+        base_model=base or None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", f"base_model:adapter:{base}"],
+    )
+    sets: Sequence[dict[str, Any]] = record["training"]["data"]["datasets"]
+    rows = "\n".join(f"| {entry['name']} | {entry['kept']} |" for entry in sets)
+    initial = record["init_adapter"]
+    begun = f", begun as the adapter `{initial['name']}`" if initial else ""
+    part = f" Its `{record['train_only']}` alone was trained." if record["train_only"] else ""
+    body = f"""
+# LoRA expert
+
+A LoRA adapter of rank {lora["r"]} for `{base}`{begun}, trained with the loss on the answers only.{part}
+
+| data set | examples |
+|---|---|
+{rows}
+
+`{EXPERT_FILE}` holds all settings, seeds, metrics and library versions. No licence is stated here: it follows from
+those of the base model and the data.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")

@@ -31,6 +31,7 @@ class PlanArguments:
         metadata={"help": "Base model of the target; only its config.json is read, and only for fused projections."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
+    seed: int = field(default=42, metadata={"help": "Seed of --source_control, as that of the fusion."})
     output: str | None = field(default=None, metadata={"help": "Also write the plan to this JSON file."})
 
 
@@ -38,7 +39,8 @@ class PlanArguments:
 def main(argv: list[str]) -> None:
     adapters, method, options = parse_arguments((AdapterArguments, MethodConfig, PlanArguments), argv, __doc__)
     set_up_logging(logging.WARNING, hold=True)
-    summary = plan_summary(load_plan(adapters, method, options.model_name_or_path, options.model_revision), method)
+    plan = load_plan(adapters, method, options.model_name_or_path, options.model_revision, seed=options.seed)
+    summary = plan_summary(plan, method)
     if options.output:
         path = Path(options.output).absolute()
         try:

@@ -7,6 +7,7 @@
 Any flag may stand in a YAML file given with --config; flags of the command line override it. The result in
 --output_dir is an ordinary PEFT adapter. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
 A list `stages:` in the YAML file makes several fusions in a row: the fused adapter of one is the target of the next.
+--source_control noise|shuffle|zero makes a control instead: what the same run gives without what the sources know.
 """
 
 import logging
@@ -50,6 +51,7 @@ def main(argv: list[str]) -> None:
     find_progress(stages)
     for stage in stages:
         with stage.named_errors():
+            stage.check_control()
             check_run_flags(stage.args, stage.data)
             refuse_data_parallel(stage.args)
     base_config = check_base(first.base, first.plan.target, first.adapters.trust_remote_code)

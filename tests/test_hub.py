@@ -206,6 +206,53 @@ def test_trainer_pushes_under_the_name_of_its_folder(hub, adapter, model):
     assert hub.repos[f"{OWNER}/fused"].visibility == "public"
 
 
+# Records that other methods write beside the adapter, and the commits they make.
+OTHERS = {
+    "merge.json": "Upload merged adapter",
+    "distillation.json": "Upload distilled adapter",
+    "expert.json": "Upload LoRA expert",
+}
+
+
+@pytest.fixture
+def merged(adapter) -> Path:
+    """The folder of a merge, in place of that of a fusion."""
+    record = json.loads((adapter / "fusion.json").read_text())
+    content = {"experts": [{"name": "/data/jane/one"}], "base_path": str(Path.home() / "llama"), "note": TOKEN}
+    made_by = {"kind": "merge", "method": "ties", "seed": None, "source_control": None}
+    (adapter / "merge.json").write_text(
+        json.dumps({**content, "made_by": made_by, "weights_sha256": record["weights_sha256"]})
+    )
+    (adapter / "fusion.json").unlink()
+    return adapter
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_of_other_methods_are_pushed_with_their_record(hub, merged, base_dir, tmp_path, capsys, name):
+    (merged / "merge.json").rename(merged / name)
+    before = snapshot(tmp_path)
+    assert push(flags({"adapter": merged, "hub_model_id": "lab/merged"})) == 0
+    assert capsys.readouterr().out == f"{hub.url}/lab/merged/commit/{1:040x}\n"
+    received = hub.files("lab/merged")
+    assert received.keys() == FILES - {"fusion.json", "diagnostics.json"} | {name}
+    pushed = json.loads(received[name])
+    assert (pushed["experts"], pushed["base_path"], pushed["note"]) == ([{"name": "one"}], "llama", "<token>")
+    assert pushed["made_by"]["method"] == "ties"
+    assert_nothing_private(hub, tmp_path, base_dir, "jane")
+    assert snapshot(tmp_path) == before
+    assert [commit["summary"] for commit in hub.repos["lab/merged"].commits] == [OTHERS[name]]
+
+
+def test_record_of_these_weights_is_pushed_where_there_are_several(hub, merged):
+    edit(shutil.copy(merged / "merge.json", merged / "fusion.json"), weights_sha256="0" * 64)  # of an earlier fusion
+    shutil.copy(merged / "fusion.json", merged / "expert.json")
+    push_adapter(merged, "one")
+    assert hub.files(f"{OWNER}/one").keys() == FILES - {"fusion.json", "diagnostics.json"} | {"merge.json"}
+    edit(merged / "merge.json", weights_sha256="1" * 64)  # of none: the order decides
+    push_adapter(merged, "two")
+    assert hub.files(f"{OWNER}/two").keys() == FILES
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
@@ -218,6 +265,7 @@ def test_server_refuses_damaged_objects(hub):
 INCOMPLETE = {
     "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
     "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
+    "a control": ("fusion.json", b'{"source_control": {"kind": "noise"}}', r"holds a control \(source_control noise"),
     "a list for a fusion.json": ("fusion.json", b"[]", "fusion.json holds list"),
     "no weights": (WEIGHTS, None, f"holds no {WEIGHTS}"),
     "half the weights": (WEIGHTS, b"\x00\x01", "damaged or truncated"),

@@ -3,6 +3,7 @@
 from heterofusion.adapter_config import AdapterError
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.config import HeteroFusionConfig, MethodConfig
+from heterofusion.controls import control_sources
 from heterofusion.export import export_adapter
 from heterofusion.hub import push_adapter
 from heterofusion.modeling import HeteroFusionModel
@@ -17,6 +18,7 @@ __all__ = [
     "HeteroFusionTrainer",
     "LoraAdapter",
     "MethodConfig",
+    "control_sources",
     "export_adapter",
     "load_adapter",
     "plan_alignment",

@@ -21,6 +21,15 @@ class AdapterArguments:
         },
     )
     target_revision: str | None = field(default=None, metadata={"help": "Hub revision of the target adapter."})
+    source_control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
+            "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
+            "result is a control, no fusion of the sources.",
+            "choices": ["noise", "shuffle", "zero"],
+        },
+    )
     allow_pickle: bool = field(
         default=False, metadata={"help": "Also read adapter_model.bin, with weights_only=True."}
     )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 
 from heterofusion.config import MethodConfig
+from heterofusion.controls import control_record
 from heterofusion.engines import load_whole_tensors, whole_tensors
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.modeling import HeteroFusionModel
@@ -33,10 +34,11 @@ COMPLETE_FILE = "checkpoint_complete.json"
 
 
 def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> dict[str, Any]:
-    """What must agree for hypernetworks to fit: hashes of all adapters, sizes, and the alignment."""
+    """What must agree for hypernetworks to fit: hashes of all adapters, source control, sizes, and the alignment."""
     return {
         "target_sha256": plan.target.sha256,
         "source_sha256": [source.sha256 for source in plan.sources],
+        "source_control": control_record(plan.sources),
         "hypernetwork": sizes.to_dict(),
         "canonicalize": method.canonicalize,
         "layer_alignment": plan.layer_alignment,

@@ -65,6 +65,9 @@ def export_adapter(
     folder = Path(output_dir)
     alphas = whole_tensors(model.hypernetworks.alphas.items())
     diagnostics = adapter_diagnostics(model)
+    for entry, source in zip(diagnostics["sources"], model.plan.sources, strict=True):
+        if source.control is not None:  # pictures must not show it as the source
+            entry["control"] = source.control["kind"]
     if not write:
         return folder
     record = provenance(model, training, metrics)

@@ -1,4 +1,4 @@
-"""An exported adapter goes to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
+"""An adapter goes to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
 
 The local folder stays as it is. What names a local folder there (PEFT loads the base model from it) is cut to a name
 in the uploaded copy; `python -m heterofusion.push` uploads the same again.
@@ -18,10 +18,19 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from heterofusion.adapter_config import AdapterError, read_json_object
-from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, file_sha256, load_adapter
+from heterofusion.controls import control_kind
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.export import ExportError
-from heterofusion.provenance import CARD_FILE, EXPERT_FILE, PROVENANCE_FILE, display_name
+from heterofusion.provenance import (
+    CARD_FILE,
+    DISTILLATION_FILE,
+    EXPERT_FILE,
+    MERGE_FILE,
+    PROVENANCE_FILE,
+    RECORD_FILES,
+    display_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +39,6 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 HUB_PATTERNS = (
     WEIGHTS_FILE,
     CONFIG_FILE,
-    PROVENANCE_FILE,
-    DIAGNOSTICS_FILE,
     CARD_FILE,
     TOKENIZER_CONFIG_FILE,
     "tokenizer.json",
@@ -49,6 +56,12 @@ HUB_PATTERNS = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_COMMITS = {
+    PROVENANCE_FILE: "Upload fused adapter",
+    MERGE_FILE: "Upload merged adapter",
+    DISTILLATION_FILE: "Upload distilled adapter",
+    EXPERT_FILE: "Upload LoRA expert",
+}
 _BASE_KEY = "base_model_name_or_path"
 _PATH_KEY = re.compile(r"(name_or_path|_file|_path|_dir)$")
 _ABSOLUTE = re.compile(r"(file:|~?/|\\\\|[A-Za-z]:[\\/]).*")  # of Linux, macOS and Windows: adapters travel
@@ -65,26 +78,27 @@ def push_adapter(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload fused adapter",
+    commit_message: str | None = None,
 ) -> str:
-    """Upload an exported folder to the Hub: adapter, config, tokenizer, card and provenance, nothing else.
+    """Upload what a recipe wrote to the Hub: adapter, config, tokenizer, card and record, nothing else.
 
     All files arrive in one commit or not at all. The local folder is only read.
 
     Args:
-        folder: what `export_adapter` or `recipes/expert.py` wrote; it may hold anything besides.
+        folder: what `export_adapter` or a recipe (fusion, merge, distillation, expert) wrote; it may hold anything
+            besides.
         repo_id: `name` or `owner/name`; the repository is made if there is none.
         token: Hub token; HF_TOKEN or the one of `hf auth login` by default.
         private: whether a new repository is private; one that exists stays as it is.
         revision: branch to push to, made if there is none; the main branch by default.
-        commit_message: first line of the commit.
+        commit_message: first line of the commit; by default it says what kind of adapter it is.
 
     Returns:
         Address of the commit.
 
     Raises:
-        ExportError: the folder holds no complete adapter, the name is none for a repository, or the Hub refused; the
-            message says how to push again.
+        ExportError: the folder holds no complete adapter, or a control with other sources than it names; the name is
+            none for a repository, or the Hub refused: the message says how to push again.
     """
     folder = Path(folder).expanduser().absolute()
     try:
@@ -96,6 +110,8 @@ def push_adapter(
             f"Push it under a --hub_model_id of letters, digits, '-', '_' and '.': {again}"
         ) from error
     files = hub_files(folder)
+    if commit_message is None:
+        commit_message = next(message for name, message in _COMMITS.items() if name in files)
     api = HfApi(token=token)
     try:
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -124,30 +140,38 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, revisi
 
 
 def hub_files(folder: Path) -> dict[str, Path | bytes]:
-    """What is uploaded of an exported folder.
+    """What is uploaded of a folder.
 
     Args:
-        folder: what `export_adapter` wrote.
+        folder: what `export_adapter` or a recipe wrote.
 
     Returns:
         Local file by its path in the repository, or the content where local paths or tokens had to be taken out.
 
     Raises:
-        ExportError: the adapter there is missing, incomplete or damaged.
+        ExportError: the adapter there is missing, incomplete or damaged, or a control.
     """
-    is_expert = (folder / EXPERT_FILE).is_file() and not (folder / PROVENANCE_FILE).is_file()
-    provenance = EXPERT_FILE if is_expert else PROVENANCE_FILE
-    for name in (provenance, CONFIG_FILE, WEIGHTS_FILE):
+    if not any((folder / name).is_file() for name in RECORD_FILES):
+        names = f"{', '.join(RECORD_FILES[:-1])} or {RECORD_FILES[-1]}"
+        raise ExportError(f"{folder} holds no {names}, which tells what made it; export an adapter there first")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ExportError(f"{folder} holds no {name}; export an adapter there first")
     try:
-        read_json_object(folder / provenance)
+        provenance, record = _find_record(folder)
         base = load_adapter(folder).base_model or ""
     except AdapterError as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
+    control = control_kind(record.get("source_control"))
+    if control is not None:
+        raise ExportError(
+            f"{folder} holds a control (source_control {control} in {provenance}): it was made without what its "
+            "sources know, so it is not pushed as a fusion of them; push that of the real sources"
+        )
+    own = [provenance, DIAGNOSTICS_FILE] if provenance == PROVENANCE_FILE else [provenance]
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
-        for pattern in (*HUB_PATTERNS, provenance)
+        for pattern in (*HUB_PATTERNS, *own)
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
@@ -169,6 +193,23 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
             CARD_FILE,
         )
     return files
+
+
+def _find_record(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Name and content of the record beside an adapter.
+
+    Where other methods wrote into the folder before and left their records, it is the one that was written for these
+    weights.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    found = [name for name in RECORD_FILES if (folder / name).is_file()]
+    records = {name: read_json_object(folder / name) for name in found}
+    if len(found) > 1:
+        sha256 = file_sha256(folder / WEIGHTS_FILE)
+        found = [name for name in found if records[name].get("weights_sha256") == sha256] or found
+    return found[0], records[found[0]]
 
 
 def _cleaned(path: Path, private_paths: re.Pattern[str]) -> bytes | None:

@@ -27,6 +27,7 @@ from heterofusion.architectures import load_base_config, read_source_configs, re
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments
 from heterofusion.base_model import check_base_fits
 from heterofusion.config import MethodConfig
+from heterofusion.controls import control_sources
 from heterofusion.engines import set_zero_init_dtype, without_zero_init
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
@@ -39,6 +40,7 @@ def load_plan(
     base: str | None = None,
     base_revision: str | None = None,
     target: LoraAdapter | None = None,
+    seed: int = 42,
 ) -> AlignmentPlan:
     """Read all adapters and align them. No base weights are loaded.
 
@@ -48,6 +50,7 @@ def load_plan(
         base: base model of the target; needed only if the target has fused projections and does not name it.
         base_revision: Hub revision of `base`.
         target: the target adapter, in place of the one that `adapters` names.
+        seed: of the source control, if `adapters` asks for one.
 
     Raises:
         AdapterError: an adapter is not usable, or nothing aligns.
@@ -59,6 +62,8 @@ def load_plan(
             adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
         )
     sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
+    if adapters.source_control is not None:
+        sources = control_sources(sources, adapters.source_control, seed)
     return plan_alignment(
         target,
         sources,

@@ -8,6 +8,7 @@ import torch
 from heterofusion.architectures import module_key
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import sequence_lengths, source_factors
+from heterofusion.controls import control_record, describe_control
 from heterofusion.hypernet import PRESETS, HypernetworkConfig, HyperNetworks
 from heterofusion.modeling import target_width
 from heterofusion.topology import AlignedSlice, AlignmentPlan, RoleSlice
@@ -19,9 +20,10 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
     """A plan as plain values.
 
     Returns:
-        `target`, `sources` (layers, offset, modules used and not, with reasons), `modules` (which source module feeds
-        which target module, ranks, scalings, truncated energy), `untouched` with reasons, `groups`, and `presets`
-        (parameters and bytes of the hypernetworks in each form).
+        `target`, `source_control` (None, or as `control_record` has it), `sources` (layers, offset, modules used and
+        not, with reasons), `modules` (which source module feeds which target module, ranks, scalings, truncated
+        energy), `untouched` with reasons, `groups`, and `presets` (parameters and bytes of the hypernetworks in each
+        form).
     """
     modules = [_module_row(item, plan, method) for item in plan.aligned]
     return {
@@ -35,6 +37,7 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
         "layer_alignment": plan.layer_alignment,
         "transfer_ratio": str(plan.transfer_ratio),
         "canonicalize": method.canonicalize,
+        "source_control": control_record(plan.sources),
         "sources": [_source_row(index, plan, modules) for index in range(len(plan.sources))],
         "groups": {
             key.name: {"role": key.role, "rank": key.rank, "modules": len(members)}
@@ -125,6 +128,8 @@ def format_plan(summary: dict[str, Any]) -> str:
         f"target  {target['name']}  (base {target['base_model'] or 'not named'}, {target['layers']} layers, "
         f"{target['lora_modules']} LoRA modules)"
     ]
+    if summary["source_control"] is not None:
+        lines.insert(0, f"CONTROL: {describe_control(summary['source_control'])}")
     for number, source in enumerate(summary["sources"], start=1):
         offset = source["layer_offset"]
         where = f"layer offset {offset:+d}" if offset is not None else "layers scaled"

@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from heterofusion.adapters import LoraAdapter
+from heterofusion.controls import control_kind, control_record, describe_control
+from heterofusion.cost import cost_record
 from heterofusion.modeling import HeteroFusionModel
 
 PROVENANCE_FILE = "fusion.json"
@@ -73,9 +75,23 @@ def fused_config(model: HeteroFusionModel) -> dict[str, Any]:
 def provenance(
     model: HeteroFusionModel, training: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `fusion.json` records: where every number of the adapter comes from. Local paths are cut to their names."""
+    """What `fusion.json` records: where every number of the adapter comes from. Local paths are cut to their names.
+
+    Args:
+        model: the trained model.
+        training: plain values about the training. One of them, `resumed_from_step`, is recorded with the cost: the
+            training of a resumed run is that of an uninterrupted one.
+        metrics: plain values; their `train_runtime` is what the fusion took.
+    """
     plan = model.plan
+    control = control_record(plan.sources)
+    training = dict(training or {})
+    cost = _fusion_cost(metrics or {}, training.pop("resumed_from_step", None))
     return {
+        "made_by": made_by(
+            "fusion", "heterofusion", cost, seed=model.updates.seed, source_control=control_kind(control)
+        ),
+        "source_control": control,
         "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
         "target": _adapter_record(plan.target),
         "sources": [_adapter_record(source) for source in plan.sources],
@@ -91,10 +107,17 @@ def provenance(
             **model.hypernetworks.config.to_dict(),
             "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),
         },
-        "training": training or {},
+        "training": training,
         "metrics": metrics or {},
         "versions": library_versions(),
     }
+
+
+def _fusion_cost(metrics: dict[str, Any], resumed: int | None) -> dict[str, Any]:
+    """Cost of a fusion on this rank. `seconds` is None if it is not known, and counts from `resumed_from_step` on."""
+    seconds = metrics.get("train_runtime")
+    cost = cost_record(0.0) | {"seconds": None} if seconds is None else cost_record(seconds)
+    return cost if resumed is None else cost | {"resumed_from_step": resumed}
 
 
 def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
@@ -107,14 +130,15 @@ def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
 
 def model_card(record: dict[str, Any]) -> ModelCard:
     """A model card from a provenance record. The licence is left to the owner of the adapters."""
-    base = record["base_model"]
+    base, control = record["base_model"], record["source_control"]
+    tags = ["heterofusion", "lora"]
+    tags += ["adapter-fusion", f"base_model:adapter:{base}"] if base else []
+    tags += ["control"] if control else []
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["heterofusion", "lora", "adapter-fusion", f"base_model:adapter:{base}"]
-        if base
-        else ["heterofusion", "lora"],
+        tags=tags,
     )
     sources = "\n".join(
         f"| source {index} | {source['name']} | {source['base_model'] or 'not named'} | `{source['sha256'][:12]}` |"
@@ -122,10 +146,18 @@ def model_card(record: dict[str, Any]) -> ModelCard:
     )
     target = record["target"]
     aligned = sum(record["plan"]["aligned_modules"].values())
+    title = "Fused LoRA adapter"
+    first = f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of"
+    if control is not None:
+        title = f"CONTROL ({control['kind']}): not a fusion of its sources"
+        first = (
+            f"This adapter is a CONTROL: {describe_control(control)},\nso it is not a fusion of them. Such a fusion "
+            "is compared with it to see what its sources contribute.\n\nIt was made as one, as a LoRA adapter of"
+        )
     body = f"""
-# Fused LoRA adapter
+# {title}
 
-LoRA experts of {len(record["sources"])} source adapter(s) fused into one LoRA adapter of
+{first}
 `{base or "the target model"}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter:
 `lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated,
 {record["plan"]["untouched_modules"]} modules are the target's own.

@@ -1,8 +1,9 @@
-"""Push a fused adapter to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
+"""Push an adapter to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
 
     python -m heterofusion.push --adapter fused --hub_model_id NAME
 
-It is what `--push_to_hub true` does at the end of a run, and what a failed push asks for. The folder is only read.
+It is what `--push_to_hub true` does at the end of a run, and what a failed push asks for. Fusions, merges, distilled
+adapters and experts are pushed; controls are not. The folder is only read.
 """
 
 import logging
@@ -17,7 +18,9 @@ from heterofusion.hub import push_adapter
 class PushArguments:
     """What is pushed, and where to."""
 
-    adapter: str = field(metadata={"help": "Folder of a fused adapter: the --output_dir of a run."})
+    adapter: str = field(
+        metadata={"help": "Folder of the adapter: the --output_dir of a fusion, a merge, a distillation or an expert."}
+    )
     hub_model_id: str = field(metadata={"help": "Repository to push to: name, or owner/name."})
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Make a new repository private; one that exists stays as it is."}

@@ -5,6 +5,7 @@ the last one into the output_dir itself. What is there already when a run starts
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,22 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
 
+from heterofusion.adapter_config import read_json_object
 from heterofusion.adapters import LoraAdapter
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.checkpoints import read_identity, shorten
 from heterofusion.cli import UsageError, parse_arguments, stage_arguments
 from heterofusion.config import HeteroFusionConfig
+from heterofusion.controls import control_kind, control_record
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.initialization import Initialization, check_sizes, read_initialization
 from heterofusion.loading import load_plan
 from heterofusion.modeling import hypernetwork_config
+from heterofusion.provenance import PROVENANCE_FILE
 from heterofusion.topology import AlignmentPlan
 
 ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, HeteroFusionConfig)
 WHOLE_RUN = (
-    *ModelArguments.__dataclass_fields__, "target_adapter", "target_revision", "output_dir", "overwrite", "dry_run",
-    "resume_from_checkpoint", "init_hypernetwork_from", "push_to_hub", "hub_model_id", "hub_token",
-    "hub_private_repo", "hub_revision",
+    *ModelArguments.__dataclass_fields__, "target_adapter", "target_revision", "source_control", "output_dir",
+    "overwrite", "dry_run", "resume_from_checkpoint", "init_hypernetwork_from", "push_to_hub", "hub_model_id",
+    "hub_token", "hub_private_repo", "hub_revision",
 )  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 # What a run writes into its output_dir, where the folders of the earlier stages lie too.
@@ -114,7 +120,9 @@ class Stage:
             ValueError: an adapter or a setting cannot be used.
         """
         base = self.base
-        self.plan = load_plan(self.adapters, self.args, base.model_name_or_path, base.model_revision, target)
+        self.plan = load_plan(
+            self.adapters, self.args, base.model_name_or_path, base.model_revision, target, self.args.seed
+        )
         self.sizes = hypernetwork_config(self.plan, self.args)
 
     def renew(self) -> None:
@@ -128,9 +136,40 @@ class Stage:
         if self.previous is not None:
             self.align()
 
+    def check_control(self) -> None:
+        """Refuse what earlier runs left if it was made with another source control than this run has.
+
+        Hypernetworks to start from must be of the same kind of control, whatever its seed: those of real sources
+        would bring into a control what it is to leave out, and those of a control must not end in a fusion that does
+        not say so. A finished stage must be of the same draw.
+
+        Raises:
+            ValueError: names the control there and here.
+        """
+        control = control_record(self.plan.sources)
+        if self.start is not None:
+            found = control_kind(read_identity(self.start.file.parent).get("source_control"))
+            if found != control_kind(control):
+                raise ValueError(
+                    f"the hypernetworks in {self.start.file.parent} were trained with source_control "
+                    f"{found or 'none'}, this run has {control_kind(control) or 'none'}; start from hypernetworks of "
+                    "the same --source_control, or fresh"
+                )
+        if self.finished:
+            recorded = read_json_object(self.folder / PROVENANCE_FILE).get("source_control")
+            if recorded != control:
+                raise ValueError(
+                    f"{self.folder / PROVENANCE_FILE} is of a finished stage with another source_control: "
+                    f"{shorten(recorded)}, this run has {shorten(control)}; resume with the same flags, or start in a "
+                    "new output_dir"
+                )
+
     def record(self) -> dict[str, Any]:
-        """Its place in a sequence and what its hypernetworks started from, for the provenance."""
+        """For the provenance: where it was resumed, its place in a sequence, what its hypernetworks started from."""
         record: dict[str, Any] = {}
+        if self.resume is not None:
+            state = json.loads((self.resume / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            record["resumed_from_step"] = state["global_step"]
         if self.name:
             record["sequence"] = {"stage": self.name, "number": self.number, "stages": self.count}
         start = read_initialization(self.folder)
@@ -145,8 +184,19 @@ def read_stages(argv: Sequence[str], description: str) -> list[Stage]:
         description: shown by `--help`.
 
     Raises:
-        ValueError: a flag, a YAML key or the name of a stage is not what it has to be.
+        ValueError: a flag, a YAML key or the name of a stage is not what it has to be, or a control is to be pushed.
     """
+    stages = _parse_stages(argv, description)
+    control = stages[0].adapters.source_control
+    if control is not None and stages[0].args.push_to_hub:
+        raise UsageError(
+            f"--push_to_hub is true together with --source_control {control}: a control is no fusion of its sources "
+            "and is not published; leave one of the two out"
+        )
+    return stages
+
+
+def _parse_stages(argv: Sequence[str], description: str) -> list[Stage]:
     lines = stage_arguments(ARGUMENTS, argv, WHOLE_RUN)
     if not lines:
         stage = Stage(list(argv), *parse_arguments(ARGUMENTS, argv, description))

@@ -53,7 +53,7 @@ class Fusion:
     Attributes:
         target: name of the target.
         layers: layers of the target.
-        sources: name and layers of each source.
+        sources: name and layers of each source; the name of a control has its kind behind it.
         modules: the aligned modules.
     """
 
@@ -94,7 +94,9 @@ def parse_fusion(content: Any, where: str) -> Fusion:
     sources = []
     for index, entry in enumerate(field.get("sources", list)):
         source = Fields(entry, where, f"sources[{index}].")
-        sources.append((source.get("name", str), _depth(source)))
+        control = source.get("control", str, None)  # of a fusion with other tensors in the place of the source's
+        name = source.get("name", str)
+        sources.append((f"{name} [{control}]" if control else name, _depth(source)))
     modules = []
     for index, entry in enumerate(field.get("modules", list)):
         module = Fields(entry, where, f"modules[{index}].")

@@ -16,7 +16,9 @@ logger = logging.getLogger(__name__)
 
 MEAN = "mean"
 SEED = "seed"
-SETTINGS = ("preset", "alpha_init", "mu_gate")  # of a fusion; rows differ by them even where no label says so
+CONTROL = "source_control"
+# Of a fusion; rows differ by them even where no label says so.
+SETTINGS = ("preset", "alpha_init", "mu_gate", CONTROL)
 _OURS = ("name", "labels", "datasets")  # what no other program's results.json has all of
 
 
@@ -50,7 +52,8 @@ class Result:
         name: name of the row.
         labels: all labels but the seed.
         seed: label `seed`, else the fusion's; None if neither is there.
-        settings: preset, alpha_init and mu_gate of the fusion, as text; empty for what is none.
+        settings: preset, alpha_init and mu_gate of the fusion, and the control in the place of its sources, as text;
+            without what there is none of.
         datasets: by name.
         fusion_seconds: of the fusion, if it is known.
         seconds: of the evaluation, if it is known.
@@ -145,7 +148,9 @@ def parse_result(content: Any, origin: str, where: str) -> Result:
         labels[str(name)] = as_text(value)
     fusion = field.get("fusion", dict, None)
     fused = Fields(fusion or {}, where, "fusion.")
-    recorded = {name: fused.get(name, (str, int, float), None) for name in SETTINGS}
+    made_by = Fields(field.get("made_by", dict, None) or {}, where, "made_by.")
+    recorded = {name: fused.get(name, (str, int, float), None) for name in SETTINGS if name != CONTROL}
+    recorded[CONTROL] = made_by.get(CONTROL, str, None)
     settings = {name: as_text(value) for name, value in recorded.items() if value is not None}
     seed = labels.pop(SEED, None)
     if seed is None:

@@ -1,0 +1,400 @@
+"""Source controls: what stays and what goes of the sources, and that a control is told, resumed and pushed as none."""
+
+import json
+import logging
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from builders import WEIGHTS
+from conftest import TINY, fresh_base, make_args, make_trainer
+from heterofusion import (
+    HeteroFusionModel,
+    MethodConfig,
+    control_sources,
+    export_adapter,
+    load_adapter,
+    plan_alignment,
+    push_adapter,
+)
+from heterofusion.contexts import source_factors
+from heterofusion.controls import control_record, derangement, rotate_rows
+from heterofusion.export import ExportError
+from heterofusion.push import main as push
+from heterofusion.report.fusion import read_fusion
+from heterofusion.report.results import parse_result
+from heterofusion.report.rows import make_rows
+from heterofusion.zoo import zoo_path
+from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, copy_adapter, error_line, flags, plan, succeeds, train
+from report_builders import content
+from sequence_runner import ONE, TWO, record, same_weights, write_yaml
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """Real experts of two families, in float32; their files are in float16."""
+    loaded = [load_adapter(zoo_path(*name)) for name in (("qwen2", "ner_garden"), ("mistral", "re_market"))]
+    return [
+        replace(expert, modules={path: whole(module) for path, module in expert.modules.items()}) for expert in loaded
+    ]
+
+
+def whole(module):
+    return replace(module, lora_A=module.lora_A.float(), lora_B=module.lora_B.float())
+
+
+def pairs(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one.modules.keys() == other.modules.keys()
+        for path, module in one.modules.items():
+            yield module, other.modules[path]
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean squared cosine between the column spaces of two matrices: 1 for the same, k / rows by chance."""
+    first, second = (torch.linalg.qr(matrix.double()).Q for matrix in (one, other))
+    return float((first.T @ second).square().sum() / min(first.shape[1], second.shape[1]))
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------
+
+
+def test_noise_keeps_norms_and_spectra_of_a_b_and_their_product(experts):
+    for before, after in pairs(experts, control_sources(experts, "noise", 1)):
+        assert (after.path, after.scaling) == (before.path, before.scaling)
+        for name in ("lora_A", "lora_B"):
+            old, new = getattr(before, name), getattr(after, name)
+            assert (new.shape, new.dtype) == (old.shape, old.dtype) and new.is_contiguous()
+            old, new = old.double(), new.double()
+            assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
+            assert_close_spectra(new, old)
+        assert_close_spectra(*(module.lora_B.double() @ module.lora_A.double() for module in (after, before)))
+
+
+def assert_close_spectra(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    spectrum = torch.linalg.svdvals(wanted)
+    torch.testing.assert_close(torch.linalg.svdvals(found), spectrum, rtol=0, atol=1e-5 * float(spectrum[0]))
+
+
+def test_noise_leaves_no_direction_and_each_draw_is_another(experts):
+    one, again, two = (control_sources(experts, "noise", seed) for seed in (1, 1, 2))
+    for first, second in pairs(one, again):
+        assert torch.equal(first.lora_A, second.lora_A) and torch.equal(first.lora_B, second.lora_B)
+    for others in (experts, two):
+        overlaps, chances = [], []
+        for first, second in pairs(one, others):
+            for A, B in ((first.lora_A.T, second.lora_A.T), (first.lora_B, second.lora_B)):
+                overlaps.append(overlap(A, B))
+                chances.append(A.shape[1] / A.shape[0])
+        assert max(chances) < 0.5 and max(overlaps) < 0.75
+        assert sum(overlaps) / len(overlaps) == pytest.approx(sum(chances) / len(chances), rel=0.1)
+    twice = control_sources([experts[0], experts[0]], "noise", 1)
+    assert not any(torch.equal(a.lora_B, b.lora_B) for a, b in pairs(twice[:1], twice[1:]))  # a stream per source
+
+
+def test_rotation_is_haar_random():
+    """Rotations of a unit vector are uniform on the sphere: mean 0, covariance I / n; det takes both signs."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.zeros(4, 1).double()
+    vector[0] = 1
+    draws = torch.cat([rotate_rows(vector, generator) for _ in range(4000)], dim=1)
+    assert draws.mean(1).abs().max() < 5 * 0.5 / math.sqrt(4000)
+    torch.testing.assert_close(draws @ draws.T / 4000, torch.eye(4).double() / 4, atol=0.02, rtol=0)
+    frames = torch.stack([rotate_rows(torch.eye(2).double(), generator) for _ in range(400)])
+    torch.testing.assert_close(frames.mT @ frames, torch.eye(2).double().expand(400, 2, 2))
+    assert 120 < int((torch.linalg.det(frames) > 0).sum()) < 280
+
+
+def test_noise_of_half_precision_of_zeros_and_of_more_columns_than_rows(experts):
+    module = next(iter(experts[0].modules.values()))
+    wide = replace(module, lora_A=torch.randn(6, 3), lora_B=torch.randn(2, 6))
+    fresh = replace(module, lora_A=module.lora_A.bfloat16(), lora_B=torch.zeros_like(module.lora_B).bfloat16())
+    source = replace(experts[0], modules={"wide": wide, "fresh": fresh})
+    noise = control_sources([source], "noise", 0)[0].modules
+    assert_close_spectra(noise["wide"].lora_B @ noise["wide"].lora_A, wide.lora_B @ wide.lora_A)
+    assert noise["fresh"].lora_A.dtype == torch.bfloat16 and not noise["fresh"].lora_B.any()
+    assert float(noise["fresh"].lora_A.float().norm()) == pytest.approx(float(fresh.lora_A.float().norm()), rel=0.01)
+
+
+def test_noise_loses_the_same_energy_when_it_is_refactored(experts, target):
+    for kept in (2, 4):
+        energies = []
+        for sources in (experts, control_sources(experts, "noise", 3)):
+            slices = [part for item in plan_alignment(target, sources).aligned for _, part in item.sources]
+            energies.append([source_factors(part, kept, 2.0, False)[2] for part in slices])
+        assert max(energies[0]) > 0
+        assert energies[1] == pytest.approx(energies[0], rel=1e-3, abs=1e-9)
+
+
+# ---- shuffle ----------------------------------------------------------------------------------------------------
+
+
+def test_shuffle_moves_every_pair_once_to_another_module_of_its_shapes(experts):
+    shuffled = control_sources(experts, "shuffle", 1)
+    for before, after in zip(experts, shuffled, strict=True):
+        places = {module.lora_B.data_ptr(): path for path, module in before.modules.items()}
+        origins = [places.pop(module.lora_B.data_ptr()) for module in after.modules.values()]  # each tensor once
+        assert not places
+        for path, origin in zip(after.modules, origins, strict=True):
+            moved, source = after.modules[path], before.modules[origin]
+            assert moved.path == path != origin
+            assert moved.lora_A is source.lora_A and moved.scaling == source.scaling
+            assert moved.lora_A.shape == before.modules[path].lora_A.shape
+            assert moved.lora_B.shape == before.modules[path].lora_B.shape
+        assert any(
+            path.split(".")[-1] != origin.split(".")[-1] for path, origin in zip(after.modules, origins, strict=True)
+        )
+    same, other = (control_sources(experts, "shuffle", seed) for seed in (1, 2))
+    assert all(one.lora_B is two.lora_B for one, two in pairs(shuffled, same))
+    assert any(one.lora_B is not two.lora_B for one, two in pairs(shuffled, other))
+
+
+def test_module_without_another_of_its_shapes_stays_and_is_told(experts, caplog):
+    odd = replace(next(iter(experts[0].modules.values())), lora_B=torch.ones(7, 4))
+    source = replace(experts[0], modules={**experts[0].modules, "odd": odd})
+    with caplog.at_level(logging.INFO, "heterofusion"):
+        shuffled = control_sources([source, experts[1]], "shuffle", 0)
+    assert shuffled[0].modules["odd"].lora_B is odd.lora_B
+    counts = [(mark["unchanged"], mark["modules"]) for mark in control_record(shuffled)["sources"]]
+    assert counts == [(1, len(source.modules)), (0, len(experts[1].modules))]
+    warnings = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING]
+    assert warnings == [
+        f"source {source.name}: 1 of {len(source.modules)} modules stay, no other has their shapes, such as odd"
+    ]
+    assert "(1 of " in caplog.text
+
+
+def test_derangements_are_equally_likely():
+    generator = torch.Generator().manual_seed(0)
+    draws = [tuple(derangement(4, generator)) for _ in range(1800)]
+    counts = {order: draws.count(order) for order in set(draws)}
+    assert len(counts) == 9 and all(150 < count < 250 for count in counts.values())
+    assert all(index != place for order in counts for place, index in enumerate(order))
+    assert derangement(2, generator) == [1, 0]
+
+
+# ---- in the library ---------------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_raise(sources):
+    with pytest.raises(ValueError, match=r"'random' is unknown; choose one of noise, shuffle, zero"):
+        control_sources(sources, "random", 0)
+    for seed in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"seed of the source control is .*integer of at least 0"):
+            control_sources(sources, "noise", seed)
+    with pytest.raises(ValueError, match=r"is a zero control already"):
+        control_sources(control_sources(sources, "zero", 0), "noise", 0)
+
+
+@pytest.mark.parametrize("canonicalize", [False, True])
+def test_zero_sources_train_and_export_finite_numbers(tmp_path, target, sources, canonicalize):
+    sources = control_sources(sources, "zero", 0)
+    assert not any(module.lora_A.any() or module.lora_B.any() for s in sources for module in s.modules.values())
+    ranked = [replace(sources[0], modules={p: cut(m) for p, m in sources[0].modules.items()}), sources[1]]
+    args = make_args(tmp_path, canonicalize=canonicalize)
+    model = HeteroFusionModel.from_adapters(fresh_base(), target, ranked, args)
+    trainer = make_trainer(tmp_path, model, canonicalize=canonicalize)
+    metrics = trainer.train().metrics
+    assert math.isfinite(metrics["train_loss"])
+    folder = trainer.export(tmp_path / "fused", metrics)
+    fused, anchor = load_file(folder / WEIGHTS), target.state_dict()
+    assert all(tensor.isfinite().all() for tensor in fused.values())
+    assert any(not torch.equal(fused[key], anchor[key]) for key in anchor)  # positions and target alone make updates
+    numbers = [v for m in json.loads((folder / "diagnostics.json").read_text())["modules"] for v in leaves(m)]
+    assert numbers and all(math.isfinite(value) for value in numbers)
+    logged = [v for entry in trainer.state.log_history for v in leaves(entry)]
+    assert all(math.isfinite(value) for value in logged)
+
+
+def cut(module):
+    """At half the rank, so that it is re-factored."""
+    return replace(module, lora_A=module.lora_A[:2], lora_B=module.lora_B[:, :2].contiguous())
+
+
+def leaves(value):
+    if isinstance(value, dict | list):
+        return [leaf for part in (value.values() if isinstance(value, dict) else value) for leaf in leaves(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_library_users_record_and_never_push_controls(tmp_path, target, sources):
+    """One real source, one noise source: the record, the card, the pictures and a refused push say which."""
+    mixed = [sources[0], *control_sources(sources[1:], "noise", 5)]
+    model = HeteroFusionModel.from_adapters(fresh_base(), target, mixed, MethodConfig(**TINY))
+    export_adapter(model, tmp_path)
+    found = record(tmp_path)
+    count = len(sources[1].modules)
+    mark = {"kind": "noise", "seed": 5, "modules": count, "unchanged": 0}
+    assert found["source_control"] == {"kind": "noise", "seed": 5, "sources": [None, mark]}
+    assert [entry["sha256"] for entry in found["sources"]] == [source.sha256 for source in sources]
+    made = found["made_by"]
+    assert made["source_control"] == "noise" and made["cost"].pop("peak_memory_bytes") > 0
+    assert made["cost"] == {"seconds": None, "device": "cpu"}  # nothing says what the training took
+    assert (
+        "the tensors of 1 of the 2 source adapter(s) were replaced by random" in (tmp_path / "README.md").read_text()
+    )
+    assert [name for name, _ in read_fusion(tmp_path).sources] == ["source_qwen2", "source_mistral [noise]"]
+    with pytest.raises(ExportError, match=r"holds a control \(source_control noise in fusion\.json\)"):
+        push_adapter(tmp_path, "fused")
+
+
+def test_results_of_a_control_are_a_row_of_their_own():
+    """Even where no name or label tells them apart, noise is no further seed of the real thing."""
+    made = [content("fused", (0.5, 0.5), seed) for seed in (0, 1)]
+    made += [{**content("fused", (0.4, 0.4), seed), "made_by": {"source_control": "noise"}} for seed in (0, 1)]
+    rows = make_rows([parse_result(entry, f"results {index}", "x") for index, entry in enumerate(made)])
+    assert [(dict(row.labels).get("source_control"), len(row.results)) for row in rows] == [(None, 2), ("noise", 2)]
+
+
+# ---- in the recipes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(base_dir, replay, tmp_path_factory) -> SimpleNamespace:
+    """One step with real sources and with each control, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("controls")
+    values = {
+        "model_name_or_path": base_dir, "target_adapter": TARGET, "source_adapters": [QWEN, MISTRAL],
+        "dataset_name": [replay], "use_cpu": True, "max_steps": 1, "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1, "seed": 7, **SIZES,
+    }  # fmt: skip
+    logs = {}
+    for kind in ("real", "noise", "shuffle", "zero"):
+        control = None if kind == "real" else kind
+        logs[kind] = succeeds(train.main, flags({**values, "output_dir": folder / kind, "source_control": control}))
+    return SimpleNamespace(folder=folder, values=values, logs=logs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("noise", "replaced by random directions of the same norms and spectra (noise), seed 7"),
+        ("shuffle", "moved to other modules of the same shapes (shuffle), seed 7"),
+        ("zero", "replaced by zeros (zero)"),
+    ],
+)
+def test_record_card_and_log_say_that_it_is_a_control(runs, kind, words):
+    found, real = record(runs.folder / kind), record(runs.folder / "real")
+    assert found["source_control"]["kind"] == found["made_by"]["source_control"] == kind
+    assert found["source_control"]["seed"] == (None if kind == "zero" else 7)
+    assert found["sources"] == real["sources"]  # with the hashes of the files
+    body = (runs.folder / kind / "README.md").read_text().split("---\n")[2].strip()
+    title, first = body.split("\n\n")[:2]
+    sentence = f"the tensors of all 2 source adapter(s) were {words}"
+    assert title == f"# CONTROL ({kind}): not a fusion of its sources"
+    assert first.startswith(f"This adapter is a CONTROL: {sentence},\nso it is not a fusion of them.")
+    assert f"source control: {sentence}" in runs.logs[kind]
+    assert not same_weights(runs.folder / kind / WEIGHTS, runs.folder / "real" / WEIGHTS)
+
+
+def test_real_sources_are_recorded_as_such(runs):
+    found = record(runs.folder / "real")
+    assert found["source_control"] is None and "CONTROL" not in (runs.folder / "real/README.md").read_text()
+    made = found["made_by"]
+    cost = made.pop("cost")
+    assert made == {
+        "kind": "fusion", "method": "heterofusion", "seed": 7, "ran_source_models": False, "source_control": None,
+    }  # fmt: skip
+    assert cost["seconds"] == pytest.approx(found["metrics"]["train_runtime"], abs=1e-3)
+    assert cost["peak_memory_bytes"] > 2**20 and cost["device"] == "cpu" and "resumed_from_step" not in cost
+
+
+def test_resuming_with_another_control_or_draw_raises(runs, capsys):
+    def refused(folder: str, *words: str, **changed: object) -> None:
+        values = {**runs.values, "output_dir": runs.folder / folder, "resume_from_checkpoint": True, **changed}
+        error_line(capsys, train.main, flags(values), runs.folder / folder, "another source_control", *words)
+
+    refused("real", "null", source_control="noise")
+    refused("noise", "this run has null")
+    refused("noise", 'source_control.kind: "noise"', '"zero"', source_control="zero")
+    refused("noise", "source_control.seed: 7, this run has 8", source_control="noise", seed=8)
+
+
+def test_resumed_control_is_the_same_and_its_seconds_say_from_where(runs, tmp_path):
+    shutil.copytree(runs.folder / "noise", tmp_path / "out")
+    before = record(tmp_path / "out")
+    values = {**runs.values, "output_dir": tmp_path / "out", "resume_from_checkpoint": True, "source_control": "noise"}
+    succeeds(train.main, flags(values))
+    after = record(tmp_path / "out")
+    assert after["weights_sha256"] == before["weights_sha256"]
+    assert after["source_control"] == before["source_control"]
+    assert after["made_by"]["cost"]["resumed_from_step"] == 1
+    assert after["training"] == before["training"]
+
+
+def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails):
+    for start, control, words in (
+        ("real", "noise", ("source_control none", "this run has noise")),
+        ("noise", None, ("source_control noise", "this run has none")),
+        ("noise", "zero", ("source_control noise", "this run has zero")),
+    ):
+        fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
+
+
+def test_hypernetworks_of_another_draw_are_a_start(runs, tmp_path):
+    start = {"init_hypernetwork_from": runs.folder / "noise", "source_control": "noise", "seed": 8}
+    succeeds(train.main, flags({**runs.values, **start, "output_dir": tmp_path / "out"}))
+    assert record(tmp_path / "out")["training"]["initialization"]["from"] == "noise"
+
+
+def test_pushing_a_control_is_refused(runs, fails, capsys):
+    fails(
+        "--push_to_hub is true together with --source_control zero", source_control="zero", push_to_hub=True,
+        target_adapter="nowhere",
+    )  # fmt: skip
+    argv = flags({"adapter": runs.folder / "shuffle", "hub_model_id": "fused"})
+    error_line(capsys, push, argv, runs.folder / "shuffle", "holds a control (source_control shuffle in fusion.json)")
+
+
+def test_control_that_cannot_be_made_raises_before_the_base_is_loaded(fails, tmp_path):
+    fails("--source_control", "random", "noise", source_control="random")
+
+    def one_module(weights):
+        [weights.pop(key) for key in list(weights) if "layers.3.self_attn.q_proj" not in key]
+
+    source = copy_adapter(tmp_path / "source", QWEN, tensors=one_module)
+    words = (source, "cannot be shuffled: no two of its 1 modules have the same shapes", "noise or zero")
+    fails(*words, source_adapters=[source], source_control="shuffle")
+
+
+def test_dry_run_and_plan_show_the_control(arguments, capsys, tmp_path):
+    assert train.main(flags({**arguments, "dry_run": True, "source_control": "shuffle", "seed": 3})) == 0
+    words = "CONTROL: the tensors of all 1 source adapter(s) were moved"
+    assert capsys.readouterr().out.startswith(words)
+    values = {"target_adapter": TARGET, "source_adapters": [QWEN], "output": tmp_path / "plan.json"}
+    for kind in ("zero", None):
+        assert plan.main(flags({**values, "source_control": kind, "seed": 3})) == 0
+        assert capsys.readouterr().out.startswith("CONTROL" if kind else "target")
+        control = json.loads((tmp_path / "plan.json").read_text())["source_control"]
+        assert control == (kind and {"kind": "zero", "seed": None, "sources": control["sources"]})
+
+
+# ---- sequences --------------------------------------------------------------------------------------------------
+
+
+def test_sequence_controls_the_sources_of_all_stages(common, tmp_path, capsys):
+    config = write_yaml(tmp_path / "run.yaml", [ONE, {**TWO, "max_steps": 1}], carry_hypernetworks=True)
+    values = {**common, "config": config, "target_adapter": TARGET, "output_dir": tmp_path / "out", "max_steps": 1}
+    succeeds(train.main, flags({**values, "source_control": "noise"}))
+    first, last = record(tmp_path / "out/one"), record(tmp_path / "out")
+    assert [found["source_control"]["seed"] for found in (first, last)] == [1, 42]  # of each stage
+    again = {**values, "resume_from_checkpoint": True}
+    assert "is finished" in succeeds(train.main, flags({**again, "source_control": "noise"}))
+    for control, word in (("zero", '"kind": "zero"'), (None, "this run has null")):
+        error_line(
+            capsys, train.main, flags({**again, "source_control": control}), "stage 'one' (1 of 2)",
+            Path("one/fusion.json"), "another source_control", word,
+        )  # fmt: skip
+
+
+def test_control_belongs_to_the_whole_run(fails, tmp_path):
+    path = write_yaml(tmp_path / "run.yaml", [ONE, {**TWO, "source_control": "noise"}])
+    fails("stage 'two' has source_control", "whole run", config=path, source_adapters=None, max_steps=None)

@@ -1,0 +1,400 @@
+"""recipes/merge.py as a program: what it writes, scores and searches, its flags, its errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import heterofusion.baselines.merge_run as merge_run
+from builders import LLAMA_ROLES, WEIGHTS, edit_config, input_ids, lora_folder, tiny_model, write_adapter
+from conftest import GOLDEN, restored_logging
+from eval_runner import TASKS, evaluation, results
+from heterofusion import load_adapter
+from heterofusion.baselines.merge_arguments import METHODS
+from heterofusion.zoo import zoo_path
+from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
+
+pytest_plugins = ["eval_runner"]
+
+merge = recipe("merge")
+BASE, EXPERTS = zoo_path("llama"), [zoo_path("llama", task) for task in TASKS]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "merge.json"]
+
+
+@pytest.fixture
+def values(tmp_path):
+    """Flags of a merge of two experts of the zoo."""
+    return {
+        "model_name_or_path": BASE, "adapters": EXPERTS, "method": "task_arithmetic", "device": "cpu",
+        "output_dir": tmp_path / "out",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def scored(values, test_sets):
+    """The same, scored on ten examples of each task."""
+    return {**values, "dataset_name": [test_sets[task] for task in TASKS], "max_new_tokens": 40, "batch_size": 10}
+
+
+@pytest.fixture
+def refused(values, capsys, logging_restored, monkeypatch):
+    """Run a merge with some flags changed; it must fail as a user's error does, load no base and write nothing."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("the base model was loaded before the error")
+
+    monkeypatch.setattr("heterofusion.evaluation.models.load_base", no_weights)
+
+    def check(*words, **changed):
+        output = Path({**values, **changed}["output_dir"])
+        before = files(output)
+        line = error_line(capsys, merge.main, flags({**values, **changed}), *words)
+        assert files(output) == before
+        return line
+
+    return check
+
+
+def run(values, **changes):
+    """Run a merge that must succeed; gives its folder and merge.json."""
+    values = {**values, **changes}
+    succeeds(merge.main, flags(values))
+    folder = Path(values["output_dir"])
+    return folder, json.loads((folder / "merge.json").read_text()) if (folder / "merge.json").exists() else None
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def logits(base, adapter, ids):
+    """Logits of an adapter on a base that is left without it."""
+    model = PeftModel.from_pretrained(base, str(adapter))
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    model.unload()
+    base.__dict__.pop("peft_config", None)
+    return found
+
+
+# ---- what is written --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Llama and three experts made by PEFT: of other ranks, with rsLoRA, on other modules; a tokenizer."""
+    root = tmp_path_factory.mktemp("tiny")
+    model = tiny_model("llama")
+    model.save_pretrained(root / "base")
+    save_tokenizer(root / "base", size=128)
+    names = {"base": "owner/tiny-llama"}
+    experts = [
+        lora_folder(model, root / "all", list(LLAMA_ROLES), 3, lora_alpha=8, seed=1, std=0.2, **names),
+        lora_folder(model, root / "rslora", ["q_proj", "v_proj"], 5, use_rslora=True, seed=2, std=0.2, **names),
+        lora_folder(
+            model, root / "upper", ["q_proj", "up_proj"], 2, layers_to_transform=[1], seed=3, std=0.2,
+            dtype=torch.bfloat16, **names,
+        ),
+    ]  # fmt: skip
+    save_tokenizer(experts[0], size=128)
+    return {"model_name_or_path": root / "base", "adapters": experts, "device": "cpu"}
+
+
+def test_a_merge_is_that_of_pefts_cat(tiny, tmp_path):
+    """PEFT stacks too; of all its combinations this one is exact. It takes experts on the same modules only."""
+    experts = tiny["adapters"]
+    weights = [1.0, -0.5]
+    folder, record = run(
+        tiny, adapters=experts[:2], weights=weights, merge_lambda=0.6, method="task_arithmetic",
+        output_dir=tmp_path / "out",
+    )  # fmt: skip
+    model = tiny_model("llama")
+    reference = PeftModel.from_pretrained(model, str(experts[0]), adapter_name="a")
+    reference.load_adapter(str(experts[1]), adapter_name="b")
+    scaled = [0.6 * weight for weight in weights]
+    reference.add_weighted_adapter(["a", "b"], scaled, "both", combination_type="cat")
+    reference.set_adapter("both")
+    ids = input_ids(2, 9)
+    with torch.no_grad():
+        expected = reference(input_ids=ids).logits
+    torch.testing.assert_close(logits(tiny_model("llama"), folder, ids), expected, atol=1e-5, rtol=1e-5)
+    assert record["truncation"]["exact"] and record["truncation"]["rank"] == 8
+    assert record["hyperparameters"] == {"merge_lambda": 0.6}
+    assert [expert["weight"] for expert in record["adapters"]] == weights
+
+
+def test_experts_on_other_modules_become_one_adapter_of_exactly_these(tiny, tmp_path):
+    """The merge of one expert, the others with weight 0, answers as that expert does."""
+    ids = input_ids(2, 9)
+    for index, method in enumerate(("task_arithmetic", "ties", "knots_ties")):
+        weights = [0.0, 0.0, 0.0]
+        weights[index] = 1.0
+        hyper = {"density": 1.0} if method != "task_arithmetic" else {}
+        folder, _ = run(
+            tiny, method=method, weights=weights, merge_lambda=1.0, **hyper, dtype="float32",
+            output_dir=tmp_path / method,
+        )  # fmt: skip
+        expected = logits(tiny_model("llama"), tiny["adapters"][index], ids)
+        torch.testing.assert_close(logits(tiny_model("llama"), folder, ids), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_an_adapter_on_part_of_the_layers_names_its_modules_in_full(tiny, tmp_path):
+    experts = [tiny["adapters"][2], copy_adapter(tmp_path / "other", tiny["adapters"][2], tensors=flip)]
+    folder, _ = run(tiny, adapters=experts, method="average", output_dir=tmp_path / "out")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert set(load_adapter(folder).modules) == set(config["target_modules"])
+    model = PeftModel.from_pretrained(tiny_model("llama"), str(folder))
+    assert len([name for name, _ in model.named_parameters() if "lora_A" in name]) == 2
+
+
+def flip(weights):
+    for key in weights:
+        if "lora_B" in key:
+            weights[key] = -0.5 * weights[key]
+
+
+def test_files_and_record(tiny, tmp_path):
+    folder, record = run(tiny, method="dare_ties", seed=7, rank=4, output_dir=tmp_path / "out")
+    assert set(FILES) < set(files(folder))
+    assert (folder / "tokenizer.json").read_bytes() == (tiny["adapters"][0] / "tokenizer.json").read_bytes()
+    merged = load_adapter(folder)
+    assert all(module.scaling == 1 and module.rank <= 4 for module in merged.modules.values())
+    assert {module.lora_A.dtype for module in merged.modules.values()} == {torch.float32}  # experts differ
+    assert record["weights_sha256"] == merged.sha256
+    assert record["base_model"] == merged.base_model == "owner/tiny-llama"
+    assert [expert["name"] for expert in record["adapters"]] == ["all", "rslora", "upper"]
+    assert record["adapters"][1]["sha256"] == load_adapter(tiny["adapters"][1]).sha256
+    assert record["hyperparameters"] == {"merge_lambda": 1.0, "drop_rate": 0.5, "density": 0.2}
+    assert not record["truncation"]["exact"] and 0 < record["truncation"]["overall"] <= record["truncation"]["max"] < 1
+    made_by = record["made_by"]
+    assert (made_by["kind"], made_by["method"], made_by["seed"]) == ("merge", "dare_ties", 7)
+    assert made_by["cost"]["seconds"] > 0 and made_by["ran_source_models"] is False
+    card = (folder / "README.md").read_text()
+    assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['overall']:.2%}" in card
+    for name in files(folder):
+        assert str(tmp_path).encode() not in (folder / name).read_bytes(), name
+        assert str(tiny["model_name_or_path"].parent).encode() not in (folder / name).read_bytes(), name
+
+
+def test_overwriting_takes_away_what_would_tell_of_another_adapter(tiny, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("fusion.json", "expert.json", "adapter_model.bin", "tokenizer.model", "notes.txt"):
+        (out / name).write_text("old")
+    folder, _ = run(tiny, method="average", output_dir=out, overwrite=True)
+    assert {"notes.txt", *FILES} < set(files(folder))
+    assert not {"fusion.json", "expert.json", "adapter_model.bin", "tokenizer.model"} & set(files(folder))
+
+
+def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
+    with restored_logging():
+        assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
+    assert "emr needs the task at inference" in capsys.readouterr().out
+    folder = values["output_dir"]
+    assert files(folder) == sorted(f"{name}/{file}" for name in ("kitchen", "town") for file in FILES)
+    ids = torch.randint(4, 1000, (2, 8), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    kitchen, town = (logits(base, folder / name, ids) for name in ("kitchen", "town"))
+    assert not torch.allclose(kitchen, town)
+    for name in ("kitchen", "town"):
+        record = json.loads((folder / name / "merge.json").read_text())
+        assert record["needs_task_id"] is True and record["task"] == name
+        assert "task must be known at inference" in (folder / name / "README.md").read_text()
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
+
+
+def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
+    found = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)[1]["validation"]
+    own = {**scored, "adapters": [EXPERTS[0]], "output_dir": tmp_path / "eval", "use_cpu": True}
+    del own["method"], own["device"]
+    succeeds(evaluation.main, flags(own))
+    expected = {label: record["score"] for label, record in results(tmp_path / "eval")["datasets"].items()}
+    assert {label: record["score"] for label, record in found["adapter"].items()} == expected
+    assert {label: record["score"] for label, record in found["dense"].items()} == expected
+    assert expected["ner_kitchen"] > 0.8 > expected["re_town"]
+    assert found["mean"] == found["dense_mean"] == pytest.approx(sum(expected.values()) / 2)
+
+
+def test_adapters_of_emr_answer_their_own_data(scored):
+    run(scored, method="emr", dense=True)
+    for task in TASKS:
+        found = json.loads((scored["output_dir"] / task / "merge.json").read_text())["validation"]
+        assert list(found["adapter"]) == list(found["dense"]) == [task]
+        assert found["mean"] > 0.5
+
+
+def test_a_search_keeps_the_best(scored, capsys):
+    with restored_logging():
+        code = merge.main(flags({**scored, "method": "ties", "search": ["lambda=0.6:1.0:0.4", "density=0.2,1"]}))
+    assert code == 0
+    folder = scored["output_dir"]
+    search = (record := json.loads((folder / "merge.json").read_text()))["search"]
+    tried = [candidate["hyperparameters"] for candidate in search["candidates"]]
+    assert tried == [{"merge_lambda": a, "density": b} for a in (0.6, 1.0) for b in (0.2, 1.0)]
+    means = [candidate["mean"] for candidate in search["candidates"]]
+    assert search["chosen"] == means.index(max(means)) and search["validation_runs"] == 4
+    assert len(set(means)) > 1
+    assert record["hyperparameters"] == search["candidates"][search["chosen"]]["hyperparameters"]
+    assert record["made_by"]["cost"]["seconds"] >= search["seconds"] > 0
+    assert "| merge_lambda | density | ner_kitchen | re_town | mean |" in capsys.readouterr().out
+    alone = {**scored, "output_dir": folder.parent / "alone", **record["hyperparameters"]}
+    again, found = run(alone, method="ties")
+    assert found["validation"]["mean"] == record["validation"]["mean"] == max(means)
+    best, direct = load_file(folder / WEIGHTS), load_file(again / WEIGHTS)
+    assert all(torch.equal(best[key], direct[key]) for key in best)
+
+
+def test_of_equals_the_first_is_kept_and_lambdas_share_a_merge(scored, monkeypatch):
+    calls = []
+    plain = merge_run.Merger.merge
+    monkeypatch.setattr(merge_run.Merger, "merge", lambda *args: calls.append(args[1]) or plain(*args))
+    equal = {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
+    monkeypatch.setattr(merge_run.Scorer, "adapter", lambda self, folder: equal)
+    _, record = run(scored, method="ties", search=["lambda=0.5,0.25", "density=0.4,0.2"])
+    assert record["search"]["chosen"] == 0
+    assert record["hyperparameters"] == {"merge_lambda": 0.5, "density": 0.4}
+    assert [settings.hyperparameters["density"] for settings in calls] == [0.4, 0.2]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("disk full")])
+def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch, failure):
+    calls = []
+
+    def score(self, folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise failure
+        return {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
+
+    monkeypatch.setattr(merge_run.Scorer, "adapter", score)
+    argv = flags({**scored, "search": ["lambda=0.1,0.2,0.3"]})
+    with restored_logging():
+        if failure is KeyboardInterrupt:
+            with pytest.raises(KeyboardInterrupt):
+                merge.main(argv)
+        else:
+            assert merge.main(argv) == 2
+    assert len(calls) == 2
+    assert not scored["output_dir"].exists()
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"adapters": EXPERTS[:1]}, ["--adapters names 1", "two experts"]),
+        ({"adapters": [EXPERTS[0], EXPERTS[0]]}, ["have the same weights", "--weights"]),
+        ({"adapters": [EXPERTS[0], "/nowhere/expert"]}, ["/nowhere/expert", "does not exist"]),
+        ({"adapters": [EXPERTS[0], zoo_path("qwen2", "re_town")]}, ["heterofusion-zoo/qwen2", "recipes/train.py"]),
+        ({"adapters": [zoo_path("qwen2", task) for task in TASKS]}, ["base model", "recipes/train.py"]),
+        ({"density": 0.2}, ["--density 0.2: task_arithmetic has the hyper-parameters --merge_lambda"]),
+        ({"method": "average", "merge_lambda": 0.5}, ["--merge_lambda 0.5: average has no hyper-parameters"]),
+        ({"seed": 1}, ["--seed 1: nothing in task_arithmetic is random"]),
+        ({"method": "dare", "seed": -1}, ["--seed is -1"]),
+        ({"method": "ties", "density": 0}, ["--density is 0.0"]),
+        ({"method": "dare", "drop_rate": 1}, ["--drop_rate is 1.0"]),
+        ({"merge_lambda": 0}, ["--merge_lambda is 0.0"]),
+        ({"method": "della", "epsilon": 0.4}, ["--drop_rate 0.3 and --epsilon 0.4"]),
+        ({"method": "breadcrumbs", "density": 0.95}, ["--density 0.95 and --gamma 0.1"]),
+        ({"method": "slerp"}, ["slerp", "task_arithmetic"]),
+        ({"rank": 0}, ["--rank is 0"]),
+        ({"weights": [1.0]}, ["--weights has 1 values", "2"]),
+        ({"weights": [0, 0]}, ["--weights is [0.0, 0.0]"]),
+        ({"method": "average", "weights": [1, -1]}, ["average divides by their sum"]),
+        ({"method": "emr", "weights": [1, 1]}, ["--weights: emr has none"]),
+        ({"names": ["a", "b"]}, ["--names: task_arithmetic writes one adapter"]),
+        ({"method": "emr", "names": ["a", "a"]}, ["have the same name 'a'"]),
+        ({"method": "emr", "names": ["a/b", "c"]}, ["'a/b' cannot name the folder"]),
+        ({"method": "emr", "names": ["a"]}, ["--names has 1 values"]),
+        ({"search": ["lambda=0.1,0.2"]}, ["--search needs validation data", "--dataset_name"]),
+        ({"dense": True}, ["--dense needs validation data", "--dataset_name"]),
+        ({"dataset_name": ["/nowhere/a.jsonl"]}, ["/nowhere/a.jsonl", "does not exist"]),
+        ({"output_dir": EXPERTS[0], "overwrite": True}, ["is the folder of adapter"]),
+        ({"output_dir": BASE.parent, "overwrite": True, "method": "emr"}, ["is the folder of adapter"]),
+        ({"output_dir": BASE}, ["exists and is not empty", "--overwrite true"]),
+    ],
+)
+def test_bad_flags_raise(refused, changed, words):
+    refused(*words, **changed)
+
+
+def test_no_gpu_raises(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("--device cuda", "finds no GPU", device="cuda")
+
+
+def test_several_processes_raise(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("runs in one process")
+
+
+def test_emr_needs_a_data_set_for_every_expert(refused, test_sets):
+    refused("--dataset_name has 1 data sets", method="emr", dataset_name=[test_sets["re_town"]])
+
+
+def test_a_search_of_what_is_given_raises(refused, test_sets):
+    data = {"dataset_name": [test_sets["re_town"]]}
+    refused("--merge_lambda is given too", search=["lambda=0.1,0.2"], merge_lambda=0.2, **data)
+
+
+def test_shapes_that_differ_raise(refused, tmp_path):
+    other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (64, 80)}, seed=9)
+    refused("maps 80 to 80 features", "64 to 80", "recipes/train.py", adapters=[EXPERTS[0], other])
+
+
+def test_experts_with_more_than_lora_raise(refused, tmp_path):
+    def head(weights):
+        weights["base_model.model.lm_head.weight"] = torch.zeros(4, 80)
+
+    other = copy_adapter(tmp_path / "head", str(EXPERTS[1]), {"modules_to_save": ["lm_head"]}, head)
+    refused("base_model.model.lm_head.weight besides LoRA", adapters=[EXPERTS[0], other])
+
+
+def test_the_same_base_under_two_names_is_one(values, tmp_path):
+    other = shutil.copytree(EXPERTS[1], tmp_path / "other")
+    edit_config(other, base_model_name_or_path="/models/Llama/")
+    _, record = run(values, adapters=[EXPERTS[0], other])
+    assert record["adapters"][1]["base_model"] == "Llama"
+
+
+def test_weights_out_of_range_raise_and_leave_nothing(values, tmp_path, capsys, logging_restored):
+    argv = flags({**values, "merge_lambda": 1e6, "dtype": "float16"})
+    error_line(capsys, merge.main, argv, "lora_B is out of range for float16", "--dtype float32")
+    assert not values["output_dir"].exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_what_peft_loads(method, tmp_path):
+    names = ["target_llama", "target_llama_2"]
+    other = copy_adapter(tmp_path / names[1], str(GOLDEN / names[0]), tensors=shuffle)
+    folder, _ = run(
+        {
+            "model_name_or_path": GOLDEN / "base_llama", "adapters": [GOLDEN / names[0], other], "method": method,
+            "device": "cpu", "output_dir": tmp_path / "out",
+        },
+        names=names if method == "emr" else None,
+    )  # fmt: skip
+    parts = [folder / name for name in names] if method == "emr" else [folder]
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=torch.float32)
+    ids = torch.randint(4, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+    for part in parts:
+        assert load_adapter(part).modules.keys() == load_adapter(other).modules.keys()
+        assert not torch.allclose(logits(base, part, ids), plain, atol=1e-4)
+
+
+def shuffle(weights):
+    generator = torch.Generator().manual_seed(0)
+    for key in weights:
+        weights[key] = torch.randn(weights[key].shape, generator=generator) * 0.1

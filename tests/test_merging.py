@@ -1,0 +1,382 @@
+"""Merging of experts: every method against dense arithmetic written down once more, and against PEFT and mergekit."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from peft.utils import merge_utils
+from safetensors.torch import load_file
+
+import heterofusion.baselines.merging as merging
+from builders import CONFIG, WEIGHTS, write_adapter
+from heterofusion import load_adapter
+from heterofusion.baselines.merge_arguments import METHODS, RANDOM_METHODS, MergeArguments, MergeError
+from heterofusion.baselines.merge_arithmetic import crumbs, drop, drop_by_rank, majority_sign, seeded_generator
+from heterofusion.baselines.merge_factors import cut, truncated
+from heterofusion.baselines.merge_threshold import magnitude_thresholds
+from heterofusion.baselines.merging import Merger
+
+CPU = torch.device("cpu")
+MODULES = {
+    "model.layers.0.self_attn.q_proj": (12, 10),
+    "model.layers.1.self_attn.q_proj": (12, 10),
+    "model.layers.0.mlp.down_proj": (9, 12),
+}
+FIRST = next(iter(MODULES))
+DENSE = tuple(method for method in METHODS if method not in ("average", "task_arithmetic", "knots_ties", "knots_dare"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three experts: of other ranks and scalings, one with rsLoRA and a rank of its own, one with a single module."""
+    root = tmp_path_factory.mktemp("experts")
+    return [
+        write_adapter(root / "plain", MODULES, r=2, lora_alpha=6, seed=1, std=0.5),
+        write_adapter(
+            root / "rslora", MODULES, r=3, lora_alpha=5, seed=2, std=0.5, use_rslora=True,
+            ranks={FIRST: 4}, rank_pattern={FIRST: 4}, alpha_pattern={FIRST: 7},
+        ),
+        write_adapter(root / "one_module", {FIRST: MODULES[FIRST]}, r=1, lora_alpha=3, seed=3, std=0.5),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experts(folders):
+    return [load_adapter(folder) for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def taus(folders):
+    """Dense updates (experts, out, in) in float64 by module, from the files alone."""
+    result = {}
+    for path, (columns, rows) in MODULES.items():
+        updates = []
+        for folder in folders:
+            config, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+            r = config["rank_pattern"].get(path, config["r"])
+            alpha = config["alpha_pattern"].get(path, config["lora_alpha"])
+            scaling = alpha / r**0.5 if config["use_rslora"] else alpha / r
+            key = f"base_model.model.{path}.lora_"
+            update = torch.zeros(rows, columns, dtype=torch.float64)
+            if f"{key}A.weight" in weights:
+                update = scaling * weights[f"{key}B.weight"].double() @ weights[f"{key}A.weight"].double()
+            updates.append(update)
+        result[path] = torch.stack(updates)
+    return result
+
+
+def settings(method, count=3, **values):
+    return MergeArguments(adapters=["x"] * count, method=method, **values).settings()
+
+
+def dense(experts, method, **values):
+    """The merged dense updates by module; of emr, a list of them."""
+    found = settings(method, len(experts), **values)
+    results = [{path: update(path) for path in MODULES} for update in Merger(experts, CPU, False).dense(found)]
+    return results if method == "emr" else results[0]
+
+
+def assert_same(found, expected, tolerance=2e-6):
+    assert found.keys() == expected.keys()
+    for path, update in expected.items():
+        torch.testing.assert_close(found[path].double(), update.double(), atol=tolerance, rtol=1e-5)
+
+
+def flat(updates):
+    """(experts, all entries) of stacked updates by module."""
+    return torch.cat([update.flatten(1) for update in updates.values()], dim=1)
+
+
+def unflat(vector, like):
+    parts = vector.split([update[0].numel() for update in like.values()])
+    return {path: part.view(like[path][0].shape) for path, part in zip(like, parts, strict=True)}
+
+
+def reference_ties(updates, density, merge_lambda=1.0):
+    """TIES on whole vectors, as its paper has it: a sort of everything."""
+    vectors = flat(updates)
+    k = int(density * vectors.shape[1])
+    threshold = vectors.abs().sort(dim=1, descending=True).values[:, k - 1 : k]
+    vectors = torch.where(vectors.abs() >= threshold, vectors, 0)
+    sign = vectors.sum(0).sign()
+    sign[sign == 0] = 1 if sign.sum() > 0 else -1
+    agree = (vectors.sign() == sign) & (vectors != 0)
+    return unflat(merge_lambda * (vectors * agree).sum(0) / agree.sum(0).clamp(min=1), updates)
+
+
+# ---- every method -----------------------------------------------------------------------------------------------
+
+
+def test_average_and_task_arithmetic(experts, taus):
+    assert_same(dense(experts, "average"), {path: tau.mean(0) for path, tau in taus.items()})
+    assert_same(dense(experts, "task_arithmetic"), {path: 0.3 * tau.sum(0) for path, tau in taus.items()})
+    weights = torch.tensor([2.0, -0.5, 1.5], dtype=torch.float64).view(3, 1, 1)
+    weighted = {path: (weights * tau).sum(0) for path, tau in taus.items()}
+    found = dense(experts, "task_arithmetic", weights=weights.flatten().tolist(), merge_lambda=0.7)
+    assert_same(found, {path: 0.7 * update for path, update in weighted.items()})
+    found = dense(experts, "average", weights=weights.flatten().tolist())
+    assert_same(found, {path: update / 3 for path, update in weighted.items()})
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+def test_ties_is_a_global_sort(experts, taus, density):
+    found = dense(experts, "ties", density=density, merge_lambda=0.6)
+    assert_same(found, reference_ties(taus, density, 0.6))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.6])
+def test_ties_is_that_of_peft(experts, taus, density):
+    vectors = [*flat(taus).float()]
+    expected = merge_utils.ties(vectors, torch.ones(3), density)
+    assert_same(dense(experts, "ties", density=density), unflat(expected, taus))
+
+
+def test_ties_is_that_of_mergekit(experts, taus):
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    arithmetic = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
+    vectors = torch.stack([sparsify.magnitude(vector, 0.2) for vector in flat(taus).float()])
+    mask = arithmetic.get_mask(vectors, "sum")
+    expected = (vectors * mask).sum(0) / mask.sum(0).clamp(min=1)
+    assert_same(dense(experts, "ties"), unflat(expected, taus))
+
+
+def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
+    """Two experts with 1 and -1 at one entry; the other entries decide that the sign is negative."""
+    key, experts = f"base_model.model.{FIRST}.lora_", []
+    for index, rows in enumerate(([[1.0, -2.0, -3.0]], [[-1.0, -2.0, -4.0]])):
+        folder = write_adapter(
+            tmp_path / str(index), {FIRST: (3, 1)}, r=3, lora_alpha=3,
+            tensors={f"{key}A.weight": torch.eye(3), f"{key}B.weight": torch.tensor(rows)},
+        )  # fmt: skip
+        experts.append(load_adapter(folder))
+    (update,) = Merger(experts, CPU, False).dense(settings("ties", 2, density=1))
+    assert update(FIRST).tolist() == [[-1.0, -2.0, -3.5]]
+    assert majority_sign([torch.tensor([1.0, -1.0])]) == -1  # as in TIES' own code
+
+
+def test_breadcrumbs_of_every_row(experts, taus):
+    expected = {}
+    for path, tau in taus.items():
+        columns = tau.shape[2]
+        top, kept = int(0.25 * columns), int(0.5 * columns)
+        order = tau.abs().argsort(dim=2, descending=True).argsort(dim=2)  # place of each entry in its row
+        expected[path] = 0.4 * torch.where((order >= top) & (order < top + kept), tau, 0).sum(0)
+    assert_same(dense(experts, "breadcrumbs", density=0.5, gamma=0.25), expected)
+
+
+def test_breadcrumbs_of_a_row_are_those_of_mergekit():
+    sparsify = pytest.importorskip("mergekit.sparsify")
+    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([sparsify.magnitude_outliers(row, density=0.2, gamma=0.1) for row in rows])
+    assert torch.equal(crumbs(rows, 0.2, 0.1), expected)
+
+
+def test_emr(experts, taus):
+    sign = {path: tau.sum(0).sign() for path, tau in taus.items()}
+    unified = {path: sign[path] * (tau * (tau.sign() == sign[path])).abs().amax(0) for path, tau in taus.items()}
+    found = dense(experts, "emr")
+    assert len(found) == 3
+    for index, updates in enumerate(found):
+        masked = {path: unified[path] * (tau[index] * unified[path] > 0) for path, tau in taus.items()}
+        own = sum(tau[index].abs().sum() for tau in taus.values())
+        scale = own / sum(update.abs().sum() for update in masked.values())
+        assert_same(updates, {path: scale * update for path, update in masked.items()})
+
+
+def test_emr_refuses_an_expert_without_an_update(experts, tmp_path):
+    key = f"base_model.model.{FIRST}.lora_B.weight"
+    folder = write_adapter(tmp_path / "zero", {FIRST: MODULES[FIRST]}, r=1, tensors={key: torch.zeros(10, 1)})
+    with pytest.raises(MergeError, match=r"zero: its update is 0, so emr cannot scale it"):
+        Merger([*experts, load_adapter(folder)], CPU, False).merge(settings("emr", 4))
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_knots_ties_in_the_basis_of_the_dense_svd(experts, taus, density):
+    left, right = {}, {}
+    for path, tau in taus.items():
+        U, S, Vh = torch.linalg.svd(torch.cat([*tau], dim=1), full_matrices=False)
+        k = int((S > 1e-9).sum())
+        left[path], right[path] = U[:, :k] * S[:k], torch.stack(Vh[:k].split(tau.shape[2], dim=1))
+    merged = reference_ties(right, density, 0.8)
+    expected = {path: left[path] @ merged[path] for path in taus}
+    assert_same(dense(experts, "knots_ties", density=density, merge_lambda=0.8), expected)
+
+
+@pytest.mark.parametrize("method", ["dare", "knots_dare"])
+def test_dropping_nothing_is_task_arithmetic(experts, taus, method):
+    found = dense(experts, method, drop_rate=0.0, merge_lambda=0.9)
+    assert_same(found, {path: 0.9 * tau.sum(0) for path, tau in taus.items()})
+
+
+@pytest.mark.parametrize(("method", "density"), [("dare_ties", 0.3), ("dare_ties", 1.0), ("della", 1.0)])
+def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, density):
+    """An expert's dropped update is what a merge with weights on it alone gives, with the same seed."""
+    alone = [
+        dense(experts, "dare" if method == "dare_ties" else "della", weights=weights, merge_lambda=1.0, seed=5)
+        for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0])
+    ]
+    dropped = {path: torch.stack([updates[path] for updates in alone]).double() for path in taus}
+    values = {"density": density} if method == "dare_ties" else {}
+    assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(dropped, density, 1.1))
+
+
+# ---- what is random ---------------------------------------------------------------------------------------------
+
+
+def noise(seed):
+    return seeded_generator(seed, 0, FIRST, CPU)
+
+
+def test_dare_keeps_the_share_and_the_expectation():
+    update = torch.linspace(-1, 1, 400).view(20, 20)
+    draws = torch.stack([drop(update, 0.7, noise(seed)) for seed in range(2000)])
+    kept = draws != 0
+    torch.testing.assert_close(draws[kept], (update / 0.3).expand_as(draws)[kept])
+    assert kept.double().mean().item() == pytest.approx(0.3, abs=0.003)
+    # the standard error of a mean of 2000 draws is |x| sqrt(p / (1 - p) / 2000)
+    error = (draws.mean(0) - update).abs() / (update.abs() * (0.7 / 0.3 / 2000) ** 0.5)
+    assert error.max() < 4.5
+
+
+def test_della_keeps_by_rank_and_in_expectation():
+    values = torch.tensor([0.1, -0.5, 0.3, -0.2, 0.4])
+    keep = torch.tensor([0.63, 0.77, 0.7, 0.665, 0.735])  # (1 - 0.3 - 0.07) + 0.14 * rank / 4
+    draws = torch.stack([drop_by_rank(values.repeat(4, 1), 0.3, 0.07, noise(seed)) for seed in range(5000)])
+    kept = (draws != 0).double().mean((0, 1))
+    torch.testing.assert_close(kept, keep.double(), atol=0.012, rtol=0)  # 20,000 draws: 3.5 standard errors
+    torch.testing.assert_close(draws.double().mean((0, 1)), values.double(), atol=0.01, rtol=0)
+    hit = draws[0] != 0
+    torch.testing.assert_close(draws[0][hit], (values / keep).expand(4, 5)[hit])
+
+
+@pytest.mark.parametrize("method", RANDOM_METHODS)
+def test_a_seed_gives_the_same_and_another_seed_another(experts, method):
+    first, again, other = (dense(experts, method, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[path], again[path]) for path in MODULES)
+    assert any(not torch.equal(first[path], other[path]) for path in MODULES)
+
+
+# ---- thresholds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7, 300, 640, 900])
+def test_thresholds_are_those_of_a_sort(count):
+    generator = torch.Generator().manual_seed(count)
+    blocks = {}
+    for path, shape in (("a", (10, 40)), ("b", (25, 20))):
+        matrix = torch.randn(shape, generator=generator) * 10 ** torch.randint(-12, 12, shape, generator=generator)
+        blocks[path] = {0: matrix, 1: (matrix * 2).round()}  # many equal ones
+    blocks["a"][1][:] = 0
+    blocks["b"][2] = torch.full((25, 20), 1e-42)  # denormal, and this expert lacks module a
+    found = magnitude_thresholds(blocks.__getitem__, blocks.keys, dict.fromkeys((0, 1, 2), count))
+    for expert in (0, 1, 2):
+        entries = torch.cat([matrices[expert].flatten() for matrices in blocks.values() if expert in matrices])
+        entries = torch.cat([entries.abs(), torch.zeros(900 - len(entries))])
+        assert found[expert] == entries.sort(descending=True).values[count - 1].item()
+
+
+# ---- factors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+def test_a_dense_update_is_cut_as_the_svd_cuts_it(shape):
+    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    for rank in (1, 4, 9):
+        (A, B), kept, energy = truncated(update, rank)
+        assert (A.shape, B.shape) == ((rank, shape[1]), (shape[0], rank))
+        torch.testing.assert_close((B @ A).double(), (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-5, rtol=0)
+        assert energy == pytest.approx(float(S.square().sum()))
+        assert kept == pytest.approx(float(S[:rank].square().sum()))
+
+
+def test_an_update_of_low_rank_or_none_is_cut_without_noise():
+    low = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 9)
+    (A, B), kept, energy = truncated(low, 5)
+    torch.testing.assert_close(B @ A, low, atol=1e-5, rtol=0)
+    assert kept == pytest.approx(energy)
+    (A, B), kept, energy = truncated(torch.zeros(8, 9), 5)
+    assert not A.any() and not B.any() and kept == energy == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_factors_are_the_dense_update_where_the_rank_suffices(experts, method):
+    """All methods but these are of full rank, which 12 allows for."""
+    found = settings(method)
+    merger = Merger(experts, CPU, False)
+    exact = method not in DENSE
+    for result, update in zip(merger.merge(found, None if exact else 12), merger.dense(found), strict=True):
+        products = {path: found.merge_lambda * (B @ A) for path, (A, B) in result.factors.items()}
+        assert_same(products, {path: update(path) for path in MODULES}, 1e-5)
+        assert result.truncation.to_dict()["overall"] < 1e-12
+        if exact:
+            assert result.factors[FIRST][0].shape[0] <= 2 + 4 + 1
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "knots_ties"])
+def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
+    merger = Merger(experts, CPU, False)
+    (result,), (update,) = merger.merge(settings(method), 2), merger.dense(settings(method, merge_lambda=1.0))
+    lost = whole = 0.0
+    for path, (A, B) in result.factors.items():
+        S = torch.linalg.svdvals(update(path).double()).square()
+        difference = (update(path) - B @ A).double().square().sum()
+        assert A.shape[0] == 2
+        torch.testing.assert_close(difference, S[2:].sum(), atol=1e-5, rtol=1e-4)
+        assert result.truncation.shares[path] == pytest.approx(float(S[2:].sum() / S.sum()), abs=1e-6)
+        lost, whole = lost + float(S[2:].sum()), whole + float(S.sum())
+    told = result.truncation.to_dict()
+    assert told["overall"] == pytest.approx(lost / whole, abs=1e-6)
+    assert told["max"] == result.truncation.shares[told["max_module"]] == max(result.truncation.shares.values())
+
+
+def test_factors_stay_as_they_are_where_they_need_no_cut():
+    A, B = torch.randn(3, 5), torch.randn(4, 3)
+    (same_A, same_B), kept, energy = cut((A, B), 3)
+    assert torch.equal(A, same_A) and torch.equal(B, same_B)
+    assert kept == energy == pytest.approx(float((B @ A).square().sum()), rel=1e-5)
+
+
+def test_modules_of_experts_without_weight_are_zero(experts):
+    for method in ("average", "ties", "knots_ties", "breadcrumbs"):
+        found = dense(experts, method, weights=[0.0, 0.0, 1.0])
+        assert found[FIRST].any()
+        assert not any(found[path].any() for path in MODULES if path != FIRST)
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
+    alive: dict[int, tuple[str, weakref.ref]] = {}
+    made = []
+    plain = merging.dense_update
+
+    def watched(module, weight, device):
+        others = {path for path, ref in alive.values() if ref() is not None and path != module.path}
+        assert not others, f"updates of {others} are alive while those of {module.path} are made"
+        update = plain(module, weight, device)
+        alive[len(made)] = (module.path, weakref.ref(update))
+        made.append(module.path)
+        return update
+
+    monkeypatch.setattr(merging, "dense_update", watched)
+    Merger(experts, CPU, False).merge(settings(method))
+    assert set(made) == set(MODULES)
+
+
+def test_the_joint_svd_is_made_once_for_all_settings(experts, monkeypatch):
+    calls = []
+    plain = merging.joint_basis
+    monkeypatch.setattr(merging, "joint_basis", lambda *args: calls.append(1) or plain(*args))
+    merger = Merger(experts, CPU, False)
+    (first,) = merger.merge(settings("knots_ties"))
+    merger.merge(settings("knots_ties", density=0.5))
+    merger.merge(settings("knots_dare"))
+    (again,) = merger.merge(settings("knots_ties"))
+    assert len(calls) == len(MODULES)
+    assert torch.equal(first.factors[FIRST][0], again.factors[FIRST][0])
+    merger.merge(settings("knots_ties", weights=[1.0, 2.0, 1.0]))
+    assert len(calls) == 2 * len(MODULES)

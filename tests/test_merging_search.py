@@ -1,0 +1,48 @@
+"""The values that a search of merges tries, and dense updates put on a base for a time."""
+
+import pytest
+import torch
+
+from builders import tiny_model
+from heterofusion.baselines.merge_arguments import MergeArguments, MergeError
+from heterofusion.baselines.merge_scoring import added
+from heterofusion.baselines.merge_search import search_candidates
+
+
+def test_ranges_include_their_stop():
+    found = search_candidates(["lambda=0.1:1.0:0.1"], MergeArguments(["a", "b"], "ties").settings(), [])
+    assert [settings.merge_lambda for settings in found] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert {settings.hyperparameters["density"] for settings in found} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["lambda"], r"--search has 'lambda': write name=start:stop:step"),
+        (["rank=1,2"], r"--search has 'rank=1,2': write"),
+        (["gamma=0.1,0.2"], r"gamma=0.1,0.2: ties has merge_lambda, density"),
+        (["lambda=0.1:x:0.1"], r"holds something that is no number"),
+        (["lambda=0.1:1"], r"a range is start:stop:step"),
+        (["lambda=1:0.1:0.1"], r"a range needs a step above 0"),
+        (["lambda=0:1:0.00001"], r"has 100001 values, more than 1000"),
+        (["lambda=0.1:1:0.01", "density=0.01:1:0.01"], r"has 9100 combinations, more than 1000"),
+        (["lambda=0.1,0.1"], r"a value comes twice"),
+        (["lambda=0.1", "merge_lambda=0.2"], r"has merge_lambda twice"),
+        (["density=0.5,1.5"], r"--density is 1.5: give a share"),
+        (["lambda=nan"], r"give finite numbers"),
+    ],
+)
+def test_a_search_that_has_no_meaning_raises(entries, message):
+    with pytest.raises(MergeError, match=message):
+        search_candidates(entries, MergeArguments(["a", "b"], "ties").settings(), [])
+
+
+def test_a_dense_update_leaves_the_base_as_it_was():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    update = torch.full((128, 32), 0.25)
+    with added(model, lambda path: update, ["lm_head"]):
+        assert torch.equal(model.lm_head.weight, before["lm_head.weight"] + 0.25)
+        assert torch.equal(model.get_input_embeddings().weight, before["lm_head.weight"])
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

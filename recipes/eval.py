@@ -7,6 +7,9 @@ Data sets have the columns of a fusion's replay; the column `kind` (and `task`) 
 recipes/glue/prepare.py write chooses the metric, or --metric does. Several processes share the examples. In
 --output_dir are results.json and the predictions, per adapter in a folder of its own if there are several. A run that
 was interrupted goes on with --resume true, with any number of processes.
+
+With --adapter_per_dataset true the i-th adapter answers the i-th data set alone. With --ensemble gac or unite all
+adapters, each on its own base of --ensemble_models, write every answer together. Both give one row of results.
 """
 
 import logging
@@ -15,21 +18,24 @@ import sys
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
+from heterofusion.baselines.ensemble_row import ensemble_lineup
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.evaluation.arguments import EVAL_ARGUMENTS
+from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, EvalArguments
 from heterofusion.evaluation.ranks import start_ranks
 from heterofusion.evaluation.results import results_table
+from heterofusion.evaluation.rows import adapter_lineup
 from heterofusion.evaluation.runner import Evaluation
 
 
 @command
 def main(argv: list[str]) -> None:
-    model, data, generation, output = parse_arguments(EVAL_ARGUMENTS, argv, __doc__)
+    arguments = EvalArguments(*parse_arguments(EVAL_ARGUMENTS, argv, __doc__))
     set_up_logging(logging.INFO, hold=True)
-    ranks = start_ranks(model.use_cpu)
+    ranks = start_ranks(arguments.model.use_cpu)
     try:
         # everything that can be checked is checked before the base model is loaded
-        evaluation = Evaluation(model, data, generation, output, ranks)
+        lineup = ensemble_lineup if arguments.ensemble.ensemble else adapter_lineup
+        evaluation = Evaluation(arguments, ranks, lineup)
         release_logging()
         results = evaluation.run()
     finally:

@@ -70,7 +70,8 @@ def files(folder: Path) -> list[str]:
 
 def scores(found: dict[str, Any]) -> dict[str, Any]:
     """Results without what depends on time and processes."""
-    kept = {key: value for key, value in found.items() if key not in ("seconds", "tokens_per_second", "processes")}
+    changing = ("seconds", "tokens_per_second", "processes", "peak_memory_bytes")
+    kept = {key: value for key, value in found.items() if key not in changing}
     kept["datasets"] = {
         label: {key: value for key, value in record.items() if key != "seconds"}
         for label, record in found["datasets"].items()

@@ -11,10 +11,9 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import heterofusion.evaluation.runner as runner
 from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
-from heterofusion.evaluation import UIEF1
+from heterofusion.evaluation import UIEF1, AnswerGenerator
 from heterofusion.records import sample_indices
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
@@ -384,7 +383,7 @@ def test_fixed_batch_size_that_does_not_fit(values, capsys, monkeypatch, logging
     def full(self, prompts, config):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(runner.AnswerGenerator, "_generate", full)
+    monkeypatch.setattr(AnswerGenerator, "_generate", full)
     assert evaluation.main(flags(values)) == 2
     assert "error: --batch_size 4 does not fit into memory" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from heterofusion.arguments import DataArguments, DatasetSpec, ModelArguments
 from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric
@@ -41,6 +42,13 @@ class EvalModelArguments(ModelArguments):
         metadata={
             "help": "Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
             "in bfloat16 the weights are rounded once more, so answers may differ."
+        },
+    )
+    adapter_per_dataset: bool = field(
+        default=False,
+        metadata={
+            "help": "Give each data set an adapter of its own: the first of --adapters answers the first of "
+            "--dataset_name alone, and so on, in one row of results that needs to know the task."
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
@@ -277,5 +285,101 @@ class EvalOutputArguments:
                 )
         return names if self.name is None else [self.name]
 
+    def row_name(self, default: str, reason: str) -> str:
+        """The name of a row that is of several adapters.
 
-EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)
+        Args:
+            default: what it is called without `--name`.
+            reason: the flag that puts them into one row, for messages.
+
+        Raises:
+            ValueError: names of single adapters were given.
+        """
+        if self.names is not None:
+            raise ValueError(
+                f"--names names adapters, but {reason} puts all of them into one row; give --name instead"
+            )
+        return self.name or default
+
+
+ENSEMBLES = ("gac", "unite")
+TOP_K = 10
+
+
+@dataclass
+class EnsembleArguments:
+    """Models that answer together."""
+
+    ensemble: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
+            "of their next-token distributions, unite the mean over the union of their top tokens.",
+            "choices": [*ENSEMBLES],
+        },
+    )
+    ensemble_models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base model of each of --adapters in an ensemble: local folders or Hub ids, --model_name_or_path "
+            "among them; by default it is the base of all."
+        },
+    )
+    unite_top_k: int = field(
+        default=TOP_K, metadata={"help": "Number of top tokens of each model that --ensemble unite takes."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.ensemble is None and self.ensemble_models is not None:
+            raise ValueError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
+        if self.unite_top_k < 1:
+            raise ValueError(f"--unite_top_k is {self.unite_top_k}: give an integer of at least 1, such as {TOP_K}")
+        if self.ensemble != "unite" and self.unite_top_k != TOP_K:
+            raise ValueError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
+
+    def bases(self, model: EvalModelArguments) -> list[str]:
+        """The base models of the members, one each.
+
+        Args:
+            model: has the adapters, one for each member.
+
+        Raises:
+            ValueError: there is but one member, lists differ in length, or a flag of the base fits none of several.
+        """
+        count = len(model.adapters)
+        if count < 2:
+            raise ValueError(
+                f"--ensemble {self.ensemble} needs two members at least, but --adapters has {count}; name an adapter "
+                f"for each, or {NO_ADAPTER}"
+            )
+        if self.ensemble_models is None:
+            return [model.model_name_or_path] * count
+        if len(self.ensemble_models) != count:
+            raise ValueError(
+                f"--ensemble_models has {len(self.ensemble_models)} values, but --adapters has {count}: give one "
+                f"base per adapter, and {NO_ADAPTER} as the adapter of a base alone"
+            )
+        if model.model_name_or_path not in self.ensemble_models:
+            raise ValueError(
+                f"--model_name_or_path {model.model_name_or_path} is not among --ensemble_models "
+                f"({', '.join(self.ensemble_models)}); give one of them"
+            )
+        if model.model_revision is not None:
+            raise ValueError(
+                f"--model_revision {model.model_revision} cannot be of all --ensemble_models; download the revision "
+                "and name its folder"
+            )
+        return [*self.ensemble_models]
+
+
+EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments, EnsembleArguments)
+
+
+class EvalArguments(NamedTuple):
+    """All flags of an evaluation, in the order of `EVAL_ARGUMENTS`."""
+
+    model: EvalModelArguments
+    data: EvalDataArguments
+    generation: GenerationArguments
+    output: EvalOutputArguments
+    ensemble: EnsembleArguments

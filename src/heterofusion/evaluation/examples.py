@@ -65,13 +65,15 @@ class Prompts:
 
     Args:
         texts: Prompts as the tokenizer reads them, before they are cut.
-        ids: Their token ids, cut.
+        ids: Their token ids, cut; of an ensemble those of every member, one list each.
+        lengths: How many token ids each has.
         references: The right answers.
         cut: How many prompts were cut.
     """
 
     texts: list[str]
-    ids: list[list[int]]
+    ids: list[Any]
+    lengths: list[int]
     references: list[str]
     cut: int
 
@@ -159,9 +161,11 @@ def encode(examples: EvalSet, tokenizer: PreTrainedTokenizerBase, max_prompt_len
     except ValueError as error:
         raise ValueError(f"{examples.records.label}: {error}") from error
     bos: Any = tokenizer.bos_token_id
+    cut = [cut_prompt(ids, max_prompt_length, bos) for ids in whole]
     return Prompts(
         texts=[prompt.text for prompt in rendered],
-        ids=[cut_prompt(ids, max_prompt_length, bos) for ids in whole],
+        ids=cut,
+        lengths=list(map(len, cut)),
         references=references,
         cut=0 if max_prompt_length is None else sum(len(ids) > max_prompt_length for ids in whole),
     )

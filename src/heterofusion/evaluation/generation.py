@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,83 @@ def cut_prompt(ids: Sequence[int], length: int | None, bos_token_id: int | None 
     return list(ids[len(ids) - length :])
 
 
+class Batches:
+    """How many prompts go through at a time: a fixed number, or as many as memory lets.
+
+    Args:
+        batch_size: Prompts per batch; None begins with 64 and halves it whenever memory runs out.
+        max_new_tokens: Most tokens in an answer, for messages.
+
+    Attributes:
+        size: Prompts per batch, as it stands.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    def __init__(self, batch_size: int | None, max_new_tokens: int) -> None:
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.size = batch_size or FIRST_BATCH_SIZE
+        self.automatic = batch_size is None
+        self.max_new_tokens = max_new_tokens
+
+    def run(
+        self, lengths: Mapping[int, int], generate: Callable[[Sequence[int]], list[Answer]]
+    ) -> Iterator[list[Answer]]:
+        """Generate, one batch at a time.
+
+        Args:
+            lengths: Tokens of every prompt, by its key.
+            generate: Gives the answers to the prompts with some keys; it may run out of memory.
+
+        Yields:
+            The answers of a batch. Longest prompts first; batches hold prompts of similar length.
+
+        Raises:
+            ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
+        """
+        for index, length in lengths.items():
+            if not length:
+                raise ValueError(f"prompt {index} has no tokens; a model needs one at least to begin with")
+        order = longest_first(lengths)
+        start = 0
+        while start < len(order):
+            batch = order[start : start + self.size]
+            answers = self._try(batch, lengths[batch[0]], generate)
+            if answers is None:
+                continue
+            start += len(batch)
+            yield answers
+
+    def _try(
+        self, batch: Sequence[int], longest: int, generate: Callable[[Sequence[int]], list[Answer]]
+    ) -> list[Answer] | None:
+        """Generate for one batch: its answers, or None where it has to be tried again with a smaller one."""
+        try:
+            return generate(batch)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+        # outside of the handler: there, the traceback still holds the tensors of the failed batch
+        clear_device_cache(garbage_collection=True)
+        tried = len(batch)
+        if not self.automatic:
+            raise ValueError(
+                f"--batch_size {self.size} does not fit into memory with prompts of {longest} tokens; lower it, or "
+                "give auto"
+            )
+        if tried == 1:
+            raise ValueError(
+                f"one prompt of {longest} tokens and {self.max_new_tokens} new tokens do not fit into memory; lower "
+                "--max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
+            )
+        self.size = max(1, min(self.size, tried) // 2)
+        logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
+        return None
+
+
 class AnswerGenerator:
     """Answers prompts by greedy decoding, in batches padded on the left.
 
@@ -85,9 +162,6 @@ class AnswerGenerator:
         cache_implementation: `"dynamic"`, or `"static"` for a key-value cache of one size, as long as the longest
             prompt needs; with it a GPU runs compiled decoding steps.
 
-    Attributes:
-        batch_size: Prompts per batch, as it stands.
-
     Raises:
         ValueError: If a number is not positive, for another cache, or if the tokenizer has neither a padding nor an
             end-of-sequence token.
@@ -101,24 +175,25 @@ class AnswerGenerator:
         batch_size: int | None = None,
         cache_implementation: str = "dynamic",
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if cache_implementation not in ("dynamic", "static"):
             raise ValueError(f"cache_implementation must be 'dynamic' or 'static', got {cache_implementation!r}")
-        pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        if pad_id is None:
-            raise ValueError(
-                "the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token"
-            )
+        self.batches = Batches(batch_size, max_new_tokens)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size or FIRST_BATCH_SIZE
-        self.automatic = batch_size is None
-        self.pad_id = int(pad_id)
-        self.stops = _stop_ids(model, tokenizer)
+        self.pad_id = padding_id(tokenizer)
+        self.stops = stop_ids(model, tokenizer)
         self.cache_implementation = cache_implementation
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per batch, as it stands."""
+        return self.batches.size
+
+    @property
+    def dtype(self) -> str:
+        """The model's dtype, by torch's name without the prefix."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
         """Generate, one batch at a time.
@@ -132,19 +207,14 @@ class AnswerGenerator:
         Raises:
             ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
         """
-        for index, ids in prompts.items():
-            if not ids:
-                raise ValueError(f"prompt {index} has no tokens; a model needs one at least to begin with")
-        order = longest_first({index: len(ids) for index, ids in prompts.items()})
-        config = self._config(longest=len(prompts[order[0]]) if order else 0)
-        start = 0
-        while start < len(order):
-            batch = order[start : start + self.batch_size]
-            rows = self._try(batch, [prompts[index] for index in batch], config)
-            if rows is None:
-                continue
-            start += len(batch)
-            yield [self._answer(index, row) for index, row in zip(batch, rows, strict=True)]
+        lengths = {index: len(ids) for index, ids in prompts.items()}
+        config = self._config(longest=max(lengths.values(), default=0))
+
+        def generate(batch: Sequence[int]) -> list[Answer]:
+            rows = self._generate([prompts[index] for index in batch], config)
+            return [self._answer(index, row) for index, row in zip(batch, rows, strict=True)]
+
+        yield from self.batches.run(lengths, generate)
 
     def _config(self, longest: int) -> GenerationConfig:
         return GenerationConfig(
@@ -158,32 +228,6 @@ class AnswerGenerator:
             # of all batches: a cache of another size is another graph to a compiler
             max_cache_len=longest + self.max_new_tokens if self.cache_implementation == "static" else None,
         )
-
-    def _try(
-        self, batch: Sequence[int], prompts: Sequence[Sequence[int]], config: GenerationConfig
-    ) -> list[list[int]] | None:
-        """Generate for one batch: the new token ids, or None where it has to be tried again with a smaller one."""
-        try:
-            return self._generate(prompts, config)
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
-        # outside of the handler: there, the traceback still holds the tensors of the failed batch
-        clear_device_cache(garbage_collection=True)
-        tried = len(batch)
-        if not self.automatic:
-            raise ValueError(
-                f"--batch_size {self.batch_size} does not fit into memory with prompts of {len(prompts[0])} tokens; "
-                "lower it, or give auto"
-            )
-        if tried == 1:
-            raise ValueError(
-                f"one prompt of {len(prompts[0])} tokens and {self.max_new_tokens} new tokens do not fit into memory; "
-                "lower --max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
-            )
-        self.batch_size = max(1, min(self.batch_size, tried) // 2)
-        logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.batch_size)
-        return None
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
@@ -221,7 +265,19 @@ def _in_evaluation(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.train(was_training)
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up batches: the tokenizer's padding token, else its end-of-sequence token.
+
+    Raises:
+        ValueError: It has neither.
+    """
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad_id is None:
+        raise ValueError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
+    return int(pad_id)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Token ids that end an answer: those of the generation config and the tokenizer's own."""
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)

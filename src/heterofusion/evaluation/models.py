@@ -25,7 +25,7 @@ from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, file_sha256
 from heterofusion.cli import one_line
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalModelArguments
 from heterofusion.loading import base_skeleton, load_base, load_tokenizer
-from heterofusion.provenance import PROVENANCE_FILE
+from heterofusion.provenance import PROVENANCE_FILE, RECORD_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -335,4 +335,23 @@ def fusion_record(adapter: Adapter) -> dict[str, Any] | None:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is of another program or damaged (%s); results do not tell of it", path, one_line(error))
+        return None
+
+
+def made_by_record(adapter: Adapter) -> dict[str, Any] | None:
+    """What made an adapter: `made_by` of the first record file beside it; None where there is none."""
+    path = next((path for name in RECORD_FILES if (path := adapter.folder / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        made_by = json.loads(path.read_text(encoding="utf-8")).get("made_by")
+        if not (made_by is None or isinstance(made_by, dict)):
+            raise TypeError(f"made_by is {made_by!r}, not an object")
+        return made_by
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning(
+            "%s is of another program or damaged (%s); results do not tell what made the adapter",
+            path,
+            one_line(error),
+        )
         return None

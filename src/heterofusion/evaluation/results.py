@@ -33,6 +33,70 @@ def mean_score(datasets: Mapping[str, Mapping[str, Any]]) -> float:
     return sum(record["score"] for record in datasets.values()) / len(datasets)
 
 
+def tokens_per_second(new_tokens: int, seconds: float) -> float:
+    """Speed of generation, rounded; 0 where no time is known."""
+    return round(new_tokens / seconds, 1) if seconds else 0.0
+
+
+def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join results of disjoint data sets into one row, such as those of experts on bases of their own.
+
+    Args:
+        parts: Contents of `results.json` files, each with data sets of its own.
+
+    Returns:
+        Contents of a `results.json`: data sets of all; seconds, tokens and models summed; the largest peak of memory.
+        It needs the task id. `parts` says which base and adapters answered what; the rest is the first part's.
+
+    Raises:
+        ValueError: There are no parts, one is no content of a `results.json`, or two have a data set in common.
+    """
+    if not parts:
+        raise ValueError("no results to join; give the contents of one results.json at least")
+    datasets: dict[str, Any] = {}
+    for number, part in enumerate(parts, start=1):
+        missing = [key for key in ("name", "datasets", "seconds", "new_tokens") if key not in part]
+        if missing:
+            raise ValueError(f"part {number} of the results to join has no {missing[0]}; give a whole results.json")
+        for label, record in part["datasets"].items():
+            if label in datasets:
+                raise ValueError(f"two of the results to join have the data set {label!r}; join disjoint ones only")
+            datasets[label] = record
+    seconds = sum(part["seconds"] for part in parts)
+    new_tokens = sum(part["new_tokens"] for part in parts)
+    peaks = [part["peak_memory_bytes"] for part in parts if part.get("peak_memory_bytes") is not None]
+    bases = {part.get("base_model") for part in parts}
+    told = ("base_model", "adapter", "adapters", "made_by")
+    return {
+        **{key: value for key, value in parts[0].items() if key not in ("adapters", "members")},
+        "base_model": bases.pop() if len(bases) == 1 else None,
+        "adapter": None,
+        "fusion": None,
+        "made_by": common_made_by([part.get("made_by") for part in parts]),
+        "parts": [
+            {**{key: part[key] for key in told if key in part}, "datasets": [*part["datasets"]]} for part in parts
+        ],
+        "models_at_inference": sum(part.get("models_at_inference", 1) for part in parts),
+        "needs_task_id": True,
+        "datasets": datasets,
+        "mean": mean_score(datasets),
+        "seconds": round(seconds, 3),
+        "new_tokens": new_tokens,
+        "tokens_per_second": tokens_per_second(new_tokens, seconds),
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def common_made_by(records: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What made several adapters: the first one's record where all are of one kind and method, else None."""
+    first = records[0]
+    if first is None or any(
+        record is None or any(record.get(key) != first.get(key) for key in ("kind", "method")) for record in records
+    ):
+        return None
+    return dict(first)
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table of results: a row per adapter, a column per data set, mean, seconds and tokens per second.
 

@@ -1,40 +1,26 @@
-"""The evaluation itself: adapters one after the other, their data sets shared by the processes."""
+"""The evaluation itself: rows of results one after the other, their data sets shared by the processes."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from tqdm.auto import tqdm
 
-from heterofusion.evaluation.arguments import (
-    NO_ADAPTER,
-    EvalDataArguments,
-    EvalModelArguments,
-    EvalOutputArguments,
-    GenerationArguments,
-)
-from heterofusion.evaluation.examples import EvalSet, Prompts, encode, load_eval_sets
-from heterofusion.evaluation.generation import FIRST_BATCH_SIZE, Answer, AnswerGenerator, longest_first
-from heterofusion.evaluation.models import (
-    Adapter,
-    Models,
-    adapter_tokenizer,
-    base_fingerprint,
-    check_adapters,
-    find_adapter,
-    fusion_record,
-    prompt_limit,
-)
+from heterofusion.cost import peak_memory
+from heterofusion.evaluation.arguments import EvalArguments
+from heterofusion.evaluation.examples import EvalSet, Prompts, load_eval_sets
+from heterofusion.evaluation.generation import FIRST_BATCH_SIZE, Answer, longest_first
 from heterofusion.evaluation.ranks import all_together, from_all, from_main
-from heterofusion.evaluation.results import mean_score, metric_record
+from heterofusion.evaluation.results import mean_score, metric_record, tokens_per_second
+from heterofusion.evaluation.rows import LineupBuilder, Row, adapter_lineup
 from heterofusion.evaluation.store import (
     PARTS,
     PREDICTIONS,
@@ -51,7 +37,7 @@ from heterofusion.evaluation.store import (
     write_json,
     write_lines,
 )
-from heterofusion.loading import base_dtype, check_output_dir, check_token_ids
+from heterofusion.loading import base_dtype, check_output_dir
 from heterofusion.provenance import display_name, library_versions
 
 logger = logging.getLogger(__name__)
@@ -59,26 +45,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """One adapter to evaluate.
+    """One row to evaluate.
 
     Args:
-        name: Of its row.
-        adapter: None for the base alone.
+        row: What answers.
         folder: Where its results go.
         finished: Results that are there already.
         done: Positions in the sample, by data set, whose answers are there already.
-        tokenizer: Of the adapter, else of the base.
-        limit: Tokens of a prompt at most.
         prompts: By data set.
     """
 
-    name: str
-    adapter: Adapter | None
+    row: Row
     folder: Path
     finished: dict[str, Any] | None = None
     done: dict[str, set[int]] = field(default_factory=dict)
-    tokenizer: Any = None
-    limit: int | None = None
     prompts: dict[str, Prompts] = field(default_factory=dict)
 
 
@@ -86,74 +66,43 @@ class Evaluation:
     """An evaluation whose flags, files and adapters are in order; nothing is written and no weights are loaded yet.
 
     Args:
-        model: What is evaluated.
-        data: What it is evaluated on.
-        generation: How answers are generated.
-        output: Where results go.
+        arguments: What is evaluated, on what, how, and where results go.
         ranks: The processes; all of them construct and run this together.
+        lineup: Makes the rows.
 
     Raises:
         ValueError: a flag, a file, a record or an adapter is not what it has to be, or `output_dir` holds something
             else; the message says which and what to do.
     """
 
-    def __init__(
-        self,
-        model: EvalModelArguments,
-        data: EvalDataArguments,
-        generation: GenerationArguments,
-        output: EvalOutputArguments,
-        ranks: PartialState,
-    ) -> None:
-        self.model, self.data, self.generation, self.output, self.ranks = model, data, generation, output, ranks
-        self.batch_size = generation.fixed_batch_size()
-        self.folder = Path(output.output_dir).expanduser().absolute()
+    def __init__(self, arguments: EvalArguments, ranks: PartialState, lineup: LineupBuilder = adapter_lineup) -> None:
+        self.arguments, self.ranks = arguments, ranks
+        self.folder = Path(arguments.output.output_dir).expanduser().absolute()
         with all_together(ranks):
-            names = output.adapter_names(model.adapters)
-            adapters = list(map(find_adapter, model.adapters, model.revisions()))
-            config = check_adapters(model, adapters)
-            self.sets = load_eval_sets(data)
-            self.jobs = [
-                Job(name, adapter, adapter_folder(self.folder, name, len(names)))
-                for name, adapter in zip(names, adapters, strict=True)
-            ]
-            self.state = self._state()
+            made = lineup(arguments, ranks.device)
+            self.sets = load_eval_sets(arguments.data)
+            self.jobs = [Job(row, adapter_folder(self.folder, row.name, len(made.rows))) for row in made.rows]
+            self.state = {
+                **made.state,
+                "datasets": {examples.label: examples.identity() for examples in self.sets},
+                "max_new_tokens": arguments.generation.max_new_tokens,
+                "max_prompt_length": arguments.generation.max_prompt_length,
+            }
             if ranks.is_main_process:
                 self._look()
         found = from_main(ranks, [(job.finished, job.done) for job in self.jobs])
         for job, (finished, done) in zip(self.jobs, found, strict=True):
             job.finished, job.done = finished, done
         with all_together(ranks):
-            encoded: dict[tuple[str, int | None], dict[str, Prompts]] = {}
             for job in self.jobs:
                 if job.finished is None:
-                    self._encode(job, config, encoded)
-        self.models = Models(model, ranks.device)
+                    job.prompts = job.row.encode(self.sets)
 
     # ---- before anything is loaded ----
 
-    def _state(self) -> dict[str, Any]:
-        """What has to be the same for answers of an interrupted run to count. Batch size and cache need not be."""
-        model = self.model
-        hashes = {job.name: job.adapter.sha256 if job.adapter else NO_ADAPTER for job in self.jobs}
-        return {
-            "base_model": display_name(model.model_name_or_path),
-            "base_revision": model.model_revision,
-            "base_files": base_fingerprint(model.model_name_or_path),
-            "dtype": str(base_dtype(model, model.use_cpu)).removeprefix("torch."),
-            "load_in_8bit": model.load_in_8bit,
-            "load_in_4bit": model.load_in_4bit,
-            "merge_adapters": model.merge_adapters,
-            # the name of a single one may change: no folder is called by it
-            **({"adapters": hashes} if len(hashes) > 1 else {"adapter": hashes[self.jobs[0].name]}),
-            "datasets": {examples.label: examples.identity() for examples in self.sets},
-            "max_new_tokens": self.generation.max_new_tokens,
-            "max_prompt_length": self.generation.max_prompt_length,
-        }
-
     def _look(self) -> None:
         """Find out what the output folder holds. Rank 0 alone."""
-        output = self.output
+        output = self.arguments.output
         check_output_dir(str(self.folder), output.resume, output.overwrite, resume_flag="--resume")
         if not output.resume:
             return
@@ -162,23 +111,10 @@ class Evaluation:
             job.finished = read_json(job.folder / RESULTS_FILE)
             job.done = {s.label: set(read_parts(job.folder / PARTS / s.label)[0]) for s in self.sets}
 
-    def _encode(self, job: Job, config: Any, encoded: dict[tuple[str, int | None], dict[str, Prompts]]) -> None:
-        """Prompts of an adapter; of adapters with the same tokenizer, they are those of the first."""
-        generation, adapter = self.generation, job.adapter
-        virtual = adapter.virtual_tokens if adapter else 0
-        job.tokenizer = adapter_tokenizer(self.model, adapter)
-        job.limit = prompt_limit(config, generation.max_new_tokens, generation.max_prompt_length, virtual)
-        key = (job.tokenizer.name_or_path, job.limit)
-        if key not in encoded:
-            encoded[key] = {examples.label: encode(examples, job.tokenizer, job.limit) for examples in self.sets}
-            for prompts in encoded[key].values():
-                check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], config)
-        job.prompts = encoded[key]
-
     # ---- the work ----
 
     def run(self) -> list[dict[str, Any]]:
-        """Evaluate all adapters, write their results.
+        """Evaluate all rows, write their results.
 
         Returns:
             The contents of the `results.json` files on rank 0; nothing on the others.
@@ -188,17 +124,19 @@ class Evaluation:
             OSError: a file cannot be written.
         """
         with all_together(self.ranks):
-            if any(self._missing(job, label) for job in self.jobs for label in job.prompts):
-                self.models.load()  # nothing is written before the last thing that may be wrong
+            for job in self.jobs:
+                if any(self._missing(job, label) for label in job.prompts):
+                    job.row.load()  # nothing is written before the last thing that may be wrong
         with all_together(self.ranks):
             if self.ranks.is_main_process:
-                if self.output.overwrite:
+                if self.arguments.output.overwrite:
                     remove_evaluation(self.folder)
                 write_json(self.folder / STATE_FILE, self.state)
         results = []
         for number, job in enumerate(self.jobs, start=1):
             facts: dict[str, Any] = {}
-            place = f"{job.name} ({number} of {len(self.jobs)})" if len(self.jobs) > 1 else job.name
+            name = job.row.name
+            place = f"{name} ({number} of {len(self.jobs)})" if len(self.jobs) > 1 else name
             if job.finished is None:
                 self._say_cuts(job)
                 with all_together(self.ranks):
@@ -207,7 +145,7 @@ class Evaluation:
             with all_together(self.ranks):
                 if self.ranks.is_main_process:
                     results.append(self._finish(job, facts) if job.finished is None else self._renew(job))
-                    logger.info("%s: results in %s", job.name, job.folder / RESULTS_FILE)
+                    logger.info("%s: results in %s", name, job.folder / RESULTS_FILE)
         return results
 
     def _say_cuts(self, job: Job) -> None:
@@ -215,17 +153,17 @@ class Evaluation:
             if prompts.cut and self.ranks.is_main_process:
                 logger.warning(
                     "%s: %d of %d prompts of %s were cut to %d tokens on the left",
-                    job.name,
+                    job.row.name,
                     prompts.cut,
                     len(prompts.ids),
                     label,
-                    job.limit,
+                    job.row.limit,
                 )
 
     def _missing(self, job: Job, label: str) -> dict[int, int]:
         """Lengths of the prompts of a data set that have no answer yet, by position."""
         done = job.done.get(label, ())
-        return {i: len(ids) for i, ids in enumerate(job.prompts[label].ids) if i not in done}
+        return {i: length for i, length in enumerate(job.prompts[label].lengths) if i not in done}
 
     def _generate(self, job: Job, place: str) -> dict[str, Any]:
         """Generate this rank's share of what is missing; how it was done in the end."""
@@ -237,35 +175,41 @@ class Evaluation:
         total = sum(map(len, shares.values()))
         if not total:
             return {}
-        with (
-            self.models.with_adapter(job.adapter) as model,
-            tqdm(total=total, desc=place, unit="prompt", disable=rank > 0) as bar,
-        ):
-            generator = AnswerGenerator(
-                model,
-                job.tokenizer,
-                self.generation.max_new_tokens,
-                self.batch_size,
-                self.generation.cache_implementation,
-            )
-            for label, share in shares.items():
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)  # of the row before
+        batch_sizes, dtypes = [], []
+        # a generator, which holds models: it is closed when one of its data sets fails
+        answering = cast(Any, job.row.answering([label for label, share in shares.items() if share]))
+        with closing(answering), tqdm(total=total, desc=place, unit="prompt", disable=rank > 0) as bar:
+            for label, source in answering:
                 bar.set_postfix_str(label)
                 ids = job.prompts[label].ids
                 with PartWriter(job.folder / PARTS / label / f"rank-{rank}.jsonl") as part:
                     start = time.perf_counter()
-                    for batch in generator.answers({i: ids[i] for i in share}):
+                    for batch in source.answers({i: ids[i] for i in shares[label]}):
                         end = time.perf_counter()
                         part.write(batch, end - start)
                         start = end
                         bar.update(len(batch))
-            return {"batch_size": generator.batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
+                batch_sizes.append(source.batch_size)
+                dtypes.append(source.dtype)
+        return {"batch_size": min(batch_sizes), "dtype": dtypes[0], "peak_memory_bytes": peak_memory()}
 
     def _over_ranks(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """How generation was done on all ranks: the smallest batch size, and the dtype."""
+        """How generation was done on all ranks: the smallest batch size, the dtype, the most memory of a process."""
         known = [facts for facts in from_all(self.ranks, facts) if facts]
         if not known:  # an interrupted run had left nothing to generate
-            return {"batch_size": self.batch_size or FIRST_BATCH_SIZE, "dtype": self.state["dtype"]}
-        return {**known[0], "batch_size": min(facts["batch_size"] for facts in known)}
+            model, generation = self.arguments.model, self.arguments.generation
+            return {
+                "batch_size": generation.fixed_batch_size() or FIRST_BATCH_SIZE,
+                "dtype": str(base_dtype(model, model.use_cpu)).removeprefix("torch."),
+                "peak_memory_bytes": peak_memory(),
+            }
+        return {
+            **known[0],
+            "batch_size": min(facts["batch_size"] for facts in known),
+            "peak_memory_bytes": max(facts["peak_memory_bytes"] for facts in known),
+        }
 
     # ---- results ----
 
@@ -316,26 +260,24 @@ class Evaluation:
     def _results(self, job: Job, datasets: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         seconds = sum(record["seconds"] for record in datasets.values())
         new_tokens = sum(record["new_tokens"] for record in datasets.values())
-        device = self.ranks.device
-        adapter = job.adapter
+        device, generation = self.ranks.device, self.arguments.generation
         return {
-            "name": job.name,
-            "labels": self.output.label_values(),
-            "base_model": display_name(self.model.model_name_or_path),
-            "adapter": {"name": display_name(adapter.given), "sha256": adapter.sha256} if adapter else None,
-            "fusion": fusion_record(adapter) if adapter else None,
+            "name": job.row.name,
+            "labels": self.arguments.output.label_values(),
+            **job.row.record(),
             "datasets": datasets,
             "mean": mean_score(datasets),
             "generation": {
-                "max_new_tokens": self.generation.max_new_tokens,
+                "max_new_tokens": generation.max_new_tokens,
                 "batch_size": facts["batch_size"],
-                "cache_implementation": self.generation.cache_implementation,
+                "cache_implementation": generation.cache_implementation,
                 "dtype": facts["dtype"],
-                "max_prompt_length": job.limit,
+                "max_prompt_length": job.row.limit,
             },
             "seconds": round(seconds, 3),
             "new_tokens": new_tokens,
-            "tokens_per_second": round(new_tokens / seconds, 1) if seconds else 0.0,
+            "tokens_per_second": tokens_per_second(new_tokens, seconds),
+            "peak_memory_bytes": facts["peak_memory_bytes"],
             "processes": self.ranks.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "settings": self._settings(),
@@ -343,15 +285,17 @@ class Evaluation:
         }
 
     def _settings(self) -> dict[str, Any]:
-        settings = asdict(self.model) | asdict(self.data) | {"batch_size": self.generation.batch_size}
-        settings["model_name_or_path"] = display_name(self.model.model_name_or_path)
-        settings["adapters"] = [display_name(name) for name in self.model.adapters]
-        settings["dataset_name"] = [display_name(name) for name in self.data.dataset_name]
+        model, data, generation, _, ensemble = self.arguments
+        settings = asdict(model) | asdict(data) | asdict(ensemble) | {"batch_size": generation.batch_size}
+        for flag in ("adapters", "dataset_name", "ensemble_models"):
+            settings[flag] = settings[flag] and [display_name(name) for name in settings[flag]]
+        settings["model_name_or_path"] = display_name(model.model_name_or_path)
         return settings
 
     def _renew(self, job: Job) -> dict[str, Any]:
         """Finished results under the names, labels and metrics of this run; nothing is generated."""
-        results: dict[str, Any] = {**(job.finished or {}), "name": job.name, "labels": self.output.label_values()}
+        labels = self.arguments.output.label_values()
+        results: dict[str, Any] = {**(job.finished or {}), "name": job.row.name, "labels": labels}
         try:
             datasets = dict(results["datasets"])
             for examples in self.sets:

@@ -1,0 +1,395 @@
+"""Ensembles against what they are by definition: dictionaries of token strings, and models without a cache."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+
+from heterofusion.baselines.ensemble_cache import CachedReader
+from heterofusion.baselines.ensemble_generation import EnsembleGenerator, Member
+from heterofusion.baselines.ensemble_text import AnswerCodec, split_characters
+from heterofusion.baselines.ensembling import END, GaC, Union, UniTE
+from heterofusion.evaluation import AnswerGenerator
+from heterofusion.evaluation.generation import stop_ids
+from heterofusion.zoo import make_examples, zoo_path
+from recipe_runner import save_tokenizer
+
+KINDS = ("byte_level", "sentencepiece", "words")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """One of each kind."""
+    folder = tmp_path_factory.mktemp("words")
+    save_tokenizer(folder)
+    folders = zoo_path("llama"), zoo_path("mistral"), folder
+    return {kind: AutoTokenizer.from_pretrained(path) for kind, path in zip(KINDS, folders, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def codecs(tokenizers):
+    """With a few entries more than tokens, as vocabularies are that were padded to a round number."""
+    return {kind: AnswerCodec(tokenizer, len(tokenizer) + 3) for kind, tokenizer in tokenizers.items()}
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """Experts of the zoo with their tokenizers, by family and task."""
+    loaded = {}
+
+    def load(family: str, task: str):
+        if (family, task) not in loaded:
+            model = AutoModelForCausalLM.from_pretrained(zoo_path(family), dtype=torch.float32)
+            model = PeftModel.from_pretrained(model, zoo_path(family, task)).eval()
+            loaded[family, task] = model, AutoTokenizer.from_pretrained(zoo_path(family))
+        return loaded[family, task]
+
+    return load
+
+
+PROMPTS = [e["prompt"] for task in ("ner_kitchen", "ner_garden") for e in make_examples(task, "test", 3, seed=5)]
+
+
+def ensemble(members, method: str = "gac", top_k: int = 10, **options) -> EnsembleGenerator:
+    """An ensemble of pairs of model and tokenizer."""
+    codecs = [AnswerCodec(tokenizer, model.config.vocab_size) for model, tokenizer in members]
+    union = Union(codecs, [stop_ids(*member) for member in members])
+    vote = GaC(union) if method == "gac" else UniTE(union, codecs, top_k)
+    parts = [
+        Member(model, codec, tokenizer.pad_token_id, context=512)
+        for (model, tokenizer), codec in zip(members, codecs, strict=True)
+    ]
+    return EnsembleGenerator(parts, union, vote, **options)
+
+
+def ids_of(members, prompts=PROMPTS) -> dict:
+    return {i: [tokenizer(prompt)["input_ids"] for _, tokenizer in members] for i, prompt in enumerate(prompts)}
+
+
+def collect(generator, prompts) -> dict:
+    return {answer.index: answer for batch in generator.answers(prompts) for answer in batch}
+
+
+# ---- distributions ----------------------------------------------------------------------------------------------
+
+
+def random_probabilities(codecs, rows: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [(4 * torch.randn(rows, len(codec.pieces), generator=generator)).softmax(-1) for codec in codecs]
+
+
+def by_string(codec, stops, probabilities) -> dict[bytes | None, float]:
+    """A distribution as a dictionary; None is the end."""
+    found: dict[bytes | None, float] = {}
+    for token, value in enumerate(probabilities.tolist()):
+        piece = None if token in stops else codec.pieces[token]
+        if token in stops or piece:
+            found[piece] = found.get(piece, 0.0) + value
+    return found
+
+
+def chosen_string(union, choice: int) -> bytes | None:
+    return None if choice == END else union.pieces[choice]
+
+
+STOPS = ([1], [1, 300], [2])  # of the second, an ordinary token ends answers too
+VOTING = torch.tensor([[True, True, True], [True, True, True], [True, False, True], [False, True, False]])
+
+
+def test_gac_is_the_mean_over_token_strings(codecs):
+    codecs = [*codecs.values()]
+    union = Union(codecs, STOPS)
+    probabilities = random_probabilities(codecs)
+    mean, choices = GaC(union).mean(probabilities, VOTING), GaC(union)(probabilities, VOTING)
+    assert len(set(union.pieces)) == len(union)
+    for row, voting in enumerate(VOTING.tolist()):
+        expected: dict[bytes | None, float] = {}
+        for codec, stops, member, votes in zip(codecs, STOPS, probabilities, voting, strict=True):
+            for piece, value in by_string(codec, stops, member[row]).items() if votes else ():
+                expected[piece] = expected.get(piece, 0.0) + value / sum(voting)
+        found = {chosen_string(union, i): value for i, value in enumerate(mean[row].tolist()) if value}
+        assert found == pytest.approx(expected, abs=1e-6)
+        assert chosen_string(union, int(choices[row])) == max(expected, key=expected.__getitem__)
+
+
+@pytest.mark.parametrize("top_k", [1, 10, 10**6])
+def test_unite_is_the_mean_over_the_union_of_top_tokens(codecs, tokenizers, top_k):
+    codecs = [*codecs.values()]
+    union = Union(codecs, STOPS)
+    probabilities = random_probabilities(codecs)
+    vote = UniTE(union, codecs, top_k)
+    candidates, shares = vote.shares(probabilities, VOTING)
+    for row, voting in enumerate(VOTING.tolist()):
+        members = [
+            (codec, by_string(codec, stops, member[row]), member[row])
+            for codec, stops, member, votes in zip(codecs, STOPS, probabilities, voting, strict=True)
+            if votes
+        ]
+        top = {s for _, strings, _ in members for s in sorted(strings, key=strings.__getitem__)[-top_k:]}
+        expected = dict.fromkeys(top, 0.0)
+        for codec, strings, own in members:
+            scores = {}
+            for piece in top:
+                if piece in strings or piece is None:
+                    scores[piece] = strings.get(piece, 0.0)
+                else:
+                    ids = codec.encode(piece)[0]
+                    scores[piece] = float(own[ids[0]]) if ids else 0.0
+            logs = torch.tensor([*scores.values()]).log().softmax(0).tolist()  # the softmax of the paper, of logits
+            for piece, share in zip(scores, logs, strict=True):
+                expected[piece] += share / len(members)
+        found = {
+            chosen_string(union, candidate): share
+            for candidate, share in zip(candidates[row].tolist(), shares[row].tolist(), strict=True)
+            if share > 0
+        }
+        assert found == pytest.approx({piece: share for piece, share in expected.items() if share}, abs=1e-6)
+        choice = chosen_string(union, int(vote(probabilities, VOTING)[row]))
+        assert choice == max(expected, key=expected.__getitem__)
+
+
+# ---- texts ------------------------------------------------------------------------------------------------------
+
+TEXTS = (
+    " dish: rulzel; spice: rassin",
+    "dish",
+    "x",
+    "\n",
+    "\n\n two",
+    "  a  b",
+    "naïve ∑ é",
+    "</s>",
+    "<0x0A>",
+    "日本",
+)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_answers_are_tokenized_as_they_are(codecs, kind):
+    """No BOS, no space before, no special token that an answer only spells."""
+    codec = codecs[kind]
+    for text in TEXTS:
+        ids, whole = codec.encode(text.encode())
+        assert whole and b"".join(codec.pieces[token] for token in ids) == text.encode(), text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_prompts_and_answers_are_those_of_the_tokenizer(tokenizers, codecs, kind):
+    text = " w5 w6" if kind == "words" else " tool: axe; insect: bee"
+    ids, whole = codecs[kind].encode(text.encode())
+    assert whole and ids == tokenizers[kind](text, add_special_tokens=False)["input_ids"]
+
+
+def test_middle_of_a_character(codecs):
+    half = "é".encode()[:1]
+    for kind in ("byte_level", "sentencepiece"):
+        ids, whole = codecs[kind].encode(b" a" + half)
+        assert whole and b"".join(codecs[kind].pieces[token] for token in ids) == b" a" + half
+    words = codecs["words"]
+    known = words.encode(b" w5")[0]
+    assert words.encode(b" w5" + half) == (known, False)  # it waits
+    assert words.encode(b" w5" + half + half) == (known, False)
+    assert words.encode(b" w5" + half + b" w6") == (words.encode(b" w5 w6")[0], True)  # which never came
+
+
+def test_tokens_are_appended_or_the_answer_is_tokenized_anew(codecs):
+    codec = codecs["byte_level"]
+    token = codec.ids[b" dish"]
+    assert codec.append([7, 8], b" dish", b"?? dish") == ([7, 8, token], True)
+    assert codec.append([7, 8], b" dish: rul", b" dish: rul") == codec.encode(b" dish: rul")
+    assert codec.append([7, 8], b" dish", b"12 dish", whole=False) == codec.encode(b"12 dish")
+    # in sentencepiece vocabularies a newline is there twice: as a character, and as a byte
+    sentencepiece = codecs["sentencepiece"]
+    assert list(sentencepiece.pieces).count(b"\n") == 2
+    assert sentencepiece.append([], b"\n", b"\n") == ([sentencepiece.encode(b"a\n")[0][-1]], True)
+
+
+def test_characters_are_split():
+    assert split_characters(b"") == []
+    assert split_characters("añb".encode()) == ["añb"]
+    data = b"a\xff\xc3\xa9\xe6\x97"
+    assert split_characters(data) == ["a", b"\xff", "é", b"\xe6\x97"]
+
+
+# ---- cache ------------------------------------------------------------------------------------------------------
+
+
+def test_reader_gives_what_the_model_gives(experts):
+    """Sequences that grow by different numbers of tokens, and whose ends change; some are done before others."""
+    model, tokenizer = experts("qwen2", "ner_garden")
+    reader = CachedReader(model, tokenizer.pad_token_id)
+
+    def check(sequences, run: int, columns: int):
+        before = reader.tokens_run
+        found = reader.read(sequences)
+        assert reader.tokens_run - before == run
+        assert reader.cache.get_seq_length() == reader.mask.shape[1] == columns
+        for row, ids in enumerate(sequences):
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+
+    a, b, c = [5, 6, 7, 8, 9], [10, 11, 12], [13]
+    check([a, b, c], run=9, columns=5)
+    check([[*a, 20], [*b, 21, 22, 23], [*c, 24]], run=5, columns=8)
+    check([[*a, 20, 30], [*b, 21, 31, 32], [*c, 25]], run=4, columns=10)  # ends change, in the middle of the cache
+    check([[*a, 33], [*b, 21, 34], [*c, 35]], run=3, columns=7)  # all end earlier: what is left behind is cropped
+    check([[*a, 33], [*b, 21], [*c]], run=3, columns=6)  # nothing new: the last token gives the distribution
+    reader.keep([0, 2])
+    check([[*a, 33, 36], [*c, 37]], run=2, columns=7)
+
+
+def test_reader_of_a_sliding_window():
+    """What a window has left behind can be needed again."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    reader = CachedReader(model, 0)
+    for ids in ([*range(1, 11)], [*range(1, 13)], [*range(1, 8), 20, 21]):
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
+        torch.testing.assert_close(reader.read([ids])[0], expected, atol=1e-6, rtol=1e-4)
+    assert reader.tokens_run == 10 + 2 + 2
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gac", "unite"])
+def test_identical_members_are_the_single_model(experts, method):
+    model, tokenizer = experts("llama", "ner_kitchen")
+    members = [(model, tokenizer)] * 2
+    generator = ensemble(members, method, max_new_tokens=32, batch_size=4)
+    found = collect(generator, ids_of(members))
+    single = AnswerGenerator(model, tokenizer, max_new_tokens=32, batch_size=4)
+    expected = collect(single, {i: lists[0] for i, lists in ids_of(members).items()})
+    assert found == expected
+    assert generator.tokens_run == generator.tokens_needed  # nothing is run twice
+
+
+def naive_answer(members, prompt: str, max_new_tokens: int) -> tuple[str, int]:
+    """GaC without a cache, a batch, or tensors over a union."""
+    codecs = [AnswerCodec(tokenizer, model.config.vocab_size) for model, tokenizer in members]
+    prompts = [tokenizer(prompt)["input_ids"] for _, tokenizer in members]
+    ids: list[list[int]] = [[] for _ in members]
+    text, count = b"", 0
+    for _ in range(max_new_tokens):
+        count += 1
+        mean: dict[bytes | None, float] = {}
+        for (model, tokenizer), codec, start, answer in zip(members, codecs, prompts, ids, strict=True):
+            with torch.no_grad():
+                own = model(input_ids=torch.tensor([start + answer])).logits[0, -1].softmax(-1)
+            for piece, value in by_string(codec, stop_ids(model, tokenizer), own).items():
+                mean[piece] = mean.get(piece, 0.0) + value / len(members)
+        piece = max(mean, key=mean.__getitem__)
+        if piece is None:
+            break
+        text += piece
+        ids = [
+            [*answer, codec.ids[piece]] if piece in codec.ids else codec.encode(text)[0]
+            for codec, answer in zip(codecs, ids, strict=True)
+        ]
+    return text.decode(errors="replace"), count
+
+
+def test_members_of_three_families_are_the_naive_ensemble(experts):
+    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden"), experts("mistral", "ner_garden")]
+    generator = ensemble(members, max_new_tokens=20, batch_size=4)
+    found = collect(generator, ids_of(members))
+    for index, prompt in enumerate(PROMPTS):
+        assert (found[index].text, found[index].new_tokens) == naive_answer(members, prompt, 20)
+    for run, needed in zip(generator.tokens_run, generator.tokens_needed, strict=True):
+        assert needed * 0.99 <= run < needed * 1.1  # without the cache, it would be more than ten times as much
+
+
+def test_unite_of_two_families_keeps_both_caches(experts):
+    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden")]
+    generator = ensemble(members, "unite", max_new_tokens=20)
+    found = collect(generator, ids_of(members))
+    assert all(answer.text and answer.new_tokens > 1 for answer in found.values())
+    assert all(run < needed * 1.1 for run, needed in zip(generator.tokens_run, generator.tokens_needed, strict=True))
+    alone = collect(ensemble(members, "unite", max_new_tokens=20, batch_size=1), ids_of(members))
+    assert alone == found
+
+
+class Scripted(torch.nn.Module):
+    """A model that wants the next of some tokens, whatever it reads; keeps what it read."""
+
+    def __init__(self, script: list[int], vocabulary: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.dtype = torch.float32
+        self.script, self.vocabulary = iter(script), vocabulary
+
+    def forward(self, input_ids, attention_mask, past_key_values, use_cache):
+        keys = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+        past_key_values.update(keys, keys, 0)
+        logits = torch.full((len(input_ids), 1, self.vocabulary), -20.0)
+        logits[:, :, next(self.script)] = 20.0
+        return type("Output", (), {"logits": logits})
+
+
+def test_a_character_in_bytes_with_a_member_that_knows_words_only(codecs):
+    """The second member waits for the end of the character, and does not vote in the middle of it."""
+    byte_level, words = codecs["byte_level"], codecs["words"]
+    first, second = (byte_level.ids[bytes([byte])] for byte in "é".encode())
+    w5 = words.ids[b" w5"]
+    # what the second one wants in the middle would win if it counted: its token comes first in the union
+    scripts = [[first, second, 1], [2, w5, 2]]
+    members = [
+        Member(Scripted(script, len(codec.pieces)), codec, 0)
+        for script, codec in zip(scripts, (byte_level, words), strict=True)
+    ]
+    union = Union([words, byte_level], [[2], [1]])
+    union.columns.reverse()
+
+    said = []
+
+    class First(GaC):
+        def __call__(self, probabilities, voting):
+            said.append(voting.tolist())
+            return super().__call__([probabilities[0], probabilities[1] * 0.9], voting)
+
+    answers = collect(EnsembleGenerator(members, union, First(union), 5), {0: [[5, 6], [4]]})
+    assert answers[0].text == "é" and answers[0].new_tokens == 3
+    assert said == [[[True, True]], [[True, False]], [[True, True]]]
+
+
+def test_answers_end_where_a_member_has_no_more_room(experts):
+    members = [experts("llama", "ner_kitchen"), experts("mistral", "ner_kitchen")]
+    generator = ensemble(members, max_new_tokens=20)
+    prompts = ids_of(members, PROMPTS[:1])
+    whole = collect(generator, prompts)[0]
+    room = len(prompts[0][1]) + 3
+    generator.members = [generator.members[0], Member(*members[1][:1], generator.members[1].codec, 0, context=room)]
+    short = collect(generator, prompts)[0]
+    assert short.new_tokens == 3 < whole.new_tokens and whole.text.startswith(short.text)
+
+
+def test_memory_that_runs_out_halves_the_batch(experts, monkeypatch):
+    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden")]
+    expected = collect(ensemble(members, max_new_tokens=4), ids_of(members))
+    read = CachedReader.read
+
+    def limited(self, sequences):
+        if len(sequences) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return read(self, sequences)
+
+    monkeypatch.setattr(CachedReader, "read", limited)
+    generator = ensemble(members, max_new_tokens=4)
+    assert collect(generator, ids_of(members)) == expected
+    assert generator.batch_size == 3
+    with pytest.raises(ValueError, match="--batch_size 5 does not fit into memory"):
+        collect(ensemble(members, batch_size=5), ids_of(members))
+
+
+def test_prompt_without_tokens_raises(experts):
+    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden")]
+    with pytest.raises(ValueError, match="prompt 7 has no tokens"):
+        collect(ensemble(members), {7: [[1, 2], []]})
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        ensemble(members, max_new_tokens=0)

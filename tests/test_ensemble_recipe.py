@@ -1,0 +1,202 @@
+"""recipes/eval.py --ensemble: results, resuming, processes, and what is refused."""
+
+import sys
+
+import pytest
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from heterofusion.baselines import ensemble_row
+from heterofusion.baselines.ensemble_generation import EnsembleGenerator
+from heterofusion.zoo import zoo_path
+from recipe_runner import ROOT, contents, error_line, flags, shell
+
+pytest_plugins = ["eval_runner"]
+BASES = [zoo_path("llama"), zoo_path("qwen2")]
+EXPERTS = [zoo_path("llama", "ner_kitchen"), zoo_path("qwen2", "ner_garden")]
+
+
+@pytest.fixture(scope="module")
+def settings(test_sets) -> dict:
+    """Flags of an ensemble, but for the folder."""
+    return {
+        "model_name_or_path": BASES[0], "ensemble": "gac", "ensemble_models": BASES, "adapters": EXPERTS,
+        "dataset_name": [*test_sets.values()], "max_examples": 6, "max_new_tokens": 24, "batch_size": 2,
+        "use_cpu": True,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """An ensemble of two families: its folder and results."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, run({**settings, "output_dir": folder})
+
+
+@pytest.fixture
+def values(settings, tmp_path) -> dict:
+    return {**settings, "output_dir": tmp_path / "out"}
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
+    generate = EnsembleGenerator._generate
+
+    def after(batches: int | None) -> list[int]:
+        sizes: list[int] = []
+
+        def killed(self, prompts):
+            if len(sizes) == batches:
+                raise Killed
+            sizes.append(len(prompts))
+            return generate(self, prompts)
+
+        monkeypatch.setattr(EnsembleGenerator, "_generate", killed)
+        return sizes
+
+    return after
+
+
+# ---- results ----------------------------------------------------------------------------------------------------
+
+
+def test_results_are_one_row_of_all_members(whole):
+    folder, found = whole
+    assert files(folder) == [
+        "predictions/ner_kitchen.jsonl", "predictions/re_town.jsonl", "results.json", "state.json"
+    ]  # fmt: skip
+    assert (found["name"], found["models_at_inference"], found["needs_task_id"]) == ("gac", 2, False)
+    assert [member["adapter"]["name"] for member in found["members"]] == ["ner_kitchen", "ner_garden"]
+    assert (found["adapter"], found["fusion"]) == (None, None)
+    made_by = found["made_by"]
+    assert (made_by["kind"], made_by["method"], made_by["ran_source_models"]) == ("ensemble", "gac", True)
+    assert found["peak_memory_bytes"] > 10**8 and found["tokens_per_second"] > 0
+    assert found["generation"]["batch_size"] == 2 and found["generation"]["max_prompt_length"] == 512 - 24
+    assert "/" not in str(found["settings"])
+
+
+def test_two_copies_answer_as_one_model(values, tmp_path):
+    expert = {"ensemble_models": None, "adapters": [EXPERTS[0]] * 2}
+    both = run(values, **expert, ensemble="unite", unite_top_k=3, name="twice")
+    alone = run(
+        {**values, "output_dir": tmp_path / "alone"}, adapters=[EXPERTS[0]], ensemble=None, ensemble_models=None
+    )
+    assert both["name"] == "twice"
+    for label in both["datasets"]:
+        assert predictions(values["output_dir"], label) == predictions(tmp_path / "alone", label)
+    assert both["mean"] == alone["mean"] and both["new_tokens"] == alone["new_tokens"]
+
+
+def test_merged_members_answer_as_they_do_unmerged(values, whole):
+    run(values, merge_adapters=True)
+    assert predictions(values["output_dir"]) == predictions(whole[0])
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_same(whole, settings, tmp_path):
+    folder, found = whole
+    out = tmp_path / "two"
+    done = shell(
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu_ddp.yaml",
+        ROOT / "recipes/eval.py", *flags({**settings, "output_dir": out}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = results(out)
+    assert two["processes"] == 2 and scores(two) == scores(found)
+    assert files(out) == files(folder)
+    for label in found["datasets"]:
+        assert predictions(out, label) == predictions(folder, label)
+
+
+def test_interrupted_ensemble_goes_on(values, whole, kill_after):
+    kill_after(4)
+    fails_inside(values)
+    sizes = kill_after(None)
+    found = run(values, resume=True)
+    assert sizes == [2, 2]  # of six batches, four were there
+    assert scores(found) == scores(whole[1])
+    assert all(predictions(values["output_dir"], label) == predictions(whole[0], label) for label in found["datasets"])
+    sizes = kill_after(0)
+    assert run(values, resume=True) == found and sizes == []
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_restored):
+    kill_after(1)
+    fails_inside(values)
+    before = contents(values["output_dir"])
+    for field, changes in {
+        "ensemble: gac, this one has unite": {"ensemble": "unite"},
+        "members: 2, this one has 3": {"adapters": [*EXPERTS, "none"], "ensemble_models": [*BASES, BASES[0]]},
+        "member 2 adapter": {"adapters": [EXPERTS[0], "none"]},
+        "member 1 base_files": {"adapters": EXPERTS[::-1], "ensemble_models": BASES[::-1]},
+        "max_new_tokens: 24, this one has 23": {"max_new_tokens": 23},
+        "ensemble: gac, this one has None": {"ensemble": None, "ensemble_models": None, "adapters": EXPERTS[:1]},
+    }.items():
+        argv = flags({**values, **changes, "resume": True})
+        error_line(capsys, evaluation.main, argv, "holds an evaluation with another", field)
+    assert contents(values["output_dir"]) == before
+
+
+@pytest.fixture
+def refused(values, capsys, logging_restored, monkeypatch):
+    """Run an ensemble with some flags changed; it must fail as a user's error does, before weights are loaded."""
+
+    def no_weights(*args, **kwargs):
+        raise AssertionError("a base model was loaded before the error")
+
+    monkeypatch.setattr("heterofusion.evaluation.models.load_base", no_weights)
+
+    def check(*words: object, **changed: object) -> None:
+        error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
+        assert not values["output_dir"].exists()
+
+    return check
+
+
+def test_flags_that_do_not_belong_together(refused, tmp_path):
+    refused("--ensemble gac needs two members", "--adapters has 1", adapters=EXPERTS[:1], ensemble_models=BASES[:1])
+    refused("--ensemble_models has 1 values, but --adapters has 2", ensemble_models=BASES[:1])
+    refused("--ensemble_models is for ensembles", "give --ensemble", ensemble=None)
+    refused(f"--model_name_or_path {zoo_path('mistral')} is not among", model_name_or_path=zoo_path("mistral"))
+    refused("--model_revision main cannot be of all", model_revision="main")
+    refused("--unite_top_k is 0", "at least 1", ensemble="unite", unite_top_k=0)
+    refused("--unite_top_k 5 is for --ensemble unite", unite_top_k=5)
+    refused("invalid choice: 'mean'", "gac", "unite", ensemble="mean")
+    refused("--names names adapters, but --ensemble gac", "--name", names=["a", "b"])
+    refused("--adapter_per_dataset and --ensemble exclude each other", adapter_per_dataset=True)
+    refused("--cache_implementation static cannot be cropped", cache_implementation="static")
+    refused("--merge_adapters", "quantized", merge_adapters=True, load_in_4bit=True)
+    refused("--max_new_tokens 600 leaves no room", max_new_tokens=600)
+
+
+def test_members_that_cannot_be(refused, base_dir, tmp_path):
+    refused(f"adapter {EXPERTS[1]} does not fit base model {BASES[0]}", ensemble_models=None)
+    refused("adapter folder", tmp_path / "no", "does not exist", adapters=[EXPERTS[0], tmp_path / "no"])
+    base = AutoModelForCausalLM.from_pretrained(BASES[1])
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path)
+    refused("puts tokens before the prompt", "name a LoRA adapter", adapters=[EXPERTS[0], tmp_path])
+    linear = tmp_path / "linear"
+    config = Qwen3NextConfig(vocab_size=64, hidden_size=16, num_hidden_layers=4, intermediate_size=16, num_experts=2)
+    config.save_pretrained(linear)
+    for path in base_dir.glob("tokenizer*"):
+        (linear / path.name).write_bytes(path.read_bytes())
+    changes = {"adapters": [EXPERTS[0], "none"], "ensemble_models": [BASES[0], linear]}
+    refused("keeps a running state in place of keys and values", linear, **changes)
+
+
+def test_member_with_a_slow_tokenizer(refused, monkeypatch):
+    tokenizer = ensemble_row.adapter_tokenizer
+
+    class Slow:
+        name_or_path, pad_token_id = "slow", 0
+
+    def second_is_slow(model, adapter):
+        return Slow() if model.model_name_or_path == str(BASES[1]) else tokenizer(model, adapter)
+
+    monkeypatch.setattr(ensemble_row, "adapter_tokenizer", second_is_slow)
+    refused("tokenizer of 'slow' has no fast version")

@@ -1,0 +1,158 @@
+"""What results tell of what answered: adapters of one data set each, what made them, results of several runs."""
+
+import json
+import shutil
+
+import pytest
+
+from eval_runner import TASKS, Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from heterofusion.evaluation.generation import AnswerGenerator
+from heterofusion.evaluation.results import join_results
+from heterofusion.zoo import zoo_path
+from recipe_runner import error_line, flags
+
+pytest_plugins = ["eval_runner"]
+EXPERTS = [zoo_path("llama", task) for task in TASKS]
+
+
+def made_by(kind: str, method: str, seconds: float = 1.0) -> dict:
+    return {"kind": kind, "method": method, "seed": 0, "cost": {"seconds": seconds}}
+
+
+@pytest.fixture
+def both(values, test_sets) -> dict:
+    """Flags of two experts, each on its own task."""
+    return {
+        **values, "adapters": EXPERTS, "dataset_name": [*test_sets.values()], "adapter_per_dataset": True,
+        "max_examples": 4,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(test_sets, tmp_path_factory) -> dict:
+    """Each of the two on its own: folder and results by task."""
+    found = {}
+    for task, expert in zip(TASKS, EXPERTS, strict=True):
+        folder = tmp_path_factory.mktemp(task) / "out"
+        values = {
+            "model_name_or_path": zoo_path("llama"), "adapters": [expert], "dataset_name": [test_sets[task]],
+            "max_new_tokens": 40, "batch_size": 4, "output_dir": folder, "use_cpu": True, "max_examples": 4,
+        }  # fmt: skip
+        found[task] = folder, run(values)
+    return found
+
+
+# ---- adapters of one data set each ------------------------------------------------------------------------------
+
+
+def test_each_adapter_answers_its_own_data_set(both, alone):
+    found = run(both, name="experts")
+    assert (found["name"], found["needs_task_id"], found["models_at_inference"]) == ("experts", True, 1)
+    assert found["adapter"] is None
+    assert {label: adapter["name"] for label, adapter in found["adapters"].items()} == {task: task for task in TASKS}
+    for task in TASKS:
+        folder, single = alone[task]
+        assert predictions(both["output_dir"], task) == predictions(folder, task)
+        assert found["datasets"][task]["score"] == single["datasets"][task]["score"] > 0.5
+    assert files(both["output_dir"]) == [
+        "predictions/ner_kitchen.jsonl", "predictions/re_town.jsonl", "results.json", "state.json"
+    ]  # fmt: skip
+
+
+def test_interrupted_row_goes_on_with_the_adapter_that_is_missing(both, monkeypatch, capsys, logging_restored):
+    """Of three batches, one is of the second adapter; another order of the adapters is another evaluation."""
+    generate = AnswerGenerator._generate
+    sizes: list[int] = []
+
+    def killed(self, prompts, config):
+        if len(sizes) == 3:
+            raise Killed
+        sizes.append(len(prompts))
+        return generate(self, prompts, config)
+
+    monkeypatch.setattr(AnswerGenerator, "_generate", killed)
+    both["batch_size"] = 2
+    fails_inside(both)
+    argv = flags({**both, "adapters": EXPERTS[::-1], "resume": True})
+    error_line(capsys, evaluation.main, argv, "another adapter_per_dataset ner_kitchen")
+    monkeypatch.undo()
+    resumed = run(both, resume=True)
+    folder = both["output_dir"].with_name("again")
+    expected = run({**both, "output_dir": folder})
+    assert scores(resumed) == scores(expected)
+    assert all(predictions(both["output_dir"], task) == predictions(folder, task) for task in TASKS)
+
+
+def test_flags_of_a_row_with_an_adapter_per_data_set(both, capsys, logging_restored):
+    for words, changes in {
+        "--adapters has 1 values, but --dataset_name has 2": {"adapters": EXPERTS[:1]},
+        "--names names adapters, but --adapter_per_dataset": {"names": ["a", "b"]},
+        "does not exist": {"adapters": [EXPERTS[0], "no/such"]},
+    }.items():
+        error_line(capsys, evaluation.main, flags({**both, **changes}), words)
+    assert not both["output_dir"].exists()
+
+
+# ---- what made an adapter ---------------------------------------------------------------------------------------
+
+
+def test_record_beside_an_adapter_is_taken_over(values, tmp_path, capsys, logging_restored):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(EXPERTS[0], adapter)
+    quick = {**values, "adapters": [adapter], "max_examples": 1, "max_new_tokens": 2, "overwrite": True}
+    found = run(quick)
+    assert (found["made_by"], found["models_at_inference"], found["needs_task_id"]) == (None, 1, False)
+    assert found["peak_memory_bytes"] > 10**8
+    for name in ("expert.json", "merge.json"):  # the first of the kinds of records counts
+        (adapter / name).write_text(json.dumps({"made_by": made_by(name, "m")}))
+        assert run(quick)["made_by"] == made_by(name, "m")
+    for damaged in ("{", "[]", '{"made_by": 3}'):
+        (adapter / "merge.json").write_text(damaged)
+        assert evaluation.main(flags(quick)) == 0
+        assert results(values["output_dir"])["made_by"] is None
+        assert "merge.json is of another program or damaged" in capsys.readouterr().err
+
+
+def test_adapters_of_one_method_have_its_record(both, tmp_path):
+    adapters = []
+    for number, expert in enumerate(EXPERTS):
+        adapters.append(tmp_path / f"adapter-{number}")
+        shutil.copytree(expert, adapters[-1])
+        (adapters[-1] / "merge.json").write_text(json.dumps({"made_by": made_by("merge", "emr", number)}))
+    quick = {**both, "adapters": adapters, "max_examples": 1, "max_new_tokens": 2, "overwrite": True}
+    assert run(quick)["made_by"] == made_by("merge", "emr", 0)
+    (adapters[1] / "merge.json").write_text(json.dumps({"made_by": made_by("merge", "ties")}))
+    assert run(quick)["made_by"] is None
+
+
+# ---- joined results ---------------------------------------------------------------------------------------------
+
+
+def test_joined_results_are_one_row(alone):
+    parts = [alone[task][1] for task in TASKS]
+    joined = join_results(parts)
+    assert joined["datasets"] == {**parts[0]["datasets"], **parts[1]["datasets"]}
+    assert joined["mean"] == pytest.approx((parts[0]["mean"] + parts[1]["mean"]) / 2)
+    assert joined["seconds"] == pytest.approx(parts[0]["seconds"] + parts[1]["seconds"])
+    assert joined["new_tokens"] == parts[0]["new_tokens"] + parts[1]["new_tokens"]
+    assert joined["tokens_per_second"] == pytest.approx(joined["new_tokens"] / joined["seconds"], rel=0.01)
+    assert joined["peak_memory_bytes"] == max(part["peak_memory_bytes"] for part in parts)
+    assert (joined["name"], joined["labels"]) == (parts[0]["name"], parts[0]["labels"])
+    assert (joined["needs_task_id"], joined["models_at_inference"]) == (True, 2)
+    assert (joined["adapter"], joined["base_model"]) == (None, "base")
+    assert [part["datasets"] for part in joined["parts"]] == [["ner_kitchen"], ["re_town"]]
+    assert [part["adapter"]["name"] for part in joined["parts"]] == [*TASKS]
+    assert joined.keys() == parts[0].keys() | {"parts"}
+    other = {**parts[1], "base_model": "other", "made_by": made_by("merge", "emr")}
+    assert join_results([parts[0], other])["base_model"] is None
+    assert join_results([{**parts[0], "made_by": other["made_by"]}, other])["made_by"] == other["made_by"]
+
+
+def test_results_that_cannot_be_joined_raise(alone):
+    part = alone["ner_kitchen"][1]
+    with pytest.raises(ValueError, match="no results to join"):
+        join_results([])
+    with pytest.raises(ValueError, match="have the data set 'ner_kitchen'; join disjoint ones only"):
+        join_results([part, part])
+    with pytest.raises(ValueError, match="part 2 of the results to join has no datasets"):
+        join_results([part, {"name": "x"}])

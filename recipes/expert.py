@@ -11,21 +11,18 @@ the end.
 """
 
 import logging
-import shutil
 import sys
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
-from heterofusion.diagnostics import DIAGNOSTICS_FILE, run_metrics
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.expert import (
     EXPERT_ARGUMENTS,
@@ -33,21 +30,18 @@ from heterofusion.expert import (
     ExpertConfig,
     ExpertModelArguments,
     check_finite,
-    is_at_end,
 )
 from heterofusion.expert_lora import ExpertLora, check_expert_checkpoint, choose_lora
 from heterofusion.expert_record import expert_record, write_record
+from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_adapter
 from heterofusion.loading import (
     base_skeleton,
-    check_output_dir,
     check_run_flags,
     check_token_ids,
     load_base,
     load_tokenizer,
 )
-from heterofusion.progress import checkpoint_folders, last_checkpoint, resume_wish
-from heterofusion.provenance import EXPERT_FILE, PROVENANCE_FILE
 
 logger = logging.getLogger("heterofusion.expert")
 
@@ -66,7 +60,7 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir).absolute()
     if planned.initial is not None and planned.initial.folder == folder.resolve():
         raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
-    resume = find_checkpoint(args, folder, output.overwrite, planned)
+    resume = find_checkpoint(args, output.overwrite, lambda found: check_expert_checkpoint(found, planned))
     tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
     examples, report = build_replay(data, tokenizer, kind="training")
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
@@ -86,7 +80,7 @@ def main(argv: list[str]) -> None:
         data_collator=make_collator(tokenizer),
         callbacks=[ExpertCallback(planned.write_state)],
     )
-    metrics = train(trainer, resume)
+    metrics = run_training(trainer, resume)
     check_finite(model)
     try:
         trainer.save_model()  # the tokenizer too
@@ -111,30 +105,6 @@ def main(argv: list[str]) -> None:
         logger.info("pushed: %s", address)
 
 
-def find_checkpoint(args: ExpertConfig, folder: Path, overwrite: bool, lora: ExpertLora) -> Path | None:
-    """The checkpoint that the run resumes from, None to start anew."""
-    wish = resume_wish(args)
-    check_output_dir(args.output_dir, resuming=wish is not None, overwrite=overwrite)
-    resume = last_checkpoint(folder) if wish is True else wish
-    if isinstance(resume, Path):
-        check_expert_checkpoint(resume, lora)
-        return resume
-    return None
-
-
-def clear_remains(folder: Path, main: bool, keep_checkpoints: bool) -> None:
-    """Remove what an earlier run left and a later one would take for this run's. All ranks together."""
-    ranks = PartialState()
-    ranks.wait_for_everyone()
-    if main:
-        for path in [] if keep_checkpoints else checkpoint_folders(folder):
-            logger.info("--overwrite: removing %s", path)
-            shutil.rmtree(path)
-        for name in (EXPERT_FILE, PROVENANCE_FILE, DIAGNOSTICS_FILE):
-            (folder / name).unlink(missing_ok=True)
-    ranks.wait_for_everyone()
-
-
 def load_model(base: ExpertModelArguments, lora: ExpertLora, args: ExpertConfig) -> PeftModel:
     """Load the base and give it the LoRA, the same for the same seed."""
     model = load_base(base, args.use_cpu, base.trust_remote_code)
@@ -143,24 +113,6 @@ def load_model(base: ExpertModelArguments, lora: ExpertLora, args: ExpertConfig)
     trainable, total = expert.get_nb_trainable_parameters()
     logger.info("LoRA: %s trainable parameters of %s", f"{trainable:,}", f"{total:,}")
     return expert
-
-
-def train(trainer: Trainer, resume: Path | None) -> dict[str, float]:
-    """Train and evaluate; gives the metrics."""
-    if resume is not None and is_at_end(resume, trainer.args):
-        logger.info("%s is of the last step: nothing is left to train", resume)
-        trainer.state = trainer.state.load_from_json(str(resume / "trainer_state.json"))
-        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer.model.load_adapter(best or str(resume), "default", is_trainable=True)
-        metrics = {}
-    else:
-        metrics = trainer.train(resume_from_checkpoint=None if resume is None else str(resume)).metrics
-    metrics = run_metrics(metrics, trainer.state.log_history)
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    trainer.log_metrics("all", metrics)
-    trainer.save_state()
-    return metrics
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_adapter(folder).state_dict()
 
 
-def test_train_only_lora_b_keeps_lora_a_bit_for_bit(tuned_b):
+def test_train_only_lora_b_keeps_lora_a_bit_for_bit(tuned_b, values):
     before, after = weights(TARGET), weights(tuned_b)
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert torch.equal(tensor, after[key]) == key.endswith("lora_A.weight"), key
     assert load_adapter(tuned_b).config["lora_alpha"] == load_adapter(TARGET).config["lora_alpha"]
+    assert load_adapter(tuned_b).base_model == str(values["model_name_or_path"])  # not one that may be out of reach
 
 
 def test_both_factors_move_without_train_only(values, tmp_path):

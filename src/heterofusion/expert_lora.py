@@ -103,6 +103,8 @@ def plan_initial(skeleton: PreTrainedModel, adapter: LoraAdapter) -> LoraConfig:
     check_base_fits(skeleton, adapter)
     config = LoraConfig.from_pretrained(str(adapter.folder))
     config.inference_mode = False
+    # as of a new LoRA; PEFT looks this base up when it saves, on the Hub if need be
+    config.base_model_name_or_path = skeleton.config.name_or_path
     return config
 
 

@@ -1,0 +1,142 @@
+"""Distil source experts into the target's LoRA adapter, as FuseLLM does: a baseline that runs every expert.
+
+    accelerate launch --config_file accelerate_configs/single.yaml recipes/distill.py \
+        --model_name_or_path BASE --init_adapter ANCHOR \
+        --teacher_models BASE1 BASE2 --teacher_adapters EXPERT1 EXPERT2 \
+        --dataset_name replay_a.json replay_b.json --output_dir student
+
+Teachers may be of any family; each runs once over the replay, in its own tokenizer and chat template, and what it
+thinks of the answers is kept in --logits_cache for further runs. The first process runs them while others wait (as
+long as --ddp_timeout lets them). Data flags are those of a fusion, training flags those of recipes/expert.py. The
+result is an ordinary PEFT adapter with distillation.json beside it. With --push_to_hub true --hub_model_id NAME it
+goes to the Hub at the end.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.baselines.distillation import (
+    DISTILL_ARGUMENTS,
+    DistillationTrainer,
+    DistillCollator,
+    check_distill_state,
+    write_distill_state,
+)
+from heterofusion.baselines.distillation_record import (
+    distillation_record,
+    made_by_distillation,
+    save_student,
+    training_record,
+)
+from heterofusion.baselines.fusellm import fuse_labels
+from heterofusion.baselines.teachers import collect_soft_labels, find_target, find_teachers
+from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
+from heterofusion.data import build_eval
+from heterofusion.engines import refuse_data_parallel
+from heterofusion.expert import ExpertCallback, LoraArguments, check_finite
+from heterofusion.expert_lora import check_expert_checkpoint, choose_lora
+from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
+from heterofusion.hub import push_adapter
+from heterofusion.loading import base_skeleton, check_run_flags, check_token_ids, load_base
+
+logger = logging.getLogger("heterofusion.distill")
+
+
+@command
+def main(argv: list[str]) -> None:
+    base, distill, data, output, args = parse_arguments(DISTILL_ARGUMENTS, argv, __doc__)
+    set_up_logging(logging.INFO if args.log_level == "passive" else args.get_process_log_level(), hold=True)
+
+    # everything that can be checked is checked before any model is loaded
+    check_run_flags(args, data)
+    refuse_data_parallel(args)
+    cache = distill.cache()
+    skeleton = base_skeleton(base, base.trust_remote_code)
+    wanted = LoraArguments(
+        init_adapter=distill.init_adapter, init_revision=distill.init_revision, lora_dropout=distill.lora_dropout
+    )
+    lora = choose_lora(skeleton, wanted)
+    folder = Path(args.output_dir).absolute()
+    if lora.initial.folder == folder.resolve():
+        raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+    target, report = find_target(base, lora.initial, args.use_cpu, data)
+    evaluation = build_eval(data, target.tokenizer)[0] if data.eval_dataset_name else None
+    check_token_ids([evaluation], skeleton.config)
+    teachers = find_teachers(distill.bases(), distill.teacher_adapters, target.base, data, report)
+    models = [target, *teachers]
+    state = {
+        "distill_lambda": args.distill_lambda,
+        "top_k_logits": distill.top_k_logits,
+        "teachers": [[*model.record().values()] for model in teachers],
+        "examples": target.digest(),
+    }
+
+    def check(checkpoint: Path) -> None:
+        check_expert_checkpoint(checkpoint, lora)
+        check_distill_state(checkpoint, state)
+
+    def add_state(checkpoint: Path) -> None:
+        lora.write_state(checkpoint)
+        write_distill_state(checkpoint, state)
+
+    resume = find_checkpoint(args, output.overwrite, check)
+
+    release_logging()
+    logger.info("replay data:\n%s", "\n".join(report.summary()))
+    soft_labels = collect_soft_labels(models, cache, distill.top_k_logits, distill.teacher_batch_size, args.device)
+    examples, fusion = fuse_labels(models, soft_labels, cache)
+    for model, picked, entropy in zip(models, fusion.picked, fusion.mean_cross_entropy, strict=True):
+        logger.info("%s: picked for %d examples, %.2f nats per answer", model.name, picked, entropy)
+    logger.info(
+        "%.1f%% of the answers' tokens are aligned one to one, %.1f%% have a model's distribution",
+        100 * fusion.one_to_one,
+        100 * fusion.soft,
+    )
+
+    model = load_base(base, args.use_cpu, base.trust_remote_code)
+    model.config.use_cache = False
+    model = lora.put_on(model, args.seed)
+    clear_remains(folder, args.should_save, keep_checkpoints=resume is not None)
+    push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
+    trainer = DistillationTrainer(
+        model,
+        args,
+        train_dataset=examples,
+        eval_dataset=evaluation,
+        processing_class=target.tokenizer,
+        data_collator=DistillCollator(target.tokenizer),
+        callbacks=[ExpertCallback(add_state)],
+    )
+    metrics = run_training(trainer, resume)
+    check_finite(model)
+    record = distillation_record(
+        base.model_name_or_path,
+        lora.initial,
+        models,
+        fusion,
+        {name: state[name] for name in ("distill_lambda", "top_k_logits")},
+        training_record(args, trainer.state.global_step, report.to_dict()),
+        metrics,
+        made_by_distillation(args, fusion, metrics),
+    )
+    save_student(trainer, record)
+    logger.info("student written to %s", folder)
+    trainer.accelerator.wait_for_everyone()
+    if push and is_main_process():
+        address = push_adapter(
+            folder,
+            args.hub_model_id or folder.resolve().name,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            revision=args.hub_revision,
+            commit_message="Upload distilled LoRA adapter",
+        )
+        logger.info("pushed: %s", address)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

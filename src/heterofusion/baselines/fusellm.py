@@ -1,0 +1,246 @@
+"""FuseLLM's fused labels: per example the distributions of the best teacher, in the target's tokens.
+
+MinCE picks, per example, the model of lowest cross-entropy on the answer. The target itself is one of them, as it is
+before the distillation: where it wins, its own first distributions are what it is held to. Cross-entropies are of the
+answer as a whole, in nats: all models predict the same text, so that they can be compared whatever the tokenizer (a
+mean over each model's own tokens, which FuseLLM's published code takes, would favour the finer tokenizer).
+
+Where DTW aligns one token of the teacher with one of the target, and MinED maps the one to the other, the label is the
+teacher's top k, mapped to the target's vocabulary by MinED and renormalized; elsewhere it is the target's token
+itself. (The second condition is that of FuseLLM's published code: DTW also pairs ` til` with ` tilken`, whose
+distributions are not of the same thing.)
+
+Origin: FuseLLM, arXiv 2401.10491, sections 3.2 and 3.3.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from heterofusion.baselines.alignment import AnswerSymbols, one_to_one
+from heterofusion.baselines.soft_labels import SoftLabels
+from heterofusion.baselines.teachers import Teacher
+from heterofusion.baselines.tokens import token_bytes
+from heterofusion.baselines.vocabulary import UNMAPPED, VocabularyMap, tokenizer_fingerprint
+from heterofusion.evaluation.ranks import all_together
+from heterofusion.formats import IGNORE_INDEX
+
+TEACHER_IDS, TEACHER_PROBS = "teacher_ids", "teacher_probs"  # columns of the examples
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """How the labels came about.
+
+    Attributes:
+        picked: per model, the target first, how many examples MinCE gave it.
+        mean_cross_entropy: per model, nats per answer.
+        one_to_one: share of the answers' tokens that DTW aligns one to one; all, where the target was picked.
+        soft: share of the answers' tokens whose label is a model's distribution and no single token.
+        seconds: for running all models, mapping and aligning; what came from disk counts as long as it once took.
+    """
+
+    picked: list[int]
+    mean_cross_entropy: list[float]
+    one_to_one: float
+    soft: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FusedAnswer:
+    """The labels of one answer of n tokens.
+
+    Attributes:
+        ids: (n, k) token ids of the target.
+        probs: (n, k) their probabilities, which add up to 1; a token of probability 0 fills a place.
+        one_to_one: number of tokens that are aligned one to one.
+        soft: number of tokens whose label is a model's distribution.
+    """
+
+    ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    one_to_one: int
+    soft: int
+
+
+def fuse_labels(models: Sequence[Teacher], labels: Sequence[SoftLabels], folder: Path) -> tuple[Dataset, FusionReport]:
+    """Give the target's examples the fused labels. All ranks together.
+
+    Args:
+        models: the target as it is now, and the teachers.
+        labels: their soft labels.
+        folder: where the maps of vocabularies are kept.
+
+    Returns:
+        The target's examples with `teacher_ids` and `teacher_probs`, both (answer tokens, k), and the report.
+    """
+    ranks = PartialState()
+    target = models[0]
+    choice = min_ce([item.cross_entropy for item in labels])
+    used = sorted(set(choice.tolist()) - {0})
+    maps: dict[str, VocabularyMap] = {}  # by tokenizer: teachers may share one
+    names = {index: tokenizer_fingerprint(models[index].tokenizer) for index in used}
+
+    def fill_maps() -> None:
+        for index in used:
+            if names[index] not in maps:
+                maps[names[index]] = VocabularyMap(models[index].tokenizer, target.tokenizer, folder)
+            rows = np.repeat(choice == index, np.diff(labels[index].offsets))  # (tokens,)
+            wanted = np.union1d(labels[index].top_ids[rows], labels[index].tokens[rows])
+            maps[names[index]].map(wanted.tolist(), shown=ranks.is_main_process)
+
+    with all_together(ranks):
+        if ranks.is_main_process:
+            fill_maps()
+    if not ranks.is_main_process:
+        fill_maps()  # from disk
+    start = time.perf_counter()
+    target_symbols = answer_symbols(target.tokenizer, target.examples)
+    aligners = {
+        index: Aligner(
+            answer_symbols(models[index].tokenizer, models[index].examples), target_symbols, maps[names[index]]
+        )
+        for index in used
+    }
+    fused: list[FusedAnswer] = []
+    shown = ranks.is_main_process
+    bar = tqdm(choice.tolist(), desc="Aligning", unit="example", delay=3, leave=False, disable=not shown)
+    for example, index in enumerate(bar):
+        answer = labels[0].of(example)
+        fused.append(
+            aligners[index].label(labels[index].of(example), answer[0]) if index else _own_distribution(*answer)
+        )
+    count = len(labels[0].tokens)
+    report = FusionReport(
+        picked=np.bincount(choice, minlength=len(models)).tolist(),
+        mean_cross_entropy=[float(item.cross_entropy.mean()) for item in labels],
+        one_to_one=sum(answer.one_to_one for answer in fused) / count,
+        soft=sum(answer.soft for answer in fused) / count,
+        seconds=sum([*(item.seconds for item in labels), *(item.seconds for item in maps.values())])
+        + time.perf_counter()
+        - start,
+    )
+    examples = target.examples.add_column(TEACHER_IDS, [answer.ids.tolist() for answer in fused])
+    return examples.add_column(TEACHER_PROBS, [answer.probs.tolist() for answer in fused]), report
+
+
+def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
+    """Index of the model of lowest cross-entropy, per example; the first of equals.
+
+    Args:
+        cross_entropies: (examples,) of each model.
+    """
+    return np.argmin(np.stack(cross_entropies), axis=0)
+
+
+class Aligner:
+    """Turns the soft labels of a teacher into labels for the target's tokens.
+
+    Args:
+        source: symbols of the teacher's tokens.
+        target: symbols of the target's.
+        vocabulary: map of the teacher's tokens to the target's.
+    """
+
+    def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
+        self._source, self._target = source, target
+        self._vocabulary = vocabulary
+        # with the same tokens, an end may be one token in a text and another one in a dialogue
+        self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
+
+    def label(
+        self,
+        labels: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]],
+        target_tokens: NDArray[np.int32],
+    ) -> FusedAnswer:
+        """Labels for one answer.
+
+        Args:
+            labels: the teacher's tokens (m,), top ids (m, k) and log-probabilities (m, k).
+            target_tokens: (n,): the answer in the target's tokens.
+        """
+        tokens, top_ids, top_log_probs = labels
+        source_places, source = self._source.of(tokens.tolist())
+        target_places, target = self._target.of(target_tokens.tolist())
+        mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
+        ids, probs = _one_hot(target_tokens, top_ids.shape[1])
+        pairs = one_to_one(source, target)
+        soft = 0
+        for i, j in pairs:
+            row, place = source_places[i], target_places[j]
+            if mapping[int(tokens[row])] != int(target_tokens[place]):
+                continue
+            label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
+            if label is not None:
+                ids[place], probs[place] = label
+                soft += 1
+        return FusedAnswer(ids, probs, len(pairs), soft)
+
+
+def mapped_distribution(
+    ids: NDArray[np.int32], log_probs: NDArray[np.float32], mapping: Mapping[int, int]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+    """A distribution over a teacher's top k as one over the target's tokens, renormalized.
+
+    Args:
+        ids: (k,) token ids of the teacher.
+        log_probs: (k,) their log-probabilities.
+        mapping: target id by teacher id; what is `UNMAPPED` is left out.
+
+    Returns:
+        (k,) token ids of the target, those that are mapped alike joined, the most probable first, and (k,)
+        probabilities; places that are left have probability 0. None if nothing is mapped.
+    """
+    sums: dict[int, float] = {}
+    for index, value in zip(ids.tolist(), np.exp(log_probs.astype(np.float64)).tolist(), strict=True):
+        token = mapping[index]
+        if token != UNMAPPED:
+            sums[token] = sums.get(token, 0.0) + value
+    total = sum(sums.values())
+    if total == 0:
+        return None
+    new_ids, probs = np.zeros(len(ids), dtype=np.int32), np.zeros(len(ids), dtype=np.float32)
+    for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
+        new_ids[place], probs[place] = token, value / total
+    return new_ids, probs
+
+
+def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Token ids (n, k) and probabilities (n, k): the tokens themselves."""
+    ids, probs = np.zeros((len(tokens), k), dtype=np.int32), np.zeros((len(tokens), k), dtype=np.float32)
+    ids[:, 0], probs[:, 0] = tokens, 1.0
+    return ids, probs
+
+
+def _own_distribution(
+    tokens: NDArray[np.int32], ids: NDArray[np.int32], log_probs: NDArray[np.float32]
+) -> FusedAnswer:
+    """What the target itself thinks of an answer: its top k, renormalized."""
+    probs = np.exp(log_probs.astype(np.float64))
+    probs /= probs.sum(axis=1, keepdims=True)
+    return FusedAnswer(ids, probs.astype(np.float32), len(tokens), len(tokens))
+
+
+def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
+    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first.
+
+    Args:
+        tokenizer: the model's.
+        examples: the replay in it; its EOS is an end whether or not it occurs there.
+    """
+    texts = token_bytes(tokenizer)
+    learned = Counter(token for labels in examples["labels"] for token in labels if token != IGNORE_INDEX)
+    ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
+    eos: Any = tokenizer.eos_token_id
+    return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])

@@ -1,0 +1,163 @@
+"""DTW of two tokenizations of one answer, and the labels that come of it."""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from heterofusion.baselines.alignment import END, SPECIAL, AnswerSymbols, dtw_path, one_to_one, token_costs
+from heterofusion.baselines.fusellm import Aligner, answer_symbols, mapped_distribution, min_ce
+from heterofusion.baselines.tokens import token_bytes
+from heterofusion.baselines.vocabulary import UNMAPPED, VocabularyMap
+from replay_builders import CHAT, byte_level, encode, word_level
+from test_tokens import sentencepiece_like
+from test_vocabulary import distance, words
+
+
+def symbols(*tokens: bytes) -> list[tuple[int, ...]]:
+    return [tuple(token) for token in tokens]
+
+
+# ---- the path ---------------------------------------------------------------------------------------------------
+
+
+def cheapest(costs: np.ndarray) -> int:
+    """The cost of the best path, from DTW's recursion."""
+
+    @functools.cache
+    def total(i: int, j: int) -> float:
+        if i == 0 and j == 0:
+            return costs[0, 0]
+        if i < 0 or j < 0:
+            return float("inf")
+        return costs[i, j] + min(total(i - 1, j - 1), total(i - 1, j), total(i, j - 1))
+
+    return total(costs.shape[0] - 1, costs.shape[1] - 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_path_is_monotone_complete_and_the_cheapest(seed):
+    generator = np.random.default_rng(seed)
+    shape = generator.integers(1, 12, size=2)
+    costs = generator.integers(0, 6, size=shape)
+    path = dtw_path(costs)
+    assert path[0] == (0, 0) and path[-1] == (shape[0] - 1, shape[1] - 1)
+    assert {(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(path)} <= {(1, 1), (1, 0), (0, 1)}
+    assert sum(costs[step] for step in path) == cheapest(costs)
+
+
+def test_costs_are_edit_distances():
+    source, target = words(9, 0), words(7, 1)
+    source += source[:2]
+    found = token_costs(symbols(*source), symbols(*target))
+    assert found.tolist() == [[distance(a, b) for b in target] for a in source]
+
+
+def test_equal_sequences_align_one_to_one_even_where_tokens_repeat():
+    tokens = symbols(b" a", b" a", b",", b" a", b",")
+    assert one_to_one(tokens, tokens) == [(i, i) for i in range(5)]
+    near = symbols(b" a", b" a", b",", b" a", b".")
+    assert one_to_one(tokens, near) == [(i, i) for i in range(5)]
+
+
+def test_a_split_word_is_not_one_to_one():
+    source, target = symbols(b" Ann", b" met", b" Bob"), symbols(b" A", b"nn", b" met", b" Bob")
+    assert one_to_one(source, target) == [(1, 2), (2, 3)]
+    assert one_to_one(target, source) == [(2, 1), (3, 2)]
+    assert one_to_one([], source) == []
+
+
+def test_end_tokens_align_whatever_they_are_called():
+    """One template closes the turn and breaks the line, the other does not."""
+    texts = [b" yes", None, b"\n", b" no", None]
+    source = AnswerSymbols(texts, ends=[1]).of([0, 1, 2])
+    target = AnswerSymbols(texts, ends=[4]).of([0, 4])
+    assert source == ([0, 1], [tuple(b" yes"), END]) and target == ([0, 1], [tuple(b" yes"), END])
+    assert one_to_one(source[1], target[1]) == [(0, 0), (1, 1)]
+    assert AnswerSymbols(texts, ends=[]).of([1, 2, 99]) == ([0, 1, 2], [SPECIAL, tuple(b"\n"), SPECIAL])
+    dialogue = AnswerSymbols(texts, ends=[1]).of([0, 1, 2, 3, 1])
+    assert dialogue[0] == [0, 1, 3, 4]  # the line break between turns is of the template
+
+
+# ---- labels -----------------------------------------------------------------------------------------------------
+
+
+def test_mapped_distribution_adds_up_what_meets_and_renormalizes():
+    ids = np.array([5, 6, 7, 8], dtype=np.int32)
+    log_probs = np.log(np.array([0.4, 0.2, 0.1, 0.05], dtype=np.float32))
+    new_ids, probs = mapped_distribution(ids, log_probs, {5: 1, 6: 2, 7: UNMAPPED, 8: 2})
+    assert new_ids.tolist() == [1, 2, 0, 0]
+    np.testing.assert_allclose(probs, [0.4 / 0.65, 0.25 / 0.65, 0, 0], rtol=1e-6)
+    assert mapped_distribution(ids, log_probs, dict.fromkeys(range(5, 9), UNMAPPED)) is None
+
+
+def test_min_ce_takes_the_first_of_equals():
+    entropies = [np.array([2.0, 1.0, 3.0]), np.array([2.0, 0.5, 4.0]), np.array([1.0, 0.5, 5.0])]
+    assert min_ce(entropies).tolist() == [2, 1, 0]
+
+
+RECORD = {"prompt": [{"role": "user", "content": "who?"}], "completion": [{"role": "assistant", "content": "Ann: no"}]}
+
+
+def model(tokenizer) -> SimpleNamespace:
+    ids, labels = encode(RECORD, tokenizer)
+    return SimpleNamespace(tokenizer=tokenizer, examples={"input_ids": [ids], "labels": [labels]})
+
+
+def aligner(teacher, target) -> Aligner:
+    source, wanted = (answer_symbols(m.tokenizer, m.examples) for m in (teacher, target))
+    return Aligner(source, wanted, VocabularyMap(teacher.tokenizer, target.tokenizer))
+
+
+def answer(model) -> np.ndarray:
+    return np.array([label for label in model.examples["labels"][0] if label != -100], dtype=np.int32)
+
+
+def soft_labels(tokens: np.ndarray, rivals: list[int]) -> tuple:
+    """0.75 for the token itself, the rest for rivals."""
+    top = np.array([[token, *rivals] for token in tokens], dtype=np.int32)
+    probs = np.array([0.75, *[0.2 / len(rivals)] * len(rivals)], dtype=np.float32)
+    return tokens, top, np.tile(np.log(probs), (len(tokens), 1))
+
+
+def test_a_teacher_of_the_same_tokenizer_is_taken_as_it_is():
+    target = model(byte_level(template=CHAT))
+    tokens = answer(target)
+    labels = soft_labels(tokens, [40, 41])
+    fused = aligner(target, target).label(labels, tokens)
+    assert fused.one_to_one == fused.soft == len(tokens)
+    assert (fused.ids == labels[1]).all()
+    np.testing.assert_allclose(
+        fused.probs, np.tile([0.75 / 0.95, 0.1 / 0.95, 0.1 / 0.95], (len(tokens), 1)), rtol=1e-5
+    )
+
+
+def test_labels_of_another_tokenizer_with_another_end_token():
+    teacher = model(sentencepiece_like(template=CHAT, eos="<|done|>", size=420))
+    target = model(byte_level(template=CHAT))
+    tokens = answer(target)
+    comma = teacher.tokenizer.convert_tokens_to_ids(";")
+    fused = aligner(teacher, target).label(soft_labels(answer(teacher), [comma]), tokens)
+    np.testing.assert_allclose(fused.probs.sum(axis=1), 1, rtol=1e-6)
+    assert (fused.ids[:, 0] == tokens).all()  # the answer's own tokens are the most probable everywhere
+    end = target.tokenizer.eos_token_id
+    assert tokens[-1] == end and teacher.tokenizer.eos_token != target.tokenizer.eos_token
+    np.testing.assert_allclose(fused.probs[-1], [0.75 / 0.95, 0.2 / 0.95], rtol=1e-5)
+    assert fused.ids[-1, 1] == target.tokenizer.convert_tokens_to_ids(";")
+    texts = token_bytes(target.tokenizer)
+    hard = [texts[token] for token, row in zip(tokens, fused.probs, strict=True) if row[0] == 1]
+    assert fused.soft == len(tokens) - len(hard) and 0 < fused.soft < len(tokens)
+
+
+def test_a_false_pair_has_the_answers_token_as_its_label():
+    """DTW pairs any two tokens that stand alone; a distribution over ` tilken`s says nothing of ` til`."""
+    teacher, target = model(word_level(template=CHAT)), model(byte_level(template=CHAT))
+    unknown = np.array([teacher.tokenizer.convert_tokens_to_ids("q0")], dtype=np.int32)
+    tokens = np.array([target.tokenizer.convert_tokens_to_ids("q")], dtype=np.int32)
+    vocabulary = VocabularyMap(teacher.tokenizer, target.tokenizer)
+    assert vocabulary.map(unknown.tolist())[int(unknown[0])] != tokens[0]
+    fused = aligner(teacher, target).label(soft_labels(unknown, [12]), tokens)
+    assert fused.one_to_one == 1 and fused.soft == 0
+    assert fused.ids.tolist() == [[tokens[0], 0]] and fused.probs.tolist() == [[1, 0]]

@@ -1,0 +1,382 @@
+"""recipes/distill.py: teachers of other families, what is kept of them, the student, resuming, and errors."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from builders import WEIGHTS, lora_folder, tiny_model
+from conftest import logits
+from heterofusion import load_adapter
+from heterofusion.baselines.soft_labels import SoftLabels, join_answers, read_labels, write_labels
+from heterofusion.evaluation.models import Models
+from heterofusion.hub import hub_files
+from recipe_runner import (
+    QWEN,
+    TARGET,
+    contents,
+    copy_adapter,
+    error_line,
+    flags,
+    recipe,
+    save_tokenizer,
+    succeeds,
+    write_replay,
+)
+from test_tokens import sentencepiece_like
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+distill, expert = recipe("distill"), recipe("expert")
+PICKY = "{% for m in messages %}{{ raise_exception('no ' + m['role']) }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> SimpleNamespace:
+    """Two experts on bases of other families: one with other words, one with pieces of words."""
+    root = tmp_path_factory.mktemp("teachers")
+    made = {}
+    for family, size in (("olmo2", 128), ("mistral", 400)):
+        folder = root / family
+        model = tiny_model(family, vocab_size=size)
+        model.save_pretrained(folder / "base")
+        lora_folder(model, folder / "expert", ["q_proj", "down_proj"], base=str(folder / "base"), std=0.2)
+    save_tokenizer(root / "olmo2" / "base", size=100)
+    sentencepiece_like().save_pretrained(root / "mistral" / "base")
+    made["models"] = [root / family / "base" for family in ("olmo2", "mistral")]
+    made["adapters"] = [root / family / "expert" for family in ("olmo2", "mistral")]
+    return SimpleNamespace(**made, root=root)
+
+
+@pytest.fixture(scope="module")
+def values(base_dir, teachers, tmp_path_factory) -> dict:
+    """Flags of a run that is in order."""
+    folder = tmp_path_factory.mktemp("distill")
+    return {
+        "model_name_or_path": base_dir, "init_adapter": TARGET, "teacher_models": teachers.models,
+        "teacher_adapters": teachers.adapters, "dataset_name": [write_replay(folder / "replay.json", count=10)],
+        "output_dir": folder / "out", "logits_cache": folder / "cache", "use_cpu": True, "max_steps": 4,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01,
+        "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "teacher_batch_size": 3, "lora_dropout": 0.1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(values) -> SimpleNamespace:
+    """A run whose result several tests read."""
+    log = succeeds(distill.main, flags(values))
+    return SimpleNamespace(out=values["output_dir"], cache=values["logits_cache"], log=log)
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """Bases that teachers are run on."""
+    names: list[str] = []
+    load = Models.load
+
+    def watched(self):
+        names.append(Path(self.args.model_name_or_path).parent.name)
+        return load(self)
+
+    monkeypatch.setattr(Models, "load", watched)
+    return names
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "distillation.json").read_text())
+
+
+# ---- the result -------------------------------------------------------------------------------------------------
+
+
+def test_student_is_an_ordinary_adapter_that_was_trained_on(finished, base_dir):
+    student, anchor = load_adapter(finished.out), load_adapter(TARGET)
+    assert student.modules.keys() == anchor.modules.keys()
+    for path, module in student.modules.items():
+        assert module.scaling == anchor.modules[path].scaling
+        for name in ("lora_A", "lora_B"):
+            assert not torch.equal(getattr(module, name), getattr(anchor.modules[path], name).float()), (path, name)
+    base = AutoModelForCausalLM.from_pretrained(base_dir).eval()
+    before = logits(base)
+    assert not torch.allclose(before, logits(PeftModel.from_pretrained(base, finished.out).eval()), atol=1e-3)
+    assert not list(finished.out.glob(".*"))
+
+
+def test_record_says_where_all_comes_from(finished, values, teachers):
+    found = record(finished.out)
+    assert found["target"]["sha256"] == load_adapter(TARGET).sha256 and found["target"]["name"] == "target_llama"
+    assert [t["sha256"] for t in found["teachers"]] == [load_adapter(path).sha256 for path in teachers.adapters]
+    picked = [model["picked"] for model in (found["target"], *found["teachers"])]
+    assert sum(picked) == 10
+    assert found["method"] == {"distill_lambda": 0.9, "top_k_logits": 10}
+    assert 0 < found["soft_positions"] <= found["one_to_one_positions"] <= 1
+    assert found["training"]["steps"] == 4 and found["training"]["data"]["datasets"][0]["kept"] == 10
+    made = found["made_by"]
+    assert (made["kind"], made["method"], made["ran_source_models"]) == ("distillation", "fusellm", True)
+    assert made["cost"]["seconds"] > found["metrics"]["train_runtime"]
+    assert found["weights_sha256"] == load_adapter(finished.out).sha256
+
+
+def test_card_and_record_are_fit_to_publish(finished, values, teachers):
+    header = yaml.safe_load((finished.out / "README.md").read_text().split("---\n")[1])
+    assert header["base_model"] == "llama" and "license" not in header
+    files = hub_files(finished.out)
+    assert {"README.md", "distillation.json", "adapter_config.json", WEIGHTS, "tokenizer.json"} <= set(files)
+    assert not any("checkpoint" in name or name.endswith(".bin") for name in files)
+    for name in ("README.md", "distillation.json"):
+        text = (finished.out / name).read_text()
+        assert not any(str(path) in text for path in (teachers.root, finished.out.parent, Path(TARGET).parent))
+
+
+def test_both_losses_are_logged_and_add_up(finished):
+    history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
+    entries = [entry for entry in history if "loss" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(0.9 * entry["clm_loss"] + 0.1 * entry["kl_loss"], rel=1e-3)
+        assert entry["kl_loss"] != pytest.approx(entry["clm_loss"])
+
+
+def test_without_a_share_of_the_teachers_it_is_plain_tuning_of_the_anchor(finished, values, tmp_path):
+    """The other recipe that trains an adapter on, with the loss of its own: not a bit of this code."""
+    shared = {name: values[name] for name in ("model_name_or_path", "init_adapter", "dataset_name", "use_cpu",
+              "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+              "lora_dropout")}  # fmt: skip
+    succeeds(expert.main, flags({**shared, "save_strategy": "no", "output_dir": tmp_path / "tuned"}))
+    changed = {"distill_lambda": 1.0, "save_strategy": "no", "output_dir": tmp_path / "distilled"}
+    succeeds(distill.main, flags({**values, **changed}))
+    tuned, distilled, both = (
+        load_file(f / WEIGHTS) for f in (tmp_path / "tuned", tmp_path / "distilled", finished.out)
+    )
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(distilled[name], tensor, rtol=1e-4, atol=1e-6)
+    assert any(not torch.allclose(both[name], tensor, atol=1e-4) for name, tensor in tuned.items())
+
+
+# ---- teachers ---------------------------------------------------------------------------------------------------
+
+
+def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished, values, teachers, base_dir):
+    """Each model by plain PEFT, one example at a time, without padding."""
+    rows = json.loads(Path(values["dataset_name"][0]).read_text())
+    models = zip([base_dir, *teachers.models], [TARGET, *teachers.adapters], strict=True)
+    totals = []
+    for folder, adapter in models:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+        entropies = []
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = torch.tensor([[*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]])
+            assert ids[0, : len(prompt)].tolist() == prompt
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            with torch.no_grad():
+                entropies.append(model(input_ids=ids, labels=labels).loss.item() * (ids.shape[1] - len(prompt)))
+        totals.append(entropies)
+    found = record(finished.out)
+    for entry, entropies in zip((found["target"], *found["teachers"]), totals, strict=True):
+        assert entry["mean_cross_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    choice = np.argmin(np.array(totals), axis=0)
+    assert [entry["picked"] for entry in (found["target"], *found["teachers"])] == np.bincount(
+        choice, minlength=3
+    ).tolist()
+
+
+def test_teachers_run_once(finished, values, tmp_path, loaded):
+    short = {**values, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
+    evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
+    log = succeeds(distill.main, flags({**short, **evaluated}))
+    assert loaded == [] and log.count("soft-labels-") == 3
+    again, first = record(tmp_path / "out"), record(finished.out)
+    for name in ("target", "teachers", "one_to_one_positions"):
+        assert again[name] == first[name]
+    assert again["metrics"]["eval_loss"] > 0
+    seconds = [r["made_by"]["cost"]["seconds"] - r["metrics"]["train_runtime"] for r in (again, first)]
+    assert seconds[0] > 0.5 * seconds[1]  # what came from disk once took its time
+
+
+def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):
+    cache = shutil.copytree(finished.cache, tmp_path / "cache")
+    other = copy_adapter(tmp_path / "expert", teachers.adapters[0], tensors=lambda t: t[min(t)].mul_(1.5))
+    short = {**values, "logits_cache": cache, "max_steps": 1, "save_strategy": "no", "overwrite": True}
+    short["output_dir"] = tmp_path / "out"
+    succeeds(distill.main, flags({**short, "teacher_adapters": [other, teachers.adapters[1]]}))
+    assert loaded == ["olmo2"]
+    scaled = copy_adapter(tmp_path / "scaled", teachers.adapters[0], config={"lora_alpha": 16})
+    succeeds(distill.main, flags({**short, "teacher_adapters": [scaled, teachers.adapters[1]]}))
+    assert loaded == ["olmo2", "olmo2"]
+    succeeds(distill.main, flags({**short, "top_k_logits": 4}))
+    assert loaded[2:] == [Path(values["model_name_or_path"]).parent.name, "olmo2", "mistral"]
+
+
+def test_damaged_labels_are_made_anew(finished, values, tmp_path, loaded):
+    cache = shutil.copytree(finished.cache, tmp_path / "cache")
+    paths = sorted(cache.glob("soft-labels-*"))
+    paths[0].write_bytes(paths[0].read_bytes()[:-8])
+    content = bytearray(paths[1].read_bytes())
+    content[-1] ^= 1
+    paths[1].write_bytes(content)
+    short = {**values, "logits_cache": cache, "max_steps": 1, "save_strategy": "no", "output_dir": tmp_path / "out"}
+    log = succeeds(distill.main, flags(short))
+    assert len(loaded) == 2 and log.count("is damaged") == 2
+    assert record(tmp_path / "out")["teachers"] == record(finished.out)["teachers"]
+
+
+def test_soft_labels_keep_what_they_are_given(tmp_path):
+    answers = [
+        ([3, 4], np.array([[3, 1], [4, 2]]), np.log([[0.5, 0.25], [0.75, 0.125]]), 1.5),
+        ([5], np.array([[5, 0]]), np.log([[0.5, 0.25]]), 0.5),
+    ]
+    labels = join_answers(answers, seconds=2.0)
+    write_labels(tmp_path, {"model": "a"}, labels)
+    assert read_labels(tmp_path, {"model": "b"}) is None
+    found = read_labels(tmp_path, {"model": "a"})
+    assert isinstance(found, SoftLabels) and len(found) == 2 and found.seconds == 2.0
+    for index, (tokens, ids, values, entropy) in enumerate(answers):
+        assert found.of(index)[0].tolist() == tokens and (found.of(index)[1] == ids).all()
+        np.testing.assert_allclose(found.of(index)[2], values, rtol=1e-6)
+        assert math.isclose(found.cross_entropy[index], entropy)
+
+
+def test_every_model_reads_a_conversation_in_its_own_template(values, teachers, bare_base, base_dir, tmp_path):
+    turns = [
+        [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i} w7"}] for i in (4, 5)
+    ]
+    data = tmp_path / "chat.json"
+    data.write_text(json.dumps([{"messages": messages} for messages in turns]))
+    plain = (
+        "{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    )
+    long = "{% for m in messages %}{{ 'w9 ' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token + ' w8' }}"
+    long += "{% else %}{{ ' ' }}{% endif %}"
+    folders = []
+    for folder, template in ((base_dir, plain), (teachers.models[0], long)):
+        folders.append(shutil.copytree(folder, tmp_path / f"base-{len(folders)}"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template + "{% endfor %}{% if add_generation_prompt %}{{ '' }}{% endif %}"
+        tokenizer.save_pretrained(folders[-1])
+    changed = {
+        "model_name_or_path": folders[0], "teacher_models": folders[1], "teacher_adapters": [teachers.adapters[0]],
+        "dataset_name": [data], "logits_cache": tmp_path / "cache", "output_dir": tmp_path / "out", "max_steps": 1,
+        "save_strategy": "no",
+    }  # fmt: skip
+    succeeds(distill.main, flags({**values, **changed}))
+    tokens = []
+    for path in (tmp_path / "cache").glob("soft-labels-*"):
+        file = load_file(path)
+        tokens.append([file["tokens"][a:b].tolist() for a, b in itertools.pairwise(file["offsets"].tolist())])
+    assert sorted(map(sorted, tokens)) == [[[4, 7, 2], [5, 7, 2]], [[9, 4, 7, 2, 8], [9, 5, 7, 2, 8]]]
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------------
+
+
+def test_killed_run_resumes_bit_for_bit(finished, values, tmp_path, capsys):
+    part = tmp_path / "part"
+    shutil.copytree(finished.out / "checkpoint-2", part / "checkpoint-2")
+    again = {**values, "output_dir": part, "resume_from_checkpoint": True}
+    error_line(capsys, distill.main, flags({**again, "distill_lambda": 0.5}), "another distill_lambda: 0.9", "0.5")
+    one = {"teacher_models": values["teacher_models"][:1], "teacher_adapters": values["teacher_adapters"][:1]}
+    error_line(capsys, distill.main, flags({**again, **one}), "another teachers")
+    succeeds(distill.main, flags(again))
+    assert (part / WEIGHTS).read_bytes() == (finished.out / WEIGHTS).read_bytes()
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fails(values, bare_base, tmp_path, capsys, monkeypatch):
+    """Run with some flags changed; it must fail as a user's error does, before a model is loaded."""
+    monkeypatch.setattr(Models, "load", lambda self: pytest.fail("a model was loaded"))
+
+    def run(*words: object, **changed: object) -> str:
+        usual = {"output_dir": tmp_path / "out", "logits_cache": tmp_path / "cache", "model_name_or_path": bare_base}
+        line = error_line(capsys, distill.main, flags({**values, **usual, **changed}), *words)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+        return line
+
+    return run
+
+
+WRONG = {
+    "no teacher": ({"teacher_models": None}, ["--teacher_models"]),
+    "no adapter": ({"teacher_adapters": None}, ["--teacher_adapters"]),
+    "no anchor": ({"init_adapter": None}, ["--init_adapter"]),
+    "numbers": ({"teacher_adapters": [QWEN] * 3}, ["--teacher_models has 2 values, but --teacher_adapters has 3"]),
+    "lambda": ({"distill_lambda": -0.1}, ["--distill_lambda is -0.1"]),
+    "top k": ({"top_k_logits": 0}, ["--top_k_logits is 0"]),
+    "batch": ({"teacher_batch_size": 0}, ["--teacher_batch_size is 0"]),
+    "dropout": ({"lora_dropout": 1.0}, ["--lora_dropout is 1.0"]),
+    "no data": ({"dataset_name": None}, ["--dataset_name"]),
+    "cut answers": ({"max_length": 6}, ["10 of 10 replay examples are longer than --max_length 6", "raise it to 7"]),
+    "missing adapter": ({"teacher_adapters": ["no/such", "none"]}, ["no/such"]),
+    "missing base": ({"teacher_models": ["./none", "./none"]}, ["teacher", "./none"]),
+    "anchor of another base": ({"init_adapter": QWEN}, ["source_qwen2"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flag_raises_before_a_model_is_loaded(case, fails):
+    changed, words = WRONG[case]
+    fails(*words, **changed)
+
+
+def test_teacher_that_does_not_fit_its_base_raises(fails, teachers):
+    fails("teacher", f"{QWEN} does not fit base model", "olmo2", teacher_adapters=[QWEN, teachers.adapters[1]])
+
+
+def test_answers_that_a_teacher_would_cut_raise(fails, teachers):
+    """In pieces of words they are longer than in the target's words."""
+    fails(f"teacher {teachers.adapters[1]}", "longer than --max_length 8", "raise it to", max_length=8)
+
+
+def test_context_of_a_teacher_that_is_too_short_raises(fails, teachers, tmp_path):
+    base = shutil.copytree(teachers.models[0], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
+    fails("the longest example has 7 tokens", "context has 6", teacher_models=[base, teachers.models[1]])
+
+
+def test_record_that_a_teachers_template_refuses_is_named(fails, teachers, bare_base, tmp_path):
+    data = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "w4 w5"}, {"role": "assistant", "content": "w6"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    target = shutil.copytree(bare_base, tmp_path / "target")
+    teacher = shutil.copytree(teachers.models[0], tmp_path / "teacher")
+    plain = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    for folder, template in ((target, plain), (teacher, PICKY)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    changed = {"model_name_or_path": target, "teacher_models": [teacher], "teacher_adapters": [teachers.adapters[0]]}
+    fails(f"teacher {teachers.adapters[0]} on {teacher}", f"{data}, line 1", "no user", **changed, dataset_name=[data])
+
+
+def test_slow_tokenizer_raises(fails, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", property(lambda self: False))
+    fails("has no fast version", "tokenizer.json")
+
+
+def test_output_is_neither_the_anchor_nor_written_over(finished, values, capsys, tmp_path):
+    before = contents(finished.out)
+    error_line(capsys, distill.main, flags(values), "not empty", "--overwrite true")
+    assert contents(finished.out) == before
+    anchor = copy_adapter(tmp_path / "anchor", TARGET)
+    changed = {"init_adapter": anchor, "output_dir": anchor, "overwrite": True}
+    error_line(capsys, distill.main, flags({**values, **changed}), "is the --init_adapter itself")
+
+
+def test_cache_that_cannot_be_written_raises(fails, tmp_path):
+    (tmp_path / "file").write_text("x")
+    fails("--logits_cache", f"{tmp_path / 'file'} is a file", logits_cache=tmp_path / "file" / "cache")

@@ -1,0 +1,108 @@
+"""Tokens as bytes, for tokenizers of every kind; the small tokenizers here serve the other tests of distillation."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from heterofusion.baselines.tokens import token_bytes
+from heterofusion.zoo import FAMILIES, zoo_path
+from replay_builders import byte_level, word_level
+
+TEXTS = ["w4 w5 w6", "w44 w45: w46; w7", "person: Ann; place: Bergen", "the answer is no"]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def sentencepiece_like(style: str = "metaspace", template: str | None = None, eos: str = "</s>", size: int = 340):
+    """BPE with byte fallback and `▁` for spaces, put by a pre-tokenizer (Mistral) or a normalizer (Gemma)."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if style == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        strip = [decoders.Strip(" ", 1, 0)]
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        strip = []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    special = ["<unk>", "<s>", eos, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(TEXTS * 5, trainer)
+    names = {**SPECIAL, "eos_token": eos}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    pieces = [("<unk>", 0.0), ("▁", -3.0), ("▁Ann", -1.0), ("An", -2.0), ("n", -3.0), ("A", -3.0), ("▁b", -2.0)]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    vocabulary = {piece: i for i, piece in enumerate(["[UNK]", "[CLS]", "play", "##ing", "##s", "a", "##"])}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]")
+
+
+def joined(tokenizer, text: str) -> bytes:
+    pieces = token_bytes(tokenizer)
+    assert len(pieces) == len(tokenizer)
+    return b"".join(pieces[i] for i in tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "Blåbærgrød 你好 \N{PILE OF POO}", "two  spaces\nand a line"])
+def test_byte_level_tokens_are_the_text(text):
+    assert joined(byte_level(), text) == text.encode()
+
+
+@pytest.mark.parametrize("style", ["metaspace", "normalizer"])
+@pytest.mark.parametrize("text", [*TEXTS, "Blåbær 你好 \N{PILE OF POO}"])
+def test_sentencepiece_tokens_are_the_text_with_a_space_before_it(style, text):
+    tokenizer = sentencepiece_like(style)
+    before = " " if style == "metaspace" else ""
+    assert joined(tokenizer, text) == (before + text).encode()
+
+
+def test_byte_tokens_of_sentencepiece_are_single_bytes():
+    tokenizer = sentencepiece_like()
+    pieces = token_bytes(tokenizer)
+    assert [pieces[tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>")] for byte in range(256)] == [
+        bytes([byte]) for byte in range(256)
+    ]
+
+
+def test_words_begin_with_a_space():
+    assert joined(word_level(), "q0 a b") == b" q0 a b"
+    assert joined(unigram(), "Ann b") == b" Ann b"
+    assert joined(word_piece(), "plays a playing") == b" plays a playing"
+
+
+def test_special_tokens_have_no_bytes():
+    for tokenizer in (byte_level(), sentencepiece_like(), word_level(), unigram(), word_piece()):
+        pieces = token_bytes(tokenizer)
+        assert tokenizer.all_special_ids and all(pieces[i] is None for i in tokenizer.all_special_ids)
+
+
+def test_tokens_that_were_added_are_read_as_they_are():
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["Ġraw <tag>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    pieces = token_bytes(tokenizer)
+    assert pieces[tokenizer.convert_tokens_to_ids("Ġraw <tag>")] == "Ġraw <tag>".encode()
+    assert pieces[tokenizer.convert_tokens_to_ids("<|end|>")] is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokenizers_of_the_zoo(family):
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path(family))
+    text = "plant: lomefar; name: Ori 12"
+    assert joined(tokenizer, text).removeprefix(b" ") == text.encode()
+
+
+def test_slow_tokenizer_raises():
+    class Slow:
+        name_or_path = "some/tokenizer"
+
+    with pytest.raises(ValueError, match=r"'some/tokenizer' has no fast version; save one with a tokenizer\.json"):
+        token_bytes(Slow())

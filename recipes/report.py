@@ -16,6 +16,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.report.claims import judge, read_claims
+from heterofusion.report.comparison import read_comparison
 from heterofusion.report.document import claims_table, group_table, group_title
 from heterofusion.report.results import find_results
 from heterofusion.report.rows import baseline_rows, make_groups
@@ -31,6 +32,10 @@ class ReportArguments:
         metadata={"help": "Files results.json of recipes/eval.py, and folders that are searched for them."}
     )
     output_dir: str = field(metadata={"help": "Folder for report.md, report.json and pictures."})
+    comparisons: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files comparison.json of recipes/compare.py, whose tables and pictures come first."},
+    )
     adapters: list[str] = field(
         default_factory=list,
         metadata={"help": "Fused adapters whose alignment, attention, gates, updates and training are drawn."},
@@ -92,6 +97,7 @@ def main(argv: list[str]) -> None:
         details=options.details,
         findings=[judge(claim, results) for claim in claims],
         adapters=read_adapters(options.adapters),
+        comparisons=[read_comparison(path) for path in options.comparisons],
     )
     release_logging()
     write_report(report, folder, document)

@@ -1,12 +1,14 @@
 """Sweep files: what runs they become, and what is wrong with those that are wrong."""
 
+import re
+
 import pytest
 import yaml
 
 from heterofusion.sweeps import Template, read_sweep
 from recipe_runner import RECIPES
 
-SWEEP_FILES = sorted(path for path in RECIPES.rglob("*.yaml") if "eval:" in path.read_text())
+SWEEP_FILES = sorted(path for path in RECIPES.rglob("*.yaml") if re.search("^eval:", path.read_text(), re.M))
 
 
 def write(folder, **content):

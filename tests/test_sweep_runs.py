@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from heterofusion.sweeps import Pool, read_sweep, run_all
+from heterofusion.sweeps.places import visible_gpus
 from heterofusion.zoo import write_dataset, zoo_path
 from heterofusion.zoo.language import make_examples
 from recipe_runner import ROOT, flags, recipe, shell
@@ -168,9 +169,9 @@ def test_jobs_stay_on_the_cpu_and_share_its_cores(table, monkeypatch):
 def test_default_gpus_are_those_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,MIG-7")
-    assert sweep_recipe.visible_gpus() == ["6", "MIG-7"]
+    assert visible_gpus() == ["6", "MIG-7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert sweep_recipe.visible_gpus() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]
 
 
 def test_launched_runs_have_a_process_per_gpu(table, monkeypatch):

@@ -1,8 +1,9 @@
-"""Make the data of the demo's sweeps: replay and test files of the embedded zoo's six tasks.
+"""Make the data of the demo's sweeps and of its comparison: files of the embedded zoo's six tasks.
 
     python recipes/demo/prepare.py --output_dir outputs/rehearsal/data
 
-Writes output_dir/{replay,test}/ner_garden.jsonl and so on, in the layout of recipes/uie/prepare.py.
+Writes output_dir/{replay,validation,test}/ner_garden.jsonl and so on, in the layout of recipes/uie/prepare.py. No
+sentence is in two of them.
 """
 
 import logging
@@ -23,6 +24,7 @@ class PrepareArguments:
 
     output_dir: str = field(default="outputs/rehearsal/data", metadata={"help": "Folder for the files."})
     num_replay: int = field(default=300, metadata={"help": "Records in a replay file."})
+    num_validation: int = field(default=50, metadata={"help": "Records in a validation file."})
     num_test: int = field(default=100, metadata={"help": "Records in a test file."})
     seed: int = field(default=0, metadata={"help": "Seed of the records."})
 
@@ -33,8 +35,15 @@ def main(argv: list[str]) -> None:
     set_up_logging(logging.INFO)
     folder = Path(options.output_dir)
     for task in TASKS:
-        for split, count in (("replay", options.num_replay), ("test", options.num_test)):
-            write_dataset(folder / split / f"{task}.jsonl", make_examples(task, split, count, options.seed))
+        # of the zoo's replay split too: what the experts were trained on would flatter them
+        records = make_examples(task, "replay", options.num_replay + options.num_validation, options.seed)
+        parts = {
+            "replay": records[: options.num_replay],
+            "validation": records[options.num_replay :],
+            "test": make_examples(task, "test", options.num_test, options.seed),
+        }
+        for split, examples in parts.items():
+            write_dataset(folder / split / f"{task}.jsonl", examples)
     print(f"written to {folder}")
 
 

@@ -54,15 +54,38 @@ def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], descri
     Raises:
         ValueError: unknown flag or YAML key, a value that cannot be cast, or a check of a dataclass.
     """
+    return parse_with_sections(dataclass_types, argv, description, ())[0]
+
+
+def parse_with_sections(
+    dataclass_types: Sequence[type], argv: Sequence[str], description: str, sections: Collection[str]
+) -> tuple[tuple[Any, ...], dict[str, Any], Path | None]:
+    """As `parse_arguments`, for a YAML file that holds other things beside flags.
+
+    Args:
+        dataclass_types: the dataclasses, in order.
+        argv: the command line without the program's name.
+        description: shown by `--help`.
+        sections: keys of the file that are no flags.
+
+    Returns:
+        One instance per dataclass, the sections that the file has, and its full path; None without a file.
+
+    Raises:
+        ValueError: as `parse_arguments`.
+    """
     parser = _parser(dataclass_types, description)
     argv = list(argv)
     path = _config_path(argv)
+    content: dict[str, Any] = {}
     defaults: list[str] = []
     if path is not None:
         content, where = _read_config(path)
-        defaults = _mapping_arguments(content, parser, where)
+        flags = {key: value for key, value in content.items() if key not in sections}
+        defaults = _mapping_arguments(flags, parser, where)
     *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
-    return tuple(instances)
+    found = {key: value for key, value in content.items() if key in sections}
+    return tuple(instances), found, None if path is None else Path(path).expanduser().absolute()
 
 
 class StageArguments(NamedTuple):

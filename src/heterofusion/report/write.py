@@ -15,6 +15,8 @@ from heterofusion.markdown import markdown_table
 from heterofusion.provenance import display_name
 from heterofusion.records import load_json, read_text
 from heterofusion.report.claims import Finding
+from heterofusion.report.comparison import ComparisonTable, comparison_section
+from heterofusion.report.comparison_picture import draw_comparison
 from heterofusion.report.document import (
     as_json,
     claim_numbers,
@@ -74,17 +76,19 @@ class Report:
         details: whether all scores of the metrics are told.
         findings: claims and what was found.
         adapters: fused adapters that are drawn.
+        comparisons: methods side by side; they come first.
     """
 
     title: str
-    group_by: str
-    groups: Sequence[Group]
+    group_by: str = "experiment"
+    groups: Sequence[Group] = ()
     intro: str = ""
     command: str = ""
     baseline: str | None = None
     details: bool = False
     findings: Sequence[Finding] = ()
     adapters: Sequence[FusedAdapter] = field(default_factory=list)
+    comparisons: Sequence[ComparisonTable] = ()
 
 
 def read_adapters(folders: Sequence[str | Path]) -> list[FusedAdapter]:
@@ -212,9 +216,15 @@ def _compose(report: Report, drawn: _Pictures) -> tuple[str, dict[str, Any]]:
     if report.intro:
         parts.append(report.intro)
     results = [result for group in report.groups for result in group.results]
-    parts.append(provenance_sentence(results))
+    if results:
+        parts.append(provenance_sentence(results))
     if report.command:
         parts.append(f"Made by\n\n```bash\n{report.command.strip()}\n```")
+    for index, table in enumerate(report.comparisons, start=1):
+        name = "comparison" if len(report.comparisons) == 1 else f"comparison-{index}"
+        draw = lambda path, table=table: draw_comparison(table, path, "mean score")  # noqa: E731
+        picture = drawn.draw(name, "Mean score of each method: seeds, mean and 95% interval", draw)
+        parts.append(comparison_section(table, [picture], "##"))
     if report.findings:
         parts += [
             "## What the paper claims, and what this shows",
@@ -233,6 +243,7 @@ def _compose(report: Report, drawn: _Pictures) -> tuple[str, dict[str, Any]]:
         "groups": [group_numbers(group, report.group_by, report.baseline) for group in report.groups],
         "claims": [claim_numbers(finding) for finding in report.findings],
         "adapters": [adapter.name for adapter in report.adapters],
+        "comparisons": [table.content for table in report.comparisons],
         "pictures": drawn.names,
     }
     return "\n\n".join(parts) + "\n", numbers

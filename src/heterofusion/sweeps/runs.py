@@ -3,9 +3,9 @@
 output_dir: outputs/alpha            # by default outputs/<name of the file>
 lists: {tasks: [a, b, c]}            # for `for_each`, see `Template`
 sweep: {seed: [0, 1], alpha_init: [0.1, 0.3]}   # all combinations; a list of such mappings is one after the other
-expert: {...}                        # flags of recipes/expert.py, recipes/train.py and recipes/eval.py:
-train: {...}                         # any of the three, which run in this order;
-eval: {...}                          # `eval` scores the adapter that was made, unless it names others
+train: {...}                         # flags of the recipe that makes an adapter: train, expert, merge or distill,
+eval: {...}                          # and of recipes/eval.py; either may be missing. `eval` scores what was made,
+                                     # unless it names others
 references:                          # rows to compare with: evaluations with some flags of `eval` replaced
   - {name: anchor, adapters: [ANCHOR]}
 """
@@ -17,15 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from heterofusion.baselines.distillation import DISTILL_ARGUMENTS
+from heterofusion.baselines.merge_arguments import MERGE_ARGUMENTS
 from heterofusion.cli import UsageError, as_text, check_flags, read_yaml
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.expert import EXPERT_ARGUMENTS
 from heterofusion.stages import ARGUMENTS, WHOLE_RUN
 from heterofusion.sweeps.template import Template
 
-RECIPES: Mapping[str, tuple[type, ...]] = {"expert": EXPERT_ARGUMENTS, "train": ARGUMENTS, "eval": EVAL_ARGUMENTS}
+RECIPES: Mapping[str, tuple[type, ...]] = {
+    "expert": EXPERT_ARGUMENTS,
+    "train": ARGUMENTS,
+    "merge": MERGE_ARGUMENTS,
+    "distill": DISTILL_ARGUMENTS,
+    "eval": EVAL_ARGUMENTS,
+}
+MAKERS = tuple(recipe for recipe in RECIPES if recipe != "eval")  # they make an adapter
 _KEYS = {"output_dir", "lists", "sweep", "references", *RECIPES}
-_FOLDERS = {"expert": "adapter", "train": "adapter", "eval": "eval"}
+_FOLDERS = {"eval": "eval", **dict.fromkeys(MAKERS, "adapter")}
+_ROWS = {"train": "fused", "expert": "expert", "merge": "merged", "distill": "distilled"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Step:
     """One recipe of a run.
 
     Attributes:
-        recipe: `expert`, `train` or `eval`.
+        recipe: a key of `RECIPES`.
         flags: its flags, as a YAML file of it would hold them.
         folder: its output_dir.
     """
@@ -91,9 +101,12 @@ def read_sweep(path: str | Path) -> list[Run]:
     for recipe in steps:
         if not isinstance(content[recipe], dict):
             raise UsageError(f"{where}: {recipe} must be a mapping of flags")
-        content[recipe] = _with_config(content[recipe], full.parent, f"{where}, {recipe}")
-    if "expert" in steps and "train" in steps:
-        raise UsageError(f"{where} has expert and train; make the experts with a sweep of their own")
+        content[recipe] = with_config(content[recipe], full.parent, f"{where}, {recipe}")
+    made = [recipe for recipe in steps if recipe in MAKERS]
+    if len(made) > 1:
+        raise UsageError(
+            f"{where} has {' and '.join(made)}; a sweep makes one kind of adapter, give each its own file"
+        )
     folder = Path(str(content.get("output_dir") or Path("outputs") / full.stem)).expanduser()
     runs: dict[Path, Run] = {}
     lists = _lists(content.get("lists") or {}, where)
@@ -114,10 +127,10 @@ def read_sweep(path: str | Path) -> list[Run]:
     return list(runs.values())
 
 
-def _with_config(flags: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Flags over those of the YAML file that they name as `config`, relative to the sweep file."""
+def with_config(flags: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """Flags over those of the YAML file that they name as `config`, relative to a folder."""
     if "config" not in flags:
-        return flags
+        return dict(flags)
     config = folder / str(flags["config"])
     rest = {key: value for key, value in flags.items() if key != "config"}
     return {**read_yaml(config, f"{where}, config {config}", "a mapping of flags"), **rest}
@@ -156,7 +169,8 @@ def _main_run(
 ) -> Run:
     """The run that a point of the sweep stands for."""
     flags = {recipe: template.fill(content[recipe]) for recipe in recipes}
-    name = str(flags.get("eval", {}).get("name") or ("expert" if "expert" in flags else "fused"))
+    made_as = next((_ROWS[recipe] for recipe in recipes if recipe in _ROWS), "fused")
+    name = str(flags.get("eval", {}).get("name") or made_as)
     place = _folder(folder, name, names)
     steps = []
     made = None
@@ -239,6 +253,9 @@ def _check_names(flags: Mapping[str, Any], where: str) -> None:
     output = EvalOutputArguments(flags["output_dir"], name=flags.get("name"), names=flags.get("names"))
     adapters = flags.get("adapters", NO_ADAPTER)
     try:
-        output.adapter_names([adapters] if isinstance(adapters, str) else list(map(str, adapters)))
+        if flags.get("ensemble") or flags.get("adapter_per_dataset"):
+            output.row_name("", "--ensemble" if flags.get("ensemble") else "--adapter_per_dataset")
+        else:
+            output.adapter_names([adapters] if isinstance(adapters, str) else list(map(str, adapters)))
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None

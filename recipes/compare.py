@@ -1,0 +1,123 @@
+"""All methods in one table under the same conditions: baselines, controls, upper bounds and the fusion itself.
+
+    python recipes/compare.py --config recipes/demo/compare.yaml [--jobs 2] [--dry_run true]
+
+The file names the methods, each with the flags of its recipe (train, expert, merge, distill, or an evaluation alone)
+and the values of its hyper-parameters to try; see recipes/README.md. First every method with hyper-parameters gets
+--search_budget runs that are scored on validation data; then all methods run once per seed with what was best, and are
+scored on the test data. Runs that are finished are skipped, so the same command goes on after an interruption. Writes
+output_dir/comparison.json, and report.md with a picture to output_dir/report.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.cli import UsageError, command, parse_with_sections, set_up_logging
+from heterofusion.comparison import (
+    COMPARISON_FILE,
+    SECTIONS,
+    choose,
+    collect,
+    final_runs,
+    plan_comparison,
+    search_runs,
+)
+from heterofusion.files import write_whole
+from heterofusion.report.comparison import comparison_table, gain_sentences, parse_comparison
+from heterofusion.report.style import require_matplotlib
+from heterofusion.report.write import Report, check_output, write_report
+from heterofusion.sweeps import Run, run_all
+from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
+from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass
+class CompareArguments(PlaceArguments):
+    """What is compared, how often, and where it runs."""
+
+    output_dir: str = field(default="outputs/compare", metadata={"help": "Folder for everything that is made."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the runs in the table."})
+    search_seed: int = field(
+        default=100, metadata={"help": "Seed of the runs that hyper-parameters are chosen by; none of --seeds."}
+    )
+    search_budget: int = field(
+        default=5, metadata={"help": "Validation runs that every method with hyper-parameters gets."}
+    )
+    title: str = field(default="Methods side by side", metadata={"help": "Heading of the table."})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Compare only these methods, by their names in the file."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds is {self.seeds}; give one or more, all different")
+        if self.search_seed in self.seeds:
+            raise ValueError(
+                f"--search_seed {self.search_seed} is one of --seeds {self.seeds}: hyper-parameters would be chosen "
+                "by a run that is in the table; give another"
+            )
+        if self.search_budget < 1:
+            raise ValueError(f"--search_budget is {self.search_budget}; it must be at least 1")
+
+
+def run_phase(runs: list[Run], options: CompareArguments) -> list[Outcome]:
+    """Run what is not finished; gives what failed."""
+    pool = options.pool(FOLDER)
+    outcomes = run_all(runs, pool)
+    print(outcome_table(outcomes), flush=True)
+    return [outcome for outcome in outcomes if outcome.status in (FAILED, NOT_RUN)]
+
+
+@command
+def main(argv: list[str]) -> None:
+    (options,), sections, file = parse_with_sections((CompareArguments,), argv, __doc__, SECTIONS)
+    set_up_logging(logging.INFO)
+    if file is None:
+        raise UsageError("--config is missing: name a comparison file, such as recipes/demo/compare.yaml")
+    folder = Path(options.output_dir).expanduser()
+    comparison = plan_comparison(
+        sections, file, folder, options.seeds, options.search_seed, options.search_budget, options.only
+    )
+    searching, reported = search_runs(comparison), final_runs(comparison, {})  # all flags are checked here
+    if options.dry_run:
+        for run in (*searching, *reported):
+            print(describe(run))
+        print(f"{len(searching)} runs to choose hyper-parameters by, {len(reported)} to report")
+        return
+    require_matplotlib()
+    report_folder, document = check_output(folder / "report", None, overwrite=True)
+    end_runs_when_told()
+    failed = run_phase(searching, options)
+    if failed:
+        raise ChildProcessError(
+            f"{len(failed)} of {len(searching)} validation runs did not finish, so nothing can be chosen; the same "
+            "command, without --overwrite, tries them again"
+        )
+    chosen = choose(comparison)
+    reported = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
+    failed = run_phase(reported, options)
+    content = {"title": options.title, **collect(comparison, chosen)}
+    write_whole(folder / COMPARISON_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    table = parse_comparison(content, f"comparison {folder / COMPARISON_FILE}")
+    write_report(Report(options.title, comparisons=[table]), report_folder, document)
+    print("\n" + comparison_table(table) + "\n")
+    print("\n".join(gain_sentences(table)))
+    print(f"written to {document}")
+    if failed:
+        raise ChildProcessError(
+            f"{len(failed)} of {len(reported)} runs did not finish; the same command, without --overwrite, tries them "
+            "again"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

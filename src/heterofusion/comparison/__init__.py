@@ -1,0 +1,18 @@
+"""Methods side by side under the same conditions: searched hyper-parameters, several seeds, one table."""
+
+from heterofusion.comparison.collect import COMPARISON_FILE, collect, comparison_row
+from heterofusion.comparison.plan import SECTIONS, Comparison, Method, plan_comparison
+from heterofusion.comparison.runs import choose, final_runs, search_runs
+
+__all__ = [
+    "COMPARISON_FILE",
+    "SECTIONS",
+    "Comparison",
+    "Method",
+    "choose",
+    "collect",
+    "comparison_row",
+    "final_runs",
+    "plan_comparison",
+    "search_runs",
+]

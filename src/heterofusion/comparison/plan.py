@@ -1,0 +1,270 @@
+"""What is compared: the sections of a comparison file, checked.
+
+validation: {...}        # flags of recipes/eval.py on the data that hyper-parameters are chosen by
+test: {...}              # flags of recipes/eval.py on the data that is reported
+lists: {tasks: [a, b]}   # for `for_each`, see `heterofusion.sweeps.Template`
+methods:                 # a row each
+  - name: direct tuning of B
+    group: any base      # heading of the rows
+    recipe: expert       # train, expert, merge or distill; without one, something that is there is evaluated
+    flags: {...}         # of the recipe; {seed} in them makes it one run per seed
+    search: {learning_rate: [0.001, 0.003]}
+    eval: {...}          # flags in place of those of `test`; {adapter} is what the recipe made
+  - name: noise sources
+    like: HeteroFusion   # recipe, flags and the chosen hyper-parameters of another method, some flags replaced
+    flags: {source_control: noise}
+  - name: source experts
+    parts: [{...}, {...}]   # evaluations of different data sets, joined to one row
+gains:
+  - {name: source_gain, row: HeteroFusion, over: noise sources}
+normalize_by: target experts
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heterofusion.cli import UsageError, as_text, check_flags
+from heterofusion.sweeps import MAKERS, RECIPES, with_config
+
+SECTIONS = ("validation", "test", "lists", "methods", "gains", "normalize_by")
+_METHOD_KEYS = {"name", "group", "about", "recipe", "like", "flags", "search", "eval", "parts"}
+_GAIN_KEYS = {"name", "row", "over"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: of the row.
+        group: heading of the rows that it stands among.
+        about: what it is, in a sentence.
+        recipe: the recipe that makes the adapter; None if there is nothing to make.
+        flags: its flags, with variables.
+        search: values of the flags that are searched.
+        settings_of: name of the method whose chosen values it takes.
+        evaluation: flags of recipes/eval.py over those of the section `test`.
+        parts: evaluations that make up the row together.
+    """
+
+    name: str
+    group: str
+    about: str
+    recipe: str | None
+    flags: Mapping[str, Any]
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    settings_of: str | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def slug(self) -> str:
+        """Its name as that of a folder."""
+        return slug(self.name)
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """The combinations of values that are searched; one empty one without a search."""
+        for values in itertools.product(*self.search.values()):
+            yield dict(zip(self.search, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of two rows that is reported by a name of its own."""
+
+    name: str
+    row: str
+    over: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file.
+
+    Attributes:
+        folder: where everything goes.
+        seeds: of the runs that are reported.
+        search_seed: of the runs that hyper-parameters are chosen by.
+        budget: validation runs that every method with hyper-parameters gets.
+        lists: the named lists.
+        validation: flags of recipes/eval.py.
+        test: flags of recipes/eval.py.
+        methods: in order of the rows.
+        gains: differences to report.
+        normalize_by: name of the method that is 1 in normalized scores; None for no such column.
+        where: names the file in messages.
+    """
+
+    folder: Path
+    seeds: Sequence[int]
+    search_seed: int
+    budget: int
+    lists: Mapping[str, Sequence[Any]]
+    validation: Mapping[str, Any]
+    test: Mapping[str, Any]
+    methods: Sequence[Method]
+    gains: Sequence[Gain]
+    normalize_by: str | None
+    where: str
+
+    def method(self, name: str) -> Method:
+        """The method of a name."""
+        return next(method for method in self.methods if method.name == name)
+
+
+def slug(text: str) -> str:
+    """A name as that of a folder, in small letters."""
+    return re.sub(r"[^\w.+=,-]+", "-", text).strip("-.").lower() or "method"
+
+
+def plan_comparison(
+    sections: Mapping[str, Any],
+    file: Path,
+    folder: Path,
+    seeds: Sequence[int],
+    search_seed: int,
+    budget: int,
+    only: Sequence[str] = (),
+) -> Comparison:
+    """Check the sections of a comparison file.
+
+    Args:
+        sections: what it holds beside flags, by the names in `SECTIONS`.
+        file: the file, for messages, and because `config:` in it is relative to its folder.
+        folder: where everything goes.
+        seeds: of the runs that are reported.
+        search_seed: of the runs that hyper-parameters are chosen by.
+        budget: validation runs that a search must have.
+        only: names of the methods that are compared; all by default.
+
+    Raises:
+        UsageError: something in it is not as it has to be; names it.
+    """
+    where = f"--config: {file}"
+    for name in ("test", "methods"):
+        if not sections.get(name):
+            raise UsageError(f"{where} has no section {name}; a comparison needs one")
+    lists = sections.get("lists") or {}
+    if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
+        raise UsageError(f"{where}: lists must be a mapping of names to lists")
+    validation, test = (
+        with_config(_mapping(sections.get(name), f"{where}, {name}"), file.parent, f"{where}, {name}")
+        for name in ("validation", "test")
+    )
+    methods: list[Method] = []
+    entries = sections["methods"]
+    if not isinstance(entries, list):
+        raise UsageError(f"{where}: methods must be a list of mappings, each with a name")
+    for entry in entries:
+        methods.append(_method(entry, methods, file.parent, where, budget))
+    names = [method.slug for method in methods]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UsageError(f"{where}: two methods are called {methods[index].name!r}; give each its own name")
+    if not validation and any(method.search for method in methods):
+        raise UsageError(f"{where} has methods with a search but no section validation to choose by")
+    unknown = [name for name in only if name not in {method.name for method in methods}]
+    if unknown:
+        there = ", ".join(method.name for method in methods)
+        raise UsageError(f"--only {unknown[0]!r} is no method of {file}; there is {there}")
+    known = {method.name for method in methods}
+    gains = [_gain(entry, known, where) for entry in sections.get("gains") or []]
+    normalize_by = sections.get("normalize_by")
+    if normalize_by is not None and normalize_by not in known:
+        raise UsageError(f"{where}: normalize_by is {normalize_by!r}, which is no method of it")
+    if only:
+        methods = [method for method in methods if method.name in only]
+        for method in methods:
+            if method.settings_of is not None and method.settings_of not in only:
+                raise UsageError(
+                    f"--only {method.name!r} takes its hyper-parameters of {method.settings_of!r}: name both"
+                )
+        gains = [gain for gain in gains if {gain.row, gain.over} <= set(only)]
+        normalize_by = normalize_by if normalize_by in only else None
+    return Comparison(
+        folder, tuple(seeds), search_seed, budget, lists, validation, test, tuple(methods), tuple(gains),
+        normalize_by, where,
+    )  # fmt: skip
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} is {value!r}; a mapping was expected")
+    return {str(key): item for key, item in value.items()}
+
+
+def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budget: int) -> Method:
+    if not isinstance(entry, dict) or not entry.get("name"):
+        raise UsageError(f"{where}: methods must be a list of mappings, each with a name; found {entry!r}")
+    name = str(entry["name"])
+    place = f"{where}, method {name!r}"
+    unknown = [str(key) for key in entry if key not in _METHOD_KEYS]
+    if unknown:
+        raise UsageError(
+            f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_METHOD_KEYS))}"
+        )
+    flags = with_config(_mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
+    evaluation = with_config(_mapping(entry.get("eval"), f"{place}, eval"), folder, f"{place}, eval")
+    search = _search(entry.get("search"), place, budget)
+    recipe, settings_of = entry.get("recipe"), None
+    if "like" in entry:
+        model = next((method for method in before if method.name == entry["like"]), None)
+        if model is None or recipe is not None or search:
+            raise UsageError(
+                f"{place}: like must name a method above it, and recipe and search then come from there; it is "
+                f"{entry['like']!r}"
+            )
+        recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
+        settings_of = model.settings_of or model.name
+    if recipe is not None and recipe not in MAKERS:
+        raise UsageError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
+    if recipe is None and (flags or search):
+        raise UsageError(f"{place} has flags or a search but no recipe that they are of")
+    parts = entry.get("parts") or []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise UsageError(f"{place}: parts must be a list of mappings of flags of recipes/eval.py")
+    if parts and recipe is not None:
+        raise UsageError(f"{place} has parts and a recipe; parts are of what is there already")
+    return Method(
+        name, str(entry.get("group") or ""), str(entry.get("about") or ""), recipe, flags, search, settings_of,
+        evaluation, tuple(with_config(part, folder, f"{place}, parts") for part in parts),
+    )  # fmt: skip
+
+
+def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
+    values = _mapping(search, f"{place}, search")
+    if not all(isinstance(items, list) and items for items in values.values()):
+        raise UsageError(f"{place}: search must map flags to lists of values")
+    count = math.prod(map(len, values.values()))
+    if values and count != budget:
+        raise UsageError(
+            f"{place}: its search has {count} combinations, but every method gets --search_budget {budget} validation "
+            "runs: give it as many"
+        )
+    return values
+
+
+def _gain(entry: Any, known: set[str], where: str) -> Gain:
+    if not isinstance(entry, dict) or set(entry) != _GAIN_KEYS:
+        raise UsageError(f"{where}: each of gains must have {', '.join(sorted(_GAIN_KEYS))}; found {entry!r}")
+    for key in ("row", "over"):
+        if entry[key] not in known:
+            raise UsageError(f"{where}: gain {entry['name']!r} names {entry[key]!r}, which is no method of it")
+    return Gain(str(entry["name"]), str(entry["row"]), str(entry["over"]))
+
+
+def check_step(recipe: str, flags: Mapping[str, Any], where: str) -> None:
+    """Check the flags of a recipe, as far as that goes without starting it."""
+    check_flags(RECIPES[recipe], flags, where)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Values of flags as a name: `learning_rate=0.001,alpha_init=0.3`."""
+    return ",".join(f"{name}={as_text(value)}" for name, value in settings.items())

@@ -1,0 +1,346 @@
+"""recipes/compare.py: equal budgets, the best values for every seed, controls under the same settings, one table."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from heterofusion.comparison import SECTIONS, choose, final_runs, plan_comparison, search_runs
+from heterofusion.report.comparison import comparison_section, comparison_table, gain_sentences, parse_comparison
+from heterofusion.report.comparison_picture import draw_comparison
+from recipe_runner import RECIPES, error_line, recipe
+
+pytestmark = pytest.mark.usefixtures("logging_restored")
+compare = recipe("compare")
+
+# Stands for a recipe that makes an adapter: what it was asked for lies in the adapter, where a later stub reads it.
+MAKER = """
+import json, pathlib, sys, yaml
+flags = yaml.safe_load(open(sys.argv[2]))
+folder = pathlib.Path(flags["output_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "flags.json").write_text(json.dumps(flags))
+grid = dict(entry.split("=") for entry in flags.get("search", []))
+points = [float(value) for value in grid.get("merge_lambda", "").split(",") if value]
+candidates = [{"hyperparameters": {"merge_lambda": p, "density": 0.2}, "mean": 0.5 - abs(p - 0.4)} for p in points]
+record = {"search": {"candidates": candidates}, "made_by": {"cost": {"seconds": 7.0}}}
+(folder / "merge.json").write_text(json.dumps(record))
+if (pathlib.Path(__file__).parent / "broken").exists() and flags.get("seed") == 1:
+    sys.exit("error: no memory")
+"""
+# Stands for recipes/eval.py: best at a learning rate of 0.003, a little better with each seed, worse for controls.
+EVAL = """
+import json, pathlib, sys, yaml
+flags = yaml.safe_load(open(sys.argv[2]))
+folder = pathlib.Path(flags["output_dir"])
+folder.mkdir(parents=True, exist_ok=True)
+made = pathlib.Path(flags["adapters"][0]) / "flags.json"
+made = json.loads(made.read_text()) if made.exists() else {}
+level = {0.001: 0.5, 0.003: 0.7, 0.01: 0.6}.get(made.get("learning_rate"), 0.2)
+level += 0.01 * (made.get("seed") or 0) - (0.1 if made.get("source_control") else 0)
+datasets = {
+    pathlib.Path(name).stem: {"score": level + 0.1 * place, "examples": 5, "sha256": "ab", "metric": "NER",
+                              "primary": "f1", "scores": {"f1": level}, "seconds": 1.0, "new_tokens": 3}
+    for place, name in enumerate(flags["dataset_name"])
+}
+made_by = {"kind": "x", "method": "y", "seed": made.get("seed"), "ran_source_models": False,
+           "source_control": made.get("source_control"), "cost": {"seconds": 5.0, "peak_memory_bytes": 3 * 2**30}}
+json.dump({
+    "name": flags["name"], "labels": {}, "datasets": datasets,
+    "mean": sum(d["score"] for d in datasets.values()) / len(datasets), "seconds": 2.0, "new_tokens": 6,
+    "tokens_per_second": 3.0, "models_at_inference": 2 if flags.get("ensemble") else 1, "needs_task_id": False,
+    "peak_memory_bytes": 2**30, "device": "cpu", "made_by": made_by if made else None,
+}, open(folder / "results.json", "w"))
+"""
+FUSION = {
+    "model_name_or_path": "BASE", "target_adapter": "T", "source_adapters": ["S"], "dataset_name": ["r.jsonl"],
+    "seed": "{seed}",
+}  # fmt: skip
+
+
+def sections(**changes) -> dict:
+    """A comparison of four methods."""
+    content = {
+        "lists": {"tasks": ["a", "b"]},
+        "validation": {"model_name_or_path": "BASE", "dataset_name": ["valid.jsonl"], "dtype": "float32"},
+        "test": {
+            "model_name_or_path": "BASE",
+            "dataset_name": [{"for_each": "tasks", "value": "{item}.jsonl"}],
+        },
+        "normalize_by": "anchor",
+        "gains": [{"name": "source_gain", "row": "fusion", "over": "noise"}],
+        "methods": [
+            {"name": "anchor", "group": "References", "eval": {"adapters": ["T"]}},
+            {
+                "name": "arithmetic", "group": "Merging", "recipe": "merge",
+                "flags": {"model_name_or_path": "BASE", "adapters": ["T", "S"]},
+                "search": {"merge_lambda": [0.2, 0.4, 1.0]},
+            },
+            {
+                "name": "fusion", "group": "Fusion", "about": "the method", "recipe": "train", "flags": FUSION,
+                "search": {"learning_rate": [0.001, 0.003, 0.01]},
+            },
+            {"name": "noise", "group": "Controls", "like": "fusion", "flags": {"source_control": "noise"}},
+        ],
+    }  # fmt: skip
+    return {**content, **changes}
+
+
+def plan(tmp_path, content=None, seeds=(0, 1, 2), budget=3, only=()):
+    return plan_comparison(content or sections(), tmp_path / "x.yaml", tmp_path / "out", seeds, 100, budget, only)
+
+
+def flags_of(runs, name) -> list[dict]:
+    return [run.steps[0].flags for run in runs if run.name == name]
+
+
+# ---- the runs ---------------------------------------------------------------------------------------------------
+
+
+def test_search_runs_are_of_the_search_seed_and_validation_data(tmp_path):
+    runs = search_runs(plan(tmp_path))
+    trained = flags_of(runs, "fusion")
+    assert [flags["learning_rate"] for flags in trained] == [0.001, 0.003, 0.01]
+    assert {flags["seed"] for flags in trained} == {100}
+    scored = [run.steps[1].flags for run in runs if run.name == "fusion"]
+    assert all(flags["dataset_name"] == ["valid.jsonl"] for flags in scored)
+    (merge,) = flags_of(runs, "arithmetic")
+    assert merge["search"] == ["merge_lambda=0.2,0.4,1.0"] and merge["dataset_name"] == ["valid.jsonl"]
+    assert "dtype" not in merge  # of a merge, it is that of the weights that are written
+
+
+def test_final_runs_take_what_was_chosen_and_controls_what_their_method_chose(tmp_path):
+    chosen = {"fusion": {"learning_rate": 0.01}, "arithmetic": {"merge_lambda": 0.4}}
+    runs = final_runs(plan(tmp_path), chosen)
+    assert [(flags["learning_rate"], flags["seed"]) for flags in flags_of(runs, "fusion")] == [
+        (0.01, s) for s in range(3)
+    ]
+    noise = flags_of(runs, "noise")
+    assert all(flags["source_control"] == "noise" and flags["learning_rate"] == 0.01 for flags in noise)
+    assert [flags["seed"] for flags in noise] == [0, 1, 2]
+    assert [flags["merge_lambda"] for flags in flags_of(runs, "arithmetic")] == [0.4]  # nothing in it is random
+    (anchor,) = [run for run in runs if run.name == "anchor"]
+    assert anchor.steps[0].flags["dataset_name"] == ["a.jsonl", "b.jsonl"]
+
+
+def test_adapter_variable_is_what_the_recipe_made(tmp_path):
+    content = sections()
+    content["methods"][1] = {
+        "name": "emr", "recipe": "merge", "flags": {**content["methods"][1]["flags"], "method": "emr"},
+        "eval": {"adapter_per_dataset": True, "adapters": [{"for_each": "tasks", "value": "{adapter}/{item}"}]},
+    }  # fmt: skip
+    run = next(run for run in final_runs(plan(tmp_path, content), {}) if run.name == "emr")
+    made = run.steps[0].folder
+    assert run.steps[1].flags["adapters"] == [f"{made}/a", f"{made}/b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": None}, "no section methods"),
+        ({"test": None}, "no section test"),
+        ({"validation": None}, "no section validation"),
+        ({"normalize_by": "nobody"}, "normalize_by is 'nobody'"),
+        ({"gains": [{"name": "g", "row": "fusion", "over": "nobody"}]}, "'nobody', which is no method"),
+        ({"gains": [{"name": "g", "row": "fusion"}]}, "each of gains must have"),
+        ({"methods": [{"name": "x", "recipe": "dance"}]}, "recipe is 'dance'"),
+        ({"methods": [{"name": "x", "colour": 1}]}, "unknown keys: colour"),
+        ({"methods": [{"name": "x", "like": "y"}]}, "must name a method above it"),
+        ({"methods": [{"name": "a b"}, {"name": "a-b"}]}, "two methods are called 'a-b'"),
+        ({"methods": [{"name": "x", "flags": {"seed": 1}}]}, "no recipe that they are of"),
+        ({"methods": [{"name": "x", "parts": [{}], "recipe": "merge"}]}, "parts and a recipe"),
+    ],
+)
+def test_bad_files_are_refused(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        plan(tmp_path, {**sections(), "gains": [], "normalize_by": None, **changes})
+
+
+def test_searches_of_different_size_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'arithmetic': its search has 3 combinations, .* 5 validation runs"):
+        plan(tmp_path, budget=5)
+
+
+def test_wrong_flags_of_a_method_are_refused_before_anything_runs(tmp_path):
+    content = sections()
+    content["methods"][2]["flags"] = {**FUSION, "learning_speed": 1}
+    with pytest.raises(ValueError, match=r"method 'fusion', train has unknown keys: learning_speed"):
+        search_runs(plan(tmp_path, content))
+
+
+def test_only_some_methods(tmp_path):
+    some = plan(tmp_path, only=["anchor", "fusion"])
+    assert [method.name for method in some.methods] == ["anchor", "fusion"] and not some.gains
+    with pytest.raises(ValueError, match="takes its hyper-parameters of 'fusion': name both"):
+        plan(tmp_path, only=["noise"])
+    with pytest.raises(ValueError, match="'nobody' is no method"):
+        plan(tmp_path, only=["nobody"])
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("compare.yaml")), ids=lambda path: path.parent.name)
+def test_shipped_comparisons_have_valid_flags_and_equal_budgets(file, tmp_path, monkeypatch):
+    for name in ("MODEL_ROOT", "ADAPTER_ROOT", "DATA_ROOT"):
+        monkeypatch.setenv(name, "x")
+    content = yaml.safe_load(file.read_text())
+    argv = ["--config", str(file), "--dry_run", "true"]
+    assert compare.main(argv) == 0
+    searched = [method for method in content["methods"] if "search" in method]
+    assert len(searched) >= 10 and {"like", "search"} <= {key for method in content["methods"] for key in method}
+    assert set(content) - set(SECTIONS) <= {"output_dir", "seeds", "search_seed", "search_budget", "title"}
+
+
+# ---- from runs to the table -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A comparison file, and recipes that only pretend."""
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    for name in ("train", "merge"):
+        (recipes / f"{name}.py").write_text(MAKER)
+    (recipes / "eval.py").write_text(EVAL)
+    content = {"output_dir": str(tmp_path / "out"), "search_budget": 3, **sections()}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.setattr(compare, "FOLDER", recipes)
+    return tmp_path
+
+
+def run(workplace, *argv):
+    return compare.main(["--config", str(workplace / "compare.yaml"), "--jobs", "2", *argv])
+
+
+def test_whole_comparison(workplace, capsys):
+    assert run(workplace) == 0
+    content = json.loads((workplace / "out" / "comparison.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["anchor", "arithmetic", "fusion", "noise"]
+    assert rows["fusion"]["settings"] == {"learning_rate": 0.003} and rows["fusion"]["search"]["runs"] == 3
+    assert rows["fusion"]["search"]["seconds"] == 3 * (5.0 + 2.0)
+    assert rows["arithmetic"]["settings"] == {"merge_lambda": 0.4} and rows["arithmetic"]["search"]["seconds"] == 7.0
+    assert rows["noise"]["settings"] == {"learning_rate": 0.003} and rows["noise"]["search"] is None
+    assert [run["mean"] for run in rows["fusion"]["runs"]] == pytest.approx([0.75, 0.76, 0.77])
+    assert content["missing"] == []
+    text = (workplace / "out" / "report" / "report.md").read_text()
+    assert text.count("| fusion |") == 2  # scores, and hyper-parameters
+    shown = re.search(
+        r"\| fusion \| 0\.710 \| 0\.810 \| 0\.760 ± 0\.025 \| ([\d.]+) \| 3 \| 5\.0 \| 21\.0 \| 2\.0 \| 3\.00 ", text
+    )
+    assert shown and float(shown[1]) == pytest.approx((0.71 / 0.2 + 0.81 / 0.3) / 2, abs=1e-3)
+    assert "**source_gain** = fusion - noise = **+0.100 ± 0.000** (n = 3; the whole 95% interval is above 0)" in text
+    assert "learning_rate 0.001: 0.500, learning_rate 0.003: 0.700" not in text  # the search has a seed of its own
+    assert (workplace / "out" / "report" / "pictures" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "source_gain" in capsys.readouterr().out
+    before = (workplace / "out" / "methods" / "fusion" / "seed=0" / "train.done").stat().st_mtime_ns
+    assert run(workplace) == 0  # nothing is run twice
+    assert (workplace / "out" / "methods" / "fusion" / "seed=0" / "train.done").stat().st_mtime_ns == before
+
+
+def test_failed_runs_leave_a_table_that_says_so(workplace, capsys):
+    (workplace / "recipes" / "broken").touch()
+    assert run(workplace) == 2
+    captured = capsys.readouterr()
+    assert "no memory" in captured.out and "2 of 8 runs did not finish" in captured.err
+    text = (workplace / "out" / "report" / "report.md").read_text()
+    assert "> **Warning.** Runs are missing: fusion, seed 1; noise, seed 1." in text
+    (workplace / "recipes" / "broken").unlink()
+    assert run(workplace) == 0
+    assert "Warning" not in (workplace / "out" / "report" / "report.md").read_text()
+
+
+def test_dry_run_makes_nothing(workplace, capsys):
+    assert run(workplace, "--dry_run", "true") == 0
+    assert "4 runs to choose hyper-parameters by, 8 to report" in capsys.readouterr().out
+    assert not (workplace / "out").exists()
+
+
+def test_ties_go_to_the_first_value(workplace):
+    assert run(workplace, "--only", "fusion", "anchor") == 0
+    comparison = plan(workplace, only=["fusion", "anchor"])
+    for file in (workplace / "out" / "search" / "fusion").glob("*/eval/results.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({**content, "mean": 0.5}))
+    assert choose(comparison)["fusion"]["settings"] == {"learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--seeds", "0", "0"], "all different"),
+        (["--seeds", "0", "100"], "--search_seed 100 is one of --seeds"),
+        (["--search_budget", "0"], "--search_budget is 0"),
+    ],
+)
+def test_bad_flags(argv, words, workplace, capsys):
+    error_line(capsys, compare.main, ["--config", str(workplace / "compare.yaml"), *argv], words)
+
+
+def test_config_is_needed(capsys):
+    error_line(capsys, compare.main, [], "--config is missing")
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def table(**changes):
+    """Two rows with three seeds and one without."""
+
+    def row(name, means, **more):
+        runs = [
+            {"seed": seed, "scores": {"a": mean, "b": mean}, "making_seconds": 1.0, "evaluation_seconds": 1.0,
+             "peak_memory_bytes": 2**30}
+            for seed, mean in means.items()
+        ]  # fmt: skip
+        fixed = {"models_at_inference": 1, "needs_task_id": False, "ran_source_models": False, "source_control": None}
+        return {"name": name, "group": "", "runs": runs, **fixed, **more}
+
+    rows = [
+        row("real", {0: 0.5, 1: 0.6, 2: 0.7}),
+        row("noise", {0: 0.45, 1: 0.62, 2: 0.69}, source_control="noise"),
+        row("merge", {None: 0.3}, needs_task_id=True),
+    ]
+    gains = [{"name": "source_gain", "row": "real", "over": "noise"}, {"name": "g", "row": "real", "over": "gone"}]
+    return {"rows": rows, "gains": gains, "search_budget": 5, "normalize_by": None, "missing": [], **changes}
+
+
+def test_undecided_gain_is_called_so_and_a_missing_row_too():
+    told = gain_sentences(parse_comparison(table(), "x"))
+    assert told[0].endswith("(n = 3; the 95% interval contains 0: undecided).") and "+0.013 ± " in told[0]
+    assert told[1].endswith("one of the two is missing.")
+
+
+def test_gains_are_paired_by_seed():
+    found = parse_comparison(table(), "x").gain("real", "noise")
+    assert found.values == pytest.approx((0.05, -0.02, 0.01))
+    unseeded = parse_comparison(table(), "x").gain("real", "merge")
+    assert unseeded.values == pytest.approx((0.2, 0.3, 0.4))
+
+
+def test_table_says_what_a_method_needs():
+    text = comparison_table(parse_comparison(table(), "x"))
+    (merge,) = [line for line in text.splitlines() if line.startswith("| merge")]
+    assert [cell.strip() for cell in merge.split("|")][-4:-1] == ["1", "yes", "no"]
+
+
+def test_rows_of_other_data_are_refused():
+    content = table()
+    content["rows"][1]["runs"] = [{"seed": 0, "scores": {"a": 0.1}}]
+    with pytest.raises(ValueError, match="noise is scored on a, others on other data sets"):
+        parse_comparison(content, "x")
+
+
+@pytest.mark.parametrize(("content", "words"), [([], "an object"), ({"rows": []}, "no rows"), ({}, "rows is missing")])
+def test_damaged_comparison_is_refused(content, words):
+    with pytest.raises(ValueError, match=words):
+        parse_comparison(content, "comparison x")
+
+
+def test_picture_shows_every_row_and_marks_controls(tmp_path):
+    parsed = parse_comparison(table(), "x")
+    figure = draw_comparison(parsed, tmp_path / "x.png", "mean F1")
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["real", "noise", "merge"]
+    hollow = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == "white"]
+    assert len(hollow) == 1 and "hollow: controls" in axes.get_xlabel()
+    assert "## Methods side by side" in comparison_section(parsed, [("t", "x.png")], "##")

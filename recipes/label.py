@@ -1,0 +1,67 @@
+"""Let source experts label prompts of the tasks that they are good at: what a fusion's replay lacks.
+
+    accelerate launch --config_file accelerate_configs/single.yaml recipes/label.py \
+        --model_name_or_path BASE --target_adapter ANCHOR \
+        --source_models BASE1 BASE2 --source_adapters EXPERT1 EXPERT2 \
+        --dataset_name replay_a.json replay_b.json --prompts unlabelled_a.json unlabelled_b.json --output_dir labels
+
+Every source runs on its own base, in its own tokenizer and chat template, one model in memory at a time; several
+processes share the prompts. First all answer the replay, each task's metric scores them, and a source labels a task
+only if it beats the anchor there by --routing_margin; --routing map.yaml decides instead. The labels of a task are in
+--output_dir/TASK.jsonl, in the columns of the replay with `source`, `log_probability` (mean per token) and
+`format_ok`. Prompts are files, the replay's own (--prompts replay), or invented by the sources (--self_prompt 300).
+With --top_k_logits 10 the sources' distributions are stored beside. A run that was interrupted goes on with
+--resume true, with any number of processes.
+"""
+
+import logging
+import os
+import sys
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
+from heterofusion.evaluation.ranks import start_ranks
+from heterofusion.files import staging_folder
+from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
+from heterofusion.labelling.record import labels_table
+from heterofusion.labelling.routing import Routing
+from heterofusion.labelling.run import ROUTING_PICTURE, STAGING, Labelling
+from heterofusion.report.routing_picture import draw_routing
+
+logger = logging.getLogger("heterofusion.label")
+
+
+@command
+def main(argv: list[str]) -> None:
+    arguments = LabelArguments(*parse_arguments(LABEL_ARGUMENTS, argv, __doc__))
+    set_up_logging(logging.INFO, hold=True)
+    ranks = start_ranks(arguments.model.use_cpu)
+    try:
+        # everything that can be checked is checked before any model is loaded
+        labelling = Labelling(arguments, ranks)
+        release_logging()
+        routing, record = labelling.run()
+    finally:
+        if ranks.num_processes > 1:
+            ranks.destroy_process_group()
+    if ranks.is_main_process:
+        draw(routing, labelling)
+        print(f"{routing.table()}\n\n{labels_table(record)}")
+        logger.info("labels written to %s", labelling.folder)
+
+
+def draw(routing: Routing, labelling: Labelling) -> None:
+    """Draw the routing, where matplotlib is installed: labels are worth more than their picture."""
+    scores = {**routing.scores, **{name: routing.scores.get(name, {}) for name in routing.sources}}
+    try:
+        with staging_folder(labelling.folder, STAGING) as staging:
+            draw_routing(scores, routing.chosen, routing.tasks, staging / ROUTING_PICTURE)
+            os.replace(staging / ROUTING_PICTURE, labelling.folder / ROUTING_PICTURE)
+    except ImportError as error:
+        logger.warning("the routing is not drawn: %s", error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

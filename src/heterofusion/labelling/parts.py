@@ -1,0 +1,90 @@
+"""Answers as they come, one file per process, so that a kill loses one batch at most.
+
+    output_dir/parts/<key>/rank-0.jsonl
+
+The key is a hash of everything that the answers depend on: the model, the prompts as token ids, and how is generated.
+Whoever asks the same of the same model finds what is there, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from heterofusion.evaluation.store import PartWriter
+from heterofusion.labelling.generation import Label
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # of part files; another number is another folder
+
+
+def parts_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Where answers with an identity are.
+
+    Args:
+        folder: Of all parts.
+        identity: Plain values; other ones are another folder.
+    """
+    key = json.dumps({"format": _FORMAT, **identity}, sort_keys=True)
+    return folder / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+class LabelWriter(PartWriter):
+    """Appends labels to a part file, a batch at a time; what a kill cut off at its end goes first."""
+
+    def write(self, answers: Sequence[Label], seconds: float) -> None:  # type: ignore[override]
+        """Append a batch that took so long; it is on its way to the disk when this returns."""
+        share = round(seconds / len(answers), 6)
+        lines = [
+            json.dumps(
+                {
+                    "index": label.index,
+                    "text": label.text,
+                    "new_tokens": label.new_tokens,
+                    "log_probability": round(label.log_probability, 5),
+                    "ended": label.ended,
+                    "seconds": share,
+                },
+                ensure_ascii=False,
+            )
+            for label in answers
+        ]
+        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        self._file.flush()
+
+
+def read_parts(folder: Path) -> tuple[dict[int, Label], float]:
+    """Read the labels that all processes of all runs left in a folder.
+
+    Args:
+        folder: `parts/<key>`; it need not exist.
+
+    Returns:
+        The labels by index, and the seconds of generation: those of the process that took longest.
+    """
+    labels: dict[int, Label] = {}
+    longest = 0.0
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        seconds = 0.0
+        for line in path.read_bytes().split(b"\n")[:-1]:  # without a line end, the last one was cut
+            try:
+                record = json.loads(line)
+                label = Label(
+                    int(record["index"]),
+                    str(record["text"]),
+                    int(record["new_tokens"]),
+                    float(record["log_probability"]),
+                    bool(record["ended"]),
+                )
+                seconds += float(record["seconds"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s holds a damaged line; its prompt is answered again", path)
+                continue
+            labels.setdefault(label.index, label)
+        longest = max(longest, seconds)
+    return labels, longest

@@ -1,0 +1,116 @@
+"""What a labelling tells of itself: `labels.json`, and a table of its labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heterofusion.cost import cost_record
+from heterofusion.labelling.arguments import LabelArguments
+from heterofusion.labelling.experts import Expert
+from heterofusion.labelling.routing import Routing
+from heterofusion.labelling.tasks import LabelTask
+from heterofusion.markdown import markdown_table
+from heterofusion.provenance import display_name, library_versions
+
+
+@dataclass(frozen=True)
+class TaskLabels:
+    """The labels of a task.
+
+    Args:
+        task: The task, with its prompts.
+        records: One per prompt, as they are written.
+        invented: Counts of `invented_prompts`; None where prompts were given.
+        cut: How many prompts a source read without their beginning.
+    """
+
+    task: LabelTask
+    records: list[dict[str, Any]]
+    invented: dict[str, int] | None
+    cut: int
+
+    def summary(self) -> dict[str, Any]:
+        """What `labels.json` tells of them."""
+        count = len(self.records)
+        failures = sum(not record["format_ok"] for record in self.records)
+        prompts = self.task.prompts
+        return {
+            "metric": self.task.metric,
+            "labels": count,
+            "sources": dict(Counter(record["source"] for record in self.records)),
+            "format_failures": failures,
+            "format_failure_rate": failures / count if count else None,
+            "mean_log_probability": sum(r["log_probability"] for r in self.records) / count if count else None,
+            "prompts_cut": self.cut,
+            "prompts_sha256": prompts.sha256 if prompts is not None else None,
+            "replay_sha256": self.task.replay.sha256 if self.task.replay is not None else None,
+            "invented": self.invented,
+        }
+
+
+def labels_record(
+    arguments: LabelArguments,
+    made: Sequence[TaskLabels],
+    routing: Routing,
+    anchor: Expert | None,
+    sources: Sequence[Expert],
+    seconds: float,
+    processes: int,
+) -> dict[str, Any]:
+    """What `labels.json` holds. Local paths are cut to their names.
+
+    Args:
+        arguments: The flags.
+        made: The labels of all tasks.
+        routing: Which source labelled which task.
+        anchor: The anchor, if there is one.
+        sources: The sources.
+        seconds: Of generation.
+        processes: How many shared it.
+    """
+    data, generation = arguments.data, arguments.generation
+    return {
+        "tasks": {labels.task.name: labels.summary() for labels in made},
+        "labels": sum(len(labels.records) for labels in made),
+        "routing": routing.record({labels.task.name: labels.task.metric for labels in made}),
+        "anchor": anchor.record() if anchor is not None else None,
+        "sources": [source.record() for source in sources],
+        "settings": {
+            "max_new_tokens": generation.max_new_tokens,
+            "prompts": [name if data.own_prompts else display_name(name) for name in data.prompts],
+            "max_prompts": data.max_prompts,
+            "self_prompt": data.self_prompt,
+            "self_prompt_model": data.self_prompt_model if data.self_prompt else None,
+            "temperature": data.temperature,
+            "top_p": data.top_p,
+            "seed": data.seed,
+            "dataset_seed": data.dataset_seed,
+            "top_k_logits": arguments.output.top_k_logits,
+        },
+        "processes": processes,
+        "cost": cost_record(seconds),
+        "versions": library_versions(),
+    }
+
+
+def labels_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of `labels.json`: a row per task."""
+    rows = []
+    for name, task in record["tasks"].items():
+        invented = task["invented"]
+        sources = ", ".join(f"{source} {count}" for source, count in task["sources"].items())
+        rows.append(
+            [
+                name,
+                task["labels"],
+                sources or None,
+                task["format_failure_rate"],
+                task["mean_log_probability"],
+                f"{invented['kept']} of {invented['drawn']}" if invented else None,
+            ]
+        )
+    header = ["task", "labels", "by source", "format failures", "log-probability per token", "invented inputs kept"]
+    return markdown_table(header, rows)

@@ -1,0 +1,147 @@
+"""Which source labels which task: by its score on the replay beside the anchor's, or by a map that the user gives.
+
+A source that does not know a task gives labels that harm; so it labels a task only if its own answers to the task's
+replay prompts score better than the anchor's, by a margin. Of several that do, every prompt takes the most confident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heterofusion.cli import UsageError, read_yaml
+from heterofusion.evaluation.arguments import NO_ADAPTER
+from heterofusion.labelling.arguments import ANCHOR
+from heterofusion.labelling.formats import FormatCheck
+from heterofusion.labelling.generation import Label
+from heterofusion.markdown import markdown_table
+
+_ROUNDING = 1e-9  # of scores that are fractions
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of all tasks.
+
+    Args:
+        tasks: Their names, in order.
+        sources: Names of all sources, in order.
+        margin: What a source had to be better by.
+        scores: By model (`anchor` and the sources) and task; tasks of the map have none.
+        chosen: The sources that label a task, in order; empty where no source serves it.
+        mapped: Tasks whose sources the user named.
+    """
+
+    tasks: list[str]
+    sources: list[str]
+    margin: float
+    scores: dict[str, dict[str, float]]
+    chosen: dict[str, list[str]]
+    mapped: list[str]
+
+    @property
+    def unserved(self) -> list[str]:
+        """Tasks that get no labels."""
+        return [task for task in self.tasks if not self.chosen[task]]
+
+    def record(self, metrics: Mapping[str, str | None]) -> dict[str, Any]:
+        """What `routing.json` holds.
+
+        Args:
+            metrics: By task; what a score is.
+        """
+        return {
+            "margin": self.margin,
+            "sources": self.sources,
+            "tasks": {
+                task: {
+                    "metric": metrics[task],
+                    "scores": {name: row[task] for name, row in self.scores.items() if task in row},
+                    "chosen": self.chosen[task],
+                    "by": "map" if task in self.mapped else "scores",
+                }
+                for task in self.tasks
+            },
+        }
+
+    def table(self) -> str:
+        """Markdown table: a row per model, a column per task, bold where a source labels the task."""
+        rows = []
+        for name in [*([ANCHOR] if ANCHOR in self.scores else []), *self.sources]:
+            cells = []
+            for task in self.tasks:
+                value = self.scores.get(name, {}).get(task)
+                text = "-" if value is None else f"{value:.3f}"
+                cells.append(f"**{'map' if value is None else text}**" if name in self.chosen[task] else text)
+            rows.append([name, *cells])
+        return markdown_table(["", *self.tasks], rows)
+
+
+def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[str, list[str]]:
+    """Read the YAML file of `--routing`.
+
+    Args:
+        path: The file: a mapping of tasks to the name of a source, a list of names, or none.
+        tasks: Known tasks.
+        sources: Known sources.
+
+    Returns:
+        The sources of each task that the file names.
+
+    Raises:
+        UsageError: It cannot be read, or names a task or a source that is not there.
+    """
+    where = f"--routing {path}"
+    content = read_yaml(path, where, "a mapping of tasks to sources")
+    chosen: dict[str, list[str]] = {}
+    for task, value in content.items():
+        if task not in tasks:
+            raise UsageError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
+        names = [] if value in (None, NO_ADAPTER) else value if isinstance(value, list) else [value]
+        for name in names:
+            if name not in sources:
+                raise UsageError(
+                    f"{where} gives the task {task!r} to {name!r}, which is no source; choose among "
+                    f"{', '.join(sources)}, or write {NO_ADAPTER}"
+                )
+        chosen[task] = [source for source in sources if source in names]
+    return chosen
+
+
+def route(
+    tasks: Sequence[str],
+    sources: Sequence[str],
+    scores: dict[str, dict[str, float]],
+    margin: float,
+    mapped: Mapping[str, list[str]],
+) -> Routing:
+    """Choose the sources of every task.
+
+    Args:
+        tasks: Names of the tasks.
+        sources: Names of the sources.
+        scores: By model (`anchor` and the sources) and task, for tasks that the map leaves out.
+        margin: A source has to be better than the anchor by so much, and better in any case.
+        mapped: Sources of the tasks that the user's map names.
+    """
+    chosen = {}
+    for task in tasks:
+        if task in mapped:
+            chosen[task] = [*mapped[task]]
+            continue
+        needed = scores[ANCHOR][task]
+        gains = {source: scores[source][task] - needed for source in sources}
+        chosen[task] = [source for source in sources if gains[source] > 0 and gains[source] >= margin - _ROUNDING]
+    return Routing([*tasks], [*sources], margin, scores, chosen, [task for task in tasks if task in mapped])
+
+
+def most_confident(labels: Mapping[str, Label], prompt: str, is_well_formed: FormatCheck) -> str:
+    """The source whose label a prompt takes: a well-formed one if there is one, of these the most confident.
+
+    Args:
+        labels: By source, in order; the first of equals is taken.
+        prompt: Text of the prompt.
+        is_well_formed: Of the task.
+    """
+    return max(labels, key=lambda source: (is_well_formed(labels[source], prompt), labels[source].confidence))

@@ -1,0 +1,400 @@
+"""The labelling itself: score experts on the replay, choose who labels what, let them answer, write it.
+
+output_dir/<task>.jsonl    prompts with their labels, in the order of the prompts
+output_dir/routing.json    scores and which source labels which task; written as soon as it is known
+output_dir/labels.json     counts, hashes, settings, cost; written last: where it stands, the labels are complete
+output_dir/soft/           with --top_k_logits, see `soft.py`
+output_dir/parts/          answers as they came, see `parts.py`; kept, so that another routing costs nothing
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from heterofusion.evaluation.arguments import BASE_NAME, is_file_name
+from heterofusion.evaluation.examples import EvalSet, Prompts
+from heterofusion.evaluation.ranks import all_together
+from heterofusion.evaluation.results import metric_record
+from heterofusion.evaluation.store import read_json, write_json, write_lines
+from heterofusion.files import staging_folder
+from heterofusion.labelling.answering import Answering, Questions
+from heterofusion.labelling.arguments import ANCHOR, LabelArguments
+from heterofusion.labelling.experts import Expert, OneModel, find_experts
+from heterofusion.labelling.formats import format_check
+from heterofusion.labelling.generation import Label, Sampling
+from heterofusion.labelling.record import TaskLabels, labels_record
+from heterofusion.labelling.routing import Routing, most_confident, read_map, route
+from heterofusion.labelling.self_prompt import (
+    Template,
+    draw_seed,
+    find_template,
+    invented_prompts,
+    longest_input,
+)
+from heterofusion.labelling.soft import FOLDER as SOFT
+from heterofusion.labelling.soft import OwnLabel, check_soft, store_soft_labels
+from heterofusion.labelling.tasks import LabelTask, file_name, labelled_record, load_tasks, prompt_set, tags_of
+from heterofusion.loading import check_output_dir
+
+logger = logging.getLogger(__name__)
+
+LABELS_FILE = "labels.json"
+ROUTING_FILE = "routing.json"
+ROUTING_PICTURE = "routing.png"
+PARTS = "parts"
+STAGING = ".labels-"
+
+
+class Labelling:
+    """A labelling whose flags, files and adapters are in order; nothing is written and no weights are loaded yet.
+
+    Args:
+        arguments: Who labels what, how, and where labels go.
+        ranks: The processes; all of them construct and run this together.
+
+    Raises:
+        ValueError: A flag, a file, a record or an adapter is not what it has to be, or `output_dir` holds something
+            else; the message says which and what to do.
+    """
+
+    def __init__(self, arguments: LabelArguments, ranks: PartialState) -> None:
+        self.arguments, self.ranks = arguments, ranks
+        self.folder = Path(arguments.output.output_dir).expanduser().absolute()
+        self._encoded: dict[tuple[Any, ...], Prompts] = {}
+        with all_together(ranks):
+            self._check_folder()
+            names = arguments.model.names()
+            labels = arguments.data.labels()
+            self.mapped = read_map(arguments.routing.routing, labels, names) if arguments.routing.routing else {}
+            self._check_routing(labels)
+            self.tasks = load_tasks(arguments.data)
+            self.templates = self._templates()
+            anchor, sources = find_experts(arguments.model, arguments.generation)
+            self.anchor = anchor
+            self.sources = {source.name: source for source in sources}
+            if arguments.output.top_k_logits:
+                check_soft(sources)
+            self._encode_all()
+        self.model = OneModel(ranks.device)
+        self.answering = Answering(ranks, self.folder / PARTS, self.model, arguments.generation)
+
+    # ---- before anything is loaded ----
+
+    def _check_folder(self) -> None:
+        output = self.arguments.output
+        if not self.ranks.is_main_process:
+            return
+        check_output_dir(str(self.folder), output.resume, output.overwrite, resume_flag="--resume")
+        ours = (LABELS_FILE, ROUTING_FILE, PARTS)
+        if output.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+            if not any((self.folder / name).exists() for name in ours):
+                raise ValueError(f"--resume: {self.folder} holds no labels ({', '.join(ours)}); name another folder")
+            read_json(self.folder / LABELS_FILE)
+
+    def _check_routing(self, labels: list[str]) -> None:
+        measured = [label for label in labels if label not in self.mapped]
+        if not measured:
+            if not any(self.mapped.values()):
+                raise ValueError(f"--routing {self.arguments.routing.routing} gives no task to any source; name one")
+            return
+        model, data = self.arguments.model, self.arguments.data
+        if not data.dataset_name:
+            raise ValueError(
+                f"without --dataset_name no source can be scored, so --routing must name the sources of every task; "
+                f"it lacks {', '.join(measured)}"
+            )
+        if model.target_adapter is None:
+            raise ValueError(
+                f"--target_adapter is missing: sources have to beat the anchor on {', '.join(measured)}; give it with "
+                "its --model_name_or_path, or name the sources of all tasks in --routing"
+            )
+
+    def _templates(self) -> dict[str, Template]:
+        if not self.arguments.data.self_prompt:
+            return {}
+        return {
+            task.name: find_template(task.replay, _asked(task.replay))
+            for task in self.tasks
+            if task.replay is not None and self.mapped.get(task.name) != []
+        }
+
+    def _encode_all(self) -> None:
+        """Everything that may be asked, in the words of everyone who may be: what cannot be is told before."""
+        for task in self.tasks:
+            if task.name not in self.mapped and task.replay is not None:
+                for expert in [*([self.anchor] if self.anchor else []), *self.sources.values()]:
+                    self._encode(expert, task.replay)
+            for name in self.mapped.get(task.name, self.sources):
+                if task.prompts is not None:
+                    self._encode(self.sources[name], task.prompts)
+                else:
+                    self._drawing(self.sources[name], task, 1)
+
+    def _encode(self, expert: Expert, examples: EvalSet) -> Prompts:
+        """Prompts in an expert's words; experts with the same tokenizer share them."""
+        key = (expert.tokenizer.name_or_path, expert.base.model_name_or_path, expert.limit, id(examples))
+        if key not in self._encoded:
+            self._encoded[key] = expert.encode(examples)
+        return self._encoded[key]
+
+    # ---- the work ----
+
+    def run(self) -> tuple[Routing, dict[str, Any]]:
+        """Route, label and write.
+
+        Returns:
+            The routing, and the content of `labels.json`.
+
+        Raises:
+            ValueError: No source serves any task, a model cannot be loaded, or memory does not suffice.
+            OSError: A file cannot be written.
+        """
+        if self.arguments.output.overwrite:
+            self._clear()
+        routing = self._route()
+        self._tell(routing)
+        counts = self._invent(routing) if self.templates else {}
+        made = self._label(routing, counts)
+        self.model.release()
+        if not any(labels.records for labels in made):
+            raise ValueError(
+                "--self_prompt: no invented input is new and keeps to its template; give --prompts, or a larger number"
+            )
+        top_k = self.arguments.output.top_k_logits
+        if top_k:
+            own = _own_labels(made)
+            batch_size = self.arguments.output.teacher_batch_size
+            store_soft_labels(self.folder, self.sources, own, top_k, batch_size, self.ranks.device)
+        record = labels_record(
+            self.arguments,
+            made,
+            routing,
+            self.anchor,
+            [*self.sources.values()],
+            self.answering.seconds,
+            self.ranks.num_processes,
+        )
+        with all_together(self.ranks):
+            if self.ranks.is_main_process:
+                self._write(made, record)
+        return routing, record
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote, once the first model is loaded: the last thing that may be wrong."""
+        needed = [name for task in self.tasks for name in self.mapped.get(task.name, [])]
+        first = self.anchor if len(self.mapped) < len(self.tasks) else self.sources[needed[0]]
+        with all_together(self.ranks):
+            if first is not None:
+                self.model.load(first)
+        with all_together(self.ranks):
+            if self.ranks.is_main_process:
+                remove_labels(self.folder)
+
+    def _route(self) -> Routing:
+        measured = [task for task in self.tasks if task.name not in self.mapped]
+        scores: dict[str, dict[str, float]] = {}
+        for expert in [*([self.anchor] if self.anchor else []), *self.sources.values()] if measured else []:
+            replays = {task.name: (task, task.replay) for task in measured if task.replay is not None}
+            prompts = {name: self._encode(expert, replay) for name, (_, replay) in replays.items()}
+            answers = self.answering.ask(expert, self._questions(prompts), "replay")
+            scores[expert.name] = {
+                name: metric_record(replay.metric, [a.text for a in answers[name]], prompts[name].references)["score"]
+                for name, (_, replay) in replays.items()
+            }
+        names = [task.name for task in self.tasks]
+        return route(names, [*self.sources], scores, self.arguments.routing.routing_margin, self.mapped)
+
+    def _questions(self, prompts: Mapping[str, Prompts]) -> dict[str, Questions]:
+        most = self.arguments.generation.max_new_tokens
+        return {name: Questions(asked.ids, most) for name, asked in prompts.items()}
+
+    def _tell(self, routing: Routing) -> None:
+        """Write and say who labels what.
+
+        Raises:
+            ValueError: No source labels anything.
+        """
+        with all_together(self.ranks):
+            if self.ranks.is_main_process:
+                write_json(self.folder / ROUTING_FILE, routing.record({t.name: t.metric for t in self.tasks}))
+                logger.info("routing (bold: labels the task):\n%s", routing.table())
+                for task in routing.unserved:
+                    logger.warning("NO LABELS FOR %s: %s", task, _why(routing, task))
+        if len(routing.unserved) == len(routing.tasks):
+            raise ValueError(
+                "no source labels any task: " + "; ".join(f"{task}: {_why(routing, task)}" for task in routing.tasks)
+            )
+
+    # ---- inputs that are invented ----
+
+    def _drawing(self, expert: Expert, task: LabelTask, count: int) -> Questions:
+        """A template's beginning, `count` times, to be continued by sampling."""
+        assert task.replay is not None  # for the type checker: --self_prompt needs it
+        data = self.arguments.data
+        whole = self._encode(expert, task.replay).ids
+        head = self.templates[task.name].head(_asked(task.replay).format, expert.tokenizer)
+        sampling = Sampling(draw_seed(data.seed, task.name, expert.name), data.temperature, data.top_p)
+        return Questions([head] * count, longest_input(whole, head), sampling)
+
+    def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
+        """Let sources invent the prompts of the tasks that they label; counts by task."""
+        total = self.arguments.data.self_prompt
+        drawn: dict[str, list[Label]] = {task: [] for task in routing.tasks}
+        for name, source in self.sources.items():
+            writer = source.without_adapter() if self.arguments.data.self_prompt_model == BASE_NAME else source
+            questions = {}
+            for task in self.tasks:
+                chosen = routing.chosen[task.name]
+                if name in chosen:
+                    place = chosen.index(name)
+                    count = total // len(chosen) + (place < total % len(chosen))
+                    if count:
+                        questions[task.name] = self._drawing(source, task, count)
+            for task_name, labels in self.answering.ask(writer, questions, "inventing").items():
+                drawn[task_name] += labels
+        counts = {}
+        for index, task in enumerate(self.tasks):
+            if not routing.chosen[task.name]:
+                continue
+            assert task.replay is not None  # for the type checker
+            format = _asked(task.replay).format
+            template = self.templates[task.name]
+            prompts, counts[task.name] = invented_prompts(task.name, template, format, drawn[task.name])
+            told = ", ".join(f"{key} {value}" for key, value in counts[task.name].items())
+            if self.ranks.is_main_process:
+                (logger.info if prompts else logger.warning)("invented inputs of %s: %s", task.name, told)
+            self.tasks[index] = replace(task, prompts=prompts)
+        return counts
+
+    # ---- labels ----
+
+    def _label(self, routing: Routing, counts: Mapping[str, dict[str, int]]) -> list[TaskLabels]:
+        encoded: dict[str, dict[str, Prompts]] = {}
+        answers: dict[str, dict[str, list[Label]]] = {}
+        for name, source in self.sources.items():
+            encoded[name] = {
+                task.name: self._encode(source, task.prompts)
+                for task in self.tasks
+                if task.prompts is not None and name in routing.chosen[task.name]
+            }
+            answers[name] = self.answering.ask(source, self._questions(encoded[name]), "labelling")
+        made = []
+        for task in self.tasks:
+            names = [name for name in routing.chosen[task.name] if task.name in answers[name]]
+            texts = {name: encoded[name][task.name] for name in names}
+            labels = {name: answers[name][task.name] for name in names}
+            cut = max((prompts.cut for prompts in texts.values()), default=0)
+            if cut and self.ranks.is_main_process:
+                logger.warning("%s: %d prompts were cut on the left to fit a source's context", task.name, cut)
+            records = _records(task, texts, labels)
+            made.append(TaskLabels(task, records, counts.get(task.name), cut))
+        return made
+
+    def _write(self, made: list[TaskLabels], record: dict[str, Any]) -> None:
+        """All files anew beside their places, then moved; `labels.json` last."""
+        earlier = _task_files(self.folder)
+        with staging_folder(self.folder, STAGING) as staging:
+            files = []
+            for labels in made:
+                if labels.records:
+                    files.append(file_name(staging, labels.task.name))
+                    write_lines(files[-1], labels.records)
+            files.append(staging / LABELS_FILE)
+            write_json(files[-1], record)
+            for path in earlier:
+                if path.name not in [new.name for new in files]:
+                    path.unlink(missing_ok=True)
+            if not self.arguments.output.top_k_logits:  # of an earlier run: its lines are not these
+                shutil.rmtree(self.folder / SOFT, ignore_errors=True)
+            for path in files:
+                os.replace(path, self.folder / path.name)
+
+
+def _asked(replay: EvalSet) -> EvalSet:
+    """The replay's prompts without their answers."""
+    return prompt_set(replay.label, replay.records, replay.indices)
+
+
+def _why(routing: Routing, task: str) -> str:
+    """Why no source labels a task, and what to do."""
+    if task in routing.mapped:
+        return "--routing says so"
+    best = max(routing.sources, key=lambda source: routing.scores[source][task])
+    found, needed = routing.scores[best][task], routing.scores[ANCHOR][task]
+    if found <= needed:
+        return f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
+    return (
+        f"the best source, {best}, has {found:.3f}, the anchor {needed:.3f}; lower --routing_margin "
+        f"{routing.margin:g}, or name the source in --routing"
+    )
+
+
+def _records(task: LabelTask, texts: Mapping[str, Prompts], labels: Mapping[str, list[Label]]) -> list[dict[str, Any]]:
+    """The records of a task's file: each prompt with the label of its most confident source."""
+    if task.prompts is None or not labels:
+        return []
+    references = [str(answer) for answer in _references(task)]
+    is_well_formed = format_check(task.metric, references)
+    records = []
+    for position in range(len(task.prompts.examples)):
+        first = next(iter(texts.values())).texts[position]
+        source = most_confident({name: rows[position] for name, rows in labels.items()}, first, is_well_formed)
+        label, asked = labels[source][position], texts[source].texts[position]
+        records.append(
+            {
+                **labelled_record(task.prompts, position, label.text, asked),
+                **tags_of(task, position),
+                "source": source,
+                "log_probability": round(label.mean_log_probability, 6),
+                "format_ok": is_well_formed(label, asked),
+            }
+        )
+    return records
+
+
+def _references(task: LabelTask) -> list[str]:
+    """The replay's answers."""
+    if task.replay is None:
+        return []
+    answers = [answer for _, answer in task.replay.examples]
+    return [
+        answer
+        if isinstance(answer, str)
+        else next((m["content"] for m in answer[::-1] if m["role"] == "assistant"), "")
+        for answer in answers
+    ]
+
+
+def _own_labels(made: list[TaskLabels]) -> dict[str, list[OwnLabel]]:
+    own: dict[str, list[OwnLabel]] = {}
+    for labels in made:
+        for line, record in enumerate(labels.records):
+            own.setdefault(record["source"], []).append(OwnLabel(labels.task.name, line, record))
+    return own
+
+
+def _task_files(folder: Path) -> list[Path]:
+    """The files of labels that an earlier run finished."""
+    record = read_json(folder / LABELS_FILE) or {}
+    tasks = record.get("tasks")
+    return [file_name(folder, name) for name in tasks if is_file_name(name)] if isinstance(tasks, dict) else []
+
+
+def remove_labels(folder: Path) -> None:
+    """Remove what an earlier labelling wrote, and nothing else."""
+    try:
+        files = _task_files(folder)
+    except ValueError:
+        files = []
+    for path in [*files, *(folder / name for name in (LABELS_FILE, ROUTING_FILE, ROUTING_PICTURE))]:
+        path.unlink(missing_ok=True)
+    for name in (PARTS, SOFT):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""Inputs that an expert invents, for users without unlabelled text.
+
+The prompts of a task are a template around an input: what all of its replay prompts begin with, and what all of them
+end with. The beginning is continued by sampling; where that reaches the end, what stands between is an input.
+
+The source's base writes them by default: an expert that was trained on answers alone tends to answer at once (on the
+embedded zoo it kept to the template in 0 to 4 of 10 continuations, its base in all).
+
+What this cannot do: of the domain it knows no more than the template and the model tell. Templates whose inputs come
+first have no beginning to continue; prompts that are strings need a common end, while in a conversation a stop token
+is an end, too. Whether an input makes sense is not checked, only its lines: where all inputs of the replay have as
+many lines, and a line of all of them begins alike, those of an invented one must, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heterofusion.evaluation.examples import EvalSet
+from heterofusion.formats import Message, Part, Prompt, render_prompt, tokenize_prompt
+from heterofusion.labelling.generation import Label
+from heterofusion.labelling.tasks import conversation, prompt_set
+from heterofusion.records import Records
+
+_HERE = "\ue000"  # a private character, where the input stands
+_ROOM = 4  # tokens that an input may have more than the replay's longest
+
+
+@dataclass(frozen=True)
+class Template:
+    """What surrounds the inputs of a task.
+
+    Args:
+        turns: Earlier turns of a conversation; None where prompts are strings.
+        beginning: Common beginning of the prompts, or of their last turns, without a space at its end.
+        end: Their common end; may be empty in a conversation.
+        known: The replay's prompts, or last turns, white space collapsed.
+        lines: What each line of the inputs begins with; None where their number differs.
+    """
+
+    turns: list[Message] | None
+    beginning: str
+    end: str
+    known: frozenset[str]
+    lines: list[str] | None
+
+    def head(self, format: str, tokenizer: Any) -> list[int]:
+        """Token ids of everything before an input, in a tokenizer and its chat template.
+
+        Raises:
+            ValueError: The chat template refuses the conversation, or changes what stands in it.
+        """
+        whole = self.beginning + _HERE + self.end
+        prompt: Part = whole
+        answer: Part = ""
+        if self.turns is not None:
+            prompt, answer = [*self.turns, {"role": "user", "content": whole}], [{"role": "assistant", "content": ""}]
+        rendered = render_prompt(prompt, answer, format, tokenizer)
+        before, found, _ = rendered.text.partition(_HERE)
+        if not found:
+            raise ValueError("the chat template leaves out part of the prompt; give --prompts")
+        return tokenize_prompt(Prompt(before, rendered.templated, ""), tokenizer)
+
+    def input_of(self, label: Label) -> str | None:
+        """The prompt, or last turn, that a continuation makes; None where it leaves the template."""
+        text, found, _ = label.text.partition(self.end) if self.end else (label.text, label.ended, "")
+        return self.beginning + text + self.end if found and text.strip() and self._has_lines(text) else None
+
+    def _has_lines(self, text: str) -> bool:
+        lines = text.split("\n")
+        return self.lines is None or (len(lines) == len(self.lines) and all(map(str.startswith, lines, self.lines)))
+
+
+def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
+    """The template of a task's replay prompts.
+
+    Args:
+        replay: The replay, for messages.
+        prompts: Its prompts, of `prompt_set`.
+
+    Raises:
+        ValueError: The prompts have no common beginning or, as strings, no common end; or they are all the same.
+    """
+    turns: list[Message] | None = None
+    contents: list[str] = []
+    for example in prompts.examples:
+        if isinstance(example[0], str):
+            contents.append(example[0])
+            continue
+        *earlier, last = conversation(example)
+        contents.append(last["content"])
+        if turns is not None and earlier != turns:
+            raise ValueError(
+                f"--self_prompt: conversations of {replay.records.label} differ in turns before the last, so they "
+                "have no template; give --prompts"
+            )
+        turns = earlier
+    where = f"--self_prompt: the prompts of {replay.records.label}"
+    distinct = sorted(set(contents))
+    if len(distinct) < 2:
+        raise ValueError(f"{where} are all the same, so nothing tells what is input; give more, or --prompts")
+    beginning = _whole_words(_common_beginning(distinct))
+    if not beginning.strip():
+        raise ValueError(f"{where} have no common beginning to continue; give --prompts")
+    rest = [text[len(beginning) :][::-1] for text in distinct]
+    end = _from_line(_common_beginning(rest)[::-1])
+    if not end.strip() and turns is None:
+        raise ValueError(f"{where} have no common end that tells where an input is over; give --prompts")
+    inputs = [text[len(beginning) : len(text) - len(end)].split("\n") for text in distinct]
+    lines = None
+    if len({len(rows) for rows in inputs}) == 1:
+        lines = [_whole_words(_common_beginning(column)) for column in zip(*inputs, strict=True)]
+    return Template(turns, beginning, end, frozenset(map(_collapsed, contents)), lines)
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # all others are between them
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+def _whole_words(text: str) -> str:
+    """Up to the last white space: the word after it may be part of the inputs. Spaces go to the model."""
+    return text[: max(text.rfind(" "), text.rfind("\n")) + 1].rstrip(" ")
+
+
+def _from_line(text: str) -> str:
+    """From the first line break on or, where there is none, from the first space: what is before may be of inputs."""
+    for mark in ("\n", " "):
+        if mark in text:
+            return text[text.index(mark) :]
+    return ""
+
+
+def _collapsed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def longest_input(prompts: Iterable[Sequence[int]], head: Sequence[int]) -> int:
+    """Most tokens of an input that is invented, the template's end included: about those of the replay's longest."""
+    return max(1, max(map(len, prompts)) - len(head)) + _ROOM
+
+
+def draw_seed(seed: int, task: str, source: str) -> int:
+    """A seed for what a source invents for a task."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {task} {source}".encode()).digest()[:6], "big")
+
+
+def invented_prompts(
+    name: str, template: Template, format: str, drawn: Sequence[Label]
+) -> tuple[EvalSet | None, dict[str, int]]:
+    """Prompts from continuations of a template.
+
+    Args:
+        name: Of the task.
+        template: Its template.
+        format: Of the replay's prompts.
+        drawn: The continuations, in order.
+
+    Returns:
+        The prompts, None where no one survives; and how many were `drawn`, `kept`, `off_template`, `repeated`, and
+        of the `replay`.
+    """
+    counts: Counter[str] = Counter(drawn=len(drawn), kept=0, off_template=0, repeated=0, replay=0)
+    seen: set[str] = set()
+    rows: list[dict[str, Any]] = []
+    for label in drawn:
+        text = template.input_of(label)
+        if text is None:
+            counts["off_template"] += 1
+        elif (known := _collapsed(text)) in template.known or known in seen:
+            counts["replay" if known in template.known else "repeated"] += 1
+        else:
+            seen.add(known)
+            counts["kept"] += 1
+            rows.append(_row(template, format, text))
+    if not rows:
+        return None, dict(counts)
+    return prompt_set(name, Records(f"invented prompts of {name}", rows), [*range(len(rows))]), dict(counts)
+
+
+def _row(template: Template, format: str, text: str) -> dict[str, Any]:
+    if template.turns is None:
+        return {"prompt": text}
+    if format == "alpaca":
+        said = [turn["content"] for turn in template.turns]
+        history = [list(pair) for pair in zip(said[::2], said[1::2], strict=True)]
+        return {"instruction": text, "history": history}
+    turns = [*template.turns, {"role": "user", "content": text}]
+    return {"messages": turns} if format == "messages" else {"prompt": turns}

@@ -1,0 +1,144 @@
+"""What sources think of their own labels: the most probable tokens at every position, on disk.
+
+    output_dir/soft/                        one entry per source, as `heterofusion.baselines.soft_labels` writes it
+    output_dir/soft/tokenizers/<source>/    the tokenizer that its token ids are of
+    output_dir/soft/index.json              which label each answer of an entry is of
+
+All that labelling needs of the distillation baseline is here: it runs a source over its labels as over a replay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from heterofusion.baselines.soft_labels import labels_path
+from heterofusion.baselines.teachers import Teacher, collect_soft_labels
+from heterofusion.evaluation.ranks import all_together
+from heterofusion.evaluation.store import write_json
+from heterofusion.formats import detect_format, render, to_conversation, tokenize
+from heterofusion.labelling.experts import Expert
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "soft"
+INDEX_FILE = "index.json"
+TOKENIZERS = "tokenizers"
+
+
+@dataclass(frozen=True)
+class OwnLabel:
+    """A label of a source.
+
+    Args:
+        task: Of the label.
+        line: Of its record in the task's file, from 0.
+        record: Prompt and answer, in replay columns.
+    """
+
+    task: str
+    line: int
+    record: Mapping[str, Any]
+
+
+def check_soft(experts: Sequence[Expert]) -> None:
+    """Check, before anything is loaded, that sources can be run over answers.
+
+    Raises:
+        ValueError: One cannot; names it.
+    """
+    for expert in experts:
+        if not expert.tokenizer.is_fast:
+            raise ValueError(
+                f"{expert.title}: --top_k_logits needs a fast tokenizer, which tells what its tokens stand for; save "
+                "one with a tokenizer.json, or leave the flag out"
+            )
+        if expert.adapter is not None and expert.adapter.virtual_tokens:
+            raise ValueError(
+                f"{expert.title} puts tokens before the prompt, so its logits stand at other positions; leave "
+                "--top_k_logits out, or give a LoRA"
+            )
+
+
+def store_soft_labels(
+    output_dir: Path,
+    experts: Mapping[str, Expert],
+    labels: Mapping[str, Sequence[OwnLabel]],
+    top_k: int,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Run sources over their labels and keep what they think. All ranks together: the main one runs models.
+
+    Args:
+        output_dir: Of the labels.
+        experts: The sources by name.
+        labels: What each of them labelled.
+        top_k: Tokens per position.
+        batch_size: Labels per batch.
+        device: Where models run.
+
+    Returns:
+        What `index.json` holds: `top_k` and, by source, `file`, `identity` (both of the store), `tokenizer` (a folder)
+        and `labels`: task and line of every answer in the file, in its order.
+
+    Raises:
+        ValueError: A model cannot be loaded or does not fit into memory, or its logits are not finite.
+        OSError: A file cannot be written.
+    """
+    folder = output_dir / FOLDER
+    teachers, kept = [], {}
+    for name, own in labels.items():
+        examples, used = _examples(experts[name], own)
+        if used:
+            kept[name] = used
+            teachers.append(_teacher(experts[name], examples))
+    if teachers:
+        collect_soft_labels(teachers, folder, top_k, batch_size, device)
+    index: dict[str, Any] = {"top_k": top_k, "sources": {}}
+    for (name, used), teacher in zip(kept.items(), teachers, strict=True):
+        identity = teacher.identity(top_k)
+        index["sources"][name] = {
+            "file": labels_path(folder, identity).name,
+            "identity": identity,
+            "tokenizer": f"{TOKENIZERS}/{name}",
+            "labels": [[label.task, label.line] for label in used],
+        }
+    ranks = PartialState()
+    with all_together(ranks):
+        if ranks.is_main_process:
+            for name in kept:
+                experts[name].tokenizer.save_pretrained(folder / TOKENIZERS / name)
+            write_json(folder / INDEX_FILE, index)
+    return index
+
+
+def _examples(expert: Expert, labels: Sequence[OwnLabel]) -> tuple[Dataset, list[OwnLabel]]:
+    """The labels as token ids with the answers marked, and those of them that can be: not empty, not too long."""
+    context = getattr(expert.config.get_text_config(), "max_position_embeddings", None)
+    rows: list[dict[str, list[int]]] = []
+    used = []
+    for label in labels:
+        format = detect_format(label.record)
+        assert format is not None  # for the type checker: the columns are ours
+        rendered = render(*to_conversation(dict(label.record), format), format, expert.tokenizer)
+        ids, answer = tokenize(rendered, expert.tokenizer) if rendered.spans else ([], [])
+        if not ids or (context is not None and len(ids) > context):
+            continue
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer})
+        used.append(label)
+    if len(used) < len(labels):
+        logger.info("%s: %d labels are empty or too long for soft labels", expert.title, len(labels) - len(used))
+    return Dataset.from_list(rows), used
+
+
+def _teacher(expert: Expert, examples: Dataset) -> Teacher:
+    commit = getattr(expert.config, "_commit_hash", None)
+    return Teacher(expert.base, commit, expert.adapter, expert.tokenizer, examples)

@@ -1,0 +1,111 @@
+"""Which source labels which task, as a user reads it: rules, map, table and picture."""
+
+import numpy as np
+import pytest
+
+from heterofusion.labelling.formats import format_check
+from heterofusion.labelling.generation import Label
+from heterofusion.labelling.routing import most_confident, read_map, route
+from heterofusion.report.routing_picture import draw_routing, framed_cells
+
+TASKS, SOURCES = ["a", "b"], ["x", "y"]
+SCORES = {"anchor": {"a": 0.5, "b": 0.8}, "x": {"a": 0.6, "b": 0.85}, "y": {"a": 0.9, "b": 0.2}}
+
+
+@pytest.mark.parametrize(
+    ("margin", "chosen"),
+    [
+        (0.0, {"a": ["x", "y"], "b": ["x"]}),
+        (0.1, {"a": ["x", "y"], "b": []}),  # 0.6 is 0.5 + 0.1, whatever floating point says
+        (0.2, {"a": ["y"], "b": []}),
+        (0.5, {"a": [], "b": []}),
+    ],
+)
+def test_a_source_has_to_beat_the_anchor_by_the_margin(margin, chosen):
+    routing = route(TASKS, SOURCES, SCORES, margin, {})
+    assert routing.chosen == chosen
+    assert routing.unserved == [task for task in TASKS if not chosen[task]]
+
+
+def test_an_equal_score_is_not_better_without_a_margin():
+    scores = {"anchor": {"a": 0.5}, "x": {"a": 0.5}}
+    assert route(["a"], ["x"], scores, 0.0, {}).chosen == {"a": []}
+
+
+def test_the_map_overrides_the_scores():
+    scores = {name: {"b": row["b"]} for name, row in SCORES.items()}
+    routing = route(TASKS, SOURCES, scores, 0.0, {"a": ["x"]})
+    assert routing.chosen == {"a": ["x"], "b": ["x"]}
+    record = routing.record({"a": "NER", "b": None})
+    assert record["tasks"]["a"] == {"metric": "NER", "scores": {}, "chosen": ["x"], "by": "map"}
+    assert record["tasks"]["b"]["by"] == "scores" and record["tasks"]["b"]["scores"]["x"] == 0.85
+    assert routing.table().splitlines() == [
+        "|  | a | b |", "|---|---|---|", "| anchor | - | 0.800 |", "| x | **map** | **0.850** |", "| y | - | 0.200 |"
+    ]  # fmt: skip
+
+
+def test_map_file(tmp_path):
+    path = tmp_path / "map.yaml"
+    path.write_text("a: x\nb: [y, x]\n")
+    assert read_map(str(path), TASKS, SOURCES) == {"a": ["x"], "b": ["x", "y"]}
+    path.write_text("a: none\nb:\n")
+    assert read_map(str(path), TASKS, SOURCES) == {"a": [], "b": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("c: x", r"--routing .*map\.yaml names the task 'c', which is none of a, b"),
+        ("a: z", "gives the task 'a' to 'z', which is no source; choose among x, y, or write none"),
+        ("a: [x, none]", "gives the task 'a' to 'none'"),
+        ("- a", "holds a list, a mapping of tasks to sources was expected"),
+        ("a: [", "cannot be read as YAML"),
+        (None, "does not exist"),
+    ],
+)
+def test_map_file_that_is_wrong_raises(tmp_path, content, message):
+    path = tmp_path / "map.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_map(str(path), TASKS, SOURCES)
+
+
+# ---- several sources of one task --------------------------------------------------------------------------------
+
+
+def test_confidence_does_not_depend_on_the_number_of_tokens():
+    """The same text with the same probability, in 2 tokens of one vocabulary and in 10 of another."""
+    short, long = Label(0, " tool: axe", 2, -1.0), Label(0, " tool: axe", 10, -1.0)
+    assert short.confidence == long.confidence == pytest.approx(-1.0 / 11)
+    assert short.mean_log_probability == -0.5 and long.mean_log_probability == -0.1
+
+
+def test_most_confident_of_several():
+    check = format_check("NER", ["tool: axe"])
+    sure, unsure = Label(0, "tool: axe", 4, -0.1), Label(0, "tool: saw", 4, -0.2)
+    malformed = Label(0, "axe", 1, -0.0001)
+    assert most_confident({"x": unsure, "y": sure}, "", check) == "y"
+    assert most_confident({"x": sure, "y": sure}, "", check) == "x"
+    assert most_confident({"x": unsure, "y": malformed}, "", check) == "x"
+    assert most_confident({"x": malformed}, "", check) == "x"
+
+
+# ---- picture ----------------------------------------------------------------------------------------------------
+
+
+def test_framed_cells_are_those_of_the_chosen():
+    cells = framed_cells(SCORES, {"a": ["y", "x"], "b": []}, TASKS)
+    assert cells.tolist() == [[1, 0], [2, 0]]
+
+
+def test_picture_marks_chosen_cells(tmp_path):
+    scores = {**SCORES, "y": {"b": 0.2}}
+    figure = draw_routing(scores, {"a": ["x", "y"], "b": []}, TASKS, tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    axes = figure.axes[0]
+    framed = {text.get_position(): text.get_text() for text in axes.texts if text.get_bbox_patch() is not None}
+    assert framed == {(0.5, 1.5): "0.60", (0.5, 2.5): "map"}
+    mesh = axes.collections[0].get_array()
+    assert np.ma.getmaskarray(mesh).reshape(3, 2).tolist() == [[False, False], [False, False], [True, False]]
+    assert "not measured" in axes.get_title(loc="left")

@@ -4,14 +4,15 @@
         --model_name_or_path BASE --dataset_name task.json --output_dir expert
 
 LoRA flags have PEFT's names, data flags are those of a fusion. With --init_adapter ANCHOR [--train_only lora_B] an
-adapter is trained on instead of a new one: what a fusion has to be compared with. Any flag may stand in a YAML file
-given with --config; flags of the command line override it. The result in --output_dir is an ordinary PEFT adapter that
-can be a source or a target of `recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at
-the end.
+adapter is trained on instead of a new one: what a fusion has to be compared with; --extra_rank K adds the rows that it
+adds to the target of a fusion. Any flag may stand in a YAML file given with --config; flags of the command line
+override it. The result in --output_dir is an ordinary PEFT adapter that can be a source or a target of
+`recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
 """
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -21,6 +22,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
+from heterofusion.basis_inputs import FitBasis
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.engines import refuse_data_parallel
@@ -31,7 +33,7 @@ from heterofusion.expert import (
     ExpertModelArguments,
     check_finite,
 )
-from heterofusion.expert_lora import ExpertLora, check_expert_checkpoint, choose_lora
+from heterofusion.expert_lora import ExpertLora, check_basis_engine, check_expert_checkpoint, choose_lora
 from heterofusion.expert_record import expert_record, write_record
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_adapter
@@ -56,11 +58,14 @@ def main(argv: list[str]) -> None:
     refuse_data_parallel(args)
     skeleton = base_skeleton(base, base.trust_remote_code)
     config = skeleton.config
-    planned = choose_lora(skeleton, lora)
+    planned = choose_lora(skeleton, lora, args.seed)
+    check_basis_engine(planned, args)
     folder = Path(args.output_dir).absolute()
     if planned.initial is not None and planned.initial.folder == folder.resolve():
         raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     resume = find_checkpoint(args, output.overwrite, lambda found: check_expert_checkpoint(found, planned))
+    if resume is not None:
+        planned.restore_basis(resume)
     tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
     examples, report = build_replay(data, tokenizer, kind="training")
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
@@ -80,6 +85,8 @@ def main(argv: list[str]) -> None:
         data_collator=make_collator(tokenizer),
         callbacks=[ExpertCallback(planned.write_state)],
     )
+    if planned.expansion is not None:
+        trainer.add_callback(FitBasis(partial(planned.fit_basis, model), examples))
     metrics = run_training(trainer, resume)
     check_finite(model)
     try:

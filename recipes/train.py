@@ -7,6 +7,8 @@
 Any flag may stand in a YAML file given with --config; flags of the command line override it. The result in
 --output_dir is an ordinary PEFT adapter. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
 A list `stages:` in the YAML file makes several fusions in a row: the fused adapter of one is the target of the next.
+--extra_rank K lets the update leave the row space of the anchor's lora_A: every module gets K rows more.
+--source_labels FILES of prompts that the source experts answered (recipes/label.py) join the replay.
 --source_control noise|shuffle|zero makes a control instead: what the same run gives without what the sources know.
 """
 
@@ -20,14 +22,18 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
+from heterofusion.basis_inputs import FitBasis
+from heterofusion.checkpoints import restore_basis
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.diagnostics import run_metrics
 from heterofusion.engines import refuse_data_parallel
-from heterofusion.hub import push_adapter
+from heterofusion.hub import push_output
 from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
+from heterofusion.mixture import Mixture
 from heterofusion.plan_summary import format_plan, plan_summary
-from heterofusion.progress import begin_stage, check_replay, find_progress
+from heterofusion.progress import begin_stage, check_data, find_progress
+from heterofusion.source_labels import build_labels, check_label_flags, labels_record, labels_summary
 from heterofusion.stages import Stage, plan_stages, read_stages
 
 logger = logging.getLogger("heterofusion.train")
@@ -53,6 +59,7 @@ def main(argv: list[str]) -> None:
         with stage.named_errors():
             stage.check_control()
             check_run_flags(stage.args, stage.data)
+            check_label_flags(stage.labels, stage.data, stage.args)
             refuse_data_parallel(stage.args)
     base_config = check_base(first.base, first.plan.target, first.adapters.trust_remote_code)
     tokenizer = load_tokenizer(first.base, first.plan.target, first.adapters.trust_remote_code)
@@ -68,29 +75,32 @@ def main(argv: list[str]) -> None:
         with stage.named_errors():
             fuse(stage, tokenizer)
         clear_device_cache(garbage_collection=True)  # room for the next stage's model
-    args = stages[-1].args
-    if args.push_to_hub and is_main_process():
-        folder = stages[-1].folder
-        address = push_adapter(
-            folder,
-            args.hub_model_id or folder.resolve().name,
-            token=args.hub_token,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-        )
-        logger.info("pushed: %s", address)
+    if stages[-1].args.push_to_hub and is_main_process():
+        logger.info("pushed: %s", push_output(stages[-1].args))
 
 
 def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: PretrainedConfig) -> None:
-    """Read replay and evaluation data of a stage."""
-    stage.replay, report = build_replay(stage.data, tokenizer)
-    logger.info("replay%s:\n%s", f" of {stage.title}" if stage.name else "", "\n".join(report.summary()))
-    stage.replay_record = report.to_dict()
+    """Read replay, source labels and evaluation data of a stage."""
+    of_stage = f" of {stage.title}" if stage.name else ""
+    replay = labels = None
+    if stage.data.dataset_name or not stage.labels.source_labels:
+        replay, report = build_replay(stage.data, tokenizer)
+        logger.info("replay%s:\n%s", of_stage, "\n".join(report.summary()))
+        stage.replay, stage.replay_record = replay, report.to_dict()
+    if stage.labels.source_labels:
+        labels, reports = build_labels(stage.labels, stage.data, tokenizer)
+        mixture = Mixture(replay or [], labels, stage.labels.replay_fraction)
+        stage.replay, stage.labels_record = mixture, labels_record(reports, float(mixture.share))
+        if stage.adapters.source_control is not None:
+            logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
+        logger.info("source labels%s:\n%s", of_stage, "\n".join(labels_summary(reports, stage.data.max_length)))
+        length = len(mixture.sampler(stage.args, stage.args.train_batch_size))
+        logger.info("an epoch is %d examples, %.1f%% of them replay", length, 100 * mixture.share)
     if stage.finished:
-        check_replay(stage)
+        check_data(stage)
     if stage.data.eval_dataset_name:
         stage.evaluation = build_eval(stage.data, tokenizer)[0]
-    check_token_ids([stage.replay, stage.evaluation], base_config)
+    check_token_ids([replay, labels, stage.evaluation], base_config)
 
 
 def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -102,6 +112,8 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
     set_seed(args.seed)
     base = load_base(stage.base, args.use_cpu, stage.adapters.trust_remote_code, args.base_in_bf16)
     model = HeteroFusionModel(base, stage.plan, args, args.seed)
+    if stage.resume is not None:
+        restore_basis(model, stage.resume)
     begin_stage(stage, model)
     trainer = HeteroFusionTrainer(
         model,
@@ -113,6 +125,8 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
         replay_record=stage.replay_record,
         run_record=stage.record(),
     )
+    if args.extra_rank > 0:
+        trainer.add_callback(FitBasis(model.fit_basis, stage.replay))
     trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
     logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
     result = trainer.train(resume_from_checkpoint=None if stage.resume is None else str(stage.resume))

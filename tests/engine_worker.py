@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.checkpoints import COMPLETE_FILE
+from heterofusion.basis_inputs import FitBasis
+from heterofusion.checkpoints import COMPLETE_FILE, last_complete_checkpoint, restore_basis
 from heterofusion.engines import engine_name, whole_tensors
+from heterofusion.mixture import Mixture
 from heterofusion.nonfinite import NonFiniteError
 
 EXAMPLES_PER_STEP = 8
@@ -37,7 +39,12 @@ class PoisonedTrainer(HeteroFusionTrainer):
 
 
 def make_trainer(
-    folder: Path, accumulation: int = 1, checkpointing: bool = False, launcher_precision: str = "no", **more
+    folder: Path,
+    accumulation: int = 1,
+    checkpointing: bool = False,
+    launcher_precision: str = "no",
+    mixture: bool = False,
+    **more,
 ) -> PoisonedTrainer:
     """A fusion of the same examples per optimizer step whatever accumulation and number of ranks."""
     world = PartialState().num_processes
@@ -47,6 +54,9 @@ def make_trainer(
         "gradient_accumulation_steps": accumulation, "activation_checkpointing": checkpointing, "logging_steps": 1,
         "train_sampling_strategy": "sequential", "disable_tqdm": True, "max_grad_norm": 1e9, "use_cpu": not ON_GPU,
     }  # fmt: skip
+    if mixture:  # 3 of 8 are replay, an epoch has three steps
+        settings["train_sampling_strategy"] = "random"
+    rows = Mixture(TokenRows(9), TokenRows(15, seed=3), 0.375) if mixture else TokenRows(16)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     os.environ["ACCELERATE_MIXED_PRECISION"] = launcher_precision  # what the launcher would have said
     args = HeteroFusionConfig(**(settings | more))
@@ -60,7 +70,9 @@ def make_trainer(
         assert all(hasattr(parameter, "ds_id") for parameter in base.parameters())
     sources = [load_adapter(GOLDEN / name) for name in ("source_qwen2", "source_mistral")]
     model = perturb(HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args))
-    trainer = PoisonedTrainer(model, args, train_dataset=TokenRows(16), eval_dataset=TokenRows(4, seed=5))
+    trainer = PoisonedTrainer(model, args, train_dataset=rows, eval_dataset=TokenRows(4, seed=5))
+    if args.extra_rank:
+        trainer.add_callback(FitBasis(model.fit_basis, trainer.train_dataset))
     if engine_name(trainer.accelerator) == "zero3":  # else parameters this small stay whole
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -113,7 +125,8 @@ def train(folder: Path, **case) -> dict:
         if not kwargs["diagnostics"]:  # a log line runs the hypernetworks once more
             forwards.append((torch.is_grad_enabled(), trainer.state.global_step))
 
-    handle = model.hypernetworks.networks["q_proj_r4"].register_forward_hook(count, with_kwargs=True)
+    name = next(name for name in model.hypernetworks.networks if name.startswith("q_proj_r"))
+    handle = model.hypernetworks.networks[name].register_forward_hook(count, with_kwargs=True)
     trainer.train()
     handle.remove()
     log = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
@@ -126,6 +139,7 @@ def train(folder: Path, **case) -> dict:
         "losses": [entry["loss"] for entry in log],
         "lm_losses": [entry["lm_loss"] for entry in log],
         "rdm_losses": [entry["rdm_loss"] for entry in log],
+        "part_losses": [entry[name] for entry in log for name in ("loss_replay", "loss_labels") if name in entry],
         "grad_norms": [entry["grad_norm"] for entry in log],
         "gradients": gradients.gradients,
         "rank_spread": [*spread.steps, rank_spread(model)],
@@ -155,6 +169,7 @@ def resume(folder: Path, **case) -> dict:
         (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
     PartialState().wait_for_everyone()
     again = make_trainer(folder, accumulation=2, **case)
+    restore_basis(again.fusion_model, last_complete_checkpoint(folder))  # as recipes/train.py
     begin = Begin()
     again.add_callback(begin)
     again.train(resume_from_checkpoint=True)

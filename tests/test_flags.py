@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from heterofusion import HeteroFusionConfig, MethodConfig
-from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, SourceLabelArguments
 from heterofusion.cli import parse_arguments
 from heterofusion.stages import ARGUMENTS
 from recipe_runner import QWEN, error_line, flags, plan, train
@@ -79,7 +79,7 @@ def test_help_lists_every_flag_with_a_sentence(capsys):
         for name in ("--config", "--debug", *(f"--{name}" for kind in types for name in kind.__dataclass_fields__)):
             if name != "--_n_gpu":
                 assert re.search(rf"(^|[ ,]){name}\b", text, re.M), name
-    own = (ModelArguments, AdapterArguments, DataArguments, RunArguments, MethodConfig)
+    own = (ModelArguments, AdapterArguments, DataArguments, SourceLabelArguments, RunArguments, MethodConfig)
     for field in [field for kind in own for field in kind.__dataclass_fields__.values()]:
         help_text = field.metadata["help"]
         assert help_text[0].isupper() and help_text.rstrip()[-1] in ".)", (field.name, help_text)
@@ -121,7 +121,7 @@ warmup_steps: 0.1
 
 def test_yaml_values_pass_the_casts_of_the_command_line(tmp_path):
     path = write_yaml(tmp_path / "run.yaml", YAML)
-    model, adapters, data, _, args = parse("--config", path)
+    model, adapters, data, _, _, args = parse("--config", path)
     assert model.model_name_or_path == "base"
     assert adapters.source_adapters == ["one", "two"]
     assert data.dataset_name == ["a.json"] and data.max_examples == [20]
@@ -132,7 +132,7 @@ def test_yaml_values_pass_the_casts_of_the_command_line(tmp_path):
 
 def test_command_line_overrides_yaml(tmp_path):
     path = write_yaml(tmp_path / "run.yaml", YAML)
-    _, adapters, _, _, args = parse(
+    _, adapters, _, _, _, args = parse(
         "--source_adapters", "three", "--learning_rate", "2e-4", f"--config={path}", "--canonicalize", "false",
         "--rdm_mu", "-1e-3",
     )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 import heterofusion
-from conftest import make_trainer
+from conftest import TokenRows, make_trainer
+from heterofusion.mixture import Mixture
 
 PACKAGE, TORCH = (str(Path(module.__file__).parent) for module in (heterofusion, torch))
 WAITS = (
@@ -52,6 +53,17 @@ def test_steps_do_not_wait_for_the_device(tmp_path, monkeypatch, accumulation, m
     waits = Waits(monkeypatch)
     trainer = make_trainer(
         tmp_path, max_steps=4, logging_steps=100, gradient_accumulation_steps=accumulation, **more,
+        trainer_options={"callbacks": [waits]},
+    )  # fmt: skip
+    trainer.train()
+    assert waits.ours() == {}
+
+
+def test_losses_of_two_parts_do_not_wait_for_the_device(tmp_path, monkeypatch):
+    waits = Waits(monkeypatch)
+    rows = Mixture(TokenRows(6), TokenRows(10, seed=3), 0.375)
+    trainer = make_trainer(
+        tmp_path, rows=rows, max_steps=4, logging_steps=100, gradient_accumulation_steps=2,
         trainer_options={"callbacks": [waits]},
     )  # fmt: skip
     trainer.train()

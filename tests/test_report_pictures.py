@@ -275,6 +275,13 @@ def test_training_curves(tmp_path):
     figure = draw_training(history, tmp_path / "training.png")
     check(figure, tmp_path / "training.png")
     assert [len(axes.lines) for axes in figure.axes] == [2, 1, 7, 7, 7, 10]
+    parts = [{"step": i, "lm_loss": 1.0 / i, "loss_replay": 0.8 / i, "loss_labels": 1.2 / i} for i in range(1, 6)]
+    figure = draw_training(parts, tmp_path / "parts.png")
+    check(figure, tmp_path / "parts.png")
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["training", "of it replay", "of it source labels"]
+    assert axes.lines[2].get_ydata().tolist() == [1.2 / i for i in range(1, 6)]
     for short in ([], [{"step": 1, "lm_loss": math.nan}], [{"step": 5, "lm_loss": 1.0}]):
         check(draw_training(short, None))
 

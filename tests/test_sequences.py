@@ -148,7 +148,12 @@ def test_killed_process_resumes(two, tmp_path):
 
 def test_finished_sequence_is_not_repeated_but_pushed(copied, monkeypatch):
     pushed = []
-    monkeypatch.setattr(train, "push_adapter", lambda folder, name, **rest: pushed.append((folder, name)) or "there")
+
+    def push(folder, name, **rest):
+        pushed.append((folder, name))
+        return "there"
+
+    monkeypatch.setattr("heterofusion.hub.push_adapter", push)
     monkeypatch.setattr(train, "fuse", lambda *args: pytest.fail("a finished stage is repeated"))
     before = {path: path.read_bytes() for path in copied.out.rglob("*") if path.is_file()}
     log = succeeds(train.main, flags({**copied.values, "push_to_hub": True, "hub_model_id": "fused"}))

@@ -1,7 +1,8 @@
 """Flags of the recipes as dataclasses, beside those of the method and its training in `config.py`."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -195,6 +196,81 @@ class DataArguments:
     def eval_sets(self) -> list[DatasetSpec]:
         """The data sets of the evaluation loss; empty when there are none."""
         return _specs(self.eval_dataset_name or [], self.eval_config, self.eval_split, self.eval_max_examples, [1.0])
+
+
+@dataclass
+class SourceLabelArguments:
+    """Answers of the source experts to unlabelled prompts, which join the replay."""
+
+    source_labels: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files of prompts that the source experts answered, of recipes/label.py or in any format of the "
+            "replay; they join the replay, which may then be empty."
+        },
+    )
+    source_labels_max_examples: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of labels that are sampled from each file at most, one value for all files or one per "
+            "file; all of them by default."
+        },
+    )
+    min_log_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens, at "
+            "most 0 (-0.1 is a probability of 0.9 per token)."
+        },
+    )
+    keep_malformed: bool = field(
+        default=False, metadata={"help": "Keep labels that are not in the output format of their task."}
+    )
+    replay_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of replay in every batch, the rest are source labels; 0.375 (12 of 32) by default, 0 "
+            "without replay."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value; a single value where a list is meant becomes a list of one.
+
+        Raises:
+            ValueError: A value is out of range or of the wrong type, lists of different lengths, or a flag that does
+                nothing without `source_labels`.
+        """
+        for flag, kind in (("source_labels", str), ("source_labels_max_examples", int)):
+            values = getattr(self, flag)
+            values = [values] if isinstance(values, (str, int)) else values
+            setattr(self, flag, values)
+            for value in values or []:
+                _check_value(flag, value, kind)
+        counts = self.source_labels_max_examples
+        if not self.source_labels:
+            for item in fields(self)[1:]:
+                if getattr(self, item.name) != item.default:
+                    raise ValueError(
+                        f"--{item.name} is {getattr(self, item.name)}, but --source_labels is not given: name the "
+                        "files of labels, or leave it out"
+                    )
+        elif counts is not None and len(counts) not in (1, len(self.source_labels)):
+            raise ValueError(
+                f"--source_labels_max_examples has {len(counts)} values, but --source_labels has "
+                f"{len(self.source_labels)}: give one value for all files, or one per file"
+            )
+        lowest = self.min_log_probability
+        if lowest is not None and not -math.inf < lowest <= 0:
+            raise ValueError(f"--min_log_probability is {lowest}: give a log-probability, finite and at most 0")
+
+    def max_examples_of(self, index: int) -> int | None:
+        """What `source_labels_max_examples` says of the file with this index."""
+        counts = self.source_labels_max_examples
+        return None if counts is None else counts[0] if len(counts) == 1 else counts[index]
 
 
 def _check_value(flag: str, value: Any, kind: type) -> None:

@@ -16,8 +16,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 
+from heterofusion.basis import ExpandedAdapter
+from heterofusion.basis_checkpoint import read_rows, write_rows
 from heterofusion.config import MethodConfig
 from heterofusion.controls import control_record
 from heterofusion.engines import load_whole_tensors, whole_tensors
@@ -31,12 +35,16 @@ logger = logging.getLogger(__name__)
 HYPERNETWORKS_FILE = "hypernetworks.safetensors"
 IDENTITY_FILE = "fusion_state.json"
 COMPLETE_FILE = "checkpoint_complete.json"
+_NOT_RECORDED = {"extra_rank": 0}  # by earlier versions, which had no other
 
 
 def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> dict[str, Any]:
     """What must agree for hypernetworks to fit: hashes of all adapters, source control, sizes, and the alignment."""
+    expansion = plan.target.expansion if isinstance(plan.target, ExpandedAdapter) else None
     return {
         "target_sha256": plan.target.sha256,
+        "extra_rank": expansion.extra_rank if expansion else 0,
+        "extra_basis": expansion.extra_basis if expansion else None,
         "source_sha256": [source.sha256 for source in plan.sources],
         "source_control": control_record(plan.sources),
         "hypernetwork": sizes.to_dict(),
@@ -50,7 +58,7 @@ def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: Meth
 def save_hypernetworks(
     model: HeteroFusionModel, folder: str | Path, engine: Mapping[str, Any] | None = None, write: bool = True
 ) -> None:
-    """Write hypernetworks, alphas and the identity of the fusion into a folder. All ranks together.
+    """Write hypernetworks, alphas, extra rows and the identity of the fusion into a folder. All ranks together.
 
     Args:
         model: the model.
@@ -75,6 +83,7 @@ def save_hypernetworks(
         )
     folder.mkdir(parents=True, exist_ok=True)
     identity = {**fusion_identity(model.plan, model.hypernetworks.config, model.method), **(engine or {})}
+    write_rows(folder, model.plan.target)
     partial = folder / f"{HYPERNETWORKS_FILE}.partial"
     try:
         save_file(state, partial, metadata={"format": "pt"})
@@ -105,6 +114,31 @@ def new_checkpoint(folder: Path, main: bool, wait_for_everyone: Callable[[], Non
         wait_for_everyone()
         if main:
             mark_complete(folder)
+
+
+@contextlib.contextmanager
+def rotated_checkpoint(
+    run_dir: Path, state: TrainerState, args: TrainingArguments, wait_for_everyone: Callable[[], None]
+) -> Iterator[None]:
+    """As `new_checkpoint`, in a run's folder; older ones go (`save_total_limit`) once this one is complete.
+
+    Args:
+        run_dir: the run's folder.
+        state: tells the step, and which checkpoint is the best.
+        args: of the run.
+        wait_for_everyone: barrier of all ranks.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    limit, args.save_total_limit = args.save_total_limit, None  # Trainer would rotate too early
+    try:
+        with new_checkpoint(run_dir / f"checkpoint-{state.global_step}", args.should_save, wait_for_everyone):
+            yield
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        rotate_checkpoints(str(run_dir), limit, state.best_model_checkpoint, use_mtime=True)
 
 
 def mark_complete(folder: str | Path) -> None:
@@ -138,6 +172,19 @@ def failing_writes(folder: Path) -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # programs print the errors of the first rank alone
             logger.error("rank %s: %s", os.environ.get("RANK"), message)
         raise OSError(message) from error
+
+
+def checkpoint_to_resume(output_dir: str | Path) -> Path:
+    """The last complete checkpoint of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(output_dir).absolute()
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        raise ValueError(f"{folder} holds no complete checkpoint-N folder to resume from")
+    return last
 
 
 def stopped_early(folder: str | Path) -> bool:
@@ -256,7 +303,7 @@ def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ValueError: files are missing or damaged, or belong to another fusion; names the field that differs.
     """
-    found = read_identity(folder)
+    found = _NOT_RECORDED | read_identity(folder)
     for name, expected in identity.items():
         if found.get(name) != expected:
             field, there, here = _difference(name, found.get(name), expected)
@@ -278,13 +325,14 @@ def _difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
 
 
 def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
-    """Load what `save_hypernetworks` wrote. All ranks together.
+    """Load what `save_hypernetworks` wrote, the extra rows too. All ranks together.
 
     Raises:
         ValueError: as `check_checkpoint`, or the weights do not load.
     """
     folder = Path(folder).absolute()
     check_hypernetworks(folder, fusion_identity(model.plan, model.hypernetworks.config, model.method))
+    restore_basis(model, folder)
     weights_file = folder / HYPERNETWORKS_FILE
     try:
         state = load_file(weights_file)
@@ -292,6 +340,18 @@ def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{weights_file} cannot be loaded: {error}") from error
     model.updates.invalidate()
+
+
+def restore_basis(model: HeteroFusionModel, folder: str | Path) -> None:
+    """Give an expanded target the extra rows that are in a checkpoint. All ranks together.
+
+    `load_hypernetworks` does so too. DeepSpeed, which reads weights from files of its own, needs it before training.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    if isinstance(model.plan.target, ExpandedAdapter):
+        model.set_basis(read_rows(folder, model.plan.target))
 
 
 def shorten(value: Any) -> str:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from heterofusion.engines import set_zero_init_dtype
 
 DEFAULT_PRESET = "paper"
+EXTRA_BASES = ("random", "activations")
 
 
 def check_range(flag: str, value: float | None, low: float, strict: bool) -> None:
@@ -94,7 +95,44 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 @dataclass
-class MethodConfig:
+class BasisArguments:
+    """Rows that `basis.py` adds to every lora_A of an adapter before it is trained."""
+
+    extra_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, "
+            "whose columns of lora_B start at 0. In a sequence every stage adds its own; 0 is the published method."
+        },
+    )
+    extra_basis: str = field(
+        default="random",
+        metadata={
+            "help": "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs "
+            "that the module sees on the training data.",
+            "choices": list(EXTRA_BASES),
+        },
+    )
+
+    def check_basis(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: names the flag, its value and the remedy.
+        """
+        if isinstance(self.extra_rank, bool) or not isinstance(self.extra_rank, int) or self.extra_rank < 0:
+            raise ValueError(f"--extra_rank is {self.extra_rank}; it must be an integer of at least 0")
+        if self.extra_basis not in EXTRA_BASES:
+            raise ValueError(f"--extra_basis is {self.extra_basis!r}; choose one of {', '.join(EXTRA_BASES)}")
+        if self.extra_basis != EXTRA_BASES[0] and self.extra_rank == 0:
+            raise ValueError(
+                f"--extra_basis is {self.extra_basis}, but --extra_rank is 0, so no rows are added; give a rank, or "
+                "leave --extra_basis out"
+            )
+
+
+@dataclass
+class MethodConfig(BasisArguments):
     """Settings of the method itself, without those of training.
 
     A size that is not given comes from the preset, fitted to the width of the target model.
@@ -152,6 +190,7 @@ class MethodConfig:
             ("max_position_embeddings", 0, True),
         ):
             check_range(name, getattr(self, name), low, strict)
+        self.check_basis()
         for name in ("alpha_init", "mu_gate", "rdm_mu"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be finite")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from heterofusion.adapters import AdapterError
+from heterofusion.basis import extra_rank
 from heterofusion.factorization import canonical_factors
 from heterofusion.topology import AlignedSlice, AlignmentPlan, GroupKey, RoleSlice
 
@@ -150,13 +151,19 @@ def source_factors(
 def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = False) -> dict[str, GroupContext]:
     """Contexts of every group of a plan, by group name.
 
+    The extra rows of an expanded target stay as they are in its context, whatever the form of the anchor's own. Its
+    sources come at the anchor's rank and are padded with zeros to that of the target.
+
     Args:
         plan: the alignment.
         block_size: b.
         canonicalize: replace each (A, B) by its canonical pair before cutting; the target's A and B themselves are
             not changed, and the predicted update is always one of its actual B.
     """
-    return {key.name: _build_group(key, members, block_size, canonicalize) for key, members in plan.groups.items()}
+    extra = extra_rank(plan.target)
+    return {
+        key.name: _build_group(key, members, block_size, canonicalize, extra) for key, members in plan.groups.items()
+    }
 
 
 def sequence_lengths(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
@@ -172,18 +179,21 @@ def sequence_lengths(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
 
 
 def _build_group(
-    key: GroupKey, members: tuple[AlignedSlice, ...], block_size: int, canonicalize: bool
+    key: GroupKey, members: tuple[AlignedSlice, ...], block_size: int, canonicalize: bool, extra: int
 ) -> GroupContext:
     targets, sources, origins, b_blocks = [], [], [], []
+    own = key.rank - extra  # of the anchor, that the sources come at
     for item in members:
         A, B = item.target.module.lora_A.float(), item.target.lora_B.float()
         if canonicalize:
-            A, B, _ = canonical_factors(A, B)
+            canonical_A, canonical_B, _ = canonical_factors(A[:own], B[:, :own])
+            A, B = torch.cat([canonical_A, A[own:]]), torch.cat([canonical_B, B[:, own:]], dim=1)
         targets.append(context_blocks(A, B, block_size))
         b_blocks.append(-(-item.target.out_features // block_size))
         parts = []
         for index, source in item.sources:
-            A, B, _ = source_factors(source, key.rank, item.target.module.scaling, canonicalize)
+            A, B, _ = source_factors(source, own, item.target.module.scaling, canonicalize)
+            A, B = F.pad(A, (0, 0, 0, extra)), F.pad(B, (0, extra))  # (r + k, in), (out, r + k)
             parts.append(context_blocks(A, B, block_size))
             origins.append(torch.full((len(parts[-1]),), index))
         sources.append(torch.cat(parts))

@@ -8,7 +8,7 @@ in the `ReplayReport` that comes with it. The same arguments always give the sam
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,11 @@ class ReplayReport:
 
     def summary(self) -> list[str]:
         """One line per data set, and one for all where there are several."""
-        lines = [f"{r.name} ({r.format}): {self._line(asdict(r))}" for r in self.datasets]
+        lines = [f"{r.name} ({r.format}): {describe_counts(asdict(r), self.max_length)}" for r in self.datasets]
         if len(self.datasets) > 1:
             counts = {name: self.total(name) for name in asdict(self.datasets[0]) if name not in ("name", "format")}
-            lines.append(f"all {len(self.datasets)} data sets: {self._line(counts)}")
+            lines.append(f"all {len(self.datasets)} data sets: {describe_counts(counts, self.max_length)}")
         return lines
-
-    def _line(self, count: dict[str, Any]) -> str:
-        return (
-            f"{count['read']} read, {count['sampled']} sampled, {count['cut']} cut to {self.max_length} tokens "
-            f"({count['cut_tokens']} tokens removed), {count['dropped']} dropped without label tokens "
-            f"({count['dropped_empty']} with an empty answer), {count['kept']} kept, {count['tokens']} tokens, "
-            f"{count['label_tokens']} of them labels"
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; of a local path its last part, since it is published with the adapter."""
@@ -77,6 +69,16 @@ class ReplayReport:
             if path.is_absolute() or path.exists():
                 entry["name"] = path.name
         return record
+
+
+def describe_counts(count: Mapping[str, Any], max_length: int) -> str:
+    """The counts of a `DatasetReport` in words, for the log."""
+    return (
+        f"{count['read']} read, {count['sampled']} sampled, {count['cut']} cut to {max_length} tokens "
+        f"({count['cut_tokens']} tokens removed), {count['dropped']} dropped without label tokens "
+        f"({count['dropped_empty']} with an empty answer), {count['kept']} kept, {count['tokens']} tokens, "
+        f"{count['label_tokens']} of them labels"
+    )
 
 
 def build_replay(
@@ -102,7 +104,7 @@ def build_replay(
     examples, report = _build(args.replay_sets(), args, tokenizer, kind)
     # A generator of its own: the order must not depend on how many draws the sampling took.
     order = np.random.default_rng([args.dataset_seed, 1]).permutation(len(examples))
-    return _dataset([examples[i] for i in order]), report
+    return as_dataset([examples[i] for i in order]), report
 
 
 def build_eval(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
@@ -122,7 +124,7 @@ def build_eval(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple
     if not args.eval_dataset_name:
         raise ValueError("--eval_dataset_name is missing: name at least one evaluation data set")
     examples, report = _build(args.eval_sets(), args, tokenizer, kind="eval")
-    return _dataset(examples), report
+    return as_dataset(examples), report
 
 
 def make_collator(tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None) -> DataCollatorForSeq2Seq:
@@ -175,14 +177,7 @@ def _build(
                 args.max_length,
             )
     if not examples:
-        if not shortest:
-            raise ValueError(
-                f"{', '.join(labels)}: every sampled answer is empty, so nothing is left to train on: fill them"
-            )
-        raise ValueError(
-            f"{', '.join(labels)}: all examples are too long for --max_length {args.max_length}, no label token is "
-            f"left: raise it to {min(shortest)} at least, which is what the shortest needs for its first label token"
-        )
+        raise no_examples(labels, shortest, args.max_length)
     if tokenizer.eos_token_id is None:
         logger.warning(
             "the tokenizer has no EOS token: plain texts end without one, and the model does not learn to stop"
@@ -190,10 +185,41 @@ def _build(
     return examples, report
 
 
+def no_examples(labels: Sequence[str], needed: Sequence[int], max_length: int) -> ValueError:
+    """The error of data that leave nothing to train on.
+
+    Args:
+        labels: names of the data sets in messages.
+        needed: what `encode_records` gave for the examples that were dropped.
+        max_length: `--max_length`.
+    """
+    if not needed:
+        return ValueError(
+            f"{', '.join(labels)}: every sampled answer is empty, so nothing is left to train on: fill them"
+        )
+    return ValueError(
+        f"{', '.join(labels)}: all examples are too long for --max_length {max_length}, no label token is "
+        f"left: raise it to {min(needed)} at least, which is what the shortest needs for its first label token"
+    )
+
+
 def _encode(
     records: Records, spec: DatasetSpec, args: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], DatasetReport, list[int]]:
     """Sample one data set and tokenize the sample: examples, counts, and the lengths that dropped examples need."""
+    report = DatasetReport(spec.name, checked_format(records), read=len(records.rows))
+    count = min(spec.max_examples, max(1, round(report.read * spec.ratio)))
+    indices = sample_indices(report.read, count, args.dataset_seed)
+    examples, _, needed = encode_records(records, indices, report, args.max_length, tokenizer)
+    return examples, report, needed
+
+
+def checked_format(records: Records) -> str:
+    """The format of a data set's records, all of which are checked where they were parsed by us.
+
+    Raises:
+        ValueError: No known columns, or (whether or not it will be sampled) a broken record.
+    """
     rows = records.rows
     columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     format = detect_format(columns)
@@ -204,47 +230,63 @@ def _encode(
     if isinstance(rows, list):  # a broken record is reported whether or not the seed happens to draw it
         for i, row in enumerate(rows):
             records.call(i, to_conversation, row, format)
+    return format
 
-    report = DatasetReport(spec.name, format, read=len(rows))
+
+def encode_records(
+    records: Records,
+    indices: Iterable[int],
+    report: DatasetReport,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[Example], list[int], list[int]]:
+    """Tokenize some records of a data set.
+
+    Args:
+        records: The data set.
+        indices: Of the records, in order.
+        report: Counts up what becomes of them.
+        max_length: Number of tokens after which an example is cut.
+        tokenizer: The target model's.
+
+    Returns:
+        The examples with a label token left, their indices, and of each other one whose answer is not empty the
+        `max_length` that it would have needed.
+
+    Raises:
+        ValueError: A record that cannot be read or rendered; names it.
+    """
     examples: list[Example] = []
+    kept: list[int] = []
     needed: list[int] = []
-    for i in _sample(len(rows), spec, args.dataset_seed):
+    # Silent for the first seconds, and on all ranks but the first.
+    quiet = os.environ.get("RANK", "0") != "0"
+    for i in tqdm(indices, desc=f"Tokenizing {Path(report.name).name}", delay=3, leave=False, disable=quiet):
         report.sampled += 1
-        prompt, answer = records.call(i, to_conversation, rows[i], format)
-        rendered = records.call(i, render, prompt, answer, format, tokenizer)
+        prompt, answer = records.call(i, to_conversation, records.rows[i], report.format)
+        rendered = records.call(i, render, prompt, answer, report.format, tokenizer)
         ids, labels = tokenize(rendered, tokenizer) if rendered.spans else ([], [])
         first = next((position for position, label in enumerate(labels) if label != IGNORE_INDEX), None)
-        removed = max(0, len(ids) - args.max_length)
+        removed = max(0, len(ids) - max_length)
         report.cut += removed > 0
         report.cut_tokens += removed
-        if first is None or first >= args.max_length:
+        if first is None or first >= max_length:
             report.dropped += 1
             if first is None:
                 report.dropped_empty += 1
             else:
                 needed.append(first + 1)
             continue
-        examples.append((ids[: args.max_length], labels[: args.max_length]))
+        examples.append((ids[:max_length], labels[:max_length]))
+        kept.append(i)
         report.kept += 1
         report.tokens += len(examples[-1][0])
         report.label_tokens += sum(label != IGNORE_INDEX for label in examples[-1][1])
-    return examples, report, needed
+    return examples, kept, needed
 
 
-def _sample(total: int, spec: DatasetSpec, seed: int) -> Iterator[int]:
-    """Indices of the sample, in the order of the data set.
-
-    They depend on seed and size alone: another data set in the mixture changes nothing, and a larger max_examples
-    only adds.
-    """
-    count = min(spec.max_examples, max(1, round(total * spec.ratio)))
-    chosen = sample_indices(total, count, seed)
-    # Silent for the first seconds, and on all ranks but the first.
-    quiet = os.environ.get("RANK", "0") != "0"
-    return iter(tqdm(chosen, desc=f"Tokenizing {Path(spec.name).name}", delay=3, leave=False, disable=quiet))
-
-
-def _dataset(examples: list[Example]) -> Dataset:
+def as_dataset(examples: list[Example]) -> Dataset:
+    """Examples as the data set that a trainer reads: `input_ids`, `attention_mask` and `labels`."""
     return Dataset.from_dict(
         {
             "input_ids": [ids for ids, _ in examples],

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
+from heterofusion.basis import extra_rank
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.provenance import display_name
 from heterofusion.topology import AlignedSlice, adapter_depth
@@ -26,7 +27,10 @@ class FusionProgressCallback(ProgressCallback):
 
 
 class WindowMeans:
-    """Means over accumulation windows of scalars that add up over the micro-batches of one.
+    """Means of what adds up over the micro-batches of accumulation windows.
+
+    A scalar is averaged over windows and ranks. A pair (sum, number), shape (2,), gives the quotient of its totals
+    over windows and ranks: the mean over all that was counted, however uneven windows and ranks are.
 
     Attributes:
         window: sums of the window that is open, detached, on the device.
@@ -39,7 +43,7 @@ class WindowMeans:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a micro-batch's value to the open window."""
+        """Add a micro-batch's value to the open window; under the same names on all ranks."""
         self.window[name] = self.window[name] + value.detach() if name in self.window else value.detach()
 
     def drop(self) -> None:
@@ -54,8 +58,15 @@ class WindowMeans:
         self.window = {}
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over windows and ranks, and begin anew. All ranks together; waits for the device."""
-        means = {name: accelerator.reduce(value, "mean").item() / self.windows for name, value in self._sums.items()}
+        """The means, and begin anew; without pairs that counted nothing. All ranks together; waits for the device."""
+        means = {}
+        for name, value in self._sums.items():
+            if value.ndim == 0:
+                means[name] = accelerator.reduce(value, "mean").item() / self.windows
+                continue
+            total, number = accelerator.reduce(value, "sum").tolist()
+            if number > 0:
+                means[name] = total / number
         self._sums, self.windows = {}, 0
         return means
 
@@ -147,10 +158,11 @@ def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
     Returns:
         `target` and `sources` with their names and layers, and `modules`: of each aligned module `path`, `role`,
         `layer`, `rank`, `delta_ratio` and `gate_sparsity` as in `fusion_diagnostics`, and `sources`, a list of the
-        source (its index), its layer, and the share of attention that the module's B blocks give to it.
+        source (its index), its layer, and the share of attention that the module's B blocks give to it. With an
+        `extra_rank` also `extra_share`: the share of ||alpha dB||^2 in the columns of the extra rows.
     """
     plan = model.plan
-    modules = [
+    modules: list[dict[str, Any]] = [
         {
             "path": part.item.target.module.path,
             "role": part.item.target.role,
@@ -162,6 +174,7 @@ def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
                 {"source": index, "layer": source.layer, "attention": part.attention[index]}
                 for index, source in part.item.sources
             ],
+            **({} if part.extra_share is None else {"extra_share": part.extra_share}),
         }
         for _, slices in _slice_diagnostics(model).values()
         for part in slices
@@ -185,6 +198,7 @@ class _SliceDiagnostics:
         attention: by source, the share of attention of its B blocks.
         source_blocks: number of its source blocks.
         b_blocks: number of its B blocks.
+        extra_share: share of ||alpha dB||^2 in the columns of extra rows; None without any.
     """
 
     item: AlignedSlice
@@ -194,6 +208,7 @@ class _SliceDiagnostics:
     attention: dict[int, float]
     source_blocks: int
     b_blocks: int
+    extra_share: float | None
 
 
 def _ratio(slices: Sequence[_SliceDiagnostics]) -> float:
@@ -206,6 +221,7 @@ def _ratio(slices: Sequence[_SliceDiagnostics]) -> float:
 def _slice_diagnostics(model: HeteroFusionModel) -> dict[str, tuple[float, list[_SliceDiagnostics]]]:
     """Alpha and the state of every aligned slice, by group name: one forward of the hypernetworks."""
     report = {}
+    extra = extra_rank(model.plan.target)
     for name, output in model.updates.predict(diagnostics=True).items():
         context = model.updates.contexts[name]
         assert output.attention is not None and output.source_gate is not None and output.alpha is not None
@@ -221,12 +237,12 @@ def _slice_diagnostics(model: HeteroFusionModel) -> dict[str, tuple[float, list[
             share = (rows * (origin[module] == index)).sum(-1)
             shares.append((share.new_zeros(len(counts)).index_add(0, module, share) / counts).tolist())
         # padded rows are part of the blocks but not of the update: cut them as the update does
-        norms = torch.stack(
-            [
-                blocks.flatten(0, 1)[: item.target.out_features].norm()
-                for item, blocks in zip(context.members, output.update.split(context.b_blocks), strict=True)
-            ]
-        ).tolist()
+        updates = [
+            blocks.flatten(0, 1)[: item.target.out_features]
+            for item, blocks in zip(context.members, output.update.split(context.b_blocks), strict=True)
+        ]
+        norms = torch.stack([update.norm() for update in updates]).tolist()
+        extra_norms = torch.stack([update[:, update.shape[1] - extra :].norm() for update in updates]).tolist()
         slices = [
             _SliceDiagnostics(
                 item,
@@ -236,6 +252,7 @@ def _slice_diagnostics(model: HeteroFusionModel) -> dict[str, tuple[float, list[
                 {index: shares[index][position] for index, _ in item.sources},
                 int(real[position].sum()),
                 context.b_blocks[position],
+                (extra_norms[position] / max(norms[position], 1e-12)) ** 2 if extra else None,
             )
             for position, item in enumerate(context.members)
         ]

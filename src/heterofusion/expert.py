@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments
 from heterofusion.checkpoints import last_good, mark_complete
-from heterofusion.config import avoid_reentrant, check_range, check_training
+from heterofusion.config import BasisArguments, avoid_reentrant, check_range, check_training
 from heterofusion.nonfinite import NonFiniteError
 
 ALL_LINEAR = "all-linear"
@@ -63,11 +63,11 @@ class ExpertDataArguments(DataArguments):
         super().__post_init__()
 
 
-_BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout")
+_BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout", "extra_rank", "extra_basis")
 
 
 @dataclass
-class LoraArguments:
+class LoraArguments(BasisArguments):
     """The LoRA of an expert, in the names of PEFT's `LoraConfig`."""
 
     r: int = field(default=16, metadata={"help": "Rank of the update."})
@@ -114,6 +114,7 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
+        self.check_basis()
         check_range("r", self.r, 1, False)
         check_range("lora_alpha", self.lora_alpha, 1, False)
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
@@ -132,6 +133,11 @@ class LoraArguments:
         if self.init_adapter is None:
             if self.init_revision is not None:
                 raise ValueError("--init_revision is of --init_adapter, which is not given")
+            if self.extra_rank:
+                raise ValueError(
+                    f"--extra_rank is {self.extra_rank}: it adds to the rank of --init_adapter, which is not given; "
+                    "give a new LoRA its rank with --r"
+                )
             return
         for item in fields(self):
             value = getattr(self, item.name)

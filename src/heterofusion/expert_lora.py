@@ -2,35 +2,40 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import nn
-from transformers import PreTrainedModel, set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapter_config import AdapterError, read_adapter_config, read_json_object
 from heterofusion.adapters import LoraAdapter, load_adapter
 from heterofusion.architectures import module_key
 from heterofusion.base_model import check_base_fits
+from heterofusion.basis import ExpandedAdapter, Expansion, expand_adapter, set_ranks
+from heterofusion.basis_checkpoint import read_rows, write_rows
+from heterofusion.basis_inputs import fit_basis
 from heterofusion.checkpoints import missing_part
-from heterofusion.expert import ALL_LINEAR, LoraArguments
+from heterofusion.engines import load_whole_tensors
+from heterofusion.expert import ALL_LINEAR, LORA_B, LoraArguments
 
 STATE_FILE = "expert_state.json"  # in a checkpoint: what the LoRA began as, and what of it is trained
 _DROPOUT = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertLora:
     """The LoRA that an expert is trained with.
 
     Attributes:
         config: PEFT's config of it.
-        initial: the adapter that it begins as; None for a new one.
+        initial: the adapter that it begins as; None for a new one. With `--extra_rank` an expanded one.
         train_only: `lora_B` if nothing else is trained.
     """
 
@@ -57,19 +62,55 @@ class ExpertLora:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint to resume from must agree with, beside the config."""
-        return {"init_adapter": self.initial.sha256 if self.initial else None, "train_only": self.train_only}
+        expansion = self.expansion
+        return {
+            "init_adapter": self.initial.sha256 if self.initial else None,
+            "train_only": self.train_only,
+            "extra_rank": expansion.extra_rank if expansion else None,
+            "extra_basis": expansion.extra_basis if expansion else None,
+        }
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """What was added to the adapter that it begins as."""
+        return self.initial.expansion if isinstance(self.initial, ExpandedAdapter) else None
 
     def write_state(self, checkpoint: Path) -> None:
-        """Write that into a checkpoint."""
+        """Write that into a checkpoint, and the extra rows that it began with."""
+        if self.initial is not None:
+            write_rows(checkpoint, self.initial)
         (checkpoint / STATE_FILE).write_text(json.dumps(self.state()) + "\n", encoding="utf-8")
 
+    def fit_basis(self, model: PeftModel, examples: Sequence[Tensor]) -> None:
+        """Fit the extra rows to the inputs that the modules see, and put them into the model. All ranks together.
 
-def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments) -> ExpertLora:
+        Args:
+            model: what `put_on` gave, before its first step.
+            examples: see `heterofusion.basis_inputs.fit_basis`.
+        """
+        assert isinstance(self.initial, ExpandedAdapter)
+        self.initial = fit_basis(model, self.initial, examples)
+        base: Any = model.get_base_model()
+        for path, module in self.initial.modules.items():
+            load_whole_tensors(base.get_submodule(path).lora_A["default"], {"weight": module.lora_A})
+
+    def restore_basis(self, checkpoint: Path) -> None:
+        """Take the extra rows from a checkpoint to resume from, for the record: its adapter has what became of them.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        if isinstance(self.initial, ExpandedAdapter):
+            self.initial = read_rows(checkpoint, self.initial)
+
+
+def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments, seed: int = 42) -> ExpertLora:
     """A new LoRA, or that of `--init_adapter`, as the flags say; everything is checked.
 
     Args:
         skeleton: the base on the meta device; it may get the LoRA.
         lora: the flags.
+        seed: of the rows of `--extra_rank`: those of a fusion with the same seed.
 
     Raises:
         AdapterError: the initial adapter cannot be read or does not fit the base.
@@ -78,10 +119,25 @@ def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments) -> ExpertLora:
     if lora.init_adapter is None:
         return ExpertLora(plan_lora(skeleton, lora), None, lora.train_only)
     adapter = load_adapter(lora.init_adapter, revision=lora.init_revision)
+    if lora.extra_rank:
+        adapter = expand_adapter(adapter, lora, seed)
     config = plan_initial(skeleton, adapter)
     if lora.lora_dropout is not None:
         config.lora_dropout = lora.lora_dropout
     return ExpertLora(config, adapter, lora.train_only)
+
+
+def check_basis_engine(lora: ExpertLora, args: TrainingArguments) -> None:
+    """Refuse extra rows that an engine would not take: DeepSpeed's optimizers train copies that it made before.
+
+    Raises:
+        ValueError: lora_A is trained with DeepSpeed.
+    """
+    if lora.expansion is not None and lora.train_only != LORA_B and args.deepspeed_plugin is not None:
+        raise ValueError(
+            "--extra_rank fits rows of lora_A once the engine is set up, but DeepSpeed trains copies of them that it "
+            f"made before; add --train_only {LORA_B}, or launch with DDP or FSDP2"
+        )
 
 
 # ---- an adapter that is there -----------------------------------------------------------------------------------
@@ -102,6 +158,7 @@ def plan_initial(skeleton: PreTrainedModel, adapter: LoraAdapter) -> LoraConfig:
     """
     check_base_fits(skeleton, adapter)
     config = LoraConfig.from_pretrained(str(adapter.folder))
+    set_ranks(config, adapter)
     config.inference_mode = False
     # as of a new LoRA; PEFT looks this base up when it saves, on the Hub if need be
     config.base_model_name_or_path = skeleton.config.name_or_path
@@ -123,10 +180,15 @@ def load_initial(
         AdapterError: PEFT cannot place all of its weights.
     """
     config = config or plan_initial(base, adapter)
+    model: Any
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, config=config)
+            if isinstance(adapter, ExpandedAdapter):  # of shapes that its file does not have
+                model = get_peft_model(base, config)
+                set_peft_model_state_dict(model, adapter.state_dict())
+            else:
+                model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, config=config)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -240,8 +302,8 @@ def check_expert_checkpoint(folder: Path, lora: ExpertLora) -> None:
     if not (folder / "optimizer.pt").is_file() and not in_folders:
         raise ValueError(f"{folder} holds no optimizer (--save_only_model?); resume from another checkpoint")
     found, wanted = read_adapter_config(folder) | _read_state(folder), lora.config.to_dict() | lora.state()
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-                 "modules_to_save", "rank_pattern", "alpha_pattern", *lora.state()):  # fmt: skip
+    for name in (*lora.state(), "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+                 "layers_to_transform", "modules_to_save", "rank_pattern", "alpha_pattern"):  # fmt: skip
         there, here = plain(found.get(name)), plain(wanted[name])
         if there != here:
             raise ValueError(

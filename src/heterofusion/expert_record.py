@@ -12,7 +12,15 @@ from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.config import training_settings
 from heterofusion.cost import cost_record
 from heterofusion.expert_lora import ExpertLora, plain
-from heterofusion.provenance import CARD_FILE, EXPERT_FILE, display_name, library_versions, made_by
+from heterofusion.provenance import (
+    CARD_FILE,
+    EXPERT_FILE,
+    basis_record,
+    describe_basis,
+    display_name,
+    library_versions,
+    made_by,
+)
 
 
 def expert_record(
@@ -26,6 +34,7 @@ def expert_record(
         "base_model": display_name(base),
         "lora": {name: plain(getattr(lora.config, name)) for name in names},
         "init_adapter": {"name": display_name(initial.name), "sha256": initial.sha256} if initial else None,
+        "basis": basis_record(initial),
         "train_only": lora.train_only,
         "training": {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data},
         "metrics": metrics,
@@ -58,6 +67,8 @@ def _card(record: dict[str, Any]) -> ModelCard:
     initial = record["init_adapter"]
     begun = f", begun as the adapter `{initial['name']}`" if initial else ""
     part = f" Its `{record['train_only']}` alone was trained." if record["train_only"] else ""
+    basis = describe_basis(record["basis"])
+    part += f" {basis}" if basis else ""
     body = f"""
 # LoRA expert
 

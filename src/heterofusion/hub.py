@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import TrainingArguments
 
 from heterofusion.adapter_config import AdapterError, read_json_object
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, file_sha256, load_adapter
@@ -69,6 +70,33 @@ _ABSOLUTE = re.compile(r"(file:|~?/|\\\\|[A-Za-z]:[\\/]).*")  # of Linux, macOS 
 _VERBATIM_KEY = re.compile(r"(_tokens?|_template|_schema|_decoder)$")
 _SECRET_KEY = re.compile(r"(|use_auth_|auth_|access_)token")  # old versions kept how the tokenizer was downloaded
 _TOKEN = re.compile(r"\b(hf_oauth_[\w.-]{20,}|(hf|api_org)_[A-Za-z0-9]{20,})")
+
+
+def push_output(
+    args: TrainingArguments,
+    commit_message: str | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Push the adapter in `output_dir` under `hub_model_id`, or the folder's name; see `push_adapter`.
+
+    Args:
+        args: of the run; its Hub settings hold where an argument is None.
+        commit_message: see `push_adapter`.
+        token: see `push_adapter`.
+        revision: see `push_adapter`.
+        private: see `push_adapter`.
+    """
+    folder = Path(str(args.output_dir))
+    return push_adapter(
+        folder,
+        args.hub_model_id or folder.resolve().name,
+        token=token or args.hub_token,
+        private=args.hub_private_repo if private is None else private,
+        revision=revision or args.hub_revision,
+        commit_message=commit_message,
+    )
 
 
 def push_adapter(

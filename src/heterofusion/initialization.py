@@ -118,8 +118,8 @@ def plan_initialization(
     common = tuple(name for name in groups if any(key.startswith(_prefix(name)) for key in found))
     if need_common and not common:
         raise ValueError(
-            f"{file} has no group of this fusion ({', '.join(groups)}): the adapters have other roles or ranks; name "
-            "another checkpoint, or start fresh"
+            f"{file} has no group of this fusion ({', '.join(groups)}): the adapters have other roles or ranks, or "
+            "--extra_rank was another; name another checkpoint, or start fresh"
         )
     for name, shape in _expected_shapes(plan, sizes).items():
         if name.startswith(tuple(map(_prefix, common))) and found.get(name) != shape:

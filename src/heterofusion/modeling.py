@@ -17,9 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heterofusion.adapters import PREFIX, AdapterError, LoraAdapter
 from heterofusion.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
+from heterofusion.basis import ExpandedAdapter, expand_plan, set_ranks, with_target
+from heterofusion.basis_inputs import fit_basis
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import build_contexts, sequence_lengths
-from heterofusion.engines import is_sharded
+from heterofusion.engines import is_sharded, load_whole_tensors
 from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
 from heterofusion.live import LiveUpdates
 from heterofusion.topology import AlignmentPlan, plan_alignment
@@ -90,9 +92,11 @@ class HeteroFusionModel(PeftModelForCausalLM):
         method = method or MethodConfig()
         method.check_method()
         seed = getattr(method, "seed", 42) if seed is None else seed
+        plan = expand_plan(plan, method, seed)
         sizes = hypernetwork_config(plan, method)
         check_base_fits(model, plan.target)
         lora_config = LoraConfig.from_pretrained(str(plan.target.folder))
+        set_ranks(lora_config, plan.target)
         lora_config.inference_mode = True
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft 0.21 reads a name that transformers 5.23 deprecates
@@ -105,19 +109,16 @@ class HeteroFusionModel(PeftModelForCausalLM):
             self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init).float()
         self.plan = plan
         self.method = method
-        self._mode_set = False
+        self._mode_set = self._anchor_alone = False
         self._load_target(plan.target)
-        contexts = build_contexts(plan, sizes.block_size, method.canonicalize)
-        self.updates = LiveUpdates(self.hypernetworks, contexts, method, seed)
+        self._hooks: list[Any] = []
+        self._install_updates(seed)
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()
         self._dropout = disable_dropout_config(model)
         refuse_reentrant_checkpointing(model)
         self.rdm_loss = None
-        base: Any = self.get_base_model()
-        paths = dict.fromkeys(item.target.module.path for item in plan.aligned)
-        self._hooks = [self.updates.hook(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
         self.train(self.training)
 
     @classmethod
@@ -167,6 +168,54 @@ class HeteroFusionModel(PeftModelForCausalLM):
                 f"target adapter {target.weights_file} and its config disagree about the modules of the base model: "
                 f"missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
             )
+
+    def _install_updates(self, seed: int) -> None:
+        """Live updates for the plan as it is, in place of those that there were."""
+        for hook in self._hooks:
+            hook.remove()
+        contexts = build_contexts(self.plan, self.hypernetworks.config.block_size, self.method.canonicalize)
+        self.updates = LiveUpdates(self.hypernetworks, contexts, self.method, seed)
+        base: Any = self.get_base_model()
+        paths = dict.fromkeys(item.target.module.path for item in self.plan.aligned)
+        self._hooks = [self.updates.hook(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
+
+    # ---- basis expansion ----------------------------------------------------------------------------------------
+
+    def fit_basis(self, examples: Sequence[Tensor]) -> None:
+        """Fit the rows of `extra_rank` to the inputs that the modules see: see `heterofusion.basis_inputs.fit_basis`.
+
+        Without it they have the norm of the anchor's rows, and are random. All ranks together, before training.
+
+        Args:
+            examples: token ids, each (1, tokens), on the model's device.
+
+        Raises:
+            ValueError: the model was made without `extra_rank`, there are no examples, or inputs are not finite.
+        """
+        if not isinstance(self.plan.target, ExpandedAdapter):
+            raise ValueError("the model has no extra rows to fit; give its method an extra_rank above 0")
+        self._anchor_alone = True
+        self.updates.by_module.clear()
+        try:
+            fitted = fit_basis(self, self.plan.target, examples)
+        finally:
+            self._anchor_alone = False
+            self.updates.invalidate()
+        self.set_basis(fitted)
+
+    def set_basis(self, target: ExpandedAdapter) -> None:
+        """Take the extra rows of an adapter that differs from the target in them alone. All ranks together.
+
+        Args:
+            target: the expanded target adapter with other rows.
+        """
+        base: Any = self.get_base_model()
+        for path, module in target.modules.items():
+            load_whole_tensors(base.get_submodule(path).lora_A[ADAPTER_NAME], {"weight": module.lora_A})
+        self.plan = with_target(self.plan, target)
+        old = self.updates
+        self._install_updates(old.seed)
+        self.updates.device, self.updates.average_over_ranks = old.device, old.average_over_ranks
 
     def freeze_base(self) -> None:
         """Leave hypernetworks and alphas alone trainable (`set_adapter` thaws LoRA: call this after it)."""
@@ -224,7 +273,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
             rdm_step: optimizer step whose RDM is computed along; read it from `rdm_loss`. None for no RDM.
             **kwargs: of the base model's forward.
         """
-        self.updates.refresh()
+        if not self._anchor_alone:
+            self.updates.refresh()
         self.rdm_loss = None if rdm_step is None else self.updates.rdm(rdm_step)
         return super().forward(*args, **kwargs)
 
@@ -307,7 +357,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
             hook.remove()
         for config, name, rate in self._dropout:
             setattr(config, name, rate)
-        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout", "_mode_set"):
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout", "_mode_set",
+                     "_anchor_alone"):  # fmt: skip
             delattr(self, name)
         for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward
             self.__dict__.pop(name, None)

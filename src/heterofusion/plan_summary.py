@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from heterofusion.architectures import module_key
+from heterofusion.basis import expand_plan, extra_rank
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import sequence_lengths, source_factors
 from heterofusion.controls import control_record, describe_control
@@ -20,11 +21,12 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
     """A plan as plain values.
 
     Returns:
-        `target`, `source_control` (None, or as `control_record` has it), `sources` (layers, offset, modules used and
-        not, with reasons), `modules` (which source module feeds which target module, ranks, scalings, truncated
-        energy), `untouched` with reasons, `groups`, and `presets` (parameters and bytes of the hypernetworks in each
-        form).
+        `target`, `extra_rank` and `extra_basis` (None without), `source_control` (None, or as `control_record` has
+        it), `sources` (layers, offset, modules used and not, with reasons), `modules` (which source module feeds which
+        target module, ranks, scalings, truncated energy), `untouched` with reasons, `groups`, and `presets`
+        (parameters and bytes of the hypernetworks in each form).
     """
+    plan = expand_plan(plan, method, seed=0)  # of ranks and sizes, on which the seed has no influence
     modules = [_module_row(item, plan, method) for item in plan.aligned]
     return {
         "target": {
@@ -37,6 +39,8 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
         "layer_alignment": plan.layer_alignment,
         "transfer_ratio": str(plan.transfer_ratio),
         "canonicalize": method.canonicalize,
+        "extra_rank": method.extra_rank,
+        "extra_basis": method.extra_basis if method.extra_rank else None,
         "source_control": control_record(plan.sources),
         "sources": [_source_row(index, plan, modules) for index in range(len(plan.sources))],
         "groups": {
@@ -52,9 +56,10 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
 
 def _module_row(item: AlignedSlice, plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
     target = item.target
-    row = {**_slice_row(target), "sources": []}
+    own = target.module.rank - extra_rank(plan.target)  # the rank that sources are brought to
+    row = {**_slice_row(target), "sources_at_rank": own, "sources": []}
     for index, source in item.sources:
-        _, _, truncated = source_factors(source, target.module.rank, target.module.scaling, method.canonicalize)
+        _, _, truncated = source_factors(source, own, target.module.scaling, method.canonicalize)
         row["sources"].append({"source": index + 1, **_slice_row(source), "truncated_energy": truncated})
     return row
 
@@ -138,6 +143,8 @@ def format_plan(summary: dict[str, Any]) -> str:
             f"{source['links']} links, truncated energy at most {source['max_truncated_energy']:.2%})"
         )
     lines += ["", f"alignment: {summary['layer_alignment']}, transfer ratio {summary['transfer_ratio']}", ""]
+    if summary["extra_rank"]:
+        lines[-1:] = [f"extra rank: {summary['extra_rank']} ({summary['extra_basis']}), counted in the target's", ""]
     lines += _table(
         ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)"),
         [
@@ -186,7 +193,7 @@ def _sources_text(row: dict[str, Any]) -> str:
     for source in row["sources"]:
         name = source["module"].rpartition(".")[2] + (f"[{source['role']}]" if source["fused"] else "")
         text = f"{source['source']}: {source['layer']} {name} r{source['rank']} s{source['scaling']:g}"
-        if source["rank"] != row["rank"]:
+        if source["rank"] != row["sources_at_rank"]:
             text += f" (re-factored, cut {source['truncated_energy']:.2%})"
         parts.append(text)
     return "; ".join(parts)

@@ -171,16 +171,18 @@ def check_finished(stage: Stage) -> None:
         )
 
 
-def check_replay(stage: Stage) -> None:
-    """Check that a finished stage was trained on the replay that its flags give.
+def check_data(stage: Stage) -> None:
+    """Check that a finished stage was trained on the replay and source labels that its flags give.
 
     Raises:
         ValueError: it was another.
     """
-    wanted = json.loads(json.dumps(stage.replay_record))
-    found = _section(_read_provenance(stage.folder), "training").get("replay", wanted)
-    if found != wanted:
-        raise _other_run(stage, "replay", found, wanted)
+    training = _section(_read_provenance(stage.folder), "training")
+    for name, record in (("replay", stage.replay_record), ("source_labels", stage.labels_record)):
+        wanted = json.loads(json.dumps(record))
+        found = training.get(name, wanted if name == "replay" else None)
+        if found != wanted:
+            raise _other_run(stage, name, found, wanted)
 
 
 def _other_run(stage: Stage, name: str, found: Any, expected: Any) -> ValueError:

@@ -3,12 +3,14 @@
 import importlib.metadata
 import os
 import re
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from heterofusion.adapters import LoraAdapter
+from heterofusion.basis import INPUTS, ExpandedAdapter
 from heterofusion.controls import control_kind, control_record, describe_control
 from heterofusion.cost import cost_record
 from heterofusion.modeling import HeteroFusionModel
@@ -89,11 +91,17 @@ def provenance(
     cost = _fusion_cost(metrics or {}, training.pop("resumed_from_step", None))
     return {
         "made_by": made_by(
-            "fusion", "heterofusion", cost, seed=model.updates.seed, source_control=control_kind(control)
+            "fusion",
+            "heterofusion",
+            cost,
+            seed=model.updates.seed,
+            ran_source_models="source_labels" in training,
+            source_control=control_kind(control),
         ),
         "source_control": control,
         "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
         "target": _adapter_record(plan.target),
+        "basis": basis_record(plan.target),
         "sources": [_adapter_record(source) for source in plan.sources],
         "plan": {
             "layer_alignment": plan.layer_alignment,
@@ -118,6 +126,41 @@ def _fusion_cost(metrics: dict[str, Any], resumed: int | None) -> dict[str, Any]
     seconds = metrics.get("train_runtime")
     cost = cost_record(0.0) | {"seconds": None} if seconds is None else cost_record(seconds)
     return cost if resumed is None else cost | {"resumed_from_step": resumed}
+
+
+def basis_record(target: LoraAdapter | None) -> dict[str, Any] | None:
+    """What was added to the rows of lora_A before training, with the hash of every lora_A; None if nothing was."""
+    if not isinstance(target, ExpandedAdapter):
+        return None
+    return {
+        **target.expansion.to_dict(),
+        "anchor_sha256": target.anchor.sha256,
+        "lora_A_sha256": target.expanded_sha256(),
+    }
+
+
+def describe_basis(record: Mapping[str, Any] | None) -> str:
+    """What `basis_record` gave, as a sentence; empty if nothing was added."""
+    if record is None:
+        return ""
+    kind = "random" if record["extra_basis"] == "random" else "the principal directions of the module's inputs"
+    size = "as large as those of the adapter on real inputs" if record["scaled_by"] == INPUTS else "of the same norm"
+    return (
+        f"Every lora_A has {record['extra_rank']} rows more than that of the adapter it began as: {kind}, orthogonal "
+        f"to its own, {size}."
+    )
+
+
+def describe_labels(record: dict[str, Any] | None) -> str:
+    """What a training record holds of source labels, as a sentence; empty if there were none."""
+    if record is None:
+        return ""
+    files = ", ".join(file["name"] for file in record["files"])
+    share = record["replay_fraction"]
+    rest = f"together with the replay, which was {share:.1%} of every batch" if share else "without any replay"
+    return (
+        f"It was trained on {record['kept']} source labels ({files}), prompts that source experts answered,\n{rest}."
+    )
 
 
 def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
@@ -145,6 +188,10 @@ def model_card(record: dict[str, Any]) -> ModelCard:
         for index, source in enumerate(record["sources"], start=1)
     )
     target = record["target"]
+    basis = describe_basis(record["basis"])
+    basis = f"\n{basis}\n" if basis else ""
+    labels = describe_labels(record["training"].get("source_labels"))
+    labels = f"\n{labels}\n" if labels else ""
     aligned = sum(record["plan"]["aligned_modules"].values())
     title = "Fused LoRA adapter"
     first = f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of"
@@ -161,7 +208,7 @@ def model_card(record: dict[str, Any]) -> ModelCard:
 `{base or "the target model"}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). It is an ordinary PEFT adapter:
 `lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated,
 {record["plan"]["untouched_modules"]} modules are the target's own.
-
+{basis}{labels}
 | part | adapter | base model | sha256 of its weights |
 |---|---|---|---|
 | target | {target["name"]} | {target["base_model"] or "not named"} | `{target["sha256"][:12]}` |

@@ -17,7 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from heterofusion.adapter_config import read_json_object
 from heterofusion.adapters import LoraAdapter
-from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments
+from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, SourceLabelArguments
+from heterofusion.basis import expand_plan, plain_adapter
 from heterofusion.checkpoints import read_identity, shorten
 from heterofusion.cli import UsageError, parse_arguments, stage_arguments
 from heterofusion.config import HeteroFusionConfig
@@ -25,11 +26,12 @@ from heterofusion.controls import control_kind, control_record
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.initialization import Initialization, check_sizes, read_initialization
 from heterofusion.loading import load_plan
+from heterofusion.mixture import Mixture
 from heterofusion.modeling import hypernetwork_config
 from heterofusion.provenance import PROVENANCE_FILE
 from heterofusion.topology import AlignmentPlan
 
-ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, RunArguments, HeteroFusionConfig)
+ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, SourceLabelArguments, RunArguments, HeteroFusionConfig)
 WHOLE_RUN = (
     *ModelArguments.__dataclass_fields__, "target_adapter", "target_revision", "source_control", "output_dir",
     "overwrite", "dry_run", "resume_from_checkpoint", "init_hypernetwork_from", "push_to_hub", "hub_model_id",
@@ -51,6 +53,7 @@ class Stage:
         base: flags of the base model.
         adapters: flags of the adapters; the target is the one of this stage.
         data: flags of the data.
+        labels: flags of the source labels.
         run: flags of the run.
         args: flags of method and training; `output_dir` is this stage's.
         name: its name, empty in a run without stages.
@@ -63,8 +66,9 @@ class Stage:
         finished: whether an earlier run finished it.
         resume: checkpoint to resume from.
         start: hypernetworks to start from.
-        replay: training examples.
-        replay_record: plain values about them.
+        replay: training examples; with source labels a mixture of both.
+        replay_record: plain values about the replay.
+        labels_record: the same about the source labels; None without.
         evaluation: examples for the evaluation loss.
         remains: what an earlier run left and goes when this stage starts.
     """
@@ -73,6 +77,7 @@ class Stage:
     base: ModelArguments
     adapters: AdapterArguments
     data: DataArguments
+    labels: SourceLabelArguments
     run: RunArguments
     args: HeteroFusionConfig
     name: str = ""
@@ -85,8 +90,9 @@ class Stage:
     finished: bool = False
     resume: Path | None = None
     start: Initialization | None = None
-    replay: Dataset | None = None
+    replay: Dataset | Mixture | None = None
     replay_record: dict[str, Any] = field(default_factory=dict)
+    labels_record: dict[str, Any] | None = None
     evaluation: Dataset | None = None
     remains: list[Path] = field(default_factory=list)
 
@@ -119,10 +125,9 @@ class Stage:
         Raises:
             ValueError: an adapter or a setting cannot be used.
         """
-        base = self.base
-        self.plan = load_plan(
-            self.adapters, self.args, base.model_name_or_path, base.model_revision, target, self.args.seed
-        )
+        base, seed = self.base, self.args.seed
+        plan = load_plan(self.adapters, self.args, base.model_name_or_path, base.model_revision, target, seed)
+        self.plan = expand_plan(plan, self.args, seed)
         self.sizes = hypernetwork_config(self.plan, self.args)
 
     def renew(self) -> None:
@@ -165,13 +170,15 @@ class Stage:
                 )
 
     def record(self) -> dict[str, Any]:
-        """For the provenance: where it was resumed, its place in a sequence, what its hypernetworks started from."""
+        """For the provenance: source labels, where it was resumed, its place in a sequence, what it started from."""
         record: dict[str, Any] = {}
         if self.resume is not None:
             state = json.loads((self.resume / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
             record["resumed_from_step"] = state["global_step"]
         if self.name:
             record["sequence"] = {"stage": self.name, "number": self.number, "stages": self.count}
+        if self.labels_record is not None:
+            record["source_labels"] = self.labels_record
         start = read_initialization(self.folder)
         return record | ({"initialization": start} if start else {})
 
@@ -244,20 +251,21 @@ def _checked_name(name: Any, earlier: Sequence[str], where: str) -> str:
 def plan_stages(stages: Sequence[Stage]) -> None:
     """Read the adapters of all stages and align them; a later stage's target, which is not there yet, has a stand-in.
 
-    A fused adapter has the modules, shapes and config of its target, so the first target stands for all.
+    A fused adapter has the modules, shapes and config of its target, so the target of the stage before stands for it.
+    It has the rank that `--extra_rank` gave that; the next stage takes all of it for the target's own, and adds to it.
 
     Raises:
         ValueError: an adapter or a setting cannot be used, a stage would write over an adapter that is read, or
             hypernetworks that are carried have other sizes.
     """
-    first = stages[0]
     writers = {stage.folder.resolve(): stage for stage in stages if stage.name}
     for stage in stages:
         with stage.named_errors():
             target = None
             if stage.previous is not None:
                 folder = stage.previous.folder.resolve()
-                target = replace(first.plan.target, name=stage.adapters.target_adapter, folder=folder, sha256="")
+                before = plain_adapter(stage.previous.plan.target)
+                target = replace(before, name=stage.adapters.target_adapter, folder=folder, sha256="")
             stage.align(target)
             for adapter in (*([] if target else [stage.plan.target]), *stage.plan.sources):
                 if (writer := writers.get(adapter.folder)) is not None:

@@ -5,10 +5,9 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +15,34 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from heterofusion.base_model import cast_base, refuse_reentrant_checkpointing
 from heterofusion.checkpoints import (
     check_checkpoint,
-    last_complete_checkpoint,
+    checkpoint_to_resume,
     load_hypernetworks,
-    new_checkpoint,
     nonfinite_error,
+    rotated_checkpoint,
     save_hypernetworks,
     stopped_early,
 )
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.data import make_collator
-from heterofusion.diagnostics import FusionProgressCallback, WindowMeans, diagnostic_logs
+from heterofusion.diagnostics import FusionProgressCallback, WindowMeans
+from heterofusion.engine_setup import set_up_engine
 from heterofusion.engines import (
-    DATA_PARALLEL,
     ONCE_PER_WINDOW,
     broadcast_parameters,
     check_engine,
     engine_record,
-    exclude_from_reduction,
     refuse_data_parallel,
-    wrap_hypernetworks_apart,
 )
 from heterofusion.export import export_adapter
-from heterofusion.hub import push_adapter
+from heterofusion.hub import push_output
+from heterofusion.mixture import PART, Mixture, MixtureSampler, check_settings, part_losses
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.nonfinite import FiniteGuard, gradient_norms
+from heterofusion.training_log import complete_log
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +50,15 @@ logger = logging.getLogger(__name__)
 class HeteroFusionTrainer(Trainer):
     """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
 
-    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss`, `rdm_loss`,
-    and per role `alpha/`, `gate_sparsity/`, `delta_ratio/` (||alpha dB|| / ||B||), the share of attention per source
-    `attention/`, and `hypernetwork_seconds` (forward, per optimizer step).
+    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss`, `rdm_loss`, of a `Mixture` `loss_replay` and
+    `loss_labels` (means over the label tokens of each part), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
+    (||alpha dB|| / ||B||), the share of attention per source `attention/`, and `hypernetwork_seconds` (forward, per
+    optimizer step).
 
     Args:
         model: the model to train.
         args: a `HeteroFusionConfig`.
-        train_dataset: examples with `input_ids` and `labels` (see `build_replay`).
+        train_dataset: examples with `input_ids` and `labels` (see `build_replay`), or a `Mixture` with source labels.
         eval_dataset: the same, for evaluation.
         processing_class: the target's tokenizer; saved with the adapter and used for padding.
         data_collator: pads and batches; `make_collator` of the tokenizer by default.
@@ -93,14 +92,15 @@ class HeteroFusionTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
         refuse_data_parallel(args)
         model.method.check_same(args)
+        if isinstance(train_dataset, Mixture):
+            check_settings(args)
         if data_collator is None:
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
-        self._means = WindowMeans()
-        self._skipped = 0
+        self._means, self._skipped = WindowMeans(), 0
+        self._mixed: MixtureSampler | None = None
         self._once_per_window = self._stopped_early = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
-        self.replay_record = replay_record or {}
-        self.run_record = run_record or {}
+        self.replay_record, self.run_record = replay_record or {}, run_record or {}
         self.fusion_model = model
         super().__init__(
             model=model,
@@ -112,6 +112,8 @@ class HeteroFusionTrainer(Trainer):
             **kwargs,
         )
         check_engine(self.accelerator)
+        self._set_signature_columns_if_needed()  # other columns do not come into a batch
+        cast("list[str]", self._signature_columns).append(PART)
         if args.base_in_bf16:
             cast_base(model, torch.bfloat16)
         if not args.disable_tqdm:
@@ -126,20 +128,10 @@ class HeteroFusionTrainer(Trainer):
             ValueError: a checkpoint that is not complete, or of another fusion or engine.
         """
         if resume_from_checkpoint is True:
-            folder = Path(str(self.args.output_dir)).absolute()
-            last = last_complete_checkpoint(folder)
-            if last is None:
-                raise ValueError(f"{folder} holds no complete checkpoint-N folder to resume from")
-            resume_from_checkpoint = str(last)
+            resume_from_checkpoint = str(checkpoint_to_resume(str(self.args.output_dir)))
         if resume_from_checkpoint:  # before anything of it is read
-            model = self.fusion_model
-            check_checkpoint(
-                resume_from_checkpoint,
-                model.plan,
-                model.hypernetworks.config,
-                model.method,
-                engine_record(self.accelerator),
-            )
+            fusion = (self.fusion_model.plan, self.fusion_model.hypernetworks.config, self.fusion_model.method)
+            check_checkpoint(resume_from_checkpoint, *fusion, engine_record(self.accelerator))
         self._stopped_early = bool(resume_from_checkpoint) and stopped_early(str(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -184,15 +176,7 @@ class HeteroFusionTrainer(Trainer):
         self._once_per_window = engine in ONCE_PER_WINDOW and precision != "fp16" and accelerator.scaler is None
         if not self._once_per_window and self.args.gradient_accumulation_steps > 1:
             logger.info("%s, precision %s: hypernetworks run in every micro-batch", engine.value, precision)
-        updates.device = accelerator.device if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
-        updates.average_over_ranks = (
-            self._once_per_window and engine in DATA_PARALLEL and self.args.ddp_reduce == "updates"
-        )
-        hypernetworks = self.fusion_model.hypernetworks
-        kept = hypernetworks.alphas.values() if updates.average_over_ranks else hypernetworks.parameters()
-        exclude_from_reduction(self.fusion_model, hypernetworks, kept)
-        if self.is_fsdp_enabled:
-            wrap_hypernetworks_apart(accelerator, self.fusion_model.get_base_model(), type(hypernetworks).__name__)
+        set_up_engine(self.fusion_model, accelerator, self._once_per_window, self.args.ddp_reduce)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._align_ranks()
         refuse_reentrant_checkpointing(self.fusion_model.base_model)
@@ -256,8 +240,7 @@ class HeteroFusionTrainer(Trainer):
             parameter.grad = None  # optimizers pass over parameters without gradient; DeepSpeed has skipped by itself
 
     def _raise_if_not_finite(self) -> None:
-        reason = self._guard.first_bad(self.accelerator)
-        if reason is not None:
+        if (reason := self._guard.first_bad(self.accelerator)) is not None:
             raise nonfinite_error(reason, self._get_output_dir(trial=None))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,12 +248,19 @@ class HeteroFusionTrainer(Trainer):
         self._align_ranks()
         return super()._finalize_training(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self._mixed = dataset.sampler(self.args, self._train_batch_size) if isinstance(dataset, Mixture) else None
+        return self._mixed or super()._get_train_sampler(train_dataset)
+
+    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
+        if self._mixed is not None:  # of a resumed run on several ranks, neither Trainer nor accelerate reaches it
+            self._mixed.set_epoch(epoch)
         # resumed at the end: Trainer would make one step more
         if self._stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
@@ -295,6 +285,8 @@ class HeteroFusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
+        labels, parts = inputs.get("labels"), inputs.get(PART)
+        inputs = {name: value for name, value in inputs.items() if name != PART}  # no input of the model
         if not self.fusion_model.training:  # DeepSpeed's engine does not tell
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         closes_window = self.accelerator.sync_gradients
@@ -303,6 +295,9 @@ class HeteroFusionTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         divisor = self._loss_divisor(num_items_in_batch)
         self._means.add("lm_loss", loss / divisor)
+        if labels is not None and parts is not None:
+            for name, counted in part_losses(outputs["logits"], labels, parts).items():
+                self._means.add(name, counted)
         if closes_window and self.args.rdm_weight > 0:
             rdm = self.fusion_model.rdm_loss
             assert rdm is not None  # rdm_step was given
@@ -314,19 +309,8 @@ class HeteroFusionTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's own figures to a training log line."""
-        windows = self._means.windows
-        if "loss" in logs and self.args.skip_nonfinite_steps:  # Trainer counts a skipped step as one without loss
-            if not windows:
-                del logs["loss"]
-            if not math.isfinite(logs.get("grad_norm", 0.0)):
-                del logs["grad_norm"]
-        if "loss" in logs and windows:
-            logs.update(self._means.take(self.accelerator))
-            if self.args.skip_nonfinite_steps:
-                logs["loss"] = logs["lm_loss"] + self.args.rdm_weight * logs.get("rdm_loss", 0.0)
-            logs["hypernetwork_seconds"] = self.fusion_model.updates.seconds / windows
-            self.fusion_model.updates.seconds = 0.0
-            logs.update(diagnostic_logs(self.fusion_model))
+        if "loss" in logs:
+            complete_log(logs, self._means, self.fusion_model, self.args, self.accelerator)
         super().log(logs, start_time)
 
     # ---- saving -------------------------------------------------------------------------------------------------
@@ -356,18 +340,9 @@ class HeteroFusionTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint whose last file says that it is complete; only then may older ones go."""
         run_dir = Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        main = self.args.should_save
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer would rotate too early
-        try:
-            with new_checkpoint(folder, main, self.accelerator.wait_for_everyone):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if main:
-            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        with rotated_checkpoint(run_dir, self.state, self.args, self.accelerator.wait_for_everyone):
+            super()._save_checkpoint(model, trial)
 
     def training_record(self) -> dict[str, Any]:
         """How the hypernetworks were trained, as plain values."""
@@ -398,15 +373,7 @@ class HeteroFusionTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
     ) -> str | None:
-        """Push the exported adapter in `output_dir`; see `push_adapter`. Returns the commit's address on rank 0."""
+        """Push the exported adapter in `output_dir`; see `push_output`. Returns the commit's address on rank 0."""
         if not self.is_world_process_zero():
             return None
-        folder = Path(str(self.args.output_dir))
-        return push_adapter(
-            folder,
-            self.args.hub_model_id or folder.resolve().name,
-            token=token or self.args.hub_token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message or "Upload fused adapter",
-        )
+        return push_output(self.args, commit_message, token, revision, private)

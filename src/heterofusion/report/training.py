@@ -66,7 +66,12 @@ def draw_training(history: Sequence[Mapping[str, Any]], path: Path | None) -> An
         The figure.
     """
     lines_of: dict[str, dict[str, Series]] = {
-        "lm_loss": {"training": series_of(history, "lm_loss"), "evaluation": series_of(history, "eval_loss")},
+        "lm_loss": {
+            "training": series_of(history, "lm_loss"),
+            "of it replay": series_of(history, "loss_replay"),
+            "of it source labels": series_of(history, "loss_labels"),
+            "evaluation": series_of(history, "eval_loss"),
+        },
         "rdm_loss": {"": series_of(history, "rdm_loss")},
     } | {quantity: grouped(history, quantity) for quantity in ("delta_ratio", "alpha", "gate_sparsity", "attention")}
     panels = {

@@ -1,0 +1,195 @@
+"""Source labels: answers of the source experts to unlabelled prompts, as examples for the target.
+
+A file of `recipes/label.py` has, beside the replay's columns, `task`, `kind`, `source`, `log_probability` (mean per
+token of the answer) and `format_ok`; each of them may be missing, and any file in a format of the replay will do.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from heterofusion.adapters import file_sha256
+from heterofusion.arguments import DataArguments, SourceLabelArguments
+from heterofusion.data import DatasetReport, as_dataset, checked_format, describe_counts, encode_records, no_examples
+from heterofusion.formats import type_name
+from heterofusion.mixture import check_fraction, check_settings
+from heterofusion.provenance import display_name
+from heterofusion.records import Records, load_records, sample_indices
+
+_CONFIDENCE, _FORMAT = "log_probability", "format_ok"
+_UNNAMED = "not named"
+
+
+@dataclass
+class LabelReport(DatasetReport):
+    """What became of one file: the counts of a `DatasetReport` are of the labels that were good enough.
+
+    Attributes:
+        sha256: of the file.
+        malformed: labels dropped because they are not in their task's output format.
+        unsure: labels dropped because their source was not sure enough of them.
+        by_source: number of kept labels by source and task.
+    """
+
+    sha256: str = ""
+    malformed: int = 0
+    unsure: int = 0
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: TrainingArguments) -> None:
+    """Check flags that must go together, before any file is read.
+
+    Raises:
+        ValueError: a share of replay that is out of range, or does not go with the replay that is there or not; or
+            settings of training that do not go with source labels.
+    """
+    if not labels.source_labels:
+        return
+    check_settings(args)
+    if labels.replay_fraction is None:
+        return
+    share, replay = check_fraction(labels.replay_fraction), bool(data.dataset_name)
+    if share and not replay:
+        raise ValueError(
+            f"--replay_fraction is {labels.replay_fraction}, but there is no replay: name it with --dataset_name, or "
+            "leave --replay_fraction out"
+        )
+    if replay and not share:
+        raise ValueError(
+            "--replay_fraction is 0, so the replay of --dataset_name would never be seen: leave one of the two out"
+        )
+
+
+def build_labels(
+    args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, list[LabelReport]]:
+    """Load, filter, sample, tokenize and mix the files of source labels.
+
+    Args:
+        args: The files, and which of their labels are good enough.
+        data: Gives `max_length`, and `dataset_seed` for the sampling and the order.
+        tokenizer: The target model's; not changed.
+
+    Returns:
+        The data set, as of `build_replay`, and what became of each file.
+
+    Raises:
+        ValueError: A file or a label is not what it has to be, or no label is left; the message says which and what
+            to do.
+    """
+    examples, reports, needed, names = [], [], [], []
+    for index, name in enumerate(args.source_labels):
+        path = Path(name).expanduser().absolute()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--source_labels {path} is a folder: name the files in it")
+        if not path.exists():
+            raise ValueError(f"--source_labels {path} does not exist: check the path")
+        records = load_records(str(path), kind="source label")
+        report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
+        good = good_labels(records, args, report)
+        limit = args.max_examples_of(index)
+        if limit is not None:
+            good = [good[i] for i in sample_indices(len(good), limit, data.dataset_seed)]
+        found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
+        report.by_source = _by_source(records, kept)
+        examples += found
+        needed += missing
+        names.append(records.label)
+        reports.append(report)
+    if not examples and not any(report.sampled for report in reports):
+        raise ValueError(
+            f"{', '.join(names)}: no source label is left, of {sum(report.read for report in reports)} "
+            f"{sum(report.malformed for report in reports)} are malformed (see --keep_malformed) and "
+            f"{sum(report.unsure for report in reports)} below --min_log_probability {args.min_log_probability}: "
+            "lower what is asked of them, or label more prompts"
+        )
+    if not examples:
+        raise no_examples(names, needed, data.max_length)
+    order = np.random.default_rng([data.dataset_seed, 2]).permutation(len(examples))  # replay has 1
+    return as_dataset([examples[i] for i in order]), reports
+
+
+def good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
+    """Indices of the labels that are good enough; the others are counted in the report.
+
+    Raises:
+        ValueError: a confidence or format check that is not what it has to be, or a confidence that is asked for and
+            missing; names the label.
+    """
+    good = []
+    for index in range(len(records.rows)):
+        well_formed, confidence = records.call(index, _quality, records.rows[index], args.min_log_probability)
+        if not (well_formed or args.keep_malformed):
+            report.malformed += 1
+        elif args.min_log_probability is not None and confidence < args.min_log_probability:
+            report.unsure += 1
+        else:
+            good.append(index)
+    return good
+
+
+def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, float]:
+    """Whether a label is in its task's format, and its mean log-probability per token (0 if it has none)."""
+    well_formed, confidence = label.get(_FORMAT), label.get(_CONFIDENCE)
+    if not isinstance(well_formed, bool | None):
+        raise ValueError(f"`{_FORMAT}` is {type_name(well_formed)}: make it true, false or null")
+    if confidence is None:
+        if lowest is not None:
+            raise ValueError(
+                f"--min_log_probability is {lowest}, but the label has no `{_CONFIDENCE}`: leave the flag out, or "
+                "label with recipes/label.py"
+            )
+        confidence = 0.0
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not math.isfinite(confidence):
+        raise ValueError(f"`{_CONFIDENCE}` is {confidence!r}: make it a finite number or null")
+    return well_formed is not False, float(confidence)
+
+
+def _by_source(records: Records, kept: list[int]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for index in kept:
+        source, task = (records.call(index, _name, records.rows[index], column) for column in ("source", "task"))
+        counts.setdefault(source, Counter())[task] += 1
+    return {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
+
+
+def _name(label: Mapping[str, Any], column: str) -> str:
+    value = label.get(column)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"`{column}` is {type_name(value)}: make it a name or null")
+    return display_name(value) if value else _UNNAMED
+
+
+def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]:
+    """What became of the files, in lines for the log."""
+    lines = []
+    for report in reports:
+        sources = "; ".join(
+            f"{source}: {', '.join(f'{count} {task}' for task, count in tasks.items())}"
+            for source, tasks in report.by_source.items()
+        )
+        lines += [
+            f"{report.name} ({report.format}): {report.malformed} malformed and {report.unsure} not sure enough "
+            f"dropped; {describe_counts(asdict(report), max_length)}",
+            f"  kept by source and task: {sources or 'none'}",
+        ]
+    return lines
+
+
+def labels_record(reports: Sequence[LabelReport], fraction: float) -> dict[str, Any]:
+    """What `fusion.json` holds of the source labels, as plain JSON types; of a file its name alone.
+
+    Args:
+        reports: of `build_labels`.
+        fraction: share of replay in every batch.
+    """
+    files = [asdict(report) | {"name": display_name(report.name)} for report in reports]
+    return {"replay_fraction": fraction, "loss": "hard", "kept": sum(r.kept for r in reports), "files": files}

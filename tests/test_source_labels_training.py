@@ -1,0 +1,259 @@
+"""Training on replay and source labels together: the order, the loss of each part, gradients, resuming."""
+
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from conftest import TokenRows, make_args, make_model, make_trainer, perturb
+from heterofusion import HeteroFusionTrainer
+from heterofusion.mixture import PART, Mixture, MixtureSampler, epoch_length, part_losses, replay_places
+
+SHARES = [Fraction(3, 8), Fraction(1, 2), Fraction(1, 10), Fraction(9, 10), Fraction(333, 1000), Fraction(0)]
+
+
+def mixture(replay: int = 9, labels: int = 15, fraction: float | None = 0.375) -> Mixture:
+    return Mixture(TokenRows(replay), TokenRows(labels, seed=3), fraction)
+
+
+# ---- the order --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", SHARES, ids=str)
+def test_every_run_of_neighbours_has_the_share(share):
+    """Floor or ceiling of the exact number, whatever the length and the place; so a batch of 32 at 12/32 has 12."""
+    marks = np.concatenate([replay_places(share, 0, 700), replay_places(share, 700, 500)])
+    sums = np.concatenate([[0], np.cumsum(marks)])
+    for length in (1, 2, 3, 7, 8, 32, 100, 333):
+        found = sums[length:] - sums[:-length]
+        assert set(found) <= {int(share * length), -int(-share * length // 1)}, length
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "step"), list(product([(6, 10), (30, 7), (1, 50)], SHARES[:5], [1, 8, 12]))
+)
+def test_every_epoch_holds_every_example_in_whole_steps(counts, share, step):
+    sampler = MixtureSampler(Mixture(range(counts[0]), range(counts[1]), float(share)), step, seed=1)
+    length = epoch_length(counts, share, step)
+    assert len(sampler) == length and length % step == 0
+    fewer = length - step  # of any steps fewer, one part would not be seen whole in some epoch
+    assert int(fewer * share) < counts[0] or int(fewer * (1 - share)) < counts[1]
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert set(sampler) == set(range(sum(counts)))
+
+
+def test_parts_are_shuffled_anew_when_used_up_and_every_epoch():
+    sampler = MixtureSampler(Mixture(range(4), range(60), 0.5), 8, seed=1)
+    first = list(sampler)
+    replay = [index for index in first if index < 4]
+    rounds = [tuple(replay[i : i + 4]) for i in range(0, len(replay), 4)]
+    assert all(set(part) == set(range(4)) for part in rounds) and len(set(rounds)) > 5
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(MixtureSampler(Mixture(range(4), range(60), 0.5), 8, seed=2)) != first
+
+
+def loader(data: Mixture, batch: int, accumulation: int, ranks: int, rank: int) -> tuple[DataLoader, MixtureSampler]:
+    """What accelerate gives one of several ranks."""
+    sampler = MixtureSampler(data, batch * accumulation * ranks, seed=5)
+    plain = DataLoader(data, batch_size=batch, sampler=sampler, collate_fn=lambda rows: [row[PART] for row in rows])
+    return prepare_data_loader(plain, num_processes=ranks, process_index=rank, put_on_device=False), sampler
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "ranks"), [(1, 8, 1), (8, 1, 2), (4, 2, 2), (1, 4, 4), (2, 1, 3)])
+def test_every_batch_of_every_rank_has_the_share(batch, accumulation, ranks):
+    per_rank = [list(loader(mixture(), batch, accumulation, ranks, rank)[0]) for rank in range(ranks)]
+    exact = batch * Fraction(5, 8)
+    assert {sum(parts) for batches in per_rank for parts in batches} <= {int(exact), -int(-exact // 1)}
+    assert {len(parts) for batches in per_rank for parts in batches} == {batch}
+    window = batch * accumulation * ranks * Fraction(5, 8)
+    for start in range(0, len(per_rank[0]), accumulation):
+        labels = sum(sum(parts) for batches in per_rank for parts in batches[start : start + accumulation])
+        assert labels in (int(window), -int(-window // 1))
+
+
+def test_ranks_read_the_order_of_one_process_and_resume_in_it():
+    """Resumed in the second epoch, where accelerate does not reach a sampler behind two wrappers."""
+    data = Mixture(range(9), range(15))
+    data.__class__ = type("Indices", (Mixture,), {"__getitem__": lambda self, index: {PART: index}})
+    whole = MixtureSampler(data, 8, seed=5)
+    whole.set_epoch(1)
+    wanted = np.array(list(whole)).reshape(-1, 2, 4)  # (windows, ranks, batch)
+    for rank in range(2):
+        prepared, sampler = loader(data, 4, 1, 2, rank)
+        rest = skip_first_batches(prepared, 2)
+        rest.set_epoch(1)
+        sampler.set_epoch(1)  # as the trainer does
+        assert list(rest) == wanted[2:, rank].tolist()
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------
+
+
+def test_losses_of_the_parts_are_sums_over_label_tokens():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, 11, generator=generator)
+    labels = torch.randint(0, 11, (5, 7), generator=generator)
+    labels[1] = -100
+    labels[3, :5] = -100
+    parts = torch.tensor([1, 0, 0, 1, 0])
+    found = part_losses(logits.bfloat16(), labels, parts)
+    for index, name in enumerate(("loss_replay", "loss_labels")):
+        chosen = parts == index
+        rows, wanted = logits.bfloat16().double()[chosen, :-1].flatten(0, 1), labels[chosen, 1:].flatten()
+        total = F.cross_entropy(rows, wanted, ignore_index=-100, reduction="sum")
+        assert found[name].tolist() == pytest.approx([float(total), int((wanted != -100).sum())], rel=1e-5)
+
+
+def in_order(data: Mixture, step: int = 8) -> list[dict]:
+    return [data[index] for index in MixtureSampler(data, step, seed=42)]
+
+
+def naive_means(model, rows: list[dict]) -> dict[str, float]:
+    """Token means of each part, one example at a time."""
+    sums = {0: [0.0, 0], 1: [0.0, 0]}
+    for row in rows:
+        example = {name: value.unsqueeze(0) for name, value in row.items() if name != PART}
+        count = int((example["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            sums[row[PART]][0] += float(model(**example).loss) * count
+        sums[row[PART]][1] += count
+    return {name: sums[index][0] / sums[index][1] for index, name in enumerate(("loss_replay", "loss_labels"))}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_loss_per_part_is_the_token_mean_since_the_last_line(tmp_path, accumulation):
+    """Two windows a line, with uneven numbers of tokens; the learning rate is too small to move anything."""
+    data = mixture()
+    trainer = make_trainer(
+        tmp_path, rows=data, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        max_steps=3, logging_steps=2, learning_rate=1e-12,
+    )  # fmt: skip
+    wanted = naive_means(trainer.model.train(), in_order(data)[:16])
+    trainer.train()
+    log = trainer.state.log_history[0]
+    for name, value in wanted.items():
+        assert log[name] == pytest.approx(value, abs=1e-5), name
+    assert wanted["loss_replay"] != pytest.approx(wanted["loss_labels"], abs=1e-2)
+
+
+def test_without_replay_only_the_loss_of_labels_is_logged(tmp_path):
+    data = Mixture([], TokenRows(8))
+    trainer = make_trainer(tmp_path, rows=data, max_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss_labels"] == pytest.approx(log["lm_loss"], abs=1e-5) and "loss_replay" not in log
+
+
+def test_plain_data_log_no_parts(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    assert not [name for name in trainer.state.log_history[0] if name.startswith("loss_")]
+
+
+def test_part_reaches_neither_the_model_nor_its_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, rows=mixture(), max_steps=1, trainer_options={"eval_dataset": mixture(2, 2)})
+    trainer.model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(PART in kwargs), with_kwargs=True
+    )
+    seen: list[bool] = []
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert seen and not any(seen)
+
+
+def first_gradients(tmp_path, monkeypatch, rows, accumulation: int, **changes) -> list[torch.Tensor]:
+    captured = {}
+
+    def keep(optimizer, *args, **kwargs):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        captured["gradients"] = [p.grad.clone() for p in parameters]
+
+    monkeypatch.setattr(AdamW, "step", keep)
+    trainer = make_trainer(
+        tmp_path, rows=rows, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+        max_steps=1, rdm_weight=0.5, **changes,
+    )  # fmt: skip
+    trainer.train()
+    return captured["gradients"]
+
+
+def test_gradient_is_that_of_the_plain_loss_on_the_same_examples(tmp_path, monkeypatch):
+    """Two ranks: test_distributed.py."""
+    data = mixture()
+    plain = [{name: value for name, value in row.items() if name != PART} for row in in_order(data)]
+    wanted = first_gradients(tmp_path / "plain", monkeypatch, plain, 1, train_sampling_strategy="sequential")
+    assert max(gradient.abs().max() for gradient in wanted) > 1e-3
+    for accumulation in (1, 2, 4):
+        found = first_gradients(tmp_path / str(accumulation), monkeypatch, data, accumulation)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    """In the middle of the second epoch, whose order is another one than the first's."""
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    whole = make_trainer(tmp_path / "whole", rows=mixture(), **settings)
+    whole.train()
+    broken = make_trainer(
+        tmp_path / "broken", rows=mixture(), trainer_options={"callbacks": [StopAt(5)]}, **settings
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    again = make_trainer(tmp_path / "broken", rows=mixture(), **settings)
+    again.train(resume_from_checkpoint=True)
+    wanted = whole.model.hypernetworks.state_dict()
+    for name, tensor in again.model.hypernetworks.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    lines = [{k: v for k, v in t.state.log_history[4].items() if k.startswith("loss")} for t in (whole, again)]
+    assert lines[0] == lines[1] and len(lines[0]) == 3
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, 0.0001, 0.9999, float("nan"), float("inf")])
+def test_fraction_out_of_range_raises(fraction):
+    with pytest.raises(ValueError, match=r"--replay_fraction is .*at least 0 and below 1"):
+        mixture(fraction=fraction)
+
+
+def test_parts_that_do_not_go_with_the_fraction_raise():
+    with pytest.raises(ValueError, match="--replay_fraction is 0 with 9 replay examples"):
+        mixture(fraction=0.0)
+    with pytest.raises(ValueError, match=r"--replay_fraction is 0\.5 with 0 replay examples"):
+        Mixture([], TokenRows(4), 0.5)
+    with pytest.raises(ValueError, match="no source labels"):
+        Mixture(TokenRows(4), [], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy is group_by_length"),
+        ({"train_sampling_strategy": "sequential"}, "--train_sampling_strategy is sequential"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel is true"),
+    ],
+)
+def test_settings_that_break_the_shares_or_the_parts_raise(tmp_path, changes, words):
+    args = make_args(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words):
+        HeteroFusionTrainer(perturb(make_model(args)), args, train_dataset=mixture())

@@ -6,10 +6,10 @@
         --dataset_name replay_a.json replay_b.json --output_dir student
 
 Teachers may be of any family; each runs once over the replay, in its own tokenizer and chat template, and what it
-thinks of the answers is kept in --logits_cache for further runs. The first process runs them while others wait (as
-long as --ddp_timeout lets them). Data flags are those of a fusion, training flags those of recipes/expert.py. The
-result is an ordinary PEFT adapter with distillation.json beside it. With --push_to_hub true --hub_model_id NAME it
-goes to the Hub at the end.
+thinks of the answers is kept in --logits_cache, memory-mapped, for further runs. The first process runs them while
+others wait. Data flags are those of a fusion, training flags those of recipes/expert.py. The result is an ordinary
+PEFT adapter with distillation.json beside it. With --push_to_hub true --hub_model_id NAME it goes to the Hub in the
+end.
 """
 
 import logging

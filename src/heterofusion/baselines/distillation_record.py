@@ -96,7 +96,10 @@ def save_student(trainer: Trainer, record: dict[str, Any]) -> None:
     ranks = PartialState()
     try:
         with contextlib.ExitStack() as stack:
-            staging = stack.enter_context(staging_folder(folder, _STAGING)) if ranks.is_main_process else None
+            staging = None
+            with all_together(ranks):
+                if ranks.is_main_process:
+                    staging = stack.enter_context(staging_folder(folder, _STAGING))
             place = Path(from_main(ranks, str(staging)))
             trainer.save_model(str(place))  # the tokenizer too; all ranks may hold a part
             with all_together(ranks):

@@ -37,8 +37,8 @@ from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, make_examples, wr
 MARK = ".heterofusion-demo"  # in a folder that a demo may write over
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
 # The values that the search of recipes/demo/compare.yaml chose; the merge searches by itself.
-TUNING = ("--train_only=lora_B", "--lora_dropout=0", "--learning_rate=0.003")
-MERGE = ("--method=task_arithmetic", "--search", "lambda=0.2,0.3,0.4,0.6,1.0")
+TUNING = ("--train_only=lora_B", "--lora_dropout=0", "--learning_rate=0.005")
+MERGE = ("--method=task_arithmetic", "--search", "lambda=0.1,0.2,0.3,0.4,0.6,1.0")
 SETTINGS = {"alpha_init": (0.05, 0.9), "mu_gate": (-0.4, 0.15)}  # beside the defaults, 0.3 and 0.1
 
 INTRO = """Anchor `{anchor}` (Llama family), sources {sources}; {replay} replay examples a task, {test} test sentences

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import Trainer
 
+from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.engines import refuse_data_parallel
@@ -80,6 +81,7 @@ def main(argv: list[str]) -> None:
         data_collator=make_collator(tokenizer),
         callbacks=[ExpertCallback(planned.write_state)],
     )
+    start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)
     try:
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> None:
         raise OSError(f"the adapter could not be written to {folder} ({error})") from error
     if args.should_save:
         record = expert_record(
-            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics
+            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics, start
         )
         write_record(folder, record)
     logger.info("expert written to %s", folder)

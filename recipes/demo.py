@@ -69,9 +69,9 @@ class DemoArguments:
     )
     test_examples: int = field(default=50, metadata={"help": "Test examples per task."})
     preset: str = field(default="", metadata={"help": "Preset of the fusion; the default one if empty."})
-    max_steps: int = field(default=0, metadata={"help": "Optimizer steps; those of recipes/demo/fuse.yaml if 0."})
+    max_steps: int = field(default=120, metadata={"help": "Optimizer steps of the fusion and of its rivals."})
     sensitivity_steps: int = field(
-        default=30, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
+        default=15, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of replay, tests and training."})
 
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     (folder / MARK).touch()
     data, adapter = folder / "data", folder / "adapter"
     write_data(options, data)
-    steps = [f"--max_steps={options.max_steps}"] if options.max_steps else []
+    steps = [f"--max_steps={options.max_steps}"]
     preset = [f"--preset={options.preset}"] if options.preset else []
     fuse(options, data, adapter, *preset, *steps)
     adapters = ["none", zoo_path(*DEMO_ANCHOR), adapter]

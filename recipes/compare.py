@@ -22,6 +22,7 @@ from heterofusion.cli import UsageError, command, parse_with_sections, set_up_lo
 from heterofusion.comparison import (
     COMPARISON_FILE,
     SECTIONS,
+    check_apart,
     choose,
     collect,
     final_runs,
@@ -88,6 +89,7 @@ def main(argv: list[str]) -> None:
         sections, file, folder, options.seeds, options.search_seed, options.search_budget, options.only
     )
     searching, reported = search_runs(comparison), final_runs(comparison, {})  # all flags are checked here
+    check_apart(searching, reported, comparison.where)
     if options.dry_run:
         for run in (*searching, *reported):
             print(describe(run))
@@ -105,7 +107,11 @@ def main(argv: list[str]) -> None:
     chosen = choose(comparison)
     reported = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
     failed = run_phase(reported, options)
+    again = "the same command, without --overwrite, tries them again"
+    unfinished = f"{len(failed)} of {len(reported)} runs did not finish; {again}"
     content = {"title": options.title, **collect(comparison, chosen)}
+    if failed and not content["rows"]:
+        raise ChildProcessError(unfinished)
     write_whole(folder / COMPARISON_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     table = parse_comparison(content, f"comparison {folder / COMPARISON_FILE}")
     write_report(Report(options.title, comparisons=[table]), report_folder, document)
@@ -113,10 +119,7 @@ def main(argv: list[str]) -> None:
     print("\n".join(gain_sentences(table)))
     print(f"written to {document}")
     if failed:
-        raise ChildProcessError(
-            f"{len(failed)} of {len(reported)} runs did not finish; the same command, without --overwrite, tries them "
-            "again"
-        )
+        raise ChildProcessError(unfinished)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, make_examples, wr
 MARK = ".heterofusion-demo"  # in a folder that a demo may write over
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
 # The values that the search of recipes/demo/compare.yaml chose; the merge searches by itself.
-TUNING = ("--train_only=lora_B", "--lora_dropout=0", "--learning_rate=0.003")
-MERGE = ("--method=task_arithmetic", "--search", "lambda=0.2,0.3,0.4,0.6,1.0")
+TUNING = ("--train_only=lora_B", "--lora_dropout=0", "--learning_rate=0.005")
+MERGE = ("--method=task_arithmetic", "--search", "lambda=0.1,0.2,0.3,0.4,0.6,1.0")
 SETTINGS = {"alpha_init": (0.05, 0.9), "mu_gate": (-0.4, 0.15)}  # beside the defaults, 0.3 and 0.1
 
 INTRO = """Anchor `{anchor}` (Llama family), sources {sources}; {replay} replay examples a task, {test} test sentences
@@ -69,9 +69,9 @@ class DemoArguments:
     )
     test_examples: int = field(default=50, metadata={"help": "Test examples per task."})
     preset: str = field(default="", metadata={"help": "Preset of the fusion; the default one if empty."})
-    max_steps: int = field(default=0, metadata={"help": "Optimizer steps; those of recipes/demo/fuse.yaml if 0."})
+    max_steps: int = field(default=120, metadata={"help": "Optimizer steps of the fusion and of its rivals."})
     sensitivity_steps: int = field(
-        default=30, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
+        default=15, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of replay, tests and training."})
 
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> None:
     (folder / MARK).touch()
     data, adapter = folder / "data", folder / "adapter"
     write_data(options, data)
-    steps = [f"--max_steps={options.max_steps}"] if options.max_steps else []
+    steps = [f"--max_steps={options.max_steps}"]
     preset = [f"--preset={options.preset}"] if options.preset else []
     fuse(options, data, adapter, *preset, *steps)
     adapters = ["none", zoo_path(*DEMO_ANCHOR), adapter]

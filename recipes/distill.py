@@ -6,10 +6,10 @@
         --dataset_name replay_a.json replay_b.json --output_dir student
 
 Teachers may be of any family; each runs once over the replay, in its own tokenizer and chat template, and what it
-thinks of the answers is kept in --logits_cache for further runs. The first process runs them while others wait (as
-long as --ddp_timeout lets them). Data flags are those of a fusion, training flags those of recipes/expert.py. The
-result is an ordinary PEFT adapter with distillation.json beside it. With --push_to_hub true --hub_model_id NAME it
-goes to the Hub at the end.
+thinks of the answers is kept in --logits_cache, memory-mapped, for further runs. The first process runs them while
+others wait. Data flags are those of a fusion, training flags those of recipes/expert.py. The result is an ordinary
+PEFT adapter with distillation.json beside it. With --push_to_hub true --hub_model_id NAME it goes to the Hub in the
+end.
 """
 
 import logging
@@ -34,6 +34,7 @@ from heterofusion.baselines.distillation_record import (
 )
 from heterofusion.baselines.fusellm import fuse_labels
 from heterofusion.baselines.teachers import collect_soft_labels, find_target, find_teachers
+from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval
 from heterofusion.engines import refuse_data_parallel
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> None:
         data_collator=DistillCollator(target.tokenizer),
         callbacks=[ExpertCallback(add_state)],
     )
+    start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)
     record = distillation_record(
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> None:
         {name: state[name] for name in ("distill_lambda", "top_k_logits")},
         training_record(args, trainer.state.global_step, report.to_dict()),
         metrics,
-        made_by_distillation(args, fusion, metrics),
+        made_by_distillation(args, fusion, metrics, start),
     )
     save_student(trainer, record)
     logger.info("student written to %s", folder)

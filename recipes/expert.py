@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from heterofusion.basis_inputs import FitBasis
+from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.engines import refuse_data_parallel
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
     )
     if planned.expansion is not None:
         trainer.add_callback(FitBasis(partial(planned.fit_basis, model), examples))
+    start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)
     try:
@@ -95,7 +97,7 @@ def main(argv: list[str]) -> None:
         raise OSError(f"the adapter could not be written to {folder} ({error})") from error
     if args.should_save:
         record = expert_record(
-            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics
+            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics, start
         )
         write_record(folder, record)
     logger.info("expert written to %s", folder)

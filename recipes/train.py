@@ -22,8 +22,6 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
-from heterofusion.basis_inputs import FitBasis
-from heterofusion.checkpoints import restore_basis
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
 from heterofusion.data import build_eval, build_replay, make_collator
 from heterofusion.diagnostics import run_metrics
@@ -112,8 +110,6 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
     set_seed(args.seed)
     base = load_base(stage.base, args.use_cpu, stage.adapters.trust_remote_code, args.base_in_bf16)
     model = HeteroFusionModel(base, stage.plan, args, args.seed)
-    if stage.resume is not None:
-        restore_basis(model, stage.resume)
     begin_stage(stage, model)
     trainer = HeteroFusionTrainer(
         model,
@@ -125,8 +121,6 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
         replay_record=stage.replay_record,
         run_record=stage.record(),
     )
-    if args.extra_rank > 0:
-        trainer.add_callback(FitBasis(model.fit_basis, stage.replay))
     trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
     logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
     result = trainer.train(resume_from_checkpoint=None if stage.resume is None else str(stage.resume))

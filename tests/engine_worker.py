@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.basis_inputs import FitBasis
-from heterofusion.checkpoints import COMPLETE_FILE, last_complete_checkpoint, restore_basis
+from heterofusion.checkpoints import COMPLETE_FILE
 from heterofusion.engines import engine_name, whole_tensors
 from heterofusion.mixture import Mixture
 from heterofusion.nonfinite import NonFiniteError
@@ -71,8 +70,6 @@ def make_trainer(
     sources = [load_adapter(GOLDEN / name) for name in ("source_qwen2", "source_mistral")]
     model = perturb(HeteroFusionModel.from_adapters(base, load_adapter(GOLDEN / "target_llama"), sources, args))
     trainer = PoisonedTrainer(model, args, train_dataset=rows, eval_dataset=TokenRows(4, seed=5))
-    if args.extra_rank:
-        trainer.add_callback(FitBasis(model.fit_basis, trainer.train_dataset))
     if engine_name(trainer.accelerator) == "zero3":  # else parameters this small stay whole
         config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -169,7 +166,6 @@ def resume(folder: Path, **case) -> dict:
         (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
     PartialState().wait_for_everyone()
     again = make_trainer(folder, accumulation=2, **case)
-    restore_basis(again.fusion_model, last_complete_checkpoint(folder))  # as recipes/train.py
     begin = Begin()
     again.add_callback(begin)
     again.train(resume_from_checkpoint=True)

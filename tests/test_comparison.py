@@ -2,13 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
 
 from heterofusion.comparison import SECTIONS, choose, final_runs, plan_comparison, search_runs
-from heterofusion.report.comparison import comparison_section, comparison_table, gain_sentences, parse_comparison
-from heterofusion.report.comparison_picture import draw_comparison
 from recipe_runner import RECIPES, error_line, recipe
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -150,6 +149,7 @@ def test_adapter_variable_is_what_the_recipe_made(tmp_path):
         ({"methods": [{"name": "a b"}, {"name": "a-b"}]}, "two methods are called 'a-b'"),
         ({"methods": [{"name": "x", "flags": {"seed": 1}}]}, "no recipe that they are of"),
         ({"methods": [{"name": "x", "parts": [{}], "recipe": "merge"}]}, "parts and a recipe"),
+        ({"methods": [{"name": "x", "recipe": "train", "search": {"seed": [1, 2, 1]}}]}, "value of seed twice"),
     ],
 )
 def test_bad_files_are_refused(changes, words, tmp_path):
@@ -167,6 +167,63 @@ def test_wrong_flags_of_a_method_are_refused_before_anything_runs(tmp_path):
     content["methods"][2]["flags"] = {**FUSION, "learning_speed": 1}
     with pytest.raises(ValueError, match=r"method 'fusion', train has unknown keys: learning_speed"):
         search_runs(plan(tmp_path, content))
+
+
+def test_values_that_are_searched_cannot_be_replaced(tmp_path):
+    content = sections()
+    content["methods"][3]["flags"] = {"source_control": "noise", "learning_rate": 0.5}
+    with pytest.raises(ValueError, match="'noise' sets learning_rate, which is searched in 'fusion'"):
+        plan(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        ({"adapters": ["T", "S"]}, "--name is for one adapter, but --adapters has 2"),
+        ({"adapters": ["T"], "adapter_per_dataset": True}, "1 adapters for 2 data sets"),
+        ({"adapters": ["T", "S"], "ensemble": "gac", "names": ["t", "s"]}, "--ensemble puts all of them into one row"),
+    ],
+)
+def test_wrong_evaluations_are_refused_before_anything_runs(evaluation, words, tmp_path):
+    content = sections()
+    content["methods"][0]["eval"] = evaluation
+    with pytest.raises(ValueError, match=f"method 'anchor', eval.*{words}"):
+        final_runs(plan(tmp_path, content), {})
+
+
+def test_what_was_made_is_scored_on_its_own_base(tmp_path):
+    content = sections()
+    content["methods"][2]["flags"] = {**FUSION, "model_name_or_path": "OTHER"}
+    comparison = plan(tmp_path, content)
+    for runs in (search_runs(comparison), final_runs(comparison, {})):
+        scored = {run.name: run.steps[-1].flags["model_name_or_path"] for run in runs}
+        assert scored["fusion"] == "OTHER" and scored.get("anchor", "BASE") == "BASE"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"validation": {"model_name_or_path": "BASE", "dataset_name": ["./x/../a.jsonl"]}}, "chosen by test data"),
+        ({"test": {"model_name_or_path": "BASE", "dataset_name": ["r.jsonl"]}}, "trained on test data"),
+        ({"validation": {"model_name_or_path": "BASE", "dataset_name": ["r.jsonl"]}}, "by data that is trained on"),
+        (
+            {name: {"model_name_or_path": "BASE", "dataset_name": ["owner/data"]} for name in ("validation", "test")},
+            "chosen by test data: owner/data default test",
+        ),
+    ],
+)
+def test_data_of_training_search_and_report_stay_apart(changes, words, workplace, capsys):
+    file = workplace / "compare.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
+    error_line(capsys, compare.main, ["--config", str(file), "--dry_run", "true"], words)
+
+
+def test_splits_of_one_data_set_are_apart(workplace):
+    file = workplace / "compare.yaml"
+    data = {"model_name_or_path": "BASE", "dataset_name": ["owner/data"]}
+    content = {**yaml.safe_load(file.read_text()), "test": data, "validation": {**data, "dataset_split": "dev"}}
+    file.write_text(yaml.safe_dump(content))
+    assert compare.main(["--config", str(file), "--dry_run", "true"]) == 0
 
 
 def test_only_some_methods(tmp_path):
@@ -211,6 +268,10 @@ def run(workplace, *argv):
     return compare.main(["--config", str(workplace / "compare.yaml"), "--jobs", "2", *argv])
 
 
+def read_rows(workplace) -> list[dict]:
+    return json.loads((workplace / "out" / "comparison.json").read_text())["rows"]
+
+
 def test_whole_comparison(workplace, capsys):
     assert run(workplace) == 0
     content = json.loads((workplace / "out" / "comparison.json").read_text())
@@ -249,6 +310,55 @@ def test_failed_runs_leave_a_table_that_says_so(workplace, capsys):
     assert "Warning" not in (workplace / "out" / "report" / "report.md").read_text()
 
 
+def test_results_of_values_that_are_no_longer_chosen_are_not_reported(workplace, capsys):
+    """A search that comes out otherwise than before: what was made with other values must not stand under these."""
+    assert run(workplace) == 0
+    better = workplace / "out" / "search" / "fusion" / "learning_rate=0.01" / "eval" / "results.json"
+    better.write_text(json.dumps({**json.loads(better.read_text()), "mean": 9.9}))
+    assert run(workplace) == 2
+    captured = capsys.readouterr()
+    assert "was made with another learning_rate: 0.003, this sweep has 0.01" in captured.out
+    assert "6 of 8 runs did not finish" in captured.err
+    content = json.loads((workplace / "out" / "comparison.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["anchor", "arithmetic"]
+    assert content["missing"] == [f"{name}, seed {seed}" for name in ("fusion", "noise") for seed in range(3)]
+    for name in ("fusion", "noise"):
+        shutil.rmtree(workplace / "out" / "methods" / name)
+    assert run(workplace) == 0
+    (fusion,) = [row for row in read_rows(workplace) if row["name"] == "fusion"]
+    assert fusion["settings"] == {"learning_rate": 0.01} and fusion["runs"][0]["scores"]["a"] == pytest.approx(0.6)
+
+
+def test_unknown_seconds_are_no_obstacle(workplace):
+    """A run that was resumed after its last step does not know what it took."""
+    eval_stub = workplace / "recipes" / "eval.py"
+    unknown = '"seconds": None if made.get("learning_rate") == 0.01 else 5.0, "peak_memory_bytes"'
+    eval_stub.write_text(EVAL.replace('"seconds": 5.0, "peak_memory_bytes"', unknown))
+    assert run(workplace) == 0
+    rows = {row["name"]: row for row in read_rows(workplace)}
+    assert rows["fusion"]["search"]["seconds"] is None and rows["fusion"]["runs"][0]["making_seconds"] == 5.0
+    eval_stub.write_text(EVAL.replace('"seconds": 5.0,', '"seconds": 5.0, "resumed_from_step": 3,'))
+    shutil.rmtree(workplace / "out" / "methods")
+    assert run(workplace) == 0
+    assert all(each["making_seconds"] is None for row in read_rows(workplace)[2:] for each in row["runs"])
+
+
+@pytest.mark.parametrize("place", ["search/fusion/learning_rate=0.01", "methods/noise/seed=1"])
+def test_data_that_changed_between_two_runs_are_refused(place, workplace, capsys):
+    assert run(workplace) == 0
+    file = workplace / "out" / place / "eval" / "results.json"
+    file.write_text(file.read_text().replace('"sha256": "ab"', '"sha256": "cd"'))
+    assert run(workplace) == 2
+    assert re.search(rf"{place}.* are of different data sets \w+ .*'cd'", capsys.readouterr().err)
+
+
+def test_nothing_finished_is_told_in_one_line(workplace, capsys):
+    (workplace / "recipes" / "eval.py").write_text("import sys; sys.exit('error: no disk')")
+    assert run(workplace, "--only", "anchor") == 2
+    assert "1 of 1 runs did not finish" in capsys.readouterr().err
+    assert not (workplace / "out" / "comparison.json").exists()
+
+
 def test_dry_run_makes_nothing(workplace, capsys):
     assert run(workplace, "--dry_run", "true") == 0
     assert "4 runs to choose hyper-parameters by, 8 to report" in capsys.readouterr().out
@@ -278,69 +388,3 @@ def test_bad_flags(argv, words, workplace, capsys):
 
 def test_config_is_needed(capsys):
     error_line(capsys, compare.main, [], "--config is missing")
-
-
-# ---- the table --------------------------------------------------------------------------------------------------
-
-
-def table(**changes):
-    """Two rows with three seeds and one without."""
-
-    def row(name, means, **more):
-        runs = [
-            {"seed": seed, "scores": {"a": mean, "b": mean}, "making_seconds": 1.0, "evaluation_seconds": 1.0,
-             "peak_memory_bytes": 2**30}
-            for seed, mean in means.items()
-        ]  # fmt: skip
-        fixed = {"models_at_inference": 1, "needs_task_id": False, "ran_source_models": False, "source_control": None}
-        return {"name": name, "group": "", "runs": runs, **fixed, **more}
-
-    rows = [
-        row("real", {0: 0.5, 1: 0.6, 2: 0.7}),
-        row("noise", {0: 0.45, 1: 0.62, 2: 0.69}, source_control="noise"),
-        row("merge", {None: 0.3}, needs_task_id=True),
-    ]
-    gains = [{"name": "source_gain", "row": "real", "over": "noise"}, {"name": "g", "row": "real", "over": "gone"}]
-    return {"rows": rows, "gains": gains, "search_budget": 5, "normalize_by": None, "missing": [], **changes}
-
-
-def test_undecided_gain_is_called_so_and_a_missing_row_too():
-    told = gain_sentences(parse_comparison(table(), "x"))
-    assert told[0].endswith("(n = 3; the 95% interval contains 0: undecided).") and "+0.013 ± " in told[0]
-    assert told[1].endswith("one of the two is missing.")
-
-
-def test_gains_are_paired_by_seed():
-    found = parse_comparison(table(), "x").gain("real", "noise")
-    assert found.values == pytest.approx((0.05, -0.02, 0.01))
-    unseeded = parse_comparison(table(), "x").gain("real", "merge")
-    assert unseeded.values == pytest.approx((0.2, 0.3, 0.4))
-
-
-def test_table_says_what_a_method_needs():
-    text = comparison_table(parse_comparison(table(), "x"))
-    (merge,) = [line for line in text.splitlines() if line.startswith("| merge")]
-    assert [cell.strip() for cell in merge.split("|")][-4:-1] == ["1", "yes", "no"]
-
-
-def test_rows_of_other_data_are_refused():
-    content = table()
-    content["rows"][1]["runs"] = [{"seed": 0, "scores": {"a": 0.1}}]
-    with pytest.raises(ValueError, match="noise is scored on a, others on other data sets"):
-        parse_comparison(content, "x")
-
-
-@pytest.mark.parametrize(("content", "words"), [([], "an object"), ({"rows": []}, "no rows"), ({}, "rows is missing")])
-def test_damaged_comparison_is_refused(content, words):
-    with pytest.raises(ValueError, match=words):
-        parse_comparison(content, "comparison x")
-
-
-def test_picture_shows_every_row_and_marks_controls(tmp_path):
-    parsed = parse_comparison(table(), "x")
-    figure = draw_comparison(parsed, tmp_path / "x.png", "mean F1")
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["real", "noise", "merge"]
-    hollow = [line for line in axes.lines if line.get_marker() == "o" and line.get_markerfacecolor() == "white"]
-    assert len(hollow) == 1 and "hollow: controls" in axes.get_xlabel()
-    assert "## Methods side by side" in comparison_section(parsed, [("t", "x.png")], "##")

@@ -9,6 +9,7 @@ import pytest
 
 from heterofusion.baselines.alignment import END, SPECIAL, AnswerSymbols, dtw_path, one_to_one, token_costs
 from heterofusion.baselines.fusellm import Aligner, answer_symbols, mapped_distribution, min_ce
+from heterofusion.baselines.soft_labels import SoftLabel
 from heterofusion.baselines.tokens import token_bytes
 from heterofusion.baselines.vocabulary import UNMAPPED, VocabularyMap
 from replay_builders import CHAT, byte_level, encode, word_level
@@ -115,11 +116,11 @@ def answer(model) -> np.ndarray:
     return np.array([label for label in model.examples["labels"][0] if label != -100], dtype=np.int32)
 
 
-def soft_labels(tokens: np.ndarray, rivals: list[int]) -> tuple:
+def soft_labels(tokens: np.ndarray, rivals: list[int]) -> SoftLabel:
     """0.75 for the token itself, the rest for rivals."""
     top = np.array([[token, *rivals] for token in tokens], dtype=np.int32)
     probs = np.array([0.75, *[0.2 / len(rivals)] * len(rivals)], dtype=np.float32)
-    return tokens, top, np.tile(np.log(probs), (len(tokens), 1))
+    return SoftLabel(tokens, top, np.tile(np.log(probs), (len(tokens), 1)))
 
 
 def test_a_teacher_of_the_same_tokenizer_is_taken_as_it_is():
@@ -128,7 +129,7 @@ def test_a_teacher_of_the_same_tokenizer_is_taken_as_it_is():
     labels = soft_labels(tokens, [40, 41])
     fused = aligner(target, target).label(labels, tokens)
     assert fused.one_to_one == fused.soft == len(tokens)
-    assert (fused.ids == labels[1]).all()
+    assert (fused.ids == labels.top_ids).all()
     np.testing.assert_allclose(
         fused.probs, np.tile([0.75 / 0.95, 0.1 / 0.95, 0.1 / 0.95], (len(tokens), 1)), rtol=1e-5
     )

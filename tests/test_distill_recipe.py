@@ -1,8 +1,6 @@
 """recipes/distill.py: teachers of other families, what is kept of them, the student, resuming, and errors."""
 
-import itertools
 import json
-import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from datasets.table import MemoryMappedTable
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.baselines.soft_labels import SoftLabels, join_answers, read_labels, write_labels
+from heterofusion.baselines.fusellm import TEACHER_IDS, TEACHER_PROBS, Aligner
 from heterofusion.evaluation.models import Models
 from heterofusion.hub import hub_files
 from recipe_runner import (
@@ -192,7 +192,17 @@ def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished
     ).tolist()
 
 
-def test_teachers_run_once(finished, values, tmp_path, loaded):
+def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
+    """And they are fused once; what is trained on lies on the disk."""
+    trained_on = []
+
+    class Watched(distill.DistillationTrainer):
+        def __init__(self, *args, train_dataset, **kwargs):
+            trained_on.append(train_dataset)
+            super().__init__(*args, train_dataset=train_dataset, **kwargs)
+
+    monkeypatch.setattr(distill, "DistillationTrainer", Watched)
+    monkeypatch.setattr(Aligner, "label", lambda *args: pytest.fail("the labels were fused again"))
     short = {**values, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
     evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
     log = succeeds(distill.main, flags({**short, **evaluated}))
@@ -203,6 +213,14 @@ def test_teachers_run_once(finished, values, tmp_path, loaded):
     assert again["metrics"]["eval_loss"] > 0
     seconds = [r["made_by"]["cost"]["seconds"] - r["metrics"]["train_runtime"] for r in (again, first)]
     assert seconds[0] > 0.5 * seconds[1]  # what came from disk once took its time
+    (examples,) = trained_on
+    mapped = {name for row in examples.data.blocks for block in row if isinstance(block, MemoryMappedTable)
+              for name in block.column_names}  # fmt: skip
+    assert mapped == {TEACHER_IDS, TEACHER_PROBS}
+    for example in examples:
+        tokens = [label for label in example["labels"] if label != -100]
+        assert len(example[TEACHER_IDS]) == len(example[TEACHER_PROBS]) == len(tokens)
+        np.testing.assert_allclose(np.sum(example[TEACHER_PROBS], axis=1), 1, rtol=1e-5)
 
 
 def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):
@@ -221,31 +239,20 @@ def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, 
 
 def test_damaged_labels_are_made_anew(finished, values, tmp_path, loaded):
     cache = shutil.copytree(finished.cache, tmp_path / "cache")
-    paths = sorted(cache.glob("soft-labels-*"))
+    paths = [path / "table.arrow" for path in sorted(cache.glob("soft-labels-*"))]
     paths[0].write_bytes(paths[0].read_bytes()[:-8])
-    content = bytearray(paths[1].read_bytes())
-    content[-1] ^= 1
-    paths[1].write_bytes(content)
+    for path in (paths[1], next(cache.glob("fused-labels-*")) / "table.arrow"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     short = {**values, "logits_cache": cache, "max_steps": 1, "save_strategy": "no", "output_dir": tmp_path / "out"}
     log = succeeds(distill.main, flags(short))
-    assert len(loaded) == 2 and log.count("is damaged") == 2
-    assert record(tmp_path / "out")["teachers"] == record(finished.out)["teachers"]
-
-
-def test_soft_labels_keep_what_they_are_given(tmp_path):
-    answers = [
-        ([3, 4], np.array([[3, 1], [4, 2]]), np.log([[0.5, 0.25], [0.75, 0.125]]), 1.5),
-        ([5], np.array([[5, 0]]), np.log([[0.5, 0.25]]), 0.5),
-    ]
-    labels = join_answers(answers, seconds=2.0)
-    write_labels(tmp_path, {"model": "a"}, labels)
-    assert read_labels(tmp_path, {"model": "b"}) is None
-    found = read_labels(tmp_path, {"model": "a"})
-    assert isinstance(found, SoftLabels) and len(found) == 2 and found.seconds == 2.0
-    for index, (tokens, ids, values, entropy) in enumerate(answers):
-        assert found.of(index)[0].tolist() == tokens and (found.of(index)[1] == ids).all()
-        np.testing.assert_allclose(found.of(index)[2], values, rtol=1e-6)
-        assert math.isclose(found.cross_entropy[index], entropy)
+    assert len(loaded) == 2 and log.count("is damaged") == 3
+    again, first = record(tmp_path / "out"), record(finished.out)
+    for name in ("teachers", "one_to_one_positions", "soft_positions"):
+        assert again[name] == first[name]
+    log = succeeds(distill.main, flags({**short, "overwrite": True}))
+    assert len(loaded) == 2 and "is damaged" not in log
 
 
 def test_every_model_reads_a_conversation_in_its_own_template(values, teachers, bare_base, base_dir, tmp_path):
@@ -273,8 +280,7 @@ def test_every_model_reads_a_conversation_in_its_own_template(values, teachers, 
     succeeds(distill.main, flags({**values, **changed}))
     tokens = []
     for path in (tmp_path / "cache").glob("soft-labels-*"):
-        file = load_file(path)
-        tokens.append([file["tokens"][a:b].tolist() for a, b in itertools.pairwise(file["offsets"].tolist())])
+        tokens.append(list(Dataset.from_file(str(path / "table.arrow"))["tokens"]))
     assert sorted(map(sorted, tokens)) == [[[4, 7, 2], [5, 7, 2]], [[9, 4, 7, 2, 8], [9, 5, 7, 2, 8]]]
 
 

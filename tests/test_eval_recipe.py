@@ -17,7 +17,7 @@ from heterofusion.evaluation import UIEF1, AnswerGenerator
 from heterofusion.records import sample_indices
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
-from recipe_runner import ROOT, error_line, flags, shell, succeeds
+from recipe_runner import ROOT, error_line, flags, shell
 
 pytest_plugins = ["eval_runner"]
 
@@ -393,13 +393,3 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     for kind in evaluation.EVAL_ARGUMENTS:
         assert all(f"--{name}" in text for name in kind.__dataclass_fields__)
-
-
-def test_overwrite_removes_only_what_an_evaluation_wrote(values, test_sets):
-    out = values["output_dir"]
-    succeeds(evaluation.main, flags({**values, "adapters": ["none", *values["adapters"]], "max_new_tokens": 2}))
-    (out / "base" / "mine.txt").write_text("mine")
-    run(values, overwrite=True, dataset_name=[test_sets["re_town"]], max_new_tokens=2)
-    assert files(out) == ["base/mine.txt", "predictions/re_town.jsonl", "results.json", "state.json"]
-    run(values, overwrite=True, max_new_tokens=2)
-    assert files(out) == ["base/mine.txt", "predictions/ner_kitchen.jsonl", "results.json", "state.json"]

@@ -119,9 +119,10 @@ def test_killed_at_the_end(values, whole, kill_after, monkeypatch, at):
         patch.setattr(runner, at, killed)
         fails_inside(values)
     sizes = kill_after(None)
-    run(values, resume=True)
+    found = run(values, resume=True)
     assert sizes == []
     same(values, whole)
+    assert (found["peak_memory_bytes"] is None) == (at == "metric_record")  # no model was loaded this time
 
 
 def test_finished_results_are_only_printed(values, whole, kill_after, capsys, logging_restored):
@@ -239,3 +240,13 @@ def test_error_of_another_rank_is_raised(monkeypatch):
     assert done
     with pytest.raises(KeyError, match="own"), all_together(TwoRanks()):
         raise KeyError("own")
+
+
+def test_overwrite_removes_only_what_an_evaluation_wrote(values, test_sets):
+    out = values["output_dir"]
+    succeeds(evaluation.main, flags({**values, "adapters": ["none", *values["adapters"]], "max_new_tokens": 2}))
+    (out / "base" / "mine.txt").write_text("mine")
+    run(values, overwrite=True, dataset_name=[test_sets["re_town"]], max_new_tokens=2)
+    assert files(out) == ["base/mine.txt", "predictions/re_town.jsonl", "results.json", "state.json"]
+    run(values, overwrite=True, max_new_tokens=2)
+    assert files(out) == ["base/mine.txt", "predictions/ner_kitchen.jsonl", "results.json", "state.json"]

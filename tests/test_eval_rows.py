@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from eval_runner import TASKS, Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from heterofusion.adapters import file_sha256
 from heterofusion.evaluation.generation import AnswerGenerator
-from heterofusion.evaluation.results import join_results
+from heterofusion.evaluation.results import common_made_by, join_results
 from heterofusion.zoo import zoo_path
 from recipe_runner import error_line, flags
 
@@ -106,11 +107,31 @@ def test_record_beside_an_adapter_is_taken_over(values, tmp_path, capsys, loggin
     for name in ("expert.json", "merge.json"):  # the first of the kinds of records counts
         (adapter / name).write_text(json.dumps({"made_by": made_by(name, "m")}))
         assert run(quick)["made_by"] == made_by(name, "m")
-    for damaged in ("{", "[]", '{"made_by": 3}'):
+    for damaged, words in (
+        ("{", "is not JSON"),
+        ("[]", "holds list"),
+        ('{"made_by": 3}', "made_by is 3, not an object"),
+    ):
         (adapter / "merge.json").write_text(damaged)
         assert evaluation.main(flags(quick)) == 0
         assert results(values["output_dir"])["made_by"] is None
-        assert "merge.json is of another program or damaged" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "merge.json" in told and words in told and "results do not tell" in told
+
+
+def test_of_several_records_the_one_of_the_weights_counts(values, tmp_path):
+    """A fusion's record that an expert's run wrote over the weights of tells of nothing."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(EXPERTS[0], adapter)
+    fusion = {"made_by": made_by("fusion", "f"), "method": {"preset": "paper"}, "sources": [], "weights_sha256": "0"}
+    (adapter / "fusion.json").write_text(json.dumps(fusion))
+    quick = {**values, "adapters": [adapter], "max_examples": 1, "max_new_tokens": 2, "overwrite": True}
+    found = run(quick)
+    assert found["made_by"]["kind"] == "fusion" and found["fusion"]["preset"] == "paper"
+    own = {"made_by": made_by("tuning", "lora"), "weights_sha256": file_sha256(adapter / "adapter_model.safetensors")}
+    (adapter / "expert.json").write_text(json.dumps(own))
+    found = run(quick)
+    assert found["made_by"]["kind"] == "tuning" and found["fusion"] is None
 
 
 def test_adapters_of_one_method_have_its_record(both, tmp_path):
@@ -118,11 +139,28 @@ def test_adapters_of_one_method_have_its_record(both, tmp_path):
     for number, expert in enumerate(EXPERTS):
         adapters.append(tmp_path / f"adapter-{number}")
         shutil.copytree(expert, adapters[-1])
-        (adapters[-1] / "merge.json").write_text(json.dumps({"made_by": made_by("merge", "emr", number)}))
+        (adapters[-1] / "merge.json").write_text(json.dumps({"made_by": made_by("merge", "emr")}))
     quick = {**both, "adapters": adapters, "max_examples": 1, "max_new_tokens": 2, "overwrite": True}
-    assert run(quick)["made_by"] == made_by("merge", "emr", 0)
+    assert run(quick)["made_by"] == made_by("merge", "emr")
     (adapters[1] / "merge.json").write_text(json.dumps({"made_by": made_by("merge", "ties")}))
     assert run(quick)["made_by"] is None
+
+
+def test_cost_of_several_runs_adds_up_and_that_of_one_run_does_not():
+    """A merge writes an adapter per task in one run; experts are trained in a run each."""
+    first = {**made_by("tuning", "lora", 3.0), "ran_source_models": False, "source_control": None}
+    first["cost"] |= {"peak_memory_bytes": 5, "device": "cpu"}
+    second = {**first, "seed": 1, "source_control": "noise"}
+    second["cost"] = {"seconds": 4.0, "peak_memory_bytes": 9, "device": "cpu"}
+    assert common_made_by([first, first]) == first
+    both = common_made_by([first, second, first])
+    assert both["cost"] == {"seconds": 7.0, "peak_memory_bytes": 9, "device": "cpu"}
+    assert (both["seed"], both["source_control"]) == (None, "noise")
+    unknown = {**first, "cost": {"seconds": None, "resumed_from_step": 3}}
+    assert common_made_by([first, unknown])["cost"] == {
+        "seconds": None, "peak_memory_bytes": 5, "device": None, "resumed_from_step": 3
+    }  # fmt: skip
+    assert common_made_by([first, None]) is None
 
 
 # ---- joined results ---------------------------------------------------------------------------------------------

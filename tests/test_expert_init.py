@@ -81,6 +81,17 @@ def test_resumed_run_equals_the_uninterrupted_and_keeps_lora_a(tuned_b, values, 
     whole, resumed = weights(tuned_b), weights(tmp_path / "out")
     for key, tensor in whole.items():
         assert torch.equal(tensor, resumed[key]), key
+    cost = json.loads((tmp_path / "out" / "expert.json").read_text())["made_by"]["cost"]
+    assert cost["seconds"] > 0 and cost["resumed_from_step"] == 2
+    assert "resumed_from_step" not in json.loads((tuned_b / "expert.json").read_text())["made_by"]["cost"]
+
+
+def test_seconds_of_a_run_that_was_killed_after_its_last_step_are_not_known(tuned_b, values, tmp_path):
+    shutil.copytree(tuned_b, tmp_path / "out")
+    run = {"output_dir": tmp_path / "out", "train_only": "lora_B", "resume_from_checkpoint": True}
+    succeeds(expert.main, flags({**values, **run}))
+    cost = json.loads((tmp_path / "out" / "expert.json").read_text())["made_by"]["cost"]
+    assert cost["seconds"] is None and cost["resumed_from_step"] == 4
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,18 @@ def test_emr_refuses_an_expert_without_an_update(experts, tmp_path):
         Merger([*experts, load_adapter(folder)], CPU, False).merge(settings("emr", 4))
 
 
+def test_emr_refuses_an_expert_whose_mask_is_empty(tmp_path):
+    experts = []
+    for name, sign in (("small", 1.0), ("large", -2.0)):
+        weights = {f"base_model.model.{FIRST}.lora_{part}.weight": torch.ones(shape)
+                   for part, shape in (("A", (1, 12)), ("B", (10, 1)))}  # fmt: skip
+        weights[f"base_model.model.{FIRST}.lora_B.weight"] *= sign
+        folder = write_adapter(tmp_path / name, {FIRST: MODULES[FIRST]}, r=1, tensors=weights)
+        experts.append(load_adapter(folder))
+    with pytest.raises(MergeError, match=r"small: the others outweigh it with the opposite sign everywhere"):
+        Merger(experts, CPU, False).merge(settings("emr", 2))
+
+
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_knots_ties_in_the_basis_of_the_dense_svd(experts, taus, density):
     left, right = {}, {}

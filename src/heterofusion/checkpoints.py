@@ -209,6 +209,12 @@ def last_good(output_dir: str | Path) -> str:
     return "no checkpoint was saved before" if last is None else f"the last good checkpoint is {last}"
 
 
+def checkpoint_step(folder: str | Path) -> int:
+    """The optimizer step that a complete checkpoint is of."""
+    state = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return int(state["global_step"])
+
+
 def missing_part(folder: str | Path) -> str | None:
     """What a checkpoint folder lacks to be complete, in words; None if nothing."""
     folder = Path(folder)

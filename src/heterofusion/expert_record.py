@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.config import training_settings
-from heterofusion.cost import cost_record
 from heterofusion.expert_lora import ExpertLora, plain
 from heterofusion.provenance import (
     CARD_FILE,
@@ -20,13 +19,30 @@ from heterofusion.provenance import (
     display_name,
     library_versions,
     made_by,
+    training_cost,
 )
 
 
 def expert_record(
-    base: str, lora: ExpertLora, args: TrainingArguments, steps: int, data: dict[str, Any], metrics: dict[str, Any]
+    base: str,
+    lora: ExpertLora,
+    args: TrainingArguments,
+    steps: int,
+    data: dict[str, Any],
+    metrics: dict[str, Any],
+    resumed_from_step: int | None = None,
 ) -> dict[str, Any]:
-    """What `expert.json` records of a run: settings, data and metrics; local paths are cut to their names."""
+    """What `expert.json` records of a run: settings, data and metrics; local paths are cut to their names.
+
+    Args:
+        base: the base model.
+        lora: what was trained.
+        args: of the training.
+        steps: optimizer steps, those before the run was resumed included.
+        data: plain values about the data.
+        metrics: of the run.
+        resumed_from_step: where it was resumed, if it was.
+    """
     initial = lora.initial
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
              "modules_to_save", "init_lora_weights")  # fmt: skip
@@ -38,9 +54,7 @@ def expert_record(
         "train_only": lora.train_only,
         "training": {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data},
         "metrics": metrics,
-        "made_by": made_by(
-            "tuning", lora.train_only or "lora", cost_record(metrics.get("train_runtime", 0.0)), args.seed
-        ),
+        "made_by": made_by("tuning", lora.train_only or "lora", training_cost(metrics, resumed_from_step), args.seed),
         "versions": library_versions(),
     }
 

@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
-from heterofusion.adapter_config import AdapterError, read_json_object
-from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, file_sha256, load_adapter
+from heterofusion.adapter_config import AdapterError
+from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from heterofusion.controls import control_kind
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.export import ExportError
@@ -31,6 +31,7 @@ from heterofusion.provenance import (
     PROVENANCE_FILE,
     RECORD_FILES,
     display_name,
+    find_record,
 )
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
         if not (folder / name).is_file():
             raise ExportError(f"{folder} holds no {name}; export an adapter there first")
     try:
-        provenance, record = _find_record(folder)
+        provenance, record = find_record(folder)
         base = load_adapter(folder).base_model or ""
     except AdapterError as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
@@ -221,23 +222,6 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
             CARD_FILE,
         )
     return files
-
-
-def _find_record(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Name and content of the record beside an adapter.
-
-    Where other methods wrote into the folder before and left their records, it is the one that was written for these
-    weights.
-
-    Raises:
-        AdapterError: it is damaged.
-    """
-    found = [name for name in RECORD_FILES if (folder / name).is_file()]
-    records = {name: read_json_object(folder / name) for name in found}
-    if len(found) > 1:
-        sha256 = file_sha256(folder / WEIGHTS_FILE)
-        found = [name for name in found if records[name].get("weights_sha256") == sha256] or found
-    return found[0], records[found[0]]
 
 
 def _cleaned(path: Path, private_paths: re.Pattern[str]) -> bytes | None:

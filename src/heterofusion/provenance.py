@@ -4,12 +4,13 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from heterofusion.adapters import LoraAdapter
+from heterofusion.adapter_config import AdapterError, read_json_object
+from heterofusion.adapters import WEIGHTS_FILE, LoraAdapter, file_sha256
 from heterofusion.basis import INPUTS, ExpandedAdapter
 from heterofusion.controls import control_kind, control_record, describe_control
 from heterofusion.cost import cost_record
@@ -35,9 +36,9 @@ def made_by(
     """What every record file holds as `made_by`, so that tables can set methods side by side.
 
     Args:
-        kind: `fusion`, `merge`, `distillation` or `tuning`.
+        kind: `fusion`, `merge`, `distillation` or `tuning`; `ensemble` of what is made at inference alone.
         method: name of the method within its kind, such as `ties`.
-        cost: of `heterofusion.cost.cost_record`.
+        cost: of `training_cost` or `heterofusion.cost.cost_record`.
         seed: of what is random in it; None if nothing is.
         ran_source_models: whether source experts were run on their own bases.
         source_control: the control that took the place of the sources, if one did.
@@ -50,6 +51,41 @@ def made_by(
         "source_control": source_control,
         "cost": cost,
     }
+
+
+def training_cost(metrics: Mapping[str, Any], resumed_from_step: int | None = None) -> dict[str, Any]:
+    """Cost of a training on this rank, for `made_by`.
+
+    Args:
+        metrics: of the run; `train_runtime` is what it took, None if it is not among them.
+        resumed_from_step: where it was resumed; its seconds count from there on, and the record says so.
+    """
+    seconds = metrics.get("train_runtime")
+    cost = cost_record(0.0) | {"seconds": None} if seconds is None else cost_record(seconds)
+    return cost if resumed_from_step is None else cost | {"resumed_from_step": resumed_from_step}
+
+
+def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Name and content of the record beside an adapter.
+
+    Where other methods wrote into the folder before and left their records, it is the one that was written for these
+    weights.
+
+    Args:
+        folder: of the adapter.
+        weights_sha256: of its weights, if it is known already.
+
+    Raises:
+        AdapterError: there is none, or one is damaged; names it.
+    """
+    records = {name: read_json_object(folder / name) for name in RECORD_FILES if (folder / name).is_file()}
+    names = list(records)
+    if not names:
+        raise AdapterError(f"{folder} holds no record of what made it: none of {', '.join(RECORD_FILES)}")
+    if len(names) > 1:
+        sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
+        names = [name for name in names if records[name].get("weights_sha256") == sha256] or names
+    return names[0], records[names[0]]
 
 
 def library_versions() -> dict[str, str]:
@@ -88,7 +124,7 @@ def provenance(
     plan = model.plan
     control = control_record(plan.sources)
     training = dict(training or {})
-    cost = _fusion_cost(metrics or {}, training.pop("resumed_from_step", None))
+    cost = training_cost(metrics or {}, training.pop("resumed_from_step", None))
     return {
         "made_by": made_by(
             "fusion",
@@ -119,13 +155,6 @@ def provenance(
         "metrics": metrics or {},
         "versions": library_versions(),
     }
-
-
-def _fusion_cost(metrics: dict[str, Any], resumed: int | None) -> dict[str, Any]:
-    """Cost of a fusion on this rank. `seconds` is None if it is not known, and counts from `resumed_from_step` on."""
-    seconds = metrics.get("train_runtime")
-    cost = cost_record(0.0) | {"seconds": None} if seconds is None else cost_record(seconds)
-    return cost if resumed is None else cost | {"resumed_from_step": resumed}
 
 
 def basis_record(target: LoraAdapter | None) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ the last one into the output_dir itself. What is there already when a run starts
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers.trainer import TRAINER_STATE_NAME
 
 from heterofusion.adapter_config import read_json_object
 from heterofusion.adapters import LoraAdapter
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, SourceLabelArguments
 from heterofusion.basis import expand_plan, plain_adapter
-from heterofusion.checkpoints import read_identity, shorten
+from heterofusion.checkpoints import checkpoint_step, read_identity, shorten
 from heterofusion.cli import UsageError, parse_arguments, stage_arguments
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.controls import control_kind, control_record
@@ -173,8 +171,7 @@ class Stage:
         """For the provenance: source labels, where it was resumed, its place in a sequence, what it started from."""
         record: dict[str, Any] = {}
         if self.resume is not None:
-            state = json.loads((self.resume / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-            record["resumed_from_step"] = state["global_step"]
+            record["resumed_from_step"] = checkpoint_step(self.resume)
         if self.name:
             record["sequence"] = {"stage": self.name, "number": self.number, "stages": self.count}
         if self.labels_record is not None:

@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.base_model import cast_base, refuse_reentrant_checkpointing
+from heterofusion.basis_inputs import FitBasis
 from heterofusion.checkpoints import (
     check_checkpoint,
     checkpoint_to_resume,
     load_hypernetworks,
     nonfinite_error,
+    restore_basis,
     rotated_checkpoint,
     save_hypernetworks,
     stopped_early,
@@ -116,6 +118,8 @@ class HeteroFusionTrainer(Trainer):
         cast("list[str]", self._signature_columns).append(PART)
         if args.base_in_bf16:
             cast_base(model, torch.bfloat16)
+        if args.extra_rank > 0 and train_dataset is not None:
+            self.add_callback(FitBasis(model.fit_basis, train_dataset))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(FusionProgressCallback)
@@ -132,6 +136,7 @@ class HeteroFusionTrainer(Trainer):
         if resume_from_checkpoint:  # before anything of it is read
             fusion = (self.fusion_model.plan, self.fusion_model.hypernetworks.config, self.fusion_model.method)
             check_checkpoint(resume_from_checkpoint, *fusion, engine_record(self.accelerator))
+            restore_basis(self.fusion_model, resume_from_checkpoint)
         self._stopped_early = bool(resume_from_checkpoint) and stopped_early(str(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Files of tensors that several runs share: written whole, checked when they are read, made anew when damaged."""
+"""Small files of tensors that several runs share: written whole, checked when read, made anew when damaged."""
 
 import hashlib
 import json

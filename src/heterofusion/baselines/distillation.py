@@ -65,7 +65,7 @@ class DistillArguments:
     logits_cache: str | None = field(
         default=None,
         metadata={
-            "help": "Folder where the teachers' labels and the maps of vocabularies are kept for further runs; "
+            "help": "Folder where soft labels, fused labels and the maps of vocabularies are kept for further runs; "
             "heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by default."
         },
     )
@@ -109,6 +109,10 @@ class DistillConfig(ExpertConfig):
 
     distill_lambda: float = field(
         default=0.9, metadata={"help": "Weight of the answers' own loss; the teachers' has the rest, up to 1."}
+    )
+    ddp_timeout: int = field(
+        default=7 * 24 * 3600,
+        metadata={"help": "Seconds that processes wait for each other, as they do while the first runs the teachers."},
     )
 
     def __post_init__(self) -> None:

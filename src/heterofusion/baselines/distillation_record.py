@@ -18,11 +18,17 @@ from heterofusion.baselines.distillation import DistillConfig
 from heterofusion.baselines.fusellm import FusionReport
 from heterofusion.baselines.teachers import Teacher
 from heterofusion.config import training_settings
-from heterofusion.cost import cost_record
 from heterofusion.evaluation.ranks import all_together, from_main
 from heterofusion.files import staging_folder
 from heterofusion.markdown import markdown_table
-from heterofusion.provenance import CARD_FILE, DISTILLATION_FILE, display_name, library_versions, made_by
+from heterofusion.provenance import (
+    CARD_FILE,
+    DISTILLATION_FILE,
+    display_name,
+    library_versions,
+    made_by,
+    training_cost,
+)
 
 _STAGING = ".distill-"
 
@@ -70,12 +76,16 @@ def training_record(args: DistillConfig, steps: int, data: dict[str, Any]) -> di
     return {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data}
 
 
-def made_by_distillation(args: DistillConfig, report: FusionReport, metrics: dict[str, Any]) -> dict[str, Any]:
+def made_by_distillation(
+    args: DistillConfig, report: FusionReport, metrics: dict[str, Any], resumed_from_step: int | None = None
+) -> dict[str, Any]:
     """`made_by` of the record; its seconds are those of the teachers, of the maps, of aligning and of the training.
 
     Labels and maps from disk count as long as it once took to make them.
     """
-    cost = cost_record(report.seconds + metrics.get("train_runtime", 0.0))
+    cost = training_cost(metrics, resumed_from_step)
+    if cost["seconds"] is not None:
+        cost["seconds"] = round(cost["seconds"] + report.seconds, 3)
     return made_by("distillation", "fusellm", cost, args.seed, ran_source_models=True)
 
 
@@ -96,7 +106,10 @@ def save_student(trainer: Trainer, record: dict[str, Any]) -> None:
     ranks = PartialState()
     try:
         with contextlib.ExitStack() as stack:
-            staging = stack.enter_context(staging_folder(folder, _STAGING)) if ranks.is_main_process else None
+            staging = None
+            with all_together(ranks):
+                if ranks.is_main_process:
+                    staging = stack.enter_context(staging_folder(folder, _STAGING))
             place = Path(from_main(ranks, str(staging)))
             trainer.save_model(str(place))  # the tokenizer too; all ranks may hold a part
             with all_together(ranks):

@@ -15,7 +15,8 @@ class CachedReader:
 
     In the cache every sequence has columns of its own, padded on the left wherever another one got more tokens at
     once. Columns of tokens that are no longer part of their sequence are masked, and cropped off the cache as soon as
-    they are at the end of all. Positions are those of the sequence, so that gaps make no difference.
+    they are at the end of all. Positions are those of the sequence, so that gaps make no difference; but a sliding
+    window counts columns, so that of a sequence longer than the window, gaps take a few tokens out of it.
 
     Args:
         model: A causal LM, with or without a PEFT adapter, in evaluation mode.

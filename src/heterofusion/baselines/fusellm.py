@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.baselines.alignment import AnswerSymbols, one_to_one
-from heterofusion.baselines.soft_labels import SoftLabels
+from heterofusion.baselines.cache import cache_key
+from heterofusion.baselines.mapped import new_table, read_table
+from heterofusion.baselines.soft_labels import SoftLabel, SoftLabels
 from heterofusion.baselines.teachers import Teacher
 from heterofusion.baselines.tokens import token_bytes
 from heterofusion.baselines.vocabulary import UNMAPPED, VocabularyMap, tokenizer_fingerprint
@@ -36,6 +38,9 @@ from heterofusion.evaluation.ranks import all_together
 from heterofusion.formats import IGNORE_INDEX
 
 TEACHER_IDS, TEACHER_PROBS = "teacher_ids", "teacher_probs"  # columns of the examples
+_FORMAT = 1  # another number is another name
+_FEATURES = Features({TEACHER_IDS: List(List(Value("int32"))), TEACHER_PROBS: List(List(Value("float32")))})
+_BATCH = 64  # examples that are aligned before they are written
 
 
 @dataclass(frozen=True)
@@ -75,64 +80,95 @@ class FusedAnswer:
 
 
 def fuse_labels(models: Sequence[Teacher], labels: Sequence[SoftLabels], folder: Path) -> tuple[Dataset, FusionReport]:
-    """Give the target's examples the fused labels. All ranks together.
+    """Give the target's examples the fused labels, which are kept too. All ranks together: the main one makes them.
 
     Args:
         models: the target as it is now, and the teachers.
         labels: their soft labels.
-        folder: where the maps of vocabularies are kept.
+        folder: where fused labels and the maps of vocabularies are kept; all ranks must see it.
 
     Returns:
-        The target's examples with `teacher_ids` and `teacher_probs`, both (answer tokens, k), and the report.
+        The target's examples with `teacher_ids` and `teacher_probs`, both (answer tokens, k) and memory-mapped, and
+        the report.
+
+    Raises:
+        ValueError: ranks see different folders.
+        OSError: the labels cannot be written.
     """
     ranks = PartialState()
-    target = models[0]
     choice = min_ce([item.cross_entropy for item in labels])
-    used = sorted(set(choice.tolist()) - {0})
-    maps: dict[str, VocabularyMap] = {}  # by tokenizer: teachers may share one
-    names = {index: tokenizer_fingerprint(models[index].tokenizer) for index in used}
-
-    def fill_maps() -> None:
-        for index in used:
-            if names[index] not in maps:
-                maps[names[index]] = VocabularyMap(models[index].tokenizer, target.tokenizer, folder)
-            rows = np.repeat(choice == index, np.diff(labels[index].offsets))  # (tokens,)
-            wanted = np.union1d(labels[index].top_ids[rows], labels[index].tokens[rows])
-            maps[names[index]].map(wanted.tolist(), shown=ranks.is_main_process)
-
+    path = folder / f"fused-labels-{cache_key({'format': _FORMAT, 'models': [item.identity for item in labels]})}"
     with all_together(ranks):
-        if ranks.is_main_process:
-            fill_maps()
-    if not ranks.is_main_process:
-        fill_maps()  # from disk
-    start = time.perf_counter()
-    target_symbols = answer_symbols(target.tokenizer, target.examples)
-    aligners = {
-        index: Aligner(
-            answer_symbols(models[index].tokenizer, models[index].examples), target_symbols, maps[names[index]]
-        )
-        for index in used
-    }
-    fused: list[FusedAnswer] = []
-    shown = ranks.is_main_process
-    bar = tqdm(choice.tolist(), desc="Aligning", unit="example", delay=3, leave=False, disable=not shown)
-    for example, index in enumerate(bar):
-        answer = labels[0].of(example)
-        fused.append(
-            aligners[index].label(labels[index].of(example), answer[0]) if index else _own_distribution(*answer)
-        )
-    count = len(labels[0].tokens)
+        if ranks.is_main_process and read_table(path, _FEATURES) is None:
+            _write_fused(path, models, labels, choice, folder)
+    with all_together(ranks):
+        found = read_table(path, _FEATURES, check=False)  # its content has just been checked, or written
+        if found is None:
+            raise ValueError(
+                f"--logits_cache {folder} is not the same folder on all machines; name one that is shared"
+            )
+    data, record = found
     report = FusionReport(
         picked=np.bincount(choice, minlength=len(models)).tolist(),
         mean_cross_entropy=[float(item.cross_entropy.mean()) for item in labels],
-        one_to_one=sum(answer.one_to_one for answer in fused) / count,
-        soft=sum(answer.soft for answer in fused) / count,
-        seconds=sum([*(item.seconds for item in labels), *(item.seconds for item in maps.values())])
-        + time.perf_counter()
-        - start,
+        one_to_one=record["one_to_one"],
+        soft=record["soft"],
+        seconds=sum(item.seconds for item in labels) + record["seconds"],
     )
-    examples = target.examples.add_column(TEACHER_IDS, [answer.ids.tolist() for answer in fused])
-    return examples.add_column(TEACHER_PROBS, [answer.probs.tolist() for answer in fused]), report
+    return concatenate_datasets([models[0].examples, data], axis=1), report
+
+
+def _write_fused(
+    path: Path, models: Sequence[Teacher], labels: Sequence[SoftLabels], choice: NDArray[np.int64], folder: Path
+) -> None:
+    """Make the fused labels of all examples, in their order, and write them a few at a time."""
+    maps = _vocabulary_maps(models, labels, choice, folder)
+    start = time.perf_counter()
+    target_symbols = answer_symbols(models[0].tokenizer, models[0].examples)
+    aligners = {
+        index: Aligner(answer_symbols(models[index].tokenizer, models[index].examples), target_symbols, vocabulary)
+        for index, vocabulary in maps.items()
+    }
+    tokens = aligned = soft = 0
+    with (
+        new_table(path, _FEATURES) as table,
+        tqdm(total=len(choice), desc="Aligning", unit="example", delay=3, leave=False) as bar,
+    ):
+        for first in range(0, len(choice), _BATCH):
+            fused: list[FusedAnswer] = []
+            for example, index in enumerate(choice[first : first + _BATCH].tolist(), start=first):
+                own = labels[0].of(example)
+                fused.append(aligners[index].label(labels[index].of(example), own.tokens) if index else _kept(own))
+                tokens += len(own.tokens)
+            table.add(
+                {TEACHER_IDS: [answer.ids for answer in fused], TEACHER_PROBS: [answer.probs for answer in fused]}
+            )
+            aligned += sum(answer.one_to_one for answer in fused)
+            soft += sum(answer.soft for answer in fused)
+            bar.update(len(fused))
+        mapping = sum(vocabulary.seconds for vocabulary in {id(item): item for item in maps.values()}.values())
+        seconds = round(mapping + time.perf_counter() - start, 3)
+        table.record |= {"one_to_one": aligned / tokens, "soft": soft / tokens, "seconds": seconds}
+
+
+def _vocabulary_maps(
+    models: Sequence[Teacher], labels: Sequence[SoftLabels], choice: NDArray[np.int64], folder: Path
+) -> dict[int, VocabularyMap]:
+    """By teacher that is picked, the map of its tokens, filled with all that occur; teachers may share one."""
+    maps: dict[int, VocabularyMap] = {}
+    by_tokenizer: dict[str, VocabularyMap] = {}
+    for index in sorted(set(choice.tolist()) - {0}):
+        tokenizer = models[index].tokenizer
+        name = tokenizer_fingerprint(tokenizer)
+        if name not in by_tokenizer:
+            by_tokenizer[name] = VocabularyMap(tokenizer, models[0].tokenizer, folder)
+        maps[index] = by_tokenizer[name]
+        wanted: set[int] = set()
+        for example in np.flatnonzero(choice == index).tolist():
+            answer = labels[index].of(example)
+            wanted.update(np.union1d(answer.top_ids, answer.tokens).tolist())
+        maps[index].map(wanted, shown=True)
+    return maps
 
 
 def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
@@ -159,15 +195,11 @@ class Aligner:
         # with the same tokens, an end may be one token in a text and another one in a dialogue
         self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
 
-    def label(
-        self,
-        labels: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]],
-        target_tokens: NDArray[np.int32],
-    ) -> FusedAnswer:
+    def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
         """Labels for one answer.
 
         Args:
-            labels: the teacher's tokens (m,), top ids (m, k) and log-probabilities (m, k).
+            labels: the teacher's, of m tokens.
             target_tokens: (n,): the answer in the target's tokens.
         """
         tokens, top_ids, top_log_probs = labels
@@ -223,13 +255,11 @@ def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDAr
     return ids, probs
 
 
-def _own_distribution(
-    tokens: NDArray[np.int32], ids: NDArray[np.int32], log_probs: NDArray[np.float32]
-) -> FusedAnswer:
+def _kept(own: SoftLabel) -> FusedAnswer:
     """What the target itself thinks of an answer: its top k, renormalized."""
-    probs = np.exp(log_probs.astype(np.float64))
+    probs = np.exp(own.top_log_probs.astype(np.float64))
     probs /= probs.sum(axis=1, keepdims=True)
-    return FusedAnswer(ids, probs.astype(np.float32), len(tokens), len(tokens))
+    return FusedAnswer(own.top_ids, probs.astype(np.float32), len(own.tokens), len(own.tokens))
 
 
 def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:

@@ -256,8 +256,13 @@ class Merger:
         for path in self._bar("mask scales"):
             self._add_norms(blocks(path), own, shared)
         for expert, mine, kept in zip(self.experts, own, shared, strict=True):
-            if mine == 0 or kept == 0:
+            if mine == 0:
                 raise MergeError(f"adapter {expert.name}: its update is 0, so emr cannot scale it; leave it out")
+            if kept == 0:
+                raise MergeError(
+                    f"adapter {expert.name}: the others outweigh it with the opposite sign everywhere, so that emr's "
+                    "mask leaves it nothing; leave it out"
+                )
         scales = [mine / kept for mine, kept in zip(own, shared, strict=True)]
 
         def updates(path: str) -> Iterator[Tensor]:

@@ -6,10 +6,8 @@ is never run twice.
 """
 
 import hashlib
-import itertools
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heterofusion.adapters import CONFIG_FILE, LoraAdapter, file_sha256
 from heterofusion.arguments import DataArguments, ModelArguments
-from heterofusion.baselines.soft_labels import SoftLabels, join_answers, labels_path, read_labels, write_labels
+from heterofusion.baselines.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 from heterofusion.baselines.vocabulary import tokenizer_fingerprint
 from heterofusion.data import ReplayReport, build_replay, make_collator
 from heterofusion.engines import without_zero_init
@@ -240,41 +238,54 @@ def collect_soft_labels(
     """
     ranks = PartialState()
     identities = [teacher.identity(top_k) for teacher in teachers]
-    made: dict[int, SoftLabels] = {}
     with all_together(ranks):
         if ranks.is_main_process:
+            missing = []
             for index, identity in enumerate(identities):
-                known = read_labels(folder, identity)
-                if known is not None:
+                if read_labels(folder, identity) is None:
+                    missing.append(index)
+                else:
                     logger.info("%s: soft labels of %s", teachers[index].name, labels_path(folder, identity))
-                    made[index] = known
-            missing = [index for index in range(len(teachers)) if index not in made]
-            for index, labels in _run_teachers(teachers, missing, top_k, batch_size, device):
-                write_labels(folder, identities[index], labels)
-                made[index] = labels
-    if ranks.is_main_process:
-        return [made[index] for index in range(len(teachers))]
-    loaded = [read_labels(folder, identity) for identity in identities]
-    if any(labels is None for labels in loaded):
-        raise ValueError(f"--logits_cache {folder} is not the same folder on all machines; name one that is shared")
-    return [labels for labels in loaded if labels is not None]
+            _run_teachers(teachers, missing, identities, folder, batch_size, device)
+    with all_together(ranks):
+        # their content has just been checked, or written
+        labels = [read_labels(folder, identity, check=False) for identity in identities]
+        found = [item for item in labels if item is not None]
+        if len(found) < len(labels):
+            raise ValueError(
+                f"--logits_cache {folder} is not the same folder on all machines; name one that is shared"
+            )
+    return found
 
 
 def _run_teachers(
-    teachers: Sequence[Teacher], missing: Sequence[int], top_k: int, batch_size: int, device: torch.device
-) -> Iterator[tuple[int, SoftLabels]]:
-    for base, group in itertools.groupby(missing, key=lambda index: teachers[index].base):
+    teachers: Sequence[Teacher],
+    missing: Sequence[int],
+    identities: Sequence[dict[str, Any]],
+    folder: Path,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """Run the teachers whose soft labels are missing and write these. Each base is loaded once."""
+    rest = list(missing)
+    while rest:
+        base = teachers[rest[0]].base
+        group = [index for index in rest if teachers[index].base == base]
+        rest = [index for index in rest if index not in group]
         with without_zero_init():  # one rank alone loads it, and whole
             models = Models(base, device)
             for index in group:
                 with models.with_adapter(teachers[index].adapter) as model:
-                    yield index, run_teacher(teachers[index], model, top_k, batch_size)
+                    batches = run_teacher(teachers[index], model, identities[index]["top_k"], batch_size)
+                    write_labels(folder, identities[index], batches)
+                del batches
             del model, models  # before the next base is loaded
             clear_device_cache(garbage_collection=True)
 
 
-@torch.no_grad()
-def run_teacher(teacher: Teacher, model: Any, top_k: int, batch_size: int) -> SoftLabels:
+def run_teacher(
+    teacher: Teacher, model: Any, top_k: int, batch_size: int
+) -> Iterator[list[tuple[int, SoftLabel, float]]]:
     """Run a teacher over its examples, with the answers given.
 
     Args:
@@ -283,37 +294,42 @@ def run_teacher(teacher: Teacher, model: Any, top_k: int, batch_size: int) -> So
         top_k: tokens per position; all of a vocabulary that is smaller.
         batch_size: examples per batch.
 
+    Returns:
+        By batch, the longest examples first: index, soft labels and cross-entropy of each example.
+
     Raises:
         ValueError: a batch does not fit into memory, or logits are not finite.
     """
-    start = time.perf_counter()
     collate = make_collator(teacher.tokenizer)
     lengths = {index: len(ids) for index, ids in enumerate(teacher.examples["input_ids"])}
     order = longest_first(lengths)
-    answers: dict[int, Any] = {}
     title = f"Running {teacher.record()['name']}"
     with tqdm(total=len(order), desc=title, unit="example", delay=3, leave=False) as bar:
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
-            batch = collate([teacher.examples[index] for index in indices]).to(model.device)
-            labels = batch.pop("labels")
+            batch = collate([teacher.examples[index] for index in indices])
             try:
-                logits = model(**batch, use_cache=False).logits
-                for index, row, wanted in zip(indices, logits, labels, strict=True):
-                    answers[index] = _soft_labels(row, wanted, top_k)
+                answers = _run_batch(model, batch.to(model.device), top_k)
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"teacher {teacher.name}: {batch_size} examples of {lengths[indices[0]]} tokens do not fit into "
                     "memory; lower --teacher_batch_size"
                 ) from error
-            if not all(np.isfinite(answers[index][3]) for index in indices):
+            if not all(np.isfinite(entropy) for _, entropy in answers):
                 raise ValueError(f"teacher {teacher.name}: its logits are not finite; give another --dtype")
+            yield [(index, *answer) for index, answer in zip(indices, answers, strict=True)]
             bar.update(len(indices))
-    return join_answers([answers[index] for index in range(len(order))], time.perf_counter() - start)
 
 
-def _soft_labels(logits: Tensor, labels: Tensor, top_k: int) -> tuple[list[int], Any, Any, float]:
-    """Tokens of one answer, the most probable tokens and their log-probabilities, and the cross-entropy.
+@torch.no_grad()
+def _run_batch(model: Any, batch: Any, top_k: int) -> list[tuple[SoftLabel, float]]:
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits
+    return [_soft_label(row, wanted, top_k) for row, wanted in zip(logits, labels, strict=True)]
+
+
+def _soft_label(logits: Tensor, labels: Tensor, top_k: int) -> tuple[SoftLabel, float]:
+    """The soft labels of one answer and its cross-entropy.
 
     Args:
         logits: (length, vocabulary).
@@ -325,4 +341,5 @@ def _soft_labels(logits: Tensor, labels: Tensor, top_k: int) -> tuple[list[int],
     log_probs = torch.log_softmax(logits[:-1][places].float(), dim=-1)  # (tokens, vocabulary)
     top = log_probs.topk(min(top_k, log_probs.shape[1]), dim=-1)
     entropy = -log_probs.gather(1, tokens.unsqueeze(1)).double().sum()
-    return tokens.tolist(), top.indices.cpu().numpy(), top.values.cpu().numpy(), float(entropy)
+    parts = (part.cpu().numpy() for part in (tokens.int(), top.indices.int(), top.values))
+    return SoftLabel(*parts), float(entropy)

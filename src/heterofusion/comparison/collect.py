@@ -1,18 +1,16 @@
 """What the runs of a comparison left becomes one record: `comparison.json`, which reports are made of."""
 
-import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from heterofusion.comparison.data import check_same_data
 from heterofusion.comparison.plan import Comparison, Method
-from heterofusion.comparison.runs import final_folders, part_folders, read_record
+from heterofusion.comparison.runs import final_folders, final_runs, making_seconds, part_folders, read_record
 from heterofusion.evaluation.results import join_results
 from heterofusion.evaluation.store import RESULTS_FILE
 from heterofusion.provenance import library_versions
 from heterofusion.report.fields import Fields
-
-logger = logging.getLogger(__name__)
+from heterofusion.sweeps import is_finished
 
 COMPARISON_FILE = "comparison.json"
 
@@ -25,23 +23,29 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
         chosen: what `choose` gave.
 
     Returns:
-        For `comparison.json`: the rows, in order, and the gains' names. Methods whose runs are not all there are
-        listed as `missing`.
+        For `comparison.json`: the rows, in order, and the gains' names. Runs that are not finished are listed as
+        `missing`, and so are those whose results are of other flags than were chosen now.
 
     Raises:
         ValueError: a result is damaged, or of other data than the others; names the file.
     """
     rows, missing = [], []
+    everything: list[Fields] = []
+    wanted = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
+    finished = {run.folder for run in wanted if is_finished(run)}
     for method in comparison.methods:
         runs = {}
         for folder, seed in final_folders(comparison, method):
-            files = [place / "eval" / RESULTS_FILE for place in part_folders(method, folder)]
-            if all(file.is_file() for file in files):
-                runs[seed] = _joined(files)
+            places = part_folders(method, folder)
+            if finished.issuperset(places):
+                results = [read_record(place / "eval" / RESULTS_FILE) for place in places]
+                runs[seed] = _joined(results)
+                everything += results
             else:
                 missing.append(method.name if seed is None else f"{method.name}, seed {seed}")
         if runs:
             rows.append(_method_row(comparison, method, runs, chosen))
+    check_same_data(everything)
     return {
         "seeds": list(comparison.seeds),
         "search_budget": comparison.budget,
@@ -53,8 +57,8 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
     }
 
 
-def _joined(files: Sequence[Path]) -> Fields:
-    results = [read_record(file) for file in files]
+def _joined(results: Sequence[Fields]) -> Fields:
+    """The results of a row, whose parts are of different data sets."""
     if len(results) == 1:
         return results[0]
     return Fields(join_results([each.content for each in results]), results[0].where)
@@ -110,16 +114,16 @@ def _run(seed: int | None, results: Fields) -> dict[str, Any]:
         name: float(Fields(entry, results.where, f"datasets.{name}.").number("score"))
         for name, entry in datasets.items()
     }
-    peaks = (cost.get("peak_memory_bytes", int, 0), results.get("peak_memory_bytes", int))
+    peaks = (cost.get("peak_memory_bytes", int, 0), results.get("peak_memory_bytes", int, 0))
     return {
         "seed": seed,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores),
         "examples": {name: entry.get("examples") for name, entry in datasets.items()},
         "sha256": {name: entry.get("sha256") for name, entry in datasets.items()},
-        "making_seconds": cost.number("seconds", None),
+        "making_seconds": making_seconds(results),
         "evaluation_seconds": float(results.number("seconds")),
         "tokens_per_second": float(results.number("tokens_per_second")),
-        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes": max(peaks) or None,
         "device": results.get("device", str, None),
     }

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import UsageError, as_text, check_flags
-from heterofusion.sweeps import MAKERS, RECIPES, with_config
+from heterofusion.cli import UsageError, as_text
+from heterofusion.sweeps import MAKERS, with_config
 
 SECTIONS = ("validation", "test", "lists", "methods", "gains", "normalize_by")
 _METHOD_KEYS = {"name", "group", "about", "recipe", "like", "flags", "search", "eval", "parts"}
@@ -221,8 +221,11 @@ def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budg
                 f"{place}: like must name a method above it, and recipe and search then come from there; it is "
                 f"{entry['like']!r}"
             )
-        recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
         settings_of = model.settings_of or model.name
+        searched = next(method.search for method in before if method.name == settings_of)
+        if own := [flag for flag in flags if flag in searched]:
+            raise UsageError(f"{place} sets {own[0]}, which is searched in {settings_of!r} and comes from there")
+        recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
     if recipe is not None and recipe not in MAKERS:
         raise UsageError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
     if recipe is None and (flags or search):
@@ -242,6 +245,9 @@ def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
     values = _mapping(search, f"{place}, search")
     if not all(isinstance(items, list) and items for items in values.values()):
         raise UsageError(f"{place}: search must map flags to lists of values")
+    for flag, items in values.items():
+        if len(set(map(as_text, items))) < len(items):
+            raise UsageError(f"{place}: its search has a value of {flag} twice: {items}")
     count = math.prod(map(len, values.values()))
     if values and count != budget:
         raise UsageError(
@@ -260,11 +266,6 @@ def _gain(entry: Any, known: set[str], where: str) -> Gain:
     return Gain(str(entry["name"]), str(entry["row"]), str(entry["over"]))
 
 
-def check_step(recipe: str, flags: Mapping[str, Any], where: str) -> None:
-    """Check the flags of a recipe, as far as that goes without starting it."""
-    check_flags(RECIPES[recipe], flags, where)
-
-
-def settings_text(settings: Mapping[str, Any]) -> str:
+def point_name(settings: Mapping[str, Any]) -> str:
     """Values of flags as a name: `learning_rate=0.001,alpha_init=0.3`."""
     return ",".join(f"{name}={as_text(value)}" for name, value in settings.items())

@@ -9,13 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from heterofusion.comparison.plan import Comparison, Method, check_step, settings_text
+from heterofusion.comparison.data import check_same_data
+from heterofusion.comparison.plan import Comparison, Method, point_name
 from heterofusion.evaluation.arguments import EvalDataArguments, GenerationArguments
 from heterofusion.evaluation.store import RESULTS_FILE
 from heterofusion.provenance import MERGE_FILE
 from heterofusion.records import load_json, read_text
 from heterofusion.report.fields import Fields
-from heterofusion.sweeps import Run, Step, Template
+from heterofusion.sweeps import Run, Step, Template, check_step
 
 Settings = Mapping[str, Mapping[str, Any]]  # by name of the method: chosen values of the searched flags
 MERGE = "merge"  # which searches by itself, in one process
@@ -47,7 +48,7 @@ def search_runs(comparison: Comparison) -> list[Run]:
                 scored, _ = _fill(comparison, method, comparison.validation, None, variables)
                 scored = {"adapters": [str(adapter)], **scored, **_base(made), "name": method.name}
                 steps.append(_evaluation(comparison, method, scored, folder / "eval"))
-            variables = {"search": settings_text(point)} if point else {"search": "all"}
+            variables = {"search": point_name(point)} if point else {"search": "all"}
             runs.append(Run("search", method.name, variables, folder, tuple(steps)))
     return runs
 
@@ -56,17 +57,26 @@ def choose(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """The values that did best on the validation data, by method; of equals the first.
 
     Returns:
-        Per method with a search: `settings`, the table `tried` of settings and scores, and `seconds` of all of it.
+        Per method with a search: `settings`, the table `tried` of settings and scores, and `seconds` of all of it,
+        None if those of a run are not known.
 
     Raises:
-        ValueError: a run of the search has not left its results; names the file.
+        ValueError: a run of the search has not left its results, or they are of other data than those of another;
+            names the file.
     """
-    return {method.name: _choose(comparison, method) for method in comparison.methods if method.search}
+    searched = [method for method in comparison.methods if method.search]
+    check_same_data(
+        read_record(folder / "eval" / RESULTS_FILE)
+        for method in searched
+        if method.recipe != MERGE
+        for folder, _ in _search_folders(comparison, method)
+    )
+    return {method.name: _choose(comparison, method) for method in searched}
 
 
 def _choose(comparison: Comparison, method: Method) -> dict[str, Any]:
     tried: list[dict[str, Any]] = []
-    seconds = 0.0
+    seconds: list[float | None] = []
     for folder, point in _search_folders(comparison, method):
         if method.recipe == MERGE:
             record = read_record(folder / "adapter" / MERGE_FILE)
@@ -74,18 +84,27 @@ def _choose(comparison: Comparison, method: Method) -> dict[str, Any]:
             for candidate in candidates:
                 values = candidate["hyperparameters"]
                 tried.append({"settings": {name: values[name] for name in method.search}, "score": candidate["mean"]})
-            seconds += _cost_seconds(record)
+            seconds.append(making_seconds(record))
             continue
         results = read_record(folder / "eval" / RESULTS_FILE)
         tried.append({"settings": point, "score": float(results.number("mean"))})
-        seconds += _cost_seconds(results) + float(results.number("seconds"))
+        seconds += [making_seconds(results), float(results.number("seconds"))]
     best = max(tried, key=lambda each: each["score"])
-    return {"settings": best["settings"], "tried": tried, "seconds": round(seconds, 3)}
+    known = [each for each in seconds if each is not None]
+    whole = round(sum(known), 3) if len(known) == len(seconds) else None
+    return {"settings": best["settings"], "tried": tried, "seconds": whole}
 
 
-def _cost_seconds(record: Fields) -> float:
-    made = Fields(record.get("made_by", dict), record.where, "made_by.")
-    return float(Fields(made.get("cost", dict), record.where, "made_by.cost.").number("seconds"))
+def making_seconds(record: Fields) -> float | None:
+    """What it took to make an adapter, from a record's `made_by`.
+
+    Returns:
+        None if no record tells of it, or if the run was resumed: what it took before that is not known.
+    """
+    made = Fields(record.get("made_by", dict, {}), record.where, "made_by.")
+    cost = Fields(made.get("cost", dict, {}), record.where, "made_by.cost.")
+    seconds = cost.number("seconds", None)
+    return None if seconds is None or "resumed_from_step" in cost.content else float(seconds)
 
 
 def read_record(path: Path) -> Fields:
@@ -102,7 +121,7 @@ def _search_folders(comparison: Comparison, method: Method) -> list[tuple[Path, 
     folder = comparison.folder / "search" / method.slug
     if method.recipe == MERGE:
         return [(folder, {})]
-    return [(folder / settings_text(point), point) for point in method.points()]
+    return [(folder / point_name(point), point) for point in method.points()]
 
 
 def final_runs(comparison: Comparison, settings: Settings) -> list[Run]:
@@ -151,11 +170,11 @@ def _final(
         adapter = {"adapter": str(made_folder)}
     runs = []
     for place, part in zip(part_folders(method, folder), method.parts or ({},), strict=True):
-        wanted = {**comparison.test, **method.evaluation, **part}
+        wanted = {**comparison.test, **_base(made), **method.evaluation, **part}
         scored, _ = _fill(comparison, method, wanted, seed, adapter)
         labels = [f"{key}={value}" for key, value in variables.items()]
         made_flags = {"adapters": [adapter["adapter"]]} if adapter else {}
-        scored = {**made_flags, **_base(made), **scored, "name": method.name, **({"labels": labels} if labels else {})}
+        scored = {**made_flags, **scored, "name": method.name, **({"labels": labels} if labels else {})}
         evaluation = _evaluation(comparison, method, scored, place / "eval")
         title = {**variables, **({"part": place.name} if method.parts else {})}
         runs.append(Run("compare", method.name, title, place, (*steps, evaluation)))
@@ -188,5 +207,6 @@ def _evaluation(comparison: Comparison, method: Method, flags: Mapping[str, Any]
 
 
 def _step(comparison: Comparison, method: Method, recipe: str, flags: Mapping[str, Any], folder: Path) -> Step:
-    check_step(recipe, flags, f"{comparison.where}, method {method.name!r}, {recipe}")
-    return Step(recipe, dict(flags), folder)
+    step = Step(recipe, dict(flags), folder)
+    check_step(step, f"{comparison.where}, method {method.name!r}, {recipe}")
+    return step

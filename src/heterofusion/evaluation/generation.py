@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,7 +230,12 @@ class AnswerGenerator:
         )
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        processors: LogitsProcessorList | None = None,
+    ) -> list[list[int]]:
         """New token ids of each prompt, as many as of the longest answer."""
         width = max(len(ids) for ids in prompts)
         device = next(self.model.parameters()).device
@@ -241,6 +246,7 @@ class AnswerGenerator:
                 input_ids=torch.tensor(rows, device=device),  # (prompts, width)
                 attention_mask=torch.tensor(masks, device=device),
                 generation_config=config,
+                logits_processor=processors,
             )
         return output[:, width:].tolist()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, file_sha256
 from heterofusion.cli import one_line
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalModelArguments
 from heterofusion.loading import base_skeleton, load_base, load_tokenizer
-from heterofusion.provenance import PROVENANCE_FILE, RECORD_FILES
+from heterofusion.provenance import PROVENANCE_FILE, RECORD_FILES, find_record
 
 logger = logging.getLogger(__name__)
 
@@ -320,38 +319,35 @@ def _enough_memory(what: str) -> Iterator[None]:
         ) from error
 
 
-def fusion_record(adapter: Adapter) -> dict[str, Any] | None:
-    """What results tell of a fused adapter, from its `fusion.json`; None where it has none, or another one."""
-    path = adapter.folder / PROVENANCE_FILE
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        method = record["method"]
-        return {
-            **{name: method.get(name) for name in ("preset", "alpha_init", "mu_gate", "seed")},
-            "sources": [source["name"] for source in record["sources"]],
-            "train_seconds": record.get("metrics", {}).get("train_runtime"),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is of another program or damaged (%s); results do not tell of it", path, one_line(error))
-        return None
+def records_beside(adapter: Adapter) -> dict[str, Any]:
+    """What results tell of an adapter's making, from the record that was written for its weights.
 
-
-def made_by_record(adapter: Adapter) -> dict[str, Any] | None:
-    """What made an adapter: `made_by` of the first record file beside it; None where there is none."""
-    path = next((path for name in RECORD_FILES if (path := adapter.folder / name).is_file()), None)
-    if path is None:
-        return None
+    Returns:
+        `fusion`, None unless it is a fused adapter, and `made_by`, None where no record tells of it.
+    """
+    nothing: dict[str, Any] = {"fusion": None, "made_by": None}
+    if not any((adapter.folder / name).is_file() for name in RECORD_FILES):
+        return nothing
     try:
-        made_by = json.loads(path.read_text(encoding="utf-8")).get("made_by")
+        name, record = find_record(adapter.folder, adapter.sha256)
+    except AdapterError as error:
+        logger.warning("%s; results do not tell what made adapter %s", error, adapter.given)
+        return nothing
+    try:
+        made_by = record.get("made_by")
         if not (made_by is None or isinstance(made_by, dict)):
             raise TypeError(f"made_by is {made_by!r}, not an object")
-        return made_by
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        logger.warning(
-            "%s is of another program or damaged (%s); results do not tell what made the adapter",
-            path,
-            one_line(error),
-        )
-        return None
+        return {"fusion": _fusion_record(record) if name == PROVENANCE_FILE else None, "made_by": made_by}
+    except (KeyError, TypeError, AttributeError) as error:
+        path = adapter.folder / name
+        logger.warning("%s is of another program or damaged (%s); results do not tell of it", path, one_line(error))
+        return nothing
+
+
+def _fusion_record(record: dict[str, Any]) -> dict[str, Any]:
+    method = record["method"]
+    return {
+        **{name: method.get(name) for name in ("preset", "alpha_init", "mu_gate", "seed")},
+        "sources": [source["name"] for source in record["sources"]],
+        "train_seconds": record.get("metrics", {}).get("train_runtime"),
+    }

@@ -88,13 +88,42 @@ def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def common_made_by(records: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """What made several adapters: the first one's record where all are of one kind and method, else None."""
+    """What made several adapters of one kind and method, else None.
+
+    Records that are equal are of one run, which made several adapters. What other runs took adds up; a seed that they
+    do not share is None, and a source control of one of them is told.
+    """
     first = records[0]
     if first is None or any(
         record is None or any(record.get(key) != first.get(key) for key in ("kind", "method")) for record in records
     ):
         return None
-    return dict(first)
+    told = [record for record in records if record is not None]
+    runs = [record for index, record in enumerate(told) if record not in told[:index]]
+    if len(runs) == 1:
+        return dict(first)
+    controls = dict.fromkeys(run["source_control"] for run in runs if run.get("source_control") is not None)
+    return {
+        **first,
+        "seed": first.get("seed") if all(run.get("seed") == first.get("seed") for run in runs) else None,
+        "ran_source_models": any(run.get("ran_source_models") for run in runs),
+        "source_control": "+".join(controls) or None,
+        "cost": _added_cost([run.get("cost") or {} for run in runs]),
+    }
+
+
+def _added_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Cost of several runs together: seconds of all, None if those of one are not known, and the largest peak."""
+    known = [cost["seconds"] for cost in costs if cost.get("seconds") is not None]
+    peaks = [cost["peak_memory_bytes"] for cost in costs if cost.get("peak_memory_bytes") is not None]
+    devices = {cost.get("device") for cost in costs}
+    resumed = [cost["resumed_from_step"] for cost in costs if cost.get("resumed_from_step") is not None]
+    return {
+        "seconds": round(sum(known), 3) if len(known) == len(costs) else None,
+        "peak_memory_bytes": max(peaks, default=None),
+        "device": devices.pop() if len(devices) == 1 else None,
+        **({"resumed_from_step": max(resumed)} if resumed else {}),
+    }
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:

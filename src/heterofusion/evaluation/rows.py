@@ -24,9 +24,8 @@ from heterofusion.evaluation.models import (
     base_fingerprint,
     check_adapters,
     find_adapter,
-    fusion_record,
-    made_by_record,
     prompt_limit,
+    records_beside,
 )
 from heterofusion.evaluation.results import common_made_by
 from heterofusion.loading import base_dtype, check_token_ids
@@ -242,8 +241,7 @@ class AdapterRow:
         return {
             "base_model": display_name(self.base.args.model_name_or_path),
             "adapter": adapter_name(adapter),
-            "fusion": fusion_record(adapter) if adapter else None,
-            "made_by": made_by_record(adapter) if adapter else None,
+            **(records_beside(adapter) if adapter else {"fusion": None, "made_by": None}),
             "models_at_inference": 1,
             "needs_task_id": False,
         }
@@ -294,7 +292,7 @@ class PerDatasetRow:
             "adapter": None,
             "adapters": {label: adapter_name(adapter) for label, adapter in adapters.items()},
             "fusion": None,
-            "made_by": common_made_by([made_by_record(a) if a else None for a in adapters.values()]),
+            "made_by": common_made_by([records_beside(a)["made_by"] if a else None for a in adapters.values()]),
             "models_at_inference": 1,
             "needs_task_id": True,
         }

@@ -203,7 +203,7 @@ class Evaluation:
             return {
                 "batch_size": generation.fixed_batch_size() or FIRST_BATCH_SIZE,
                 "dtype": str(base_dtype(model, model.use_cpu)).removeprefix("torch."),
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": None,  # this process had no model
             }
         return {
             **known[0],

@@ -54,13 +54,13 @@ class PartWriter:
     def write(self, answers: Sequence[Answer], seconds: float) -> None:
         """Append a batch that took so long; it is on its way to the disk when this returns."""
         share = round(seconds / len(answers), 6)
-        lines = [
-            json.dumps(
-                {"index": a.index, "prediction": a.text, "new_tokens": a.new_tokens, "seconds": share},
-                ensure_ascii=False,
-            )
-            for a in answers
-        ]
+        self.write_records(
+            {"index": a.index, "prediction": a.text, "new_tokens": a.new_tokens, "seconds": share} for a in answers
+        )
+
+    def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append records; they are on their way to the disk when this returns."""
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
         self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
         self._file.flush()
 

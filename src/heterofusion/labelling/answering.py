@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from heterofusion.evaluation.arguments import GenerationArguments
 from heterofusion.evaluation.generation import longest_first
 from heterofusion.evaluation.ranks import all_together, from_main
+from heterofusion.evaluation.store import PartWriter
 from heterofusion.labelling.experts import Expert, OneModel
 from heterofusion.labelling.generation import Label, LabelGenerator, Sampling
-from heterofusion.labelling.parts import LabelWriter, parts_folder, read_parts
+from heterofusion.labelling.parts import parts_folder, read_parts, write_labels
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,10 @@ class Answering:
                     self.generation.cache_implementation,
                     asked.sampling,
                 )
-                with LabelWriter(folders[name] / f"rank-{rank}.jsonl") as part:
+                with PartWriter(folders[name] / f"rank-{rank}.jsonl") as part:
                     start = time.perf_counter()
                     for batch in generator.answers({i: asked.ids[i] for i in share}):
                         end = time.perf_counter()
-                        part.write(batch, end - start)
+                        write_labels(part, batch, end - start)
                         start = end
                         bar.update(len(batch))

@@ -7,7 +7,6 @@ and seeded sampling that gives the same text whatever the batch a prompt is in.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +157,7 @@ class LabelGenerator(AnswerGenerator):
 
         def generate(batch: Sequence[int]) -> list[Answer]:
             processor = self._processor(batch)
-            with _with_processor(self.model, processor):
-                rows = self._generate([prompts[index] for index in batch], config)
+            rows = self._generate([prompts[index] for index in batch], config, LogitsProcessorList([processor]))
             told = processor.rows() if isinstance(processor, RecordGreedy) else [[]] * len(batch)
             return [
                 self._label(index, prompts[index], row, log_probabilities)
@@ -193,18 +191,3 @@ class LabelGenerator(AnswerGenerator):
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-@contextlib.contextmanager
-def _with_processor(model: Any, processor: LogitsProcessor) -> Iterator[None]:
-    """Let `model.generate` also use a logits processor."""
-    generate = model.generate
-
-    def with_it(**options: Any) -> Any:
-        return generate(**options, logits_processor=LogitsProcessorList([processor]))
-
-    model.generate = with_it  # on the instance, where it hides the method of the class
-    try:
-        yield
-    finally:
-        del model.generate

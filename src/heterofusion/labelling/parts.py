@@ -34,28 +34,20 @@ def parts_folder(folder: Path, identity: Mapping[str, Any]) -> Path:
     return folder / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-class LabelWriter(PartWriter):
-    """Appends labels to a part file, a batch at a time; what a kill cut off at its end goes first."""
-
-    def write(self, answers: Sequence[Label], seconds: float) -> None:  # type: ignore[override]
-        """Append a batch that took so long; it is on its way to the disk when this returns."""
-        share = round(seconds / len(answers), 6)
-        lines = [
-            json.dumps(
-                {
-                    "index": label.index,
-                    "text": label.text,
-                    "new_tokens": label.new_tokens,
-                    "log_probability": round(label.log_probability, 5),
-                    "ended": label.ended,
-                    "seconds": share,
-                },
-                ensure_ascii=False,
-            )
-            for label in answers
-        ]
-        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
-        self._file.flush()
+def write_labels(part: PartWriter, labels: Sequence[Label], seconds: float) -> None:
+    """Append a batch of labels that took so long to a part file."""
+    share = round(seconds / len(labels), 6)
+    part.write_records(
+        {
+            "index": label.index,
+            "text": label.text,
+            "new_tokens": label.new_tokens,
+            "log_probability": round(label.log_probability, 5),
+            "ended": label.ended,
+            "seconds": share,
+        }
+        for label in labels
+    )
 
 
 def read_parts(folder: Path) -> tuple[dict[int, Label], float]:

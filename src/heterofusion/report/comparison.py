@@ -94,6 +94,8 @@ def parse_comparison(content: Any, where: str) -> ComparisonTable:
     rows = []
     for index, entry in enumerate(field.get("rows", list)):
         row = Fields(entry, where, f"rows[{index}].")
+        for name, kind in (("models_at_inference", int), ("needs_task_id", bool), ("ran_source_models", bool)):
+            row.get(name, kind)
         runs = [Fields(run, where, f"rows[{index}].runs.") for run in row.get("runs", list)]
         if not runs:
             raise ValueError(f"{where}: rows[{index}] has no runs; make the comparison again")
@@ -105,6 +107,9 @@ def parse_comparison(content: Any, where: str) -> ComparisonTable:
                 number = Fields(values, where, f"rows[{index}].runs.scores.").number(dataset)
                 scores.setdefault(dataset, {})[seed] = float(number)
         rows.append(ComparisonRow(row.get("name", str), row.get("group", str, ""), entry, scores))
+    for index, entry in enumerate(field.get("gains", list, [])):
+        for name in ("name", "row", "over"):
+            Fields(entry, where, f"gains[{index}].").get(name, str)
     if not rows:
         raise ValueError(f"{where} has no rows; recipes/compare.py has to finish a run first")
     datasets = list(rows[0].scores)
@@ -216,15 +221,16 @@ def comparison_section(table: ComparisonTable, pictures: Sequence[tuple[str, str
         "`making` is what one run takes without imports and loading, `search` all runs of the search for "
         "hyper-parameters together, `answering` all test prompts; `peak GiB` is the most that one process held, on "
         "the GPU if it used one; `models` are alive while it answers; `task id`: it must be told which task a prompt "
-        "is of; `runs sources`: the source experts are run on their own bases.",
+        "is of; `runs sources`: the source experts are run on their own bases. Seconds are missing where nothing was "
+        "made or recorded, or where a run was resumed.",
     ]
     normal = content.get("normalize_by")
     if normal and table.row(normal):
         told.append(f"`normalized`: mean over the data sets of the score as a share of that of {normal}.")
     if budget:
         told.append(
-            f"Every method with hyper-parameters got {budget} validation runs, on data of their own; controls take "
-            "the hyper-parameters of what they are the control of."
+            f"Every method whose hyper-parameters were searched got {budget} validation runs, on data of their own; "
+            "controls take the hyper-parameters of what they are the control of."
         )
     parts = [f"{level} {content.get('title') or 'Methods side by side'}", " ".join(told)]
     if content.get("missing"):

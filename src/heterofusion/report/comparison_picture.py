@@ -29,8 +29,12 @@ def draw_comparison(table: ComparisonTable, path: Path | None, unit: str) -> Any
         lines.append((row.name, row))
     with picture(path, 7.5, 0.8 + _ROW * len(lines)) as figure:
         axes = figure.subplots()
-        for place, (_, row) in enumerate(lines):
+        for place, (name, row) in enumerate(lines):
             if row is None:
+                axes.annotate(
+                    name, (0, place), (2, -3), xycoords=("axes fraction", "data"), textcoords="offset points",
+                    va="center", fontsize=8, fontweight="bold", backgroundcolor="white",
+                )  # fmt: skip
                 continue
             found, control = row.estimate(), bool(row.content.get("source_control"))
             axes.plot(list(row.means.values()), [place] * len(row.means), "|", color="0.55", markersize=7)
@@ -43,10 +47,8 @@ def draw_comparison(table: ComparisonTable, path: Path | None, unit: str) -> Any
                 f"{found.mean:.3f}", (max(right, found.mean), place), (5, 0), textcoords="offset points", va="center",
                 fontsize=7,
             )  # fmt: skip
-        axes.set_yticks(range(len(lines)), [shorten(name, 44) for name, _ in lines])
-        for tick, (_, row) in zip(axes.get_yticklabels(), lines, strict=True):
-            if row is None:
-                tick.set_fontweight("bold")
+        places = {place: shorten(name, 44) for place, (name, row) in enumerate(lines) if row is not None}
+        axes.set_yticks(list(places), list(places.values()))
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(lines) - 0.4, -0.6)
         low = min(0.0, *(min(row.means.values()) for row in table.rows))
@@ -54,7 +56,7 @@ def draw_comparison(table: ComparisonTable, path: Path | None, unit: str) -> Any
         axes.grid(axis="x", color="0.88", linewidth=0.6)
         axes.set_axisbelow(True)
         if any(row.content.get("source_control") for row in table.rows):
-            unit = f"{unit}; hollow: controls, whose sources hold nothing"
+            unit = f"{unit}; hollow: controls, without the real sources"
         axes.set_xlabel(unit)
         tidy(axes)
     return figure

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 _REQUIRED: Any = object()
-_WORDS = {str: "text", int: "a number", float: "a number", dict: "an object", list: "a list"}
+_WORDS = {str: "text", int: "a number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
 
 
 class Fields:

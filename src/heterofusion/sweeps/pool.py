@@ -124,7 +124,7 @@ class Pool:
         try:
             with _lock(run.folder) as lock:
                 for index, step in enumerate(run.steps):
-                    state = self._state(run, step)
+                    state = NOT_RUN if self.overwrite else _state(run, step)
                     if state == SKIPPED:
                         continue
                     outcome.status = FINISHED
@@ -141,32 +141,6 @@ class Pool:
         except (OSError, ValueError) as error:
             outcome.status, outcome.reason = FAILED, one_line(error)
         return outcome
-
-    def _state(self, run: Run, step: Step) -> str:
-        """Whether a step is finished (`SKIPPED`), was begun (`FAILED`), or has to start afresh (`NOT_RUN`).
-
-        Raises:
-            ValueError: what is there was made with other flags.
-        """
-        record = _mark(run, step, "yaml")
-        if self.overwrite or not step.folder.exists() or _is_stale(run, step):
-            return NOT_RUN
-        if not record.is_file():
-            if any(step.folder.iterdir()):
-                raise ValueError(f"{step.folder} holds something that no sweep made; remove it, or --overwrite true")
-            return NOT_RUN
-        try:
-            before = yaml.safe_load(record.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{record} is damaged ({one_line(error)}); remove it, or --overwrite true") from error
-        before = before if isinstance(before, dict) else {}
-        for name in sorted({*before, *step.flags}):
-            if before.get(name) != step.flags.get(name):
-                raise ValueError(
-                    f"{step.folder} was made with another {name}: {before.get(name)!r}, this sweep has "
-                    f"{step.flags.get(name)!r}; remove it, name another output_dir, or --overwrite true"
-                )
-        return SKIPPED if _mark(run, step, "done").is_file() else FAILED
 
     def _run_step(
         self, run: Run, step: Step, variables: dict[str, str], afresh: bool, lock: IO[str]
@@ -224,6 +198,41 @@ class Pool:
 
 def _mark(run: Run, step: Step, suffix: str) -> Path:
     return run.folder / f"{step.recipe}.{suffix}"
+
+
+def _state(run: Run, step: Step) -> str:
+    """Whether a step is finished (`SKIPPED`), was begun (`FAILED`), or has to start afresh (`NOT_RUN`).
+
+    Raises:
+        ValueError: what is there was made with other flags.
+    """
+    record = _mark(run, step, "yaml")
+    if not step.folder.exists() or _is_stale(run, step):
+        return NOT_RUN
+    if not record.is_file():
+        if any(step.folder.iterdir()):
+            raise ValueError(f"{step.folder} holds something that no sweep made; remove it, or --overwrite true")
+        return NOT_RUN
+    try:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{record} is damaged ({one_line(error)}); remove it, or --overwrite true") from error
+    before = before if isinstance(before, dict) else {}
+    for name in sorted({*before, *step.flags}):
+        if before.get(name) != step.flags.get(name):
+            raise ValueError(
+                f"{step.folder} was made with another {name}: {before.get(name)!r}, this sweep has "
+                f"{step.flags.get(name)!r}; remove it, name another output_dir, or --overwrite true"
+            )
+    return SKIPPED if _mark(run, step, "done").is_file() else FAILED
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run has ended well with the flags that it has now, and nothing that it left is out of date."""
+    try:
+        return all(_state(run, step) == SKIPPED for step in run.steps)
+    except ValueError:  # of other flags
+        return False
 
 
 def _is_stale(run: Run, step: Step) -> bool:

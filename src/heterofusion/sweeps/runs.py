@@ -123,7 +123,7 @@ def read_sweep(path: str | Path) -> list[Run]:
             runs[run.folder] = run
     for run in runs.values():
         for step in run.steps:
-            _check_step(step, f"{where}, {step.recipe} of {run.name} {_variables_text(run.variables)}".rstrip())
+            check_step(step, f"{where}, {step.recipe} of {run.name} {_variables_text(run.variables)}".rstrip())
     return list(runs.values())
 
 
@@ -229,8 +229,16 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", name).lstrip(".") or "_"
 
 
-def _check_step(step: Step, where: str) -> None:
-    """Check the flags of a step; the stages of a sequence one by one."""
+def check_step(step: Step, where: str) -> None:
+    """Check the flags of a step as far as that goes without starting it; the stages of a sequence one by one.
+
+    Args:
+        step: the step.
+        where: names it in messages.
+
+    Raises:
+        UsageError: an unknown or missing flag, or a value that it cannot have.
+    """
     stages = step.flags.get("stages") if step.recipe == "train" else None
     if stages is None:
         check_flags(RECIPES[step.recipe], step.flags, where)
@@ -249,13 +257,20 @@ def _check_step(step: Step, where: str) -> None:
 
 
 def _check_names(flags: Mapping[str, Any], where: str) -> None:
-    """Check that an evaluation has as many names as adapters."""
+    """Check that an evaluation has as many names as adapters, and one per data set where each answers its own."""
     output = EvalOutputArguments(flags["output_dir"], name=flags.get("name"), names=flags.get("names"))
-    adapters = flags.get("adapters", NO_ADAPTER)
+    adapters, data = listed(flags.get("adapters", NO_ADAPTER)), listed(flags.get("dataset_name"))
+    if flags.get("adapter_per_dataset") and len(adapters) != len(data):
+        raise UsageError(f"{where}: adapter_per_dataset has {len(adapters)} adapters for {len(data)} data sets")
     try:
         if flags.get("ensemble") or flags.get("adapter_per_dataset"):
             output.row_name("", "--ensemble" if flags.get("ensemble") else "--adapter_per_dataset")
         else:
-            output.adapter_names([adapters] if isinstance(adapters, str) else list(map(str, adapters)))
+            output.adapter_names(adapters)
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def listed(value: Any) -> list[str]:
+    """The values of a flag as texts: YAML has a single one without a list, or none at all."""
+    return [] if value is None else list(map(str, value)) if isinstance(value, list) else [str(value)]

@@ -1,0 +1,201 @@
+"""Soft labels on disk: memory-mapped, written as they come, whole or not there."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from datasets.table import MemoryMappedTable
+
+from heterofusion.baselines import mapped, teachers
+from heterofusion.baselines.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
+
+IDENTITY = {"model": "a"}
+Batch = list[tuple[int, SoftLabel, float]]
+
+
+def answer(index: int, tokens: int, k: int = 3) -> tuple[int, SoftLabel, float]:
+    generator = np.random.default_rng(index)
+    ids = generator.integers(0, 2**31 - 1, (tokens, k), dtype=np.int32)
+    values = generator.standard_normal((tokens, k), dtype=np.float32)
+    return index, SoftLabel(ids[:, 0].copy(), ids, values), float(index) + 0.1
+
+
+def batches() -> list[Batch]:
+    """The longest answers first, as a teacher answers; one has no token."""
+    return [[answer(2, 9), answer(0, 7)], [answer(3, 4), answer(1, 0)]]
+
+
+def assert_same(labels: SoftLabels, expected: list[Batch]) -> None:
+    answers = sorted((item for batch in expected for item in batch), key=lambda item: item[0])
+    assert len(labels) == len(answers)
+    for index, label, entropy in answers:
+        assert labels.cross_entropy[index] == entropy
+        for found, wanted in zip(labels.of(index), label, strict=True):
+            assert found.dtype == wanted.dtype and found.tolist() == wanted.tolist()
+
+
+def test_labels_are_what_was_given(tmp_path):
+    write_labels(tmp_path, IDENTITY, batches())
+    labels = read_labels(tmp_path, IDENTITY)
+    assert_same(labels, batches())
+    assert labels.identity == IDENTITY and labels.seconds >= 0
+    assert read_labels(tmp_path, {"model": "b"}) is None
+    assert [path.name for path in tmp_path.iterdir()] == [labels_path(tmp_path, IDENTITY).name]
+
+
+def test_labels_are_memory_mapped_and_written_as_they_come(tmp_path):
+    """20 MB, of which the process holds a batch at a time."""
+    size = 4000 * 64 * 8  # bytes of a batch at least
+
+    def made() -> Iterator[Batch]:
+        for index in range(10):
+            if index:
+                (file,) = tmp_path.glob("*.tmp/table.arrow")
+                assert file.stat().st_size > index * size
+            yield [answer(index, 4000, 64)]
+
+    before = pyarrow.total_allocated_bytes()
+    write_labels(tmp_path, IDENTITY, made())
+    labels = read_labels(tmp_path, IDENTITY)
+    assert isinstance(labels._data.data, MemoryMappedTable)
+    parts = [labels.of(index) for index in range(10)]
+    assert pyarrow.total_allocated_bytes() - before < 0.1 * size
+    assert not any(array.flags.owndata or array.flags.writeable for part in parts for array in part)
+    assert parts[7].top_ids.tolist() == answer(7, 4000, 64)[1].top_ids.tolist()
+
+
+def kill_self(*args) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("when", ["between batches", "before the table is hashed", "before it is renamed"])
+def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_whole(when, tmp_path):
+    def given() -> Iterator[Batch]:
+        yield [answer(0, 4000)]
+        if when == "between batches":
+            kill_self()
+        yield [answer(1, 4000)]
+
+    if (child := os.fork()) == 0:
+        if when == "before the table is hashed":
+            mapped.file_sha256 = kill_self
+        elif when == "before it is renamed":
+            mapped.os.rename = kill_self
+        write_labels(tmp_path, IDENTITY, given())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "table.arrow").stat().st_size > 0
+    assert read_labels(tmp_path, IDENTITY) is None
+    write_labels(tmp_path, IDENTITY, batches())
+    assert_same(read_labels(tmp_path, IDENTITY), batches())
+    assert left.exists()  # it might be that of a program that runs
+    for path in (*left.iterdir(), left):
+        os.utime(path, (time.time() - 2 * 24 * 3600,) * 2)
+    write_labels(tmp_path, {"model": "b"}, batches())
+    assert not left.exists() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("failure", [ValueError("stop"), KeyboardInterrupt("stop")], ids=["error", "interruption"])
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path, failure):
+    def failing() -> Iterator[Batch]:
+        yield batches()[0]
+        raise failure
+
+    with pytest.raises(type(failure), match="stop"):
+        write_labels(tmp_path, IDENTITY, failing())
+    assert not list(tmp_path.iterdir())
+
+
+def test_answers_that_are_missing_or_come_twice_raise(tmp_path):
+    wrong = ((batches()[:1], "2 came: 2 different ones, up to 2"), ([*batches(), batches()[0]], "6 came: 4 different"))
+    for given, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            write_labels(tmp_path, IDENTITY, given)
+    assert not list(tmp_path.iterdir())
+
+
+def truncated(folder):
+    file = folder / "table.arrow"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def changed(folder):
+    file = folder / "table.arrow"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (truncated, "bytes"),
+    "changed": (changed, "its content is not what was written"),
+    "no table": (lambda folder: (folder / "table.arrow").unlink(), "table.arrow"),
+    "no record": (lambda folder: (folder / "record.json").unlink(), "record.json"),
+    "broken record": (lambda folder: (folder / "record.json").write_text("[]"), "list indices"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_labels_are_told_and_can_be_made_anew(damage, tmp_path, caplog):
+    write_labels(tmp_path, IDENTITY, batches())
+    spoil, reason = DAMAGES[damage]
+    spoil(labels_path(tmp_path, IDENTITY))
+    assert read_labels(tmp_path, IDENTITY) is None
+    assert "is damaged" in caplog.text and reason in caplog.text
+    write_labels(tmp_path, IDENTITY, batches())
+    assert_same(read_labels(tmp_path, IDENTITY), batches())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_of_two_programs_the_first_ones_labels_stay(tmp_path):
+    def slow() -> Iterator[Batch]:
+        yield batches()[0]
+        write_labels(tmp_path, IDENTITY, batches())  # the other program
+        yield [(index, label, 100.0) for index, label, _ in batches()[1]]
+
+    write_labels(tmp_path, IDENTITY, slow())
+    assert_same(read_labels(tmp_path, IDENTITY), batches())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+def test_a_full_disk_is_told_and_leaves_nothing(call, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(mapped.os, call, full)
+    with pytest.raises(OSError, match=r"--logits_cache: .*soft-labels-.* could not be written \(no space left"):
+        write_labels(tmp_path, IDENTITY, batches())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_base_is_loaded_once_for_all_of_its_teachers(monkeypatch, tmp_path):
+    runs = []
+
+    class Watched:
+        def __init__(self, base, device):
+            runs.append(base)
+
+        @contextlib.contextmanager
+        def with_adapter(self, adapter):
+            yield adapter
+
+    monkeypatch.setattr(teachers, "Models", Watched)
+    monkeypatch.setattr(teachers, "run_teacher", lambda teacher, model, *rest: (teacher, model, *rest))
+    monkeypatch.setattr(teachers, "write_labels", lambda folder, identity, made: runs.append(made[1]))
+    models = [SimpleNamespace(base=base, adapter=f"{base}{i}", name="x") for i, base in enumerate("ABACB")]
+    for index, model in enumerate(models):
+        model.identity = lambda top_k, index=index: {"index": index, "top_k": top_k}
+    found = {"index": 3, "top_k": 2}
+    monkeypatch.setattr(teachers, "read_labels", lambda folder, identity, check=True: identity == found or None)
+    with pytest.raises(ValueError, match=r"--logits_cache .* is not the same folder on all machines"):
+        teachers.collect_soft_labels(models, tmp_path, 2, 1, torch.device("cpu"))
+    assert runs == ["A", "A0", "A2", "B", "B1", "B4"]

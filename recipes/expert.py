@@ -5,9 +5,11 @@
 
 LoRA flags have PEFT's names, data flags are those of a fusion. With --init_adapter ANCHOR [--train_only lora_B] an
 adapter is trained on instead of a new one: what a fusion has to be compared with; --extra_rank K adds the rows that it
-adds to the target of a fusion. Any flag may stand in a YAML file given with --config; flags of the command line
-override it. The result in --output_dir is an ordinary PEFT adapter that can be a source or a target of
-`recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
+adds to the target of a fusion. --source_labels FILES (recipes/label.py) join the training data as they join the replay
+of a fusion: the same flags of data, seed, batch and accumulation give the same examples in the same order (a fusion's
+--max_examples is 300 by default, here it takes all). Any flag may stand in a YAML file given with --config; flags of
+the command line override it. The result in --output_dir is an ordinary PEFT adapter that can be a source or a target
+of `recipes/train.py`. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
 """
 
 import logging
@@ -20,12 +22,11 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import Trainer
 
 from heterofusion.basis_inputs import FitBasis
 from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.data import build_eval, build_replay, make_collator
+from heterofusion.data import build_eval, make_collator
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.expert import (
     EXPERT_ARGUMENTS,
@@ -38,6 +39,7 @@ from heterofusion.expert_lora import ExpertLora, check_basis_engine, check_exper
 from heterofusion.expert_record import expert_record, write_record
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_adapter
+from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import (
     base_skeleton,
     check_run_flags,
@@ -45,17 +47,21 @@ from heterofusion.loading import (
     load_base,
     load_tokenizer,
 )
+from heterofusion.mixture_data import build_training_data
+from heterofusion.mixture_training import MixtureTrainer
+from heterofusion.source_labels import check_label_flags
 
 logger = logging.getLogger("heterofusion.expert")
 
 
 @command
 def main(argv: list[str]) -> None:
-    base, lora, data, output, args = parse_arguments(EXPERT_ARGUMENTS, argv, __doc__)
+    base, lora, data, labels, output, args = parse_arguments(EXPERT_ARGUMENTS, argv, __doc__)
     set_up_logging(logging.INFO if args.log_level == "passive" else args.get_process_log_level(), hold=True)
 
     # everything that can be checked is checked before the base model is loaded
     check_run_flags(args, data)
+    check_label_flags(labels, data, args)
     refuse_data_parallel(args)
     skeleton = base_skeleton(base, base.trust_remote_code)
     config = skeleton.config
@@ -68,26 +74,27 @@ def main(argv: list[str]) -> None:
     if resume is not None:
         planned.restore_basis(resume)
     tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
-    examples, report = build_replay(data, tokenizer, kind="training")
+    training = build_training_data(data, labels, tokenizer, args, add_soft_labels, kind="training")
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
-    check_token_ids([examples, evaluation], config)
+    check_token_ids([*training.parts, evaluation], config)
 
     release_logging()
-    logger.info("training data:\n%s", "\n".join(report.summary()))
+    for part, lines in training.summary.items():
+        logger.info("%s data:\n%s", part, "\n".join(lines))
     model = load_model(base, planned, args)
     clear_remains(folder, args.should_save, keep_checkpoints=resume is not None)
     push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
-    trainer = Trainer(
+    trainer = MixtureTrainer(
         model,
         args,
-        train_dataset=examples,
+        train_dataset=training.examples,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=make_collator(tokenizer),
         callbacks=[ExpertCallback(planned.write_state)],
     )
     if planned.expansion is not None:
-        trainer.add_callback(FitBasis(partial(planned.fit_basis, model), examples))
+        trainer.add_callback(FitBasis(partial(planned.fit_basis, model), training.examples))
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)
@@ -97,7 +104,7 @@ def main(argv: list[str]) -> None:
         raise OSError(f"the adapter could not be written to {folder} ({error})") from error
     if args.should_save:
         record = expert_record(
-            base.model_name_or_path, planned, args, trainer.state.global_step, report.to_dict(), metrics, start
+            base.model_name_or_path, planned, args, trainer.state.global_step, training, metrics, start
         )
         write_record(folder, record)
     logger.info("expert written to %s", folder)

@@ -8,7 +8,8 @@ Any flag may stand in a YAML file given with --config; flags of the command line
 --output_dir is an ordinary PEFT adapter. With --push_to_hub true --hub_model_id NAME it goes to the Hub at the end.
 A list `stages:` in the YAML file makes several fusions in a row: the fused adapter of one is the target of the next.
 --extra_rank K lets the update leave the row space of the anchor's lora_A: every module gets K rows more.
---source_labels FILES of prompts that the source experts answered (recipes/label.py) join the replay.
+--source_labels FILES of prompts that the source experts answered (recipes/label.py) join the replay; --label_loss soft
+also holds the model to what the sources thought of other tokens.
 --source_control noise|shuffle|zero makes a control instead: what the same run gives without what the sources know.
 """
 
@@ -23,15 +24,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
-from heterofusion.data import build_eval, build_replay, make_collator
+from heterofusion.data import build_eval, make_collator
 from heterofusion.diagnostics import run_metrics
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_output
+from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
-from heterofusion.mixture import Mixture
+from heterofusion.mixture_data import build_training_data
 from heterofusion.plan_summary import format_plan, plan_summary
 from heterofusion.progress import begin_stage, check_data, find_progress
-from heterofusion.source_labels import build_labels, check_label_flags, labels_record, labels_summary
+from heterofusion.source_labels import check_label_flags
 from heterofusion.stages import Stage, plan_stages, read_stages
 
 logger = logging.getLogger("heterofusion.train")
@@ -80,25 +82,17 @@ def main(argv: list[str]) -> None:
 def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: PretrainedConfig) -> None:
     """Read replay, source labels and evaluation data of a stage."""
     of_stage = f" of {stage.title}" if stage.name else ""
-    replay = labels = None
-    if stage.data.dataset_name or not stage.labels.source_labels:
-        replay, report = build_replay(stage.data, tokenizer)
-        logger.info("replay%s:\n%s", of_stage, "\n".join(report.summary()))
-        stage.replay, stage.replay_record = replay, report.to_dict()
-    if stage.labels.source_labels:
-        labels, reports = build_labels(stage.labels, stage.data, tokenizer)
-        mixture = Mixture(replay or [], labels, stage.labels.replay_fraction)
-        stage.replay, stage.labels_record = mixture, labels_record(reports, float(mixture.share))
-        if stage.adapters.source_control is not None:
-            logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
-        logger.info("source labels%s:\n%s", of_stage, "\n".join(labels_summary(reports, stage.data.max_length)))
-        length = len(mixture.sampler(stage.args, stage.args.train_batch_size))
-        logger.info("an epoch is %d examples, %.1f%% of them replay", length, 100 * mixture.share)
+    data = build_training_data(stage.data, stage.labels, tokenizer, stage.args, add_soft_labels)
+    for part, lines in data.summary.items():
+        logger.info("%s%s:\n%s", part, of_stage, "\n".join(lines))
+    if data.labels_record is not None and stage.adapters.source_control is not None:
+        logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
+    stage.replay, stage.replay_record, stage.labels_record = data.examples, data.replay_record, data.labels_record
     if stage.finished:
         check_data(stage)
     if stage.data.eval_dataset_name:
         stage.evaluation = build_eval(stage.data, tokenizer)[0]
-    check_token_ids([replay, labels, stage.evaluation], base_config)
+    check_token_ids([*data.parts, stage.evaluation], base_config)
 
 
 def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,6 +20,7 @@ from heterofusion.checkpoints import COMPLETE_FILE
 from heterofusion.engines import engine_name, whole_tensors
 from heterofusion.mixture import Mixture
 from heterofusion.nonfinite import NonFiniteError
+from test_soft_labels_training import SoftRows
 
 EXAMPLES_PER_STEP = 8
 ON_GPU = os.environ.get("ENGINE_WORKER_ON_GPU") == "1"
@@ -55,7 +56,7 @@ def make_trainer(
     }  # fmt: skip
     if mixture:  # 3 of 8 are replay, an epoch has three steps
         settings["train_sampling_strategy"] = "random"
-    rows = Mixture(TokenRows(9), TokenRows(15, seed=3), 0.375) if mixture else TokenRows(16)
+    rows = Mixture(TokenRows(9), SoftRows(15), 0.375, 0.3) if mixture else TokenRows(16)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     os.environ["ACCELERATE_MIXED_PRECISION"] = launcher_precision  # what the launcher would have said
     args = HeteroFusionConfig(**(settings | more))
@@ -136,7 +137,9 @@ def train(folder: Path, **case) -> dict:
         "losses": [entry["loss"] for entry in log],
         "lm_losses": [entry["lm_loss"] for entry in log],
         "rdm_losses": [entry["rdm_loss"] for entry in log],
-        "part_losses": [entry[name] for entry in log for name in ("loss_replay", "loss_labels") if name in entry],
+        "part_losses": [
+            entry[name] for entry in log for name in ("loss_replay", "loss_labels", "loss_soft") if name in entry
+        ],
         "grad_norms": [entry["grad_norm"] for entry in log],
         "gradients": gradients.gradients,
         "rank_spread": [*spread.steps, rank_spread(model)],

@@ -82,11 +82,11 @@ def kill_label_after(monkeypatch):
     def after(batches: int | None) -> list[int]:
         sizes: list[int] = []
 
-        def killed(self, prompts, config):
+        def killed(self, prompts, config, *more):
             if batches is not None and len(sizes) == batches:
                 raise Killed
             sizes.append(len(prompts))
-            return generate(self, prompts, config)
+            return generate(self, prompts, config, *more)
 
         monkeypatch.setattr(LabelGenerator, "_generate", killed)
         return sizes

@@ -50,7 +50,8 @@ def tokenizer(tmp_path_factory):
 
 def build(tokenizer, *files: Path, max_length: int = 64, **values):
     arguments = SourceLabelArguments(source_labels=list(map(str, files)), **values)
-    return build_labels(arguments, DataArguments(max_length=max_length), tokenizer)
+    found = build_labels(arguments, DataArguments(max_length=max_length), tokenizer)
+    return found.examples, found.reports
 
 
 def prompts(dataset, tokenizer) -> set[str]:

@@ -58,6 +58,23 @@ def test_flags_of_a_run(tmp_path):
     assert evaluation.flags["labels"] == ["experiment=table", "anchor=a", "seed=0"]
 
 
+def test_labelling_is_a_step_of_its_own_before_the_others(tmp_path):
+    labels = {
+        "source_models": ["BASE"], "source_adapters": ["S/{anchor}"], "dataset_name": ["r.jsonl"],
+        "prompts": ["replay"], "routing": "map.yaml",
+    }  # fmt: skip
+    first = read_sweep(sweep(tmp_path, label=labels))[0]
+    assert [step.recipe for step in first.steps] == ["label", "train", "eval"] and first.name == "fused"
+    folder = tmp_path / "out" / "fused" / "anchor=a,seed=0"
+    assert first.steps[0].folder == folder / "labels" and first.steps[0].flags["source_adapters"] == ["S/a"]
+    assert first.steps[2].flags["adapters"] == [str(folder / "adapter")]
+    (alone, *_) = read_sweep(sweep(tmp_path, label=labels, train=None, eval=None, references=None))
+    assert alone.name == "labels" and [step.recipe for step in alone.steps] == ["label"]
+    wrong = sweep(tmp_path, label={**labels, "routing_margin": 2})
+    with pytest.raises(ValueError, match=r"label of fused anchor=a,seed=0.*--routing_margin is 2"):
+        read_sweep(wrong)
+
+
 def test_reference_takes_the_flags_of_eval(tmp_path):
     reference = next(run for run in read_sweep(sweep(tmp_path)) if run.name == "anchor")
     (step,) = reference.steps

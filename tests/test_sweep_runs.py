@@ -117,6 +117,20 @@ def test_interrupted_evaluation_resumes_and_the_training_stays(table):
     assert len(calls(table, 0)) == 1 and calls(table, 0, "eval")[1][0] == ["--resume=true"]
 
 
+def test_interrupted_labelling_resumes_before_what_trains_on_it(table):
+    content = yaml.safe_load((table / "table.yaml").read_text())
+    labels = {"source_models": ["BASE"], "source_adapters": ["S"], "dataset_name": ["r.jsonl"], "prompts": ["replay"]}
+    content["label"] = {**labels, "routing": "map.yaml"}
+    (table / "table.yaml").write_text(yaml.safe_dump(content))
+    (table / "recipes" / "label.py").write_text(f"{STUB}\nsys.exit(1)")
+    assert statuses(run(table)) == ["failed"] * 3
+    assert not (table / "out" / "fused" / "seed=0" / "adapter").exists()
+    (table / "recipes" / "label.py").write_text(STUB)
+    assert statuses(run(table)) == ["finished"] * 3
+    assert [arguments for arguments, *_ in calls(table, 0, "labels")] == [[], ["--resume=true"]]
+    assert [arguments for arguments, *_ in calls(table, 0)] == [[]]
+
+
 def test_evaluation_of_a_new_adapter_starts_afresh(table):
     run(table)
     assert statuses(run(table, overwrite=True)) == ["finished"] * 3

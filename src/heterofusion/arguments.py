@@ -233,6 +233,29 @@ class SourceLabelArguments:
             "without replay."
         },
     )
+    label_loss: str = field(
+        default="hard",
+        metadata={
+            "help": "What source labels are trained on: hard (the answers alone) or soft (also what their source "
+            "thought of other tokens; recipes/label.py --top_k_logits stores it beside the files).",
+            "choices": ["hard", "soft"],
+        },
+    )
+    soft_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike, 0 to 1; "
+            "the answer's cross-entropy has the rest there, and all of it elsewhere."
+        },
+    )
+    logits_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --label_loss soft, folder where soft labels in the target's tokens and the maps of "
+            "vocabularies are kept for further runs; heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by "
+            "default."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.validate()
@@ -242,7 +265,7 @@ class SourceLabelArguments:
 
         Raises:
             ValueError: A value is out of range or of the wrong type, lists of different lengths, or a flag that does
-                nothing without `source_labels`.
+                nothing without `source_labels` or soft labels.
         """
         for flag, kind in (("source_labels", str), ("source_labels_max_examples", int)):
             values = getattr(self, flag)
@@ -266,6 +289,16 @@ class SourceLabelArguments:
         lowest = self.min_log_probability
         if lowest is not None and not -math.inf < lowest <= 0:
             raise ValueError(f"--min_log_probability is {lowest}: give a log-probability, finite and at most 0")
+        if self.label_loss not in ("hard", "soft"):  # of YAML or a program
+            raise ValueError(f"--label_loss is {self.label_loss!r}: give hard or soft")
+        if not 0 <= self.soft_weight <= 1:
+            raise ValueError(f"--soft_weight is {self.soft_weight}: give a weight from 0 to 1")
+        for flag, default in (("soft_weight", 0.5), ("logits_cache", None)):
+            if self.label_loss == "hard" and getattr(self, flag) != default:
+                raise ValueError(
+                    f"--{flag} is {getattr(self, flag)}, but --label_loss is hard: add --label_loss soft, or leave it "
+                    "out"
+                )
 
     def max_examples_of(self, index: int) -> int | None:
         """What `source_labels_max_examples` says of the file with this index."""

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments
+from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments, SourceLabelArguments
 from heterofusion.checkpoints import last_good, mark_complete
 from heterofusion.config import BasisArguments, avoid_reentrant, check_range, check_training
 from heterofusion.nonfinite import NonFiniteError
@@ -178,7 +178,9 @@ class ExpertConfig(TrainingArguments):
         avoid_reentrant(self, "reentrant checkpointing gives LoRA on a frozen base no gradient")
 
 
-EXPERT_ARGUMENTS = (ExpertModelArguments, LoraArguments, ExpertDataArguments, OutputArguments, ExpertConfig)
+EXPERT_ARGUMENTS = (
+    ExpertModelArguments, LoraArguments, ExpertDataArguments, SourceLabelArguments, OutputArguments, ExpertConfig
+)  # fmt: skip
 
 
 # ---- training ---------------------------------------------------------------------------------------------------

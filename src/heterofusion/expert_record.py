@@ -1,7 +1,6 @@
 """What the training of an expert leaves beside the adapter: `expert.json` and a model card."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ from transformers import TrainingArguments
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.config import training_settings
 from heterofusion.expert_lora import ExpertLora, plain
+from heterofusion.mixture_data import TrainingData
 from heterofusion.provenance import (
     CARD_FILE,
     EXPERT_FILE,
     basis_record,
     describe_basis,
+    describe_labels,
     display_name,
     library_versions,
     made_by,
@@ -28,7 +29,7 @@ def expert_record(
     lora: ExpertLora,
     args: TrainingArguments,
     steps: int,
-    data: dict[str, Any],
+    data: TrainingData,
     metrics: dict[str, Any],
     resumed_from_step: int | None = None,
 ) -> dict[str, Any]:
@@ -39,11 +40,14 @@ def expert_record(
         lora: what was trained.
         args: of the training.
         steps: optimizer steps, those before the run was resumed included.
-        data: plain values about the data.
+        data: what was trained on.
         metrics: of the run.
         resumed_from_step: where it was resumed, if it was.
     """
     initial = lora.initial
+    training = {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data.replay_record}
+    if data.labels_record is not None:
+        training["source_labels"] = data.labels_record
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
              "modules_to_save", "init_lora_weights")  # fmt: skip
     return {
@@ -52,9 +56,15 @@ def expert_record(
         "init_adapter": {"name": display_name(initial.name), "sha256": initial.sha256} if initial else None,
         "basis": basis_record(initial),
         "train_only": lora.train_only,
-        "training": {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data},
+        "training": training,
         "metrics": metrics,
-        "made_by": made_by("tuning", lora.train_only or "lora", training_cost(metrics, resumed_from_step), args.seed),
+        "made_by": made_by(
+            "tuning",
+            lora.train_only or "lora",
+            training_cost(metrics, resumed_from_step),
+            args.seed,
+            ran_source_models=data.labels_record is not None,
+        ),
         "versions": library_versions(),
     }
 
@@ -76,13 +86,16 @@ def _card(record: dict[str, Any]) -> ModelCard:
         pipeline_tag="text-generation",
         tags=["lora", f"base_model:adapter:{base}"],
     )
-    sets: Sequence[dict[str, Any]] = record["training"]["data"]["datasets"]
+    training = record["training"]
+    labels = training.get("source_labels")
+    sets = [*training["data"].get("datasets", []), *(labels["files"] if labels else [])]
     rows = "\n".join(f"| {entry['name']} | {entry['kept']} |" for entry in sets)
     initial = record["init_adapter"]
     begun = f", begun as the adapter `{initial['name']}`" if initial else ""
     part = f" Its `{record['train_only']}` alone was trained." if record["train_only"] else ""
     basis = describe_basis(record["basis"])
     part += f" {basis}" if basis else ""
+    told = f"\n{describe_labels(labels)}\n" if labels else ""
     body = f"""
 # LoRA expert
 
@@ -91,7 +104,7 @@ A LoRA adapter of rank {lora["r"]} for `{base}`{begun}, trained with the loss on
 | data set | examples |
 |---|---|
 {rows}
-
+{told}
 `{EXPERT_FILE}` holds all settings, seeds, metrics and library versions. No licence is stated here: it follows from
 those of the base model and the data.
 """

@@ -29,6 +29,7 @@ from heterofusion.base_model import check_base_fits
 from heterofusion.config import MethodConfig
 from heterofusion.controls import control_sources
 from heterofusion.engines import set_zero_init_dtype, without_zero_init
+from heterofusion.label_loss import SOFT_IDS
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,8 @@ def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig
     size = config.get_text_config().vocab_size
     for dataset in datasets:
         largest = max((max(ids) for ids in dataset["input_ids"]), default=0) if dataset is not None else 0
+        if dataset is not None and SOFT_IDS in dataset.column_names:
+            largest = max([largest, *(max(map(max, ids)) for ids in dataset[SOFT_IDS] if ids)])
         if largest >= size:
             raise ValueError(
                 f"the tokenizer gave token id {largest}, but the vocabulary of base model {config.name_or_path} has "

@@ -65,6 +65,19 @@ def check_settings(args: TrainingArguments) -> None:
         )
 
 
+def check_soft_settings(args: TrainingArguments) -> None:
+    """Refuse settings of training that do not go with soft labels.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
+            "distributions are what smooths: leave one of the two out"
+        )
+
+
 class Mixture(Dataset):
     """Replay and source labels as one training set for `HeteroFusionTrainer`, which reads it in the right order.
 
@@ -72,17 +85,24 @@ class Mixture(Dataset):
         replay: examples with `input_ids` and `labels`; may be empty.
         labels: the same, answered by the sources.
         replay_fraction: share of replay among the examples that are trained on; 12 of 32 by default, 0 without replay.
+        soft_weight: weight of KL(source || model) where labels have the columns of `heterofusion.label_loss`; by
+            default these are not used.
 
     Raises:
-        ValueError: the fraction is not in [0, 1); there are no labels; or the fraction is 0 with replay, or above 0
-            without.
+        ValueError: the fraction is not in [0, 1), or the weight not in [0, 1]; there are no labels; or the fraction is
+            0 with replay, or above 0 without.
     """
 
-    def __init__(self, replay: Any, labels: Any, replay_fraction: float | None = None) -> None:
+    def __init__(
+        self, replay: Any, labels: Any, replay_fraction: float | None = None, soft_weight: float | None = None
+    ) -> None:
         self.parts: tuple[Any, Any] = (replay, labels)
         if replay_fraction is None:
             replay_fraction = DEFAULT_FRACTION if len(replay) else 0.0
         self.share = check_fraction(replay_fraction)
+        if soft_weight is not None and not 0 <= soft_weight <= 1:
+            raise ValueError(f"soft_weight is {soft_weight}: give a weight from 0 to 1")
+        self.soft_weight = soft_weight
         if not len(labels):
             raise ValueError("there are no source labels to mix with the replay: train on the replay alone")
         if (self.share > 0) != (len(replay) > 0):

@@ -187,8 +187,16 @@ def describe_labels(record: dict[str, Any] | None) -> str:
     files = ", ".join(file["name"] for file in record["files"])
     share = record["replay_fraction"]
     rest = f"together with the replay, which was {share:.1%} of every batch" if share else "without any replay"
+    soft = record.get("soft")
+    loss = (
+        f"\nAt {soft['soft']:.1%} of the labels' tokens it was also held to the source's own distribution, with "
+        f"weight {soft['weight']:g}."
+        if soft
+        else ""
+    )
     return (
         f"It was trained on {record['kept']} source labels ({files}), prompts that source experts answered,\n{rest}."
+        f"{loss}"
     )
 
 

@@ -19,7 +19,7 @@ from heterofusion.adapters import file_sha256
 from heterofusion.arguments import DataArguments, SourceLabelArguments
 from heterofusion.data import DatasetReport, as_dataset, checked_format, describe_counts, encode_records, no_examples
 from heterofusion.formats import type_name
-from heterofusion.mixture import check_fraction, check_settings
+from heterofusion.mixture import check_fraction, check_settings, check_soft_settings
 from heterofusion.provenance import display_name
 from heterofusion.records import Records, load_records, sample_indices
 
@@ -44,6 +44,38 @@ class LabelReport(DatasetReport):
     by_source: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a label comes from.
+
+    Args:
+        path: its file.
+        line: index of its record in the file, from 0.
+        where: names it in messages.
+        record: the record.
+    """
+
+    path: Path
+    line: int
+    where: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """Source labels as examples for the target.
+
+    Args:
+        examples: as of `build_replay`.
+        reports: what became of each file.
+        origins: of each example, in order.
+    """
+
+    examples: Dataset
+    reports: list[LabelReport]
+    origins: list[Origin]
+
+
 def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: TrainingArguments) -> None:
     """Check flags that must go together, before any file is read.
 
@@ -54,6 +86,8 @@ def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: T
     if not labels.source_labels:
         return
     check_settings(args)
+    if labels.label_loss == "soft":
+        check_soft_settings(args)
     if labels.replay_fraction is None:
         return
     share, replay = check_fraction(labels.replay_fraction), bool(data.dataset_name)
@@ -68,9 +102,7 @@ def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: T
         )
 
 
-def build_labels(
-    args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, list[LabelReport]]:
+def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> SourceLabels:
     """Load, filter, sample, tokenize and mix the files of source labels.
 
     Args:
@@ -79,13 +111,14 @@ def build_labels(
         tokenizer: The target model's; not changed.
 
     Returns:
-        The data set, as of `build_replay`, and what became of each file.
+        The examples, shuffled over all files by `dataset_seed`, what became of each file, and where they come from.
 
     Raises:
         ValueError: A file or a label is not what it has to be, or no label is left; the message says which and what
             to do.
     """
     examples, reports, needed, names = [], [], [], []
+    origins: list[Origin] = []
     for index, name in enumerate(args.source_labels):
         path = Path(name).expanduser().absolute()
         if path.exists() and not path.is_file():
@@ -101,6 +134,7 @@ def build_labels(
         found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
         report.by_source = _by_source(records, kept)
         examples += found
+        origins += [Origin(path, i, records.where(i), records.rows[i]) for i in kept]
         needed += missing
         names.append(records.label)
         reports.append(report)
@@ -114,7 +148,7 @@ def build_labels(
     if not examples:
         raise no_examples(names, needed, data.max_length)
     order = np.random.default_rng([data.dataset_seed, 2]).permutation(len(examples))  # replay has 1
-    return as_dataset([examples[i] for i in order]), reports
+    return SourceLabels(as_dataset([examples[i] for i in order]), reports, [origins[i] for i in order])
 
 
 def good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
@@ -184,12 +218,16 @@ def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]
     return lines
 
 
-def labels_record(reports: Sequence[LabelReport], fraction: float) -> dict[str, Any]:
+def labels_record(
+    reports: Sequence[LabelReport], fraction: float, soft: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What `fusion.json` holds of the source labels, as plain JSON types; of a file its name alone.
 
     Args:
         reports: of `build_labels`.
         fraction: share of replay in every batch.
+        soft: plain values about the soft labels; None without.
     """
     files = [asdict(report) | {"name": display_name(report.name)} for report in reports]
-    return {"replay_fraction": fraction, "loss": "hard", "kept": sum(r.kept for r in reports), "files": files}
+    loss = {"loss": "hard"} if soft is None else {"loss": "soft", "soft": dict(soft)}
+    return {"replay_fraction": fraction, **loss, "kept": sum(r.kept for r in reports), "files": files}

@@ -7,13 +7,13 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import PreTrainedTokenizerBase, Trainer, default_data_collator
+from transformers import PreTrainedTokenizerBase, default_data_collator
 from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.base_model import cast_base, refuse_reentrant_checkpointing
@@ -30,7 +30,7 @@ from heterofusion.checkpoints import (
 )
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.data import make_collator
-from heterofusion.diagnostics import FusionProgressCallback, WindowMeans
+from heterofusion.diagnostics import FusionProgressCallback
 from heterofusion.engine_setup import set_up_engine
 from heterofusion.engines import (
     ONCE_PER_WINDOW,
@@ -41,7 +41,7 @@ from heterofusion.engines import (
 )
 from heterofusion.export import export_adapter
 from heterofusion.hub import push_output
-from heterofusion.mixture import PART, Mixture, MixtureSampler, check_settings, part_losses
+from heterofusion.mixture_training import MixtureTrainer
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.nonfinite import FiniteGuard, gradient_norms
 from heterofusion.training_log import complete_log
@@ -49,11 +49,11 @@ from heterofusion.training_log import complete_log
 logger = logging.getLogger(__name__)
 
 
-class HeteroFusionTrainer(Trainer):
+class HeteroFusionTrainer(MixtureTrainer):
     """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
 
-    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss`, `rdm_loss`, of a `Mixture` `loss_replay` and
-    `loss_labels` (means over the label tokens of each part), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
+    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss` (soft labels included), `rdm_loss`,
+    of a `Mixture` the losses of its parts (see `MixtureTrainer`), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
     (||alpha dB|| / ||B||), the share of attention per source `attention/`, and `hypernetwork_seconds` (forward, per
     optimizer step).
 
@@ -94,12 +94,9 @@ class HeteroFusionTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
         refuse_data_parallel(args)
         model.method.check_same(args)
-        if isinstance(train_dataset, Mixture):
-            check_settings(args)
         if data_collator is None:
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
-        self._means, self._skipped = WindowMeans(), 0
-        self._mixed: MixtureSampler | None = None
+        self._skipped = 0
         self._once_per_window = self._stopped_early = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
         self.replay_record, self.run_record = replay_record or {}, run_record or {}
@@ -114,8 +111,6 @@ class HeteroFusionTrainer(Trainer):
             **kwargs,
         )
         check_engine(self.accelerator)
-        self._set_signature_columns_if_needed()  # other columns do not come into a batch
-        cast("list[str]", self._signature_columns).append(PART)
         if args.base_in_bf16:
             cast_base(model, torch.bfloat16)
         if args.extra_rank > 0 and train_dataset is not None:
@@ -185,7 +180,7 @@ class HeteroFusionTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._align_ranks()
         refuse_reentrant_checkpointing(self.fusion_model.base_model)
-        self._means, self._skipped, updates.seconds = WindowMeans(), 0, 0.0
+        self._skipped, updates.seconds = 0, 0.0
         self._guard.forget()
         updates.discard_gradients()
         updates.invalidate()
@@ -253,14 +248,7 @@ class HeteroFusionTrainer(Trainer):
         self._align_ranks()
         return super()._finalize_training(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        self._mixed = dataset.sampler(self.args, self._train_batch_size) if isinstance(dataset, Mixture) else None
-        return self._mixed or super()._get_train_sampler(train_dataset)
-
     def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
-        if self._mixed is not None:  # of a resumed run on several ranks, neither Trainer nor accelerate reaches it
-            self._mixed.set_epoch(epoch)
         # resumed at the end: Trainer would make one step more
         if self._stopped_early or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -269,8 +257,6 @@ class HeteroFusionTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
-        if self.control.should_save:  # a checkpoint's log tells of all its steps: resumed runs count on it
-            self.control.should_log = True
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self._raise_if_not_finite()
         if self.control.should_evaluate or self.control.should_save:
@@ -290,8 +276,6 @@ class HeteroFusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
-        labels, parts = inputs.get("labels"), inputs.get(PART)
-        inputs = {name: value for name, value in inputs.items() if name != PART}  # no input of the model
         if not self.fusion_model.training:  # DeepSpeed's engine does not tell
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         closes_window = self.accelerator.sync_gradients
@@ -300,9 +284,6 @@ class HeteroFusionTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         divisor = self._loss_divisor(num_items_in_batch)
         self._means.add("lm_loss", loss / divisor)
-        if labels is not None and parts is not None:
-            for name, counted in part_losses(outputs["logits"], labels, parts).items():
-                self._means.add(name, counted)
         if closes_window and self.args.rdm_weight > 0:
             rdm = self.fusion_model.rdm_loss
             assert rdm is not None  # rdm_step was given
@@ -312,11 +293,9 @@ class HeteroFusionTrainer(Trainer):
 
     # ---- logging ------------------------------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the method's own figures to a training log line."""
-        if "loss" in logs:
-            complete_log(logs, self._means, self.fusion_model, self.args, self.accelerator)
-        super().log(logs, start_time)
+    def complete_log(self, logs: dict[str, float]) -> None:
+        """Add the method's own figures to a training log line, in place. All ranks together."""
+        complete_log(logs, self._means, self.fusion_model, self.args, self.accelerator)
 
     # ---- saving -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -20,6 +21,23 @@ logger = logging.getLogger(__name__)
 
 _CONTENT = "content_sha256"
 _RECORD = "record"
+
+
+def cache_folder(logits_cache: str | None) -> Path:
+    """The folder of `--logits_cache`, by default `heterofusion/soft_labels` in HF_HOME.
+
+    Args:
+        logits_cache: the flag's value.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    folder = Path(logits_cache or Path(constants.HF_HOME) / "heterofusion" / "soft_labels").expanduser()
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        kind = "not writable" if nearest.is_dir() else "a file"
+        raise ValueError(f"--logits_cache {folder.absolute()}: {nearest} is {kind}; name another folder")
+    return folder
 
 
 def cache_key(identity: Mapping[str, Any]) -> str:

@@ -9,25 +9,25 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of 
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from torch import Tensor
 from transformers import Trainer
 
 from heterofusion.adapter_config import read_json_object
 from heterofusion.arguments import DataArguments, OutputArguments
+from heterofusion.baselines.cache import cache_folder
 from heterofusion.baselines.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.config import check_range
 from heterofusion.data import make_collator
 from heterofusion.diagnostics import WindowMeans
 from heterofusion.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.formats import IGNORE_INDEX
+from heterofusion.label_loss import kl_divergences, pad_rows
 
 STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of
 
@@ -95,12 +95,7 @@ class DistillArguments:
         Raises:
             ValueError: it cannot be one.
         """
-        folder = Path(self.logits_cache or Path(constants.HF_HOME) / "heterofusion" / "soft_labels").expanduser()
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            kind = "not writable" if nearest.is_dir() else "a file"
-            raise ValueError(f"--logits_cache {folder.absolute()}: {nearest} is {kind}; name another folder")
-        return folder
+        return cache_folder(self.logits_cache)
 
 
 @dataclass
@@ -157,8 +152,7 @@ def distillation_losses(
     counts = wanted.sum(dim=1, keepdim=True)  # (batch, 1)
     real = torch.arange(teacher_ids.shape[1], device=labels.device) < counts  # (batch, answer)
     probs = teacher_probs[real].float()  # (tokens, k), in the order of log_probs
-    negative_entropy = torch.special.xlogy(probs, probs).sum()
-    return nll, negative_entropy - (probs * log_probs.gather(1, teacher_ids[real].long())).sum()
+    return nll, kl_divergences(log_probs, teacher_ids[real].long(), probs).sum()
 
 
 class DistillCollator:
@@ -179,11 +173,7 @@ class DistillCollator:
         rows = [example[TEACHER_IDS] for example in examples]
         shape = (len(rows), max(map(len, rows)), max(len(row[0]) for row in rows))  # (batch, answer, k)
         for name, dtype in ((TEACHER_IDS, torch.long), (TEACHER_PROBS, torch.float32)):
-            padded = torch.zeros(shape, dtype=dtype)
-            for index, example in enumerate(examples):
-                values = torch.tensor(example[name], dtype=dtype)
-                padded[index, : values.shape[0], : values.shape[1]] = values
-            batch[name] = padded
+            batch[name] = pad_rows([example[name] for example in examples], shape, dtype)
         return batch
 
 

@@ -15,7 +15,7 @@ Origin: FuseLLM, arXiv 2401.10491, sections 3.2 and 3.3.
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ TEACHER_IDS, TEACHER_PROBS = "teacher_ids", "teacher_probs"  # columns of the ex
 _FORMAT = 1  # another number is another name
 _FEATURES = Features({TEACHER_IDS: List(List(Value("int32"))), TEACHER_PROBS: List(List(Value("float32")))})
 _BATCH = 64  # examples that are aligned before they are written
+Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,22 @@ def _vocabulary_maps(
         if name not in by_tokenizer:
             by_tokenizer[name] = VocabularyMap(tokenizer, models[0].tokenizer, folder)
         maps[index] = by_tokenizer[name]
-        wanted: set[int] = set()
-        for example in np.flatnonzero(choice == index).tolist():
-            answer = labels[index].of(example)
-            wanted.update(np.union1d(answer.top_ids, answer.tokens).tolist())
-        maps[index].map(wanted, shown=True)
+        maps[index].map(used_tokens(labels[index], np.flatnonzero(choice == index).tolist()), shown=True)
     return maps
+
+
+def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
+    """All tokens of some answers and of their soft labels.
+
+    Args:
+        labels: of a model.
+        answers: their indices.
+    """
+    used: set[int] = set()
+    for index in answers:
+        answer = labels.of(index)
+        used.update(np.union1d(answer.top_ids, answer.tokens).tolist())
+    return used
 
 
 def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
@@ -196,33 +207,48 @@ class Aligner:
         self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
 
     def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
-        """Labels for one answer.
+        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself.
 
         Args:
             labels: the teacher's, of m tokens.
             target_tokens: (n,): the answer in the target's tokens.
         """
+        found, aligned = self.distributions(labels, target_tokens)
+        ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
+        for place, label in found.items():
+            ids[place], probs[place] = label
+        return FusedAnswer(ids, probs, aligned, len(found))
+
+    def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
+        """The teacher's distributions at those tokens of one answer that both models see alike.
+
+        Args:
+            labels: the teacher's, of m tokens.
+            target_tokens: (n,): the answer in the target's tokens.
+
+        Returns:
+            By place in the target's answer, ascending, token ids and probabilities as of `mapped_distribution`; and
+            the number of tokens that are aligned one to one.
+        """
         tokens, top_ids, top_log_probs = labels
         source_places, source = self._source.of(tokens.tolist())
         target_places, target = self._target.of(target_tokens.tolist())
         mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
-        ids, probs = _one_hot(target_tokens, top_ids.shape[1])
         pairs = one_to_one(source, target)
-        soft = 0
+        found: dict[int, Mapped] = {}
         for i, j in pairs:
             row, place = source_places[i], target_places[j]
             if mapping[int(tokens[row])] != int(target_tokens[place]):
                 continue
             label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
             if label is not None:
-                ids[place], probs[place] = label
-                soft += 1
-        return FusedAnswer(ids, probs, len(pairs), soft)
+                found[place] = label
+        return found, len(pairs)
 
 
 def mapped_distribution(
     ids: NDArray[np.int32], log_probs: NDArray[np.float32], mapping: Mapping[int, int]
-) -> tuple[NDArray[np.int32], NDArray[np.float32]] | None:
+) -> Mapped | None:
     """A distribution over a teacher's top k as one over the target's tokens, renormalized.
 
     Args:
@@ -269,8 +295,18 @@ def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> Ans
         tokenizer: the model's.
         examples: the replay in it; its EOS is an end whether or not it occurs there.
     """
+    return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
+
+
+def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
+    """`answer_symbols` of answers that are token ids alone.
+
+    Args:
+        tokenizer: the model's.
+        answers: in its tokens.
+    """
     texts = token_bytes(tokenizer)
-    learned = Counter(token for labels in examples["labels"] for token in labels if token != IGNORE_INDEX)
+    learned = Counter(token for answer in answers for token in answer)
     ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
     eos: Any = tokenizer.eos_token_id
     return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])

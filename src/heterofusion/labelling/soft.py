@@ -4,11 +4,14 @@
     output_dir/soft/tokenizers/<source>/    the tokenizer that its token ids are of
     output_dir/soft/index.json              which label each answer of an entry is of
 
-All that labelling needs of the distillation baseline is here: it runs a source over its labels as over a replay.
+All that labelling needs of the distillation baseline is here: it runs a source over its labels as over a replay. The
+index holds a hash of every label, so that who reads it later knows whether the files beside it are still those labels.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +21,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from heterofusion.baselines.soft_labels import labels_path
+from heterofusion.adapter_config import read_json_object
+from heterofusion.arguments import ModelArguments
+from heterofusion.baselines.soft_labels import SoftLabels, labels_path, read_labels
 from heterofusion.baselines.teachers import Teacher, collect_soft_labels
 from heterofusion.evaluation.ranks import all_together
 from heterofusion.evaluation.store import write_json
 from heterofusion.formats import detect_format, render, to_conversation, tokenize
 from heterofusion.labelling.experts import Expert
+from heterofusion.loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +93,9 @@ def store_soft_labels(
         device: Where models run.
 
     Returns:
-        What `index.json` holds: `top_k` and, by source, `file`, `identity` (both of the store), `tokenizer` (a folder)
-        and `labels`: task and line of every answer in the file, in its order.
+        What `index.json` holds: `top_k` and, by source, `file`, `identity` (both of the store), `tokenizer` (its
+        folder), `labels`: task and line of every answer in the file, in its order, and `label_sha256` of their
+        records.
 
     Raises:
         ValueError: A model cannot be loaded or does not fit into memory, or its logits are not finite.
@@ -110,6 +118,7 @@ def store_soft_labels(
             "identity": identity,
             "tokenizer": f"{TOKENIZERS}/{name}",
             "labels": [[label.task, label.line] for label in used],
+            "label_sha256": [record_sha256(label.record) for label in used],
         }
     ranks = PartialState()
     with all_together(ranks):
@@ -118,6 +127,106 @@ def store_soft_labels(
                 experts[name].tokenizer.save_pretrained(folder / TOKENIZERS / name)
             write_json(folder / INDEX_FILE, index)
     return index
+
+
+def record_sha256(record: Mapping[str, Any]) -> str:
+    """Hash of a label's record: it differs when any of its columns does."""
+    return hashlib.sha256(json.dumps(dict(record), sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A source whose soft labels are stored.
+
+    Args:
+        name: Of the source.
+        folder: Of the store.
+        identity: Of its soft labels.
+        tokenizer: That its token ids are of.
+    """
+
+    name: str
+    folder: Path
+    identity: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+
+    def read(self, check: bool) -> SoftLabels:
+        """Open the soft labels, memory-mapped.
+
+        Args:
+            check: Whether to hash them.
+
+        Raises:
+            ValueError: They are missing or damaged.
+        """
+        labels = read_labels(self.folder, self.identity, check)
+        if labels is None:
+            raise ValueError(
+                f"{labels_path(self.folder, self.identity)}, the soft labels of {self.name}, is missing or damaged: "
+                "run recipes/label.py --top_k_logits again"
+            )
+        return labels
+
+
+@dataclass(frozen=True)
+class StoredLabels:
+    """All soft labels of one run of `recipes/label.py`.
+
+    Args:
+        top_k: Tokens per position.
+        tasks: That have soft labels.
+        sources: By name.
+        places: By task and line, the source, the index of the answer in its soft labels, and the hash of the record.
+    """
+
+    top_k: int
+    tasks: frozenset[str]
+    sources: Mapping[str, StoredSource]
+    places: Mapping[tuple[str, int], tuple[str, int, str]]
+
+
+def read_store(output_dir: Path) -> StoredLabels:
+    """What is stored beside files of labels, without its tables.
+
+    Args:
+        output_dir: Of the labels.
+
+    Raises:
+        ValueError: There is nothing, or it is damaged.
+    """
+    folder = output_dir / FOLDER
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"--label_loss is soft, but there are no soft labels beside the files in {output_dir} ({path} does not "
+            "exist): run recipes/label.py with --top_k_logits, or leave --label_loss out"
+        )
+    index = read_json_object(path)
+    sources: dict[str, StoredSource] = {}
+    places: dict[tuple[str, int], tuple[str, int, str]] = {}
+    try:
+        top_k = int(index["top_k"])
+        for name, entry in index["sources"].items():
+            # a name from a file is no path
+            tokenizer = _read_tokenizer(name, folder / TOKENIZERS / Path(name).name)
+            sources[name] = StoredSource(name, folder, dict(entry["identity"]), tokenizer)
+            for answer, ((task, line), digest) in enumerate(zip(entry["labels"], entry["label_sha256"], strict=True)):
+                places[str(task), int(line)] = (name, answer, str(digest))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what recipes/label.py writes ({type(error).__name__}: {error}): label again with "
+            "--top_k_logits"
+        ) from error
+    return StoredLabels(top_k, frozenset(task for task, _ in places), sources, places)
+
+
+def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}, the tokenizer of the soft labels of {name}, does not exist: run recipes/label.py "
+            "--top_k_logits again"
+        )
+    return load_tokenizer(ModelArguments(str(folder)), None)
 
 
 def _examples(expert: Expert, labels: Sequence[OwnLabel]) -> tuple[Dataset, list[OwnLabel]]:

@@ -281,7 +281,7 @@ def _go_on(step: Step, afresh: bool) -> list[str]:
         return []
     if afresh:
         return ["--overwrite=true"]
-    if step.recipe == "eval":
+    if step.recipe in ("eval", "label"):
         return ["--resume=true"]
     has_checkpoint = bool(checkpoint_folders(step.folder)) or "stages" in step.flags
     return ["--resume_from_checkpoint=true"] if has_checkpoint else ["--overwrite=true"]

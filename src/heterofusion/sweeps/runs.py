@@ -3,8 +3,10 @@
 output_dir: outputs/alpha            # by default outputs/<name of the file>
 lists: {tasks: [a, b, c]}            # for `for_each`, see `Template`
 sweep: {seed: [0, 1], alpha_init: [0.1, 0.3]}   # all combinations; a list of such mappings is one after the other
-train: {...}                         # flags of the recipe that makes an adapter: train, expert, merge or distill,
-eval: {...}                          # and of recipes/eval.py; either may be missing. `eval` scores what was made,
+label: {...}                         # flags of recipes/label.py, which runs first; what trains on its labels names
+                                     # their files in the output_dir that is given here
+train: {...}                         # of the recipe that makes an adapter: train, expert, merge or distill,
+eval: {...}                          # and of recipes/eval.py; each may be missing. `eval` scores what was made,
                                      # unless it names others
 references:                          # rows to compare with: evaluations with some flags of `eval` replaced
   - {name: anchor, adapters: [ANCHOR]}
@@ -22,20 +24,22 @@ from heterofusion.baselines.merge_arguments import MERGE_ARGUMENTS
 from heterofusion.cli import UsageError, as_text, check_flags, read_yaml
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.expert import EXPERT_ARGUMENTS
+from heterofusion.labelling.arguments import LABEL_ARGUMENTS
 from heterofusion.stages import ARGUMENTS, WHOLE_RUN
 from heterofusion.sweeps.template import Template
 
-RECIPES: Mapping[str, tuple[type, ...]] = {
+RECIPES: Mapping[str, tuple[type, ...]] = {  # in the order in which a run goes through them
+    "label": LABEL_ARGUMENTS,
     "expert": EXPERT_ARGUMENTS,
     "train": ARGUMENTS,
     "merge": MERGE_ARGUMENTS,
     "distill": DISTILL_ARGUMENTS,
     "eval": EVAL_ARGUMENTS,
 }
-MAKERS = tuple(recipe for recipe in RECIPES if recipe != "eval")  # they make an adapter
+MAKERS = tuple(recipe for recipe in RECIPES if recipe not in ("label", "eval"))  # they make an adapter
 _KEYS = {"output_dir", "lists", "sweep", "references", *RECIPES}
-_FOLDERS = {"eval": "eval", **dict.fromkeys(MAKERS, "adapter")}
-_ROWS = {"train": "fused", "expert": "expert", "merge": "merged", "distill": "distilled"}
+_FOLDERS = {"label": "labels", "eval": "eval", **dict.fromkeys(MAKERS, "adapter")}
+_ROWS = {"train": "fused", "expert": "expert", "merge": "merged", "distill": "distilled", "label": "labels"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def _main_run(
 ) -> Run:
     """The run that a point of the sweep stands for."""
     flags = {recipe: template.fill(content[recipe]) for recipe in recipes}
-    made_as = next((_ROWS[recipe] for recipe in recipes if recipe in _ROWS), "fused")
+    made_as = next((_ROWS[recipe] for recipe in (*MAKERS, "label") if recipe in recipes), "fused")
     name = str(flags.get("eval", {}).get("name") or made_as)
     place = _folder(folder, name, names)
     steps = []
@@ -179,7 +183,7 @@ def _main_run(
             values = _eval_flags(values, name, stem, names, made)
         output = Path(str(values.get("output_dir") or place / _FOLDERS[recipe]))
         steps.append(Step(recipe, {**values, "output_dir": str(output)}, output))
-        made = output if recipe != "eval" else made
+        made = output if recipe in MAKERS else made
     return Run(stem, name, names, place, tuple(steps))
 
 

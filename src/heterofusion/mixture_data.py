@@ -1,0 +1,83 @@
+"""The training data of a run from its flags: replay, source labels, or a mixture of both, with what is recorded."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from heterofusion.arguments import DataArguments, SourceLabelArguments
+from heterofusion.data import build_replay
+from heterofusion.mixture import Mixture
+from heterofusion.source_labels import SourceLabels, build_labels, labels_record, labels_summary
+
+# Gives source labels their soft labels: the examples with them, plain values for the record, and a line for the log.
+AddSoftLabels = Callable[
+    [SourceLabels, SourceLabelArguments, PreTrainedTokenizerBase], tuple[Dataset, dict[str, Any], str]
+]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        examples: a data set, or with source labels a mixture.
+        parts: the data sets that it is made of.
+        replay_record: plain values about the replay; empty without.
+        labels_record: the same about the source labels; None without.
+        summary: what became of each part, as lines for the log by what they are of.
+    """
+
+    examples: Dataset | Mixture
+    parts: tuple[Dataset, ...]
+    replay_record: dict[str, Any]
+    labels_record: dict[str, Any] | None
+    summary: Mapping[str, list[str]]
+
+
+def build_training_data(
+    data: DataArguments,
+    labels: SourceLabelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    add_soft_labels: AddSoftLabels,
+    kind: str = "replay",
+) -> TrainingData:
+    """Load, sample and tokenize replay and source labels.
+
+    Args:
+        data: flags of the replay.
+        labels: flags of the source labels.
+        tokenizer: of the model that is trained; not changed.
+        args: of the training, for the length of an epoch.
+        add_soft_labels: called with `--label_loss soft`, all ranks together: soft labels are made above this module.
+        kind: what messages call the replay, as in `build_replay`.
+
+    Raises:
+        ValueError: a flag, a file or a record is not what it has to be, or there is neither; says what to do.
+    """
+    if not labels.source_labels:
+        replay, report = build_replay(data, tokenizer, kind)
+        return TrainingData(replay, (replay,), report.to_dict(), None, {kind: report.summary()})
+    parts: list[Dataset] = []
+    record: dict[str, Any] = {}
+    summary: dict[str, list[str]] = {}
+    if data.dataset_name:
+        replay, report = build_replay(data, tokenizer, kind)
+        parts, record, summary = [replay], report.to_dict(), {kind: report.summary()}
+    found = build_labels(labels, data, tokenizer)
+    labelled, soft_record, soft_weight, soft_lines = found.examples, None, None, []
+    if labels.label_loss == "soft":
+        labelled, soft_record, line = add_soft_labels(found, labels, tokenizer)
+        soft_weight, soft_lines = labels.soft_weight, [line]
+    mixture = Mixture(parts[0] if parts else [], labelled, labels.replay_fraction, soft_weight)
+    length = len(mixture.sampler(args, args.train_batch_size))
+    summary["source labels"] = [
+        *labels_summary(found.reports, data.max_length),
+        *soft_lines,
+        f"an epoch is {length} examples, {float(mixture.share):.1%} of them replay",
+    ]
+    made = labels_record(found.reports, float(mixture.share), soft_record)
+    return TrainingData(mixture, (*parts, labelled), record, made, summary)

@@ -102,6 +102,7 @@ def result(out: Path) -> dict:
     metrics = record["metrics"].items()
     record["metrics"] = {name: value for name, value in metrics if not re.search("_(runtime|per_second)$", name)}
     assert "train_loss" in record["metrics"]
+    assert record["made_by"].pop("cost")["peak_memory_bytes"] > 0  # of the run too, and where it was resumed
     names = {path.name for path in out.iterdir() if path.is_file()}
     files = {name: (out / name).read_bytes() for name in names - {"fusion.json", "trainer_state.json"}}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json"} <= files.keys()

@@ -6,8 +6,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from heterofusion.evaluation import AnswerGenerator
+from heterofusion.evaluation.store import PartWriter
 from heterofusion.labelling.generation import Label, LabelGenerator, SampleTokens, Sampling
-from heterofusion.labelling.parts import LabelWriter, read_parts
+from heterofusion.labelling.parts import read_parts, write_labels
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 
 
@@ -109,14 +110,14 @@ def test_sampling_depends_on_seed_and_key_alone(expert, prompts):
 
 def test_part_files_keep_labels_and_survive_a_cut(tmp_path):
     labels = [Label(0, " a\u2028b", 3, -0.25, True), Label(1, "", 1, -1.5, False), Label(2, "ü", 2, -3.0, True)]
-    with LabelWriter(tmp_path / "key" / "rank-0.jsonl") as part:
-        part.write(labels[:2], 1.0)
-        part.write(labels[2:], 3.0)
+    with PartWriter(tmp_path / "key" / "rank-0.jsonl") as part:
+        write_labels(part, labels[:2], 1.0)
+        write_labels(part, labels[2:], 3.0)
     found, seconds = read_parts(tmp_path / "key")
     assert found == dict(enumerate(labels)) and seconds == pytest.approx(4.0)
     path = tmp_path / "key" / "rank-0.jsonl"
     path.write_bytes(path.read_bytes()[:-3])
-    with LabelWriter(path) as part:
-        part.write([Label(5, "x", 1, -0.5, True)], 1.0)
+    with PartWriter(path) as part:
+        write_labels(part, [Label(5, "x", 1, -0.5, True)], 1.0)
     assert sorted(read_parts(tmp_path / "key")[0]) == [0, 1, 5]
     assert read_parts(tmp_path / "none") == ({}, 0.0)

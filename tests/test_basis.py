@@ -303,9 +303,8 @@ def test_first_examples_are_a_fixed_number(target):
 
 def test_two_steps_move_old_and_new_columns_of_b_and_no_bit_of_a(tmp_path, target):
     trainer = make_trainer(tmp_path / "out", extra_rank=K)
-    trainer.fusion_model.fit_basis(sequences())
-    rows = trainer.fusion_model.plan.target.extra_rows()
     trainer.train()
+    rows = trainer.fusion_model.plan.target.extra_rows()  # fitted when it began
     trainer.save_model()
     live = logits(trainer.fusion_model)
     fused = load_adapter(tmp_path / "out")

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
+from heterofusion.arguments import DataArguments
+from heterofusion.data import build_replay
 from heterofusion.evaluation import UIEF1, AnswerGenerator
 from heterofusion.records import sample_indices
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
@@ -218,12 +220,13 @@ def test_tables_and_folders_give_the_same(values, test_sets, tmp_path, whole, of
 
 
 def test_sample_is_that_of_training(values):
-    from heterofusion.arguments import DatasetSpec
-    from heterofusion.data import _sample
-
-    for total, count in ((10, 4), (10, 20)):
-        assert sample_indices(total, count, 7) == list(_sample(total, DatasetSpec("x", None, "test", count, 1.0), 7))
     found = run(values, max_examples=3, dataset_seed=7, max_new_tokens=2)
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
+    names = [str(name) for name in values["dataset_name"]]
+    replay, _ = build_replay(DataArguments(dataset_name=names, max_examples=[3], dataset_seed=7), tokenizer)
+    trained = {tokenizer.decode(ids, skip_special_tokens=True) for ids in replay["input_ids"]}
+    asked = [record["prompt"] for record in predictions(values["output_dir"])]
+    assert len(trained) == 3 and all(any(text.startswith(prompt) for text in trained) for prompt in asked)
     assert [record["index"] for record in predictions(values["output_dir"])] == sample_indices(COUNT, 3, 7)
     assert found["datasets"]["ner_kitchen"]["examples"] == 3
 

@@ -21,7 +21,7 @@ SAVE = "heterofusion.trainer:HeteroFusionTrainer._save_checkpoint"
 STEP = "transformers.trainer:Trainer.training_step"  # of the micro-batch that closes a window
 EXPORT = "heterofusion.trainer:export_adapter"
 MOVE = "heterofusion.export:_move_files"
-ROTATE = "heterofusion.trainer:rotate_checkpoints"
+ROTATE = "heterofusion.checkpoints:rotate_checkpoints"
 SECOND_SAVE = {"within": (SAVE, 2)}  # checkpoint-4
 
 

@@ -32,7 +32,7 @@ from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.comparison import COMPARISON_FILE, comparison_row
 from heterofusion.evaluation.results import join_results
 from heterofusion.report.fields import Fields
-from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, make_examples, write_dataset, zoo_path
+from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, write_splits, zoo_path
 
 MARK = ".heterofusion-demo"  # in a folder that a demo may write over
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
@@ -88,20 +88,6 @@ def run(main: Callable[[Sequence[str]], int], flags: Iterable[object]) -> None:
     print(f"$ python recipes/{name} {shlex.join(shown)}", flush=True)
     if main(flags) != 0:
         raise RuntimeError(f"recipes/{name} failed; see the error above")
-
-
-def write_data(options: DemoArguments, folder: Path) -> None:
-    """Replay, validation and test files of every task."""
-    for task in TASKS:
-        # validation is of the zoo's replay split too: what the experts were trained on would flatter them
-        records = make_examples(task, "replay", options.replay_examples + options.validation_examples, options.seed)
-        parts = {
-            "replay": records[: options.replay_examples],
-            "validation": records[options.replay_examples :],
-            "test": make_examples(task, "test", options.test_examples, options.seed),
-        }
-        for split, examples in parts.items():
-            write_dataset(folder / split / f"{task}.jsonl", examples)
 
 
 def fuse(options: DemoArguments, data: Path, output: Path, *flags: str) -> None:
@@ -208,7 +194,7 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     data, adapter = folder / "data", folder / "adapter"
-    write_data(options, data)
+    write_splits(data, options.replay_examples, options.validation_examples, options.test_examples, options.seed)
     steps = [f"--max_steps={options.max_steps}"]
     preset = [f"--preset={options.preset}"] if options.preset else []
     fuse(options, data, adapter, *preset, *steps)

@@ -41,7 +41,7 @@ from heterofusion.engines import refuse_data_parallel
 from heterofusion.expert import ExpertCallback, LoraArguments, check_finite
 from heterofusion.expert_lora import check_expert_checkpoint, choose_lora
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
-from heterofusion.hub import push_adapter
+from heterofusion.hub import push_output
 from heterofusion.loading import base_skeleton, check_run_flags, check_token_ids, load_base
 
 logger = logging.getLogger("heterofusion.distill")
@@ -129,15 +129,7 @@ def main(argv: list[str]) -> None:
     logger.info("student written to %s", folder)
     trainer.accelerator.wait_for_everyone()
     if push and is_main_process():
-        address = push_adapter(
-            folder,
-            args.hub_model_id or folder.resolve().name,
-            token=args.hub_token,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            commit_message="Upload distilled LoRA adapter",
-        )
-        logger.info("pushed: %s", address)
+        logger.info("pushed: %s", push_output(args, "Upload distilled LoRA adapter"))
 
 
 if __name__ == "__main__":

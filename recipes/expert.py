@@ -38,7 +38,7 @@ from heterofusion.expert import (
 from heterofusion.expert_lora import ExpertLora, check_basis_engine, check_expert_checkpoint, choose_lora
 from heterofusion.expert_record import expert_record, write_record
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
-from heterofusion.hub import push_adapter
+from heterofusion.hub import push_output
 from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import (
     base_skeleton,
@@ -110,15 +110,7 @@ def main(argv: list[str]) -> None:
     logger.info("expert written to %s", folder)
     trainer.accelerator.wait_for_everyone()
     if push and is_main_process():
-        address = push_adapter(
-            folder,
-            args.hub_model_id or folder.resolve().name,
-            token=args.hub_token,
-            private=args.hub_private_repo,
-            revision=args.hub_revision,
-            commit_message="Upload LoRA expert",
-        )
-        logger.info("pushed: %s", address)
+        logger.info("pushed: %s", push_output(args, "Upload LoRA expert"))
 
 
 def load_model(base: ExpertModelArguments, lora: ExpertLora, args: ExpertConfig) -> PeftModel:

@@ -15,7 +15,7 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.zoo import TASKS, make_examples, write_dataset
+from heterofusion.zoo import write_splits
 
 
 @dataclass
@@ -34,16 +34,7 @@ def main(argv: list[str]) -> None:
     (options,) = parse_arguments((PrepareArguments,), argv, __doc__)
     set_up_logging(logging.INFO)
     folder = Path(options.output_dir)
-    for task in TASKS:
-        # of the zoo's replay split too: what the experts were trained on would flatter them
-        records = make_examples(task, "replay", options.num_replay + options.num_validation, options.seed)
-        parts = {
-            "replay": records[: options.num_replay],
-            "validation": records[options.num_replay :],
-            "test": make_examples(task, "test", options.num_test, options.seed),
-        }
-        for split, examples in parts.items():
-            write_dataset(folder / split / f"{task}.jsonl", examples)
+    write_splits(folder, options.num_replay, options.num_validation, options.num_test, options.seed)
     print(f"written to {folder}")
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from heterofusion.evaluation.arguments import is_file_name
 from heterofusion.evaluation.generation import Answer
@@ -29,6 +29,7 @@ STATE_FILE = "state.json"
 RESULTS_FILE = "results.json"
 PREDICTIONS = "predictions"
 PARTS = "parts"
+Generated = TypeVar("Generated", bound=Answer)
 
 
 # ---- answers of a process ---------------------------------------------------------------------------------------
@@ -74,17 +75,34 @@ def read_parts(folder: Path) -> tuple[dict[int, Answer], float]:
     Returns:
         The answers by index, and the seconds of generation: those of the process that took longest.
     """
-    answers: dict[int, Answer] = {}
+
+    def answer(record: Mapping[str, Any]) -> Answer:
+        return Answer(int(record["index"]), str(record["prediction"]), int(record["new_tokens"]))
+
+    return read_records(folder, answer)
+
+
+def read_records(folder: Path, parse: Callable[[Mapping[str, Any]], Generated]) -> tuple[dict[int, Generated], float]:
+    """Read what `PartWriter.write_records` left; of what is there twice the first counts, damaged lines are told.
+
+    Args:
+        folder: of the part files of all processes; it need not exist.
+        parse: makes an answer of a record; a `ValueError`, `KeyError` or `TypeError` of it means damage.
+
+    Returns:
+        The answers by their `index`, and the seconds of generation: those of the process that took longest.
+    """
+    answers: dict[int, Generated] = {}
     longest = 0.0
     for path in sorted(folder.glob("rank-*.jsonl")):
         seconds = 0.0
         for line in path.read_bytes().split(b"\n")[:-1]:  # without a line end, the last one was cut
             try:
                 record = json.loads(line)
-                answer = Answer(int(record["index"]), str(record["prediction"]), int(record["new_tokens"]))
+                answer = parse(record)
                 seconds += float(record["seconds"])
             except (ValueError, KeyError, TypeError):
-                logger.warning("%s holds a damaged line; its example is generated again", path)
+                logger.warning("%s holds a damaged line; it is generated again", path)
                 continue
             answers.setdefault(answer.index, answer)
         longest = max(longest, seconds)

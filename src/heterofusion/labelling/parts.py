@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterofusion.evaluation.store import PartWriter
+from heterofusion.evaluation.store import PartWriter, read_records
 from heterofusion.labelling.generation import Label
-
-logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of part files; another number is another folder
 
@@ -59,24 +56,14 @@ def read_parts(folder: Path) -> tuple[dict[int, Label], float]:
     Returns:
         The labels by index, and the seconds of generation: those of the process that took longest.
     """
-    labels: dict[int, Label] = {}
-    longest = 0.0
-    for path in sorted(folder.glob("rank-*.jsonl")):
-        seconds = 0.0
-        for line in path.read_bytes().split(b"\n")[:-1]:  # without a line end, the last one was cut
-            try:
-                record = json.loads(line)
-                label = Label(
-                    int(record["index"]),
-                    str(record["text"]),
-                    int(record["new_tokens"]),
-                    float(record["log_probability"]),
-                    bool(record["ended"]),
-                )
-                seconds += float(record["seconds"])
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s holds a damaged line; its prompt is answered again", path)
-                continue
-            labels.setdefault(label.index, label)
-        longest = max(longest, seconds)
-    return labels, longest
+
+    def label(record: Mapping[str, Any]) -> Label:
+        return Label(
+            int(record["index"]),
+            str(record["text"]),
+            int(record["new_tokens"]),
+            float(record["log_probability"]),
+            bool(record["ended"]),
+        )
+
+    return read_records(folder, label)

@@ -277,6 +277,29 @@ def make_examples(task: str | Task, split: str, count: int, seed: int = 0) -> li
     return examples
 
 
+def write_splits(folder: str | pathlib.Path, num_replay: int, num_validation: int, num_test: int, seed: int) -> None:
+    """Writes folder/{replay,validation,test}/<task>.jsonl for every task; no sentence is in two of them.
+
+    Validation examples are of the replay split, too: what the experts were trained on would flatter them.
+
+    Args:
+        folder: Where the three folders go.
+        num_replay: Replay examples per task.
+        num_validation: Validation examples per task.
+        num_test: Test examples per task.
+        seed: Seed of the examples.
+    """
+    for task in TASKS:
+        records = make_examples(task, "replay", num_replay + num_validation, seed)
+        parts = {
+            "replay": records[:num_replay],
+            "validation": records[num_replay:],
+            "test": make_examples(task, "test", num_test, seed),
+        }
+        for split, examples in parts.items():
+            write_dataset(pathlib.Path(folder) / split / f"{task}.jsonl", examples)
+
+
 def write_dataset(path: str | pathlib.Path, examples: Iterable[Mapping[str, str]]) -> pathlib.Path:
     """Writes examples as JSON lines.
 

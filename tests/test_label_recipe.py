@@ -218,13 +218,13 @@ def test_killed_and_resumed(values, whole, kill_label_after):
     kill_label_after(19)
     label_killed(values)
     assert not (values["output_dir"] / "labels.json").exists()
-    part = min((values["output_dir"] / "parts").glob("*/rank-0.jsonl"))
-    lines = len(part.read_text().splitlines())
+    parts = (values["output_dir"] / "parts").glob("*/rank-0.jsonl")
+    part = min(part for part in parts if len(part.read_text().splitlines()) == 6)  # the one in work has 4
     part.write_bytes(part.read_bytes()[:-7])
     sizes = kill_label_after(None)
     run_label(values, resume=True)
     # of three models on three replays and two sources on their prompts: what was left, and what was cut
-    assert sorted(sizes) == sorted([1, *([4, 2] * 11)[19:]]) and lines in (4, 6)
+    assert sorted(sizes) == sorted([1, *([4, 2] * 11)[19:]])
     same_labels(values["output_dir"], whole[1])
     assert not [path for path in values["output_dir"].iterdir() if path.name.startswith(".")]
 

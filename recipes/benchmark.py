@@ -98,7 +98,7 @@ def check(arguments: BenchmarkArguments) -> None:
         ValueError: names the flag and what to set instead.
     """
     for preset in arguments.presets:
-        HypernetworkConfig.from_preset(preset, 4096)  # refuses an unknown one
+        HypernetworkConfig.fitted(preset, 4096)  # refuses an unknown one
     for reduce in arguments.ddp_reduce:
         if reduce not in DDP_REDUCE:
             raise ValueError(f"--ddp_reduce is {reduce!r}; choose from {', '.join(DDP_REDUCE)}")

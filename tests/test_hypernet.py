@@ -12,7 +12,7 @@ ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def parameters_at_8b(preset, rank):
-    config = HypernetworkConfig.from_preset(preset, 4096)
+    config = HypernetworkConfig.fitted(preset, 4096)
     with torch.device("meta"):
         networks = HyperNetworks({f"{role}_r{rank}": rank for role in ROLES}, config)
     return sum(p.numel() for p in networks.parameters())

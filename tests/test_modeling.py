@@ -288,9 +288,9 @@ def test_tiny_models_get_tiny_hypernetworks_and_8b_the_paper_sizes(model):
     assert (config.block_size, config.embed_dim, config.num_heads) == (64, 128, 8)
     from heterofusion.hypernet import HypernetworkConfig
 
-    large = HypernetworkConfig.from_preset("paper", 4096)
+    large = HypernetworkConfig.fitted("paper", 4096)
     assert (large.block_size, large.embed_dim, large.num_heads, large.max_position_embeddings) == (4096, 1024, 8, 4096)
-    assert [HypernetworkConfig.from_preset("paper", width).block_size for width in (16, 80, 2048, 3584, 8192)] == [
+    assert [HypernetworkConfig.fitted("paper", width).block_size for width in (16, 80, 2048, 3584, 8192)] == [
         64, 64, 2048, 4096, 4096,
     ]  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path, base):
     target, sources = load_adapter(TARGET), [load_adapter(QWEN)]
     alignment = plan_alignment(target, sources)
     state = base.state_dict()
-    for preset, cost in summary["presets"].items():
+    for preset, cost in summary["forms"].items():
         fresh = AutoModelForCausalLM.from_config(base.config)
         fresh.load_state_dict(state)
         built = HeteroFusionModel(fresh, alignment, MethodConfig(preset=preset)).hypernetworks
@@ -91,7 +91,7 @@ def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path, base):
         )
         assert cost["delta_bytes"] == 4 * sum(module.lora_B.numel() for module in target.modules.values())
         assert cost["embed_dim"] == built.config.embed_dim and cost["block_size"] == built.config.block_size
-    assert set(summary["presets"]) == {"paper", "compact"}
+    assert set(summary["forms"]) == {"paper", "compact"}
 
 
 def test_plan_on_the_terminal(capsys):

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from heterofusion.engines import set_zero_init_dtype
+from heterofusion.presets import PRESETS, preset_of
 
 DEFAULT_PRESET = "paper"
 EXTRA_BASES = ("random", "activations")
@@ -131,16 +132,46 @@ class BasisArguments:
             )
 
 
+_OF_PRESET: Any = None  # of a flag that has the preset's value where it is not given; never None afterwards
+
+
 @dataclass
 class MethodConfig(BasisArguments):
     """Settings of the method itself, without those of training.
 
-    A size that is not given comes from the preset, fitted to the width of the target model.
+    What is not given comes from the preset; sizes are fitted to the width of the target model.
     """
 
     preset: str = field(
         default=DEFAULT_PRESET,
-        metadata={"help": "Form and sizes of the hypernetwork.", "choices": ["paper", "compact"]},
+        metadata={
+            "help": "Defaults of the flags that are not given: the published method, the same with a compact "
+            "hypernetwork, or recommended: compact, with extra rank and a free update, made for source labels.",
+            "choices": list(PRESETS),
+        },
+    )
+    extra_rank: int = field(
+        default=_OF_PRESET,
+        metadata={
+            "help": "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, "
+            "whose columns of lora_B start at 0. In a sequence every stage adds its own; 0 is the published method "
+            "(0; 40 in `recommended`)."
+        },
+    )
+    extra_basis: str = field(
+        default=_OF_PRESET,
+        metadata={
+            "help": "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs "
+            "that the module sees on the training data (random; activations in `recommended`).",
+            "choices": list(EXTRA_BASES),
+        },
+    )
+    residual_scale: float = field(
+        default=_OF_PRESET,
+        metadata={
+            "help": "Scale of a free update that is trained beside the predicted one. Under Adam it moves by the "
+            "learning rate times this scale; 0 leaves it out (0; 1 in `recommended`)."
+        },
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that."}
@@ -155,7 +186,10 @@ class MethodConfig(BasisArguments):
     alpha_init: float = field(default=0.3, metadata={"help": "First value of every alpha, the scale of an update."})
     mu_gate: float = field(default=0.1, metadata={"help": "Shift of the gate before it is clamped to [0, 1]."})
     rdm_weight: float = field(
-        default=0.005, metadata={"help": "Weight (lambda) of rectified distribution matching in the loss."}
+        default=_OF_PRESET,
+        metadata={
+            "help": "Weight (lambda) of rectified distribution matching in the loss (0.005; 0 in `recommended`)."
+        },
     )
     rdm_mu: float = field(default=0.0, metadata={"help": "Mean of RDM's Gaussian before rectification."})
     rdm_sigma: float = field(default=1.0, metadata={"help": "Standard deviation of RDM's Gaussian."})
@@ -174,6 +208,26 @@ class MethodConfig(BasisArguments):
         default=False, metadata={"help": "Read every (A, B) in its canonical form sqrt(S) V^T, U sqrt(S)."}
     )
 
+    def __post_init__(self) -> None:
+        self.fill_preset()
+
+    @property
+    def form(self) -> str:
+        """The form of the hypernetworks."""
+        return preset_of(self.preset).form
+
+    def fill_preset(self) -> None:
+        """Give everything that was not given its preset's value.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if self.extra_rank == 0 and self.extra_basis is None:
+            self.extra_basis = EXTRA_BASES[0]  # there are no rows to lie anywhere
+        for name, value in preset_of(self.preset).values.items():
+            if getattr(self, name, value) is None:
+                setattr(self, name, value)
+
     def check_method(self) -> None:
         """Check the ranges of the settings.
 
@@ -182,6 +236,7 @@ class MethodConfig(BasisArguments):
         """
         for name, low, strict in (
             ("rdm_weight", 0.0, False),
+            ("residual_scale", 0.0, False),
             ("rdm_sigma", 0.0, False),
             ("rdm_projections", 0, True),
             ("block_size", 0, True),
@@ -212,8 +267,8 @@ class MethodConfig(BasisArguments):
                 )
 
     def hypernetwork_overrides(self) -> dict[str, Any]:
-        """Arguments of `HypernetworkConfig.from_preset` that these settings give."""
-        names = ("block_size", "embed_dim", "num_heads", "max_position_embeddings", "mu_gate")
+        """Arguments of `HypernetworkConfig.fitted` that these settings give."""
+        names = ("block_size", "embed_dim", "num_heads", "max_position_embeddings", "mu_gate", "residual_scale")
         return {name: getattr(self, name) for name in names}
 
     def method_dict(self) -> dict[str, Any]:
@@ -226,19 +281,27 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     """`TrainingArguments` with the method's settings; the defaults are the paper's training recipe.
 
     AdamW (weight decay 0.01 on all parameters), learning rate 5e-5, cosine to 0 after `int(0.05 * steps)` warm-up
-    steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8.
+    steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8. Presets differ in the first four.
     """
 
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of the hypernetworks."})
+    learning_rate: float = field(
+        default=_OF_PRESET, metadata={"help": "Peak learning rate (5e-5; 2e-4 in `recommended`)."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(
-        default=0.05,
-        metadata={"help": "Warm-up steps; below 1, the share of all steps, rounded down."},
+        default=_OF_PRESET,
+        metadata={
+            "help": "Warm-up steps; below 1, the share of all steps, rounded down (0.05; 0.1 in `recommended`)."
+        },
     )
     weight_decay: float = field(
-        default=0.01, metadata={"help": "Weight decay of all parameters, norms, biases and alphas too."}
+        default=_OF_PRESET,
+        metadata={"help": "Weight decay of all parameters, norms, biases and alphas too (0.01; 0 in `recommended`)."},
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip at; 0 does not clip."})
+    max_grad_norm: float = field(
+        default=_OF_PRESET,
+        metadata={"help": "Gradient norm to clip at; 0 does not clip (0; 1 in `recommended`)."},
+    )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
@@ -271,10 +334,11 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.fill_preset()
         self.check_method()
         self._check_training()
         with self._mixed_precision_taken_over():
-            super().__post_init__()
+            TrainingArguments.__post_init__(self)
         if self.base_in_bf16:
             set_zero_init_dtype(torch.bfloat16)
         avoid_reentrant(self, "reentrant checkpointing gives the hypernetworks no gradient")

@@ -166,6 +166,14 @@ def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = Fa
     }
 
 
+def predicted_blocks(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
+    """Blocks of B that each group's hypernetwork predicts, over all of its modules, by group name."""
+    return {
+        key.name: sum(-(-item.target.out_features // block_size) for item in members)
+        for key, members in plan.groups.items()
+    }
+
+
 def sequence_lengths(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
     """The longest block sequence of every group, from shapes alone."""
 

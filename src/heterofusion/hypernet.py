@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from heterofusion.large_linear import LargeLinear
 
-PRESETS = ("paper", "compact")
+FORMS = ("paper", "compact")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class HypernetworkConfig:
         mu_gate: shift of the gate before clamping.
         row_features: k of the compact form.
         column_features: m of the compact form.
+        residual_scale: factor of the free update that is trained beside the predicted one; 0 for none.
     """
 
     form: str = "paper"
@@ -44,10 +45,11 @@ class HypernetworkConfig:
     mu_gate: float = 0.1
     row_features: int = 512
     column_features: int = 8
+    residual_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.form not in PRESETS:
-            raise ValueError(f"preset is {self.form!r}; choose one of {', '.join(PRESETS)}")
+        if self.form not in FORMS:
+            raise ValueError(f"the form is {self.form!r}; choose one of {', '.join(FORMS)}")
         for name in ("block_size", "embed_dim", "num_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -57,32 +59,34 @@ class HypernetworkConfig:
             )
         if not math.isfinite(self.mu_gate):
             raise ValueError(f"mu_gate is {self.mu_gate}; it must be finite")
+        if not 0 <= self.residual_scale < math.inf:
+            raise ValueError(f"residual_scale is {self.residual_scale}; it must be at least 0 and finite")
 
     @classmethod
-    def from_preset(cls, preset: str, width: int, **overrides: Any) -> "HypernetworkConfig":
-        """Sizes of a preset, fitted to a model.
+    def fitted(cls, form: str, width: int, **overrides: Any) -> "HypernetworkConfig":
+        """Sizes of a form, fitted to a model.
 
         The paper's sizes belong to 4096-wide models and are what such a model gets. Others get the nearest power of
         two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model does
         not carry a 0.7 B hypernetwork.
 
         Args:
-            preset: `paper` or `compact`.
+            form: `paper` or `compact`.
             width: hidden size of the target model.
-            overrides: values that replace the preset's; None keeps it.
+            overrides: values that replace the form's; None keeps it.
 
         Raises:
-            ValueError: unknown preset, or values that do not go together.
+            ValueError: unknown form, or values that do not go together.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         block_size = given.get("block_size", min(4096, max(64, 1 << round(math.log2(max(width, 1))))))
-        if preset == "compact":
+        if form == "compact":
             values = {"embed_dim": min(512, max(128, block_size // 8)), "max_position_embeddings": 1024}
         else:
             values = {"embed_dim": min(1024, max(128, block_size // 4)), "max_position_embeddings": 4096}
         values |= {"block_size": block_size, **given}
         values["row_features"] = max(1, min(block_size // 2, values["embed_dim"]))
-        return cls(form=preset, **values)
+        return cls(form=form, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -118,7 +122,7 @@ class HypernetworkOutput(NamedTuple):
     """What one hypernetwork gives back.
 
     Attributes:
-        update: (T, b, r) alpha times the predicted blocks, in the order of `decode_index`.
+        update: (T, b, r) alpha times the predicted blocks, and the free ones, in the order of `decode_index`.
         target_embedding: (M, N_t, e), before positions.
         source_embedding: (M, N_s, e), before positions.
         attention: (M, N_t, N_s) averaged over heads, None unless asked for.
@@ -248,10 +252,33 @@ class PositionTable(nn.Module):
         return self.weight[:length]
 
 
-class HyperNetwork(nn.Module):
-    """Predicts the blocks of a target module's B update from the target's and the sources' blocks."""
+class FreeUpdate(nn.Module):
+    """Blocks of updates that depend on no adapter. A module of its own: engines that shard gather by module."""
 
-    def __init__(self, rank: int, config: HypernetworkConfig, alpha_init: float = 0.3) -> None:
+    def __init__(self, blocks: int, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(blocks, config.block_size, rank))
+
+    def forward(self, update: Tensor, scale: float) -> Tensor:
+        """Add the blocks, (T, b, r), to those that were predicted."""
+        return update + scale * self.weight
+
+
+class HyperNetwork(nn.Module):
+    """Predicts the blocks of a target module's B update from the target's and the sources' blocks.
+
+    With a `residual_scale` c above 0 an update is alpha * dB + c * R, where R, at first 0, is trained freely. Adam's
+    steps do not depend on the scale of a gradient, so R's part of the update moves c times as fast as the learning
+    rate says.
+
+    Args:
+        rank: r of the group.
+        config: sizes.
+        alpha_init: first value of alpha.
+        blocks: T, blocks that are predicted, for the free update; 0 leaves it out.
+    """
+
+    def __init__(self, rank: int, config: HypernetworkConfig, alpha_init: float = 0.3, blocks: int = 0) -> None:
         super().__init__()
         e = config.embed_dim
         compact = config.form == "compact"
@@ -265,6 +292,8 @@ class HyperNetwork(nn.Module):
         self.decoder = FactorizedDecoder(rank, config) if compact else DenseDecoder(rank, config)
         # shape (1,): FSDP2 refuses 0-dimensional parameters
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
+        self.residual_scale = config.residual_scale
+        self.residual = FreeUpdate(blocks, rank, config) if blocks and config.residual_scale else None
 
     def encode(self, blocks: Tensor, descriptors: Tensor, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
         """Embed blocks.
@@ -301,6 +330,8 @@ class HyperNetwork(nn.Module):
         if inputs.decode_index is not None:
             mixed = mixed[inputs.decode_index]
         update = self.alpha * self.decoder(self.out_proj(mixed), shared)
+        if self.residual is not None:
+            update = self.residual(update, self.residual_scale)
         if not diagnostics:
             return HypernetworkOutput(update, z_target, z_source, None, None, None)
         attention = self._attention_map(queries, keys, mask)
@@ -322,12 +353,28 @@ class HyperNetwork(nn.Module):
 class HyperNetworks(nn.Module):
     """One hypernetwork with its alpha per group, and what the compact form shares among them."""
 
-    def __init__(self, ranks: Mapping[str, int], config: HypernetworkConfig, alpha_init: float = 0.3) -> None:
-        """Args: ranks: rank by group name; config: sizes; alpha_init: first value of every alpha."""
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        config: HypernetworkConfig,
+        alpha_init: float = 0.3,
+        blocks: Mapping[str, int] | None = None,
+    ) -> None:
+        """Build them.
+
+        Args:
+            ranks: rank by group name.
+            config: sizes.
+            alpha_init: first value of every alpha.
+            blocks: predicted blocks by group name, for the free updates; None leaves these out.
+        """
         super().__init__()
         self.config = config
         self.shared = SharedFactors(set(ranks.values()), config) if config.form == "compact" else None
-        self.networks = nn.ModuleDict({name: HyperNetwork(rank, config, alpha_init) for name, rank in ranks.items()})
+        blocks = blocks or {}
+        self.networks = nn.ModuleDict(
+            {name: HyperNetwork(rank, config, alpha_init, blocks.get(name, 0)) for name, rank in ranks.items()}
+        )
 
     def forward(
         self, groups: Mapping[str, HypernetworkInput], diagnostics: bool = False

@@ -20,7 +20,7 @@ from heterofusion.base_model import check_base_fits, disable_dropout_config, ref
 from heterofusion.basis import ExpandedAdapter, expand_plan, set_ranks, with_target
 from heterofusion.basis_inputs import fit_basis
 from heterofusion.config import MethodConfig
-from heterofusion.contexts import build_contexts, sequence_lengths
+from heterofusion.contexts import build_contexts, predicted_blocks, sequence_lengths
 from heterofusion.engines import is_sharded, load_whole_tensors
 from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
 from heterofusion.live import LiveUpdates
@@ -46,7 +46,7 @@ def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> Hypernetwo
     Raises:
         ValueError: sizes do not go together, or a sequence of blocks is longer than the position table.
     """
-    config = HypernetworkConfig.from_preset(method.preset, target_width(plan), **method.hypernetwork_overrides())
+    config = HypernetworkConfig.fitted(method.form, target_width(plan), **method.hypernetwork_overrides())
     lengths = sequence_lengths(plan, config.block_size)
     name = max(lengths, key=lambda key: lengths[key])
     if lengths[name] > config.max_position_embeddings:
@@ -106,7 +106,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
             super().__init__(model, lora_config, ADAPTER_NAME)
             torch.manual_seed(seed)
             ranks = {key.name: key.rank for key in plan.groups}
-            self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init).float()
+            blocks = predicted_blocks(plan, sizes.block_size)
+            self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init, blocks).float()
         self.plan = plan
         self.method = method
         self._mode_set = self._anchor_alone = False
@@ -177,7 +178,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         self.updates = LiveUpdates(self.hypernetworks, contexts, self.method, seed)
         base: Any = self.get_base_model()
         paths = dict.fromkeys(item.target.module.path for item in self.plan.aligned)
-        self._hooks = [self.updates.hook(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
+        self._hooks = [self.updates.install(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
 
     # ---- basis expansion ----------------------------------------------------------------------------------------
 

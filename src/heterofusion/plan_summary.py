@@ -8,9 +8,9 @@ import torch
 from heterofusion.architectures import module_key
 from heterofusion.basis import expand_plan, extra_rank
 from heterofusion.config import MethodConfig
-from heterofusion.contexts import sequence_lengths, source_factors
+from heterofusion.contexts import predicted_blocks, sequence_lengths, source_factors
 from heterofusion.controls import control_record, describe_control
-from heterofusion.hypernet import PRESETS, HypernetworkConfig, HyperNetworks
+from heterofusion.hypernet import FORMS, HypernetworkConfig, HyperNetworks
 from heterofusion.modeling import target_width
 from heterofusion.topology import AlignedSlice, AlignmentPlan, RoleSlice
 
@@ -23,7 +23,7 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
     Returns:
         `target`, `extra_rank` and `extra_basis` (None without), `source_control` (None, or as `control_record` has
         it), `sources` (layers, offset, modules used and not, with reasons), `modules` (which source module feeds which
-        target module, ranks, scalings, truncated energy), `untouched` with reasons, `groups`, and `presets`
+        target module, ranks, scalings, truncated energy), `untouched` with reasons, `groups`, and `forms`
         (parameters and bytes of the hypernetworks in each form).
     """
     plan = expand_plan(plan, method, seed=0)  # of ranks and sizes, on which the seed has no influence
@@ -50,7 +50,8 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
         "modules": modules,
         "untouched": plan.untouched,
         "preset": method.preset,
-        "presets": {name: preset_cost(plan, method, name) for name in PRESETS},
+        "form": method.form,
+        "forms": {name: form_cost(plan, method, name) for name in FORMS},
     }
 
 
@@ -94,16 +95,17 @@ def _source_row(index: int, plan: AlignmentPlan, modules: list[dict[str, Any]]) 
     }
 
 
-def preset_cost(plan: AlignmentPlan, method: MethodConfig, preset: str) -> dict[str, Any]:
-    """Size of the hypernetworks of one preset; the method's own sizes apply to both.
+def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str, Any]:
+    """Size of the hypernetworks of one form; the method's own sizes apply to both.
 
     Returns:
         Sizes, `parameters`, and bytes of weights, gradients, AdamW states, activations (an estimate of what one
         forward with gradient keeps) and of all updates dB.
     """
-    config = HypernetworkConfig.from_preset(preset, target_width(plan), **method.hypernetwork_overrides())
+    config = HypernetworkConfig.fitted(form, target_width(plan), **method.hypernetwork_overrides())
     with torch.device("meta"):
-        networks = HyperNetworks({key.name: key.rank for key in plan.groups}, config)
+        ranks = {key.name: key.rank for key in plan.groups}
+        networks = HyperNetworks(ranks, config, blocks=predicted_blocks(plan, config.block_size))
     parameters = sum(parameter.numel() for parameter in networks.parameters())
     delta = sum(item.target.out_features * item.target.module.rank for item in plan.aligned)
     lengths = sequence_lengths(plan, config.block_size)
@@ -111,7 +113,7 @@ def preset_cost(plan: AlignmentPlan, method: MethodConfig, preset: str) -> dict[
     for key, members in plan.groups.items():
         block = config.block_size * key.rank
         width = block if config.form == "paper" else (config.row_features + key.rank) * config.column_features * 2
-        decoded = sum(-(-item.target.out_features // config.block_size) for item in members)
+        decoded = predicted_blocks(plan, config.block_size)[key.name]
         floats += len(members) * 2 * lengths[key.name] * (width + 14 * config.embed_dim) + decoded * 2 * block
     return {
         **config.to_dict(),
@@ -164,13 +166,16 @@ def format_plan(summary: dict[str, Any]) -> str:
             ]
         if source["ignored_tensors"]:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
-    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; preset of this run: {summary['preset']})"]
+    lines += [
+        "",
+        f"hypernetworks ({len(summary['groups'])} groups; preset of this run: {summary['preset']}, form {summary['form']})",
+    ]
     lines += _table(
         (
-            "preset", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~",
+            "form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~",
             "dB",
         ),
-        [(name, *_cost_cells(cost)) for name, cost in summary["presets"].items()],
+        [(name, *_cost_cells(cost)) for name, cost in summary["forms"].items()],
     )  # fmt: skip
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ PARITY = {
     for accumulation, checkpointing in ((1, False), (2, False), (4, False), (2, True))
 }  # fmt: skip
 COMPACT = {"accumulation": 2, "preset": "compact", "num_heads": 2}
-EXTRA = {"accumulation": 2, "extra_rank": 5, "extra_basis": "activations"}
+EXTRA = {"accumulation": 2, "extra_rank": 5, "extra_basis": "activations", "residual_scale": 0.5}
 # the highest loss is taken for the best, so that the first checkpoint is and not the last
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 CASES = {
@@ -30,7 +30,7 @@ CASES = {
     "bf16": {"accumulation": 2, "bf16": True},
     "launcher-bf16": {"accumulation": 2, "launcher_precision": "bf16"},
     "resume": {"kind": "resume"},
-    "resume-extra": {"kind": "resume", "extra_rank": 5, "extra_basis": "activations"},
+    "resume-extra": {"kind": "resume", **EXTRA},
     "resume-mixture": {"kind": "resume", "mixture": True},
     "best": {"kind": "resume", **BEST},
     "nan": {"kind": "poisoned", "steps": [2], "save_strategy": "steps", "save_steps": 1, "logging_steps": 100},

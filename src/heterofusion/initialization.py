@@ -1,7 +1,8 @@
 """Hypernetworks that start from those of another fusion: the stage before, or a folder that a user names.
 
 A group (role and rank) takes all of its parameters and its alpha where the other fusion has that group; the others
-start fresh. The factors that the compact form shares come along. Sizes must agree; adapters need not.
+start fresh, and so do all free updates. The factors that the compact form shares come along. Sizes must agree;
+adapters need not.
 """
 
 import json
@@ -22,6 +23,7 @@ from heterofusion.topology import AlignmentPlan
 logger = logging.getLogger(__name__)
 
 INITIALIZATION_FILE = "initialization.json"
+_FREE = ".residual."  # of parameters that are no function of adapters: the target of a later stage has them in its B
 _FLAGS = {"form": "preset"}  # fields of HypernetworkConfig that have another name as a flag
 
 
@@ -138,6 +140,7 @@ def initialize_hypernetworks(model: HeteroFusionModel, start: Initialization) ->
     try:
         with safe_open(start.file, "pt") as content, torch.no_grad():
             names = [name for name in content.keys() if name.startswith(prefixes) and name in parameters]  # noqa: SIM118
+            names = [name for name in names if _FREE not in name]
             for name in names:
                 parameters[name].copy_(content.get_tensor(name))
     except (SafetensorError, OSError) as error:

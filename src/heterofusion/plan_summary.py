@@ -166,10 +166,8 @@ def format_plan(summary: dict[str, Any]) -> str:
             ]
         if source["ignored_tensors"]:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
-    lines += [
-        "",
-        f"hypernetworks ({len(summary['groups'])} groups; preset of this run: {summary['preset']}, form {summary['form']})",
-    ]
+    of_run = f"preset of this run: {summary['preset']}, form {summary['form']}"
+    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})"]
     lines += _table(
         (
             "form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~",

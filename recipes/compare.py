@@ -3,9 +3,10 @@
     python recipes/compare.py --config recipes/demo/compare.yaml [--jobs 2] [--dry_run true]
 
 The file names the methods, each with the flags of its recipe (train, expert, merge, distill, or an evaluation alone)
-and the values of its hyper-parameters to try; see recipes/README.md. First every method with hyper-parameters gets
---search_budget runs that are scored on validation data; then all methods run once per seed with what was best, and are
-scored on the test data. Runs that are finished are skipped, so the same command goes on after an interruption. Writes
+and the values of its hyper-parameters to try; see recipes/README.md. What several methods share (labels of source
+experts, further adapters) is made first. Then every method with hyper-parameters gets --search_budget runs that are
+scored on validation data; at last all methods run once per case and seed with what was best, and are scored on the
+test data. Runs that are finished are skipped, so the same command goes on after an interruption. Writes
 output_dir/comparison.json, and report.md with a picture to output_dir/report.
 """
 
@@ -23,17 +24,22 @@ from heterofusion.comparison import (
     COMPARISON_FILE,
     SECTIONS,
     check_apart,
+    check_datasets,
     choose,
     collect,
     final_runs,
+    finished_folders,
+    lost_methods,
+    made_runs,
+    make,
     plan_comparison,
+    run_unblocked,
     search_runs,
 )
 from heterofusion.files import write_whole
 from heterofusion.report.comparison import comparison_table, gain_sentences, parse_comparison
 from heterofusion.report.style import require_matplotlib
 from heterofusion.report.write import Report, check_output, write_report
-from heterofusion.sweeps import Run, run_all
 from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
 from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome
 
@@ -70,11 +76,10 @@ class CompareArguments(PlaceArguments):
             raise ValueError(f"--search_budget is {self.search_budget}; it must be at least 1")
 
 
-def run_phase(runs: list[Run], options: CompareArguments) -> list[Outcome]:
-    """Run what is not finished; gives what failed."""
-    pool = options.pool(FOLDER)
-    outcomes = run_all(runs, pool)
-    print(outcome_table(outcomes), flush=True)
+def unfinished(outcomes: list[Outcome]) -> list[Outcome]:
+    """Those that did not end well; prints what became of all."""
+    if outcomes:
+        print(outcome_table(outcomes), flush=True)
     return [outcome for outcome in outcomes if outcome.status in (FAILED, NOT_RUN)]
 
 
@@ -88,30 +93,40 @@ def main(argv: list[str]) -> None:
     comparison = plan_comparison(
         sections, file, folder, options.seeds, options.search_seed, options.search_budget, options.only
     )
-    searching, reported = search_runs(comparison), final_runs(comparison, {})  # all flags are checked here
-    check_apart(searching, reported, comparison.where)
+    # all flags are checked here
+    made, searching, reported = made_runs(comparison), search_runs(comparison), final_runs(comparison, {})
+    check_apart(searching, reported, comparison.where, made)
+    check_datasets(comparison.gains, reported, comparison.where)
     if options.dry_run:
-        for run in (*searching, *reported):
+        for run in (*made, *searching, *reported):
             print(describe(run))
-        print(f"{len(searching)} runs to choose hyper-parameters by, {len(reported)} to report")
+        first = f"{len(made)} runs to make what methods share, " if made else ""
+        print(f"{first}{len(searching)} runs to choose hyper-parameters by, {len(reported)} to report")
         return
     require_matplotlib()
     report_folder, document = check_output(folder / "report", None, overwrite=True)
     end_runs_when_told()
-    failed = run_phase(searching, options)
+    pool = options.pool(FOLDER)
+    again = "the same command, without --overwrite, tries them again"
+    failed = unfinished(make(made, pool))
+    if pool.stopped:
+        raise ChildProcessError(
+            f"{len(failed)} of {len(made)} runs that make what methods share did not finish; {again}"
+        )
+    lost = lost_methods(comparison, searching, finished_folders(made))
+    searching = [run for run in searching if run.name not in lost]
+    failed = unfinished(run_unblocked(searching, made, pool))
     if failed:
         raise ChildProcessError(
-            f"{len(failed)} of {len(searching)} validation runs did not finish, so nothing can be chosen; the same "
-            "command, without --overwrite, tries them again"
+            f"{len(failed)} of {len(searching)} validation runs did not finish, so nothing can be chosen; {again}"
         )
-    chosen = choose(comparison)
+    chosen = choose(comparison, without=lost)
     reported = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
-    failed = run_phase(reported, options)
-    again = "the same command, without --overwrite, tries them again"
-    unfinished = f"{len(failed)} of {len(reported)} runs did not finish; {again}"
+    failed = unfinished(run_unblocked(reported, made, pool, lost))
+    told = f"{len(failed)} of {len(reported)} runs did not finish; {again}"
     content = {"title": options.title, **collect(comparison, chosen)}
     if failed and not content["rows"]:
-        raise ChildProcessError(unfinished)
+        raise ChildProcessError(told)
     write_whole(folder / COMPARISON_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     table = parse_comparison(content, f"comparison {folder / COMPARISON_FILE}")
     write_report(Report(options.title, comparisons=[table]), report_folder, document)
@@ -119,7 +134,7 @@ def main(argv: list[str]) -> None:
     print("\n".join(gain_sentences(table)))
     print(f"written to {document}")
     if failed:
-        raise ChildProcessError(unfinished)
+        raise ChildProcessError(told)
 
 
 if __name__ == "__main__":

@@ -93,3 +93,13 @@ def test_seconds_that_are_not_known_are_left_out():
     content["rows"][0]["runs"] = [{**run, "making_seconds": None} for run in content["rows"][0]["runs"]]
     (line,) = [line for line in comparison_table(parse_comparison(content, "x")).splitlines() if "real" in line]
     assert [cell.strip() for cell in line.split("|")][5:8] == ["3", "-", "-"]
+
+
+def test_seconds_of_what_methods_share_have_a_column_if_there_are_any():
+    content = table()
+    assert "labels etc." not in comparison_section(parse_comparison(content, "x"), [], "##")
+    content["rows"][0]["runs"] = [{**run, "made_seconds": 60.0 + run["seed"]} for run in content["rows"][0]["runs"]]
+    text = comparison_section(parse_comparison(content, "x"), [], "##")
+    header, *lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    place = [cell.strip() for cell in header].index("labels etc., s")
+    assert {line[1].strip(): line[place].strip() for line in lines[1:]} == {"real": "61.0", "noise": "-", "merge": "-"}

@@ -1,11 +1,23 @@
 """What the runs of a comparison left becomes one record: `comparison.json`, which reports are made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.data import check_same_data
+from heterofusion.comparison.making import finished_folders, is_outdated, seconds_to_make
 from heterofusion.comparison.plan import Comparison, Method
-from heterofusion.comparison.runs import final_folders, final_runs, making_seconds, part_folders, read_record
+from heterofusion.comparison.runs import (
+    Place,
+    final_places,
+    final_runs,
+    made_folders,
+    made_runs,
+    making_seconds,
+    part_folders,
+    read_record,
+)
 from heterofusion.evaluation.results import join_results
 from heterofusion.evaluation.store import RESULTS_FILE
 from heterofusion.provenance import library_versions
@@ -24,7 +36,8 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
 
     Returns:
         For `comparison.json`: the rows, in order, and the gains' names. Runs that are not finished are listed as
-        `missing`, and so are those whose results are of other flags than were chosen now.
+        `missing`, and so are those whose results are of other flags than were chosen now, or of shared things that
+        have other flags now or were made again.
 
     Raises:
         ValueError: a result is damaged, or of other data than the others; names the file.
@@ -32,29 +45,61 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
     rows, missing = [], []
     everything: list[Fields] = []
     wanted = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
-    finished = {run.folder for run in wanted if is_finished(run)}
+    made = made_runs(comparison)
+    there = finished_folders(made)
+    finished = {
+        run.folder for run in wanted if there.issuperset(run.needs) and not is_outdated(run, made) and is_finished(run)
+    }
+    seconds = {run.folder: seconds_to_make(run) for run in made if run.folder in there}
     for method in comparison.methods:
-        runs = {}
-        for folder, seed in final_folders(comparison, method):
-            places = part_folders(method, folder)
-            if finished.issuperset(places):
-                results = [read_record(place / "eval" / RESULTS_FILE) for place in places]
-                runs[seed] = _joined(results)
-                everything += results
+        searched = comparison.method(method.settings_of or method.name)
+        known = not searched.search or searched.name in chosen
+        results: dict[Path, Fields] = {}
+        for place in final_places(comparison, method):
+            folders = part_folders(method, place.folder)
+            if known and finished.issuperset(folders):
+                found = [read_record(folder / "eval" / RESULTS_FILE) for folder in folders]
+                results[place.folder] = _joined(found)
+                everything += found
             else:
-                missing.append(method.name if seed is None else f"{method.name}, seed {seed}")
-        if runs:
-            rows.append(_method_row(comparison, method, runs, chosen))
+                missing.append(_title(method, place))
+        for case, places in _places_by_row(comparison, method):
+            done = [place for place in places if place.folder in results]
+            if done:
+                rows.append(_method_row(comparison, method, case, done, results, seconds, chosen))
     check_same_data(everything)
     return {
-        "seeds": list(comparison.seeds),
+        "cases": comparison.case_names,
+        "seeds": comparison.seeds,
         "search_budget": comparison.budget,
+        "search_case": comparison.search_case.name if comparison.search_case is not None else None,
         "rows": rows,
-        "gains": [{"name": gain.name, "row": gain.row, "over": gain.over} for gain in comparison.gains],
+        "gains": [gain.plain() for gain in comparison.gains],
         "normalize_by": comparison.normalize_by,
         "missing": missing,
         "versions": library_versions(),
     }
+
+
+def _title(method: Method, place: Place) -> str:
+    seed = [] if place.seed is None else [f"seed {place.seed}"]
+    return ", ".join([method.name, *([] if place.case_name is None else [place.case_name]), *seed])
+
+
+def _places_by_row(comparison: Comparison, method: Method) -> Iterator[tuple[str | None, list[Place]]]:
+    """The rows of a method with their runs.
+
+    One for each case; what does not depend on one has a single row without a case, or, where it belongs to some cases
+    alone, the same runs as the row of each of them.
+    """
+    places = final_places(comparison, method)
+    if method.cases or places[0].case_name is not None:
+        for case in comparison.cases_of(method):
+            own = [place for place in places if place.case_name == case.name]
+            shared = [place for place in places if place.case_name is None and place.seed in (None, *case.seeds)]
+            yield case.name, own or shared
+    else:
+        yield None, places
 
 
 def _joined(results: Sequence[Fields]) -> Fields:
@@ -65,10 +110,26 @@ def _joined(results: Sequence[Fields]) -> Fields:
 
 
 def _method_row(
-    comparison: Comparison, method: Method, runs: Mapping[int | None, Fields], chosen: Mapping[str, Mapping[str, Any]]
+    comparison: Comparison,
+    method: Method,
+    case: str | None,
+    places: Sequence[Place],
+    results: Mapping[Path, Fields],
+    seconds: Mapping[Path, float | None],
+    chosen: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     settings = chosen.get(method.settings_of or method.name)
-    row = comparison_row(method.name, runs, group=method.group, about=method.about)
+    made = [each for each in comparison.made if each.name in places[0].made]
+    row = comparison_row(
+        method.name,
+        {place.seed: results[place.folder] for place in places},
+        group=method.group,
+        about=method.about,
+        case=case,
+        made=[each.name for each in made],
+        made_seconds={place.seed: _made_seconds(comparison, place, seconds) for place in places},
+    )
+    row["ran_source_models"] |= any(each.recipe in (LABEL, "distill") for each in made)
     row["settings"] = dict(settings["settings"]) if settings else None
     row["settings_of"] = method.settings_of if settings else None
     if settings and method.name in chosen:
@@ -76,7 +137,22 @@ def _method_row(
     return row
 
 
-def comparison_row(name: str, runs: Mapping[int | None, Fields], group: str = "", about: str = "") -> dict[str, Any]:
+def _made_seconds(comparison: Comparison, place: Place, seconds: Mapping[Path, float | None]) -> float | None:
+    """What the shared things of a run took together; None if there are none, or those of one are not known."""
+    found = [seconds[folder] for folder in made_folders(comparison, place.made, place.case, place.seed)]
+    known = [each for each in found if each is not None]
+    return round(sum(known), 3) if known and len(known) == len(found) else None
+
+
+def comparison_row(
+    name: str,
+    runs: Mapping[int | None, Fields],
+    group: str = "",
+    about: str = "",
+    case: str | None = None,
+    made: Sequence[str] = (),
+    made_seconds: Mapping[int | None, float | None] | None = None,
+) -> dict[str, Any]:
     """The row of a method.
 
     Args:
@@ -84,15 +160,19 @@ def comparison_row(name: str, runs: Mapping[int | None, Fields], group: str = ""
         runs: contents of `results.json` by seed; one with the key None does not depend on a seed.
         group: heading of the rows that it stands among.
         about: what it is, in a sentence.
+        case: name of the case that it is of; None if it is of all, or there are none.
+        made: names of the shared things that it uses.
+        made_seconds: what these took, by seed.
 
     Raises:
         ValueError: a field is missing or of another type; names file and field.
     """
     first = next(iter(runs.values()))
-    made = first.get("made_by", dict, {})
+    made_by = first.get("made_by", dict, {})
     models = first.get("models_at_inference", int)
     return {
         "name": name,
+        "case": case,
         "group": group,
         "about": about,
         "settings": None,
@@ -100,13 +180,14 @@ def comparison_row(name: str, runs: Mapping[int | None, Fields], group: str = ""
         "search": None,
         "models_at_inference": models,
         "needs_task_id": first.get("needs_task_id", bool),
-        "ran_source_models": bool(made.get("ran_source_models")) or models > 1,
-        "source_control": made.get("source_control"),
-        "runs": [_run(seed, results) for seed, results in runs.items()],
+        "ran_source_models": bool(made_by.get("ran_source_models")) or models > 1,
+        "source_control": made_by.get("source_control"),
+        "made": list(made),
+        "runs": [_run(seed, results, (made_seconds or {}).get(seed)) for seed, results in runs.items()],
     }
 
 
-def _run(seed: int | None, results: Fields) -> dict[str, Any]:
+def _run(seed: int | None, results: Fields, made_seconds: float | None) -> dict[str, Any]:
     made = Fields(results.get("made_by", dict, {}), results.where, "made_by.")
     cost = Fields(made.get("cost", dict, {}), results.where, "made_by.cost.")
     datasets = results.get("datasets", dict)
@@ -122,6 +203,7 @@ def _run(seed: int | None, results: Fields) -> dict[str, Any]:
         "examples": {name: entry.get("examples") for name, entry in datasets.items()},
         "sha256": {name: entry.get("sha256") for name, entry in datasets.items()},
         "making_seconds": making_seconds(results),
+        "made_seconds": made_seconds,
         "evaluation_seconds": float(results.number("seconds")),
         "tokens_per_second": float(results.number("tokens_per_second")),
         "peak_memory_bytes": max(peaks) or None,

@@ -6,27 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.cli import UsageError
+from heterofusion.comparison.gains import Gain
+from heterofusion.evaluation.arguments import EvalDataArguments
+from heterofusion.labelling.arguments import REPLAY
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Run, Step
 from heterofusion.sweeps.runs import listed
 
-_TRAINING = ("train", "expert", "distill")  # recipes whose data sets are trained on
+_TRAINING = ("train", "expert", "distill", "label")  # recipes whose data sets are trained on, or answered for that
+_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
-def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str) -> None:
+def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, made: Sequence[Run] = ()) -> None:
     """Refuse test data that something is chosen by or trained on, and validation data that is trained on.
+
+    Prompts that source experts answer count as trained on, and so do their answers.
 
     Args:
         searching: the runs that hyper-parameters are chosen by.
         reported: the runs that are reported.
         where: names the comparison file in messages.
+        made: the runs that make what methods share.
 
     Raises:
         UsageError: names the data set.
     """
     # a merge scores what it searches; in what is reported, it may print other scores beside those of the table
-    validation, test = _read_by(searching, ("eval", "merge")), _read_by(reported, ("eval",))
-    training = _read_by(searching, _TRAINING)
+    searched_by_itself = [run for run in made if any(step.flags.get("search") for step in run.steps)]
+    validation = _read_by(searching, ("eval", "merge")) | _read_by(searched_by_itself, ("merge",))
+    test = _read_by(reported, ("eval",))
+    training = _read_by((*searching, *made), _TRAINING)
     pairs = (
         (test, validation, "hyper-parameters are chosen by test data"),
         (test, training | _read_by(reported, _TRAINING), "something is trained on test data"),
@@ -38,21 +47,61 @@ def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str) -
             raise UsageError(f"{where}: {what}: {common[0]}; give it other data")
 
 
+def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -> None:
+    """Check that the data set of a gain is one that its row is scored on.
+
+    Args:
+        gains: the gains.
+        reported: the runs that are reported.
+        where: names the comparison file in messages.
+
+    Raises:
+        UsageError: names the gain and the data sets that there are.
+    """
+    known: dict[str, set[str]] = {}
+    for run in reported:
+        for step in [step for step in run.steps if step.recipe == "eval"]:
+            given = listed(step.flags.get("dataset_label")) or None
+            data = EvalDataArguments(dataset_name=listed(step.flags.get("dataset_name")), dataset_label=given)
+            known.setdefault(run.name, set()).update(data.labels())
+    for gain in gains:
+        there = known.get(gain.row, set())
+        if gain.dataset is not None and gain.dataset not in there:
+            raise UsageError(
+                f"{where}, gain {gain.name!r}: dataset is {gain.dataset!r}, which {gain.row!r} is not scored on; "
+                f"there is {', '.join(sorted(there))}"
+            )
+
+
 def _read_by(runs: Iterable[Run], recipes: Sequence[str]) -> set[str]:
     return {name for run in runs for step in run.steps if step.recipe in recipes for name in _data_sets(step)}
 
 
 def _data_sets(step: Step) -> Iterator[str]:
     """What a step reads: files by their full paths, other data sets with configuration and split."""
-    names = listed(step.flags.get("dataset_name"))
-    configs = listed(step.flags.get("dataset_config")) or ["default"]
-    splits = listed(step.flags.get("dataset_split")) or ["train" if step.recipe in _TRAINING else "test"]
-    for index, name in enumerate(names):
-        path = Path(os.path.expanduser(name))
-        if path.is_file() or path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
-            yield os.path.realpath(path)
-        else:
-            yield " ".join([name, *(values[index if len(values) > 1 else 0] for values in (configs, splits))])
+    default = "train" if step.recipe in _TRAINING else "test"
+    stages = [{**step.flags, **stage} for stage in step.flags.get("stages") or []]
+    for flags in stages or [step.flags]:  # those of a sequence have data of their own
+        names = listed(flags.get("dataset_name"))
+        configs = listed(flags.get("dataset_config")) or ["default"]
+        splits = listed(flags.get("dataset_split")) or [default]
+        for index, name in enumerate(names):
+            config, split = (values[index if len(values) > 1 else 0] for values in (configs, splits))
+            yield _data_set(name, config, split)
+        for name in listed(flags.get("source_labels")):
+            folder = Path(name).expanduser()
+            yield from (os.path.realpath(path) for path in folder.glob("*") if path.suffix.lower() in _FILES)
+            yield _data_set(name, "default", default)
+    if step.recipe == "label":
+        prompts = listed(step.flags.get("prompts"))
+        yield from (_data_set(name, "default", default) for name in prompts if prompts != [REPLAY])
+
+
+def _data_set(name: str, config: str, split: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix.lower() in _FILES:
+        return os.path.realpath(path)
+    return f"{name} {config} {split}"
 
 
 def check_same_data(results: Iterable[Fields]) -> None:

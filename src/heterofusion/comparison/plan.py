@@ -3,6 +3,12 @@
 validation: {...}        # flags of recipes/eval.py on the data that hyper-parameters are chosen by
 test: {...}              # flags of recipes/eval.py on the data that is reported
 lists: {tasks: [a, b]}   # for `for_each`, see `heterofusion.sweeps.Template`
+cases:                   # conditions of a table each; what is not name or seeds is a variable in flags
+  - {name: 'N=0', seeds: [0, 1], replay: []}
+  - {name: 'N=30', replay: [{for_each: tasks, value: 'replay/{item}.jsonl'}]}
+search_case: 'N=30'      # where hyper-parameters are chosen, for all cases
+made:                    # made before the searches, for all methods whose flags have {labels} in them
+  labels: {recipe: label, flags: {...}}
 methods:                 # a row each
   - name: direct tuning of B
     group: any base      # heading of the rows
@@ -10,30 +16,32 @@ methods:                 # a row each
     flags: {...}         # of the recipe; {seed} in them makes it one run per seed
     search: {learning_rate: [0.001, 0.003]}
     eval: {...}          # flags in place of those of `test`; {adapter} is what the recipe made
+    cases: ['N=30']      # run in these alone
   - name: noise sources
     like: HeteroFusion   # recipe, flags and the chosen hyper-parameters of another method, some flags replaced
     flags: {source_control: noise}
   - name: source experts
     parts: [{...}, {...}]   # evaluations of different data sets, joined to one row
 gains:
-  - {name: source_gain, row: HeteroFusion, over: noise sources}
+  - {name: source_gain, row: HeteroFusion, over: noise sources}   # see `Gain`
 normalize_by: target experts
 """
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from heterofusion.cli import UsageError, as_text
+from heterofusion.comparison.cases import Case, Made, find_needs, find_search_case, plan_cases, plan_made
+from heterofusion.comparison.entries import Needs, mapping, names_of, slug
+from heterofusion.comparison.gains import Gain, plan_gains
 from heterofusion.sweeps import MAKERS, with_config
 
-SECTIONS = ("validation", "test", "lists", "methods", "gains", "normalize_by")
-_METHOD_KEYS = {"name", "group", "about", "recipe", "like", "flags", "search", "eval", "parts"}
-_GAIN_KEYS = {"name", "row", "over"}
+SECTIONS = ("validation", "test", "lists", "cases", "search_case", "made", "methods", "gains", "normalize_by")
+_METHOD_KEYS = {"name", "group", "about", "recipe", "like", "flags", "search", "eval", "parts", "cases"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Method:
         settings_of: name of the method whose chosen values it takes.
         evaluation: flags of recipes/eval.py over those of the section `test`.
         parts: evaluations that make up the row together.
+        cases: names of the cases that it is run in; empty for all.
     """
 
     name: str
@@ -61,6 +70,7 @@ class Method:
     settings_of: str | None = None
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     parts: Sequence[Mapping[str, Any]] = ()
+    cases: Sequence[str] = ()
 
     @property
     def slug(self) -> str:
@@ -74,26 +84,19 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """A difference of two rows that is reported by a name of its own."""
-
-    name: str
-    row: str
-    over: str
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A comparison file.
 
     Attributes:
         folder: where everything goes.
-        seeds: of the runs that are reported.
+        cases: the conditions that methods are compared under, with the seeds of the runs that are reported.
+        search_case: the case that hyper-parameters are chosen in; None where no search depends on one.
         search_seed: of the runs that hyper-parameters are chosen by.
         budget: validation runs that every method with hyper-parameters gets.
         lists: the named lists.
         validation: flags of recipes/eval.py.
         test: flags of recipes/eval.py.
+        made: what methods share, each after what it is made of.
         methods: in order of the rows.
         gains: differences to report.
         normalize_by: name of the method that is 1 in normalized scores; None for no such column.
@@ -101,12 +104,14 @@ class Comparison:
     """
 
     folder: Path
-    seeds: Sequence[int]
+    cases: Sequence[Case]
+    search_case: Case | None
     search_seed: int
     budget: int
     lists: Mapping[str, Sequence[Any]]
     validation: Mapping[str, Any]
     test: Mapping[str, Any]
+    made: Sequence[Made]
     methods: Sequence[Method]
     gains: Sequence[Gain]
     normalize_by: str | None
@@ -116,10 +121,35 @@ class Comparison:
         """The method of a name."""
         return next(method for method in self.methods if method.name == name)
 
+    @property
+    def case_names(self) -> list[str]:
+        """Names of the cases; empty where there are none."""
+        return [case.name for case in self.cases if case.name is not None]
 
-def slug(text: str) -> str:
-    """A name as that of a folder, in small letters."""
-    return re.sub(r"[^\w.+=,-]+", "-", text).strip("-.").lower() or "method"
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of all runs that are reported."""
+        return list(dict.fromkeys(seed for case in self.cases for seed in case.seeds))
+
+    def cases_of(self, method: Method) -> list[Case]:
+        """The cases that a method is run in."""
+        return [case for case in self.cases if not method.cases or case.name in method.cases]
+
+    def place(self, method: Method, case: Case) -> str:
+        """A method in messages."""
+        return f"{self.where}, method {method.name!r}" + ("" if case.name is None else f", case {case.name!r}")
+
+    def needs(self, method: Method, case: Case) -> Needs:
+        """What the reported runs of a method depend on in a case."""
+        scored = {**self.test, **method.evaluation}
+        flags = [dict(method.flags), *({**scored, **part} for part in method.parts or ({},))]
+        place = self.place(method, case)
+        return find_needs(flags, case, self.made, self.lists, place, adapter=method.recipe is not None)
+
+    def search_needs(self, method: Method, case: Case) -> Needs:
+        """What the search of a method depends on in a case."""
+        flags = [dict(method.flags), dict(self.validation)]
+        return find_needs(flags, case, self.made, self.lists, self.place(method, case), adapter=True)
 
 
 def plan_comparison(
@@ -137,7 +167,7 @@ def plan_comparison(
         sections: what it holds beside flags, by the names in `SECTIONS`.
         file: the file, for messages, and because `config:` in it is relative to its folder.
         folder: where everything goes.
-        seeds: of the runs that are reported.
+        seeds: of the runs that are reported, in cases that name none.
         search_seed: of the runs that hyper-parameters are chosen by.
         budget: validation runs that a search must have.
         only: names of the methods that are compared; all by default.
@@ -153,15 +183,19 @@ def plan_comparison(
     if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
         raise UsageError(f"{where}: lists must be a mapping of names to lists")
     validation, test = (
-        with_config(_mapping(sections.get(name), f"{where}, {name}"), file.parent, f"{where}, {name}")
+        with_config(mapping(sections.get(name), f"{where}, {name}"), file.parent, f"{where}, {name}")
         for name in ("validation", "test")
     )
+    cases = plan_cases(sections.get("cases"), seeds, search_seed, where)
+    case_names = [case.name for case in cases if case.name is not None]
+    search_case = find_search_case(sections.get("search_case"), cases, where)
+    made = plan_made(sections.get("made"), cases, lists, file.parent, where)
     methods: list[Method] = []
     entries = sections["methods"]
     if not isinstance(entries, list):
         raise UsageError(f"{where}: methods must be a list of mappings, each with a name")
     for entry in entries:
-        methods.append(_method(entry, methods, file.parent, where, budget))
+        methods.append(_method(entry, methods, case_names, file.parent, where, budget))
     names = [method.slug for method in methods]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -172,8 +206,8 @@ def plan_comparison(
     if unknown:
         there = ", ".join(method.name for method in methods)
         raise UsageError(f"--only {unknown[0]!r} is no method of {file}; there is {there}")
-    known = {method.name for method in methods}
-    gains = [_gain(entry, known, where) for entry in sections.get("gains") or []]
+    known = {method.name: method.cases or case_names for method in methods}
+    gains = plan_gains(sections.get("gains"), known, case_names, where)
     normalize_by = sections.get("normalize_by")
     if normalize_by is not None and normalize_by not in known:
         raise UsageError(f"{where}: normalize_by is {normalize_by!r}, which is no method of it")
@@ -184,23 +218,30 @@ def plan_comparison(
                 raise UsageError(
                     f"--only {method.name!r} takes its hyper-parameters of {method.settings_of!r}: name both"
                 )
-        gains = [gain for gain in gains if {gain.row, gain.over} <= set(only)]
+        gains = tuple(gain for gain in gains if gain.methods <= set(only))
         normalize_by = normalize_by if normalize_by in only else None
-    return Comparison(
-        folder, tuple(seeds), search_seed, budget, lists, validation, test, tuple(methods), tuple(gains),
+    comparison = Comparison(
+        folder, cases, search_case, search_seed, budget, lists, validation, test, made, tuple(methods), gains,
         normalize_by, where,
     )  # fmt: skip
+    _check_search_case(comparison)
+    return comparison
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}; a mapping was expected")
-    return {str(key): item for key, item in value.items()}
+def _check_search_case(comparison: Comparison) -> None:
+    if comparison.search_case is not None:
+        return
+    for method in comparison.methods:
+        if method.search and any(comparison.search_needs(method, case).case for case in comparison.cases):
+            raise UsageError(
+                f"{comparison.where}: search_case is missing: the search of {method.name!r} depends on a variable of "
+                f"the cases; name the one to search in, of {', '.join(comparison.case_names)}"
+            )
 
 
-def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budget: int) -> Method:
+def _method(
+    entry: Any, before: Sequence[Method], cases: Sequence[str], folder: Path, where: str, budget: int
+) -> Method:
     if not isinstance(entry, dict) or not entry.get("name"):
         raise UsageError(f"{where}: methods must be a list of mappings, each with a name; found {entry!r}")
     name = str(entry["name"])
@@ -210,9 +251,10 @@ def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budg
         raise UsageError(
             f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_METHOD_KEYS))}"
         )
-    flags = with_config(_mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
-    evaluation = with_config(_mapping(entry.get("eval"), f"{place}, eval"), folder, f"{place}, eval")
+    flags = with_config(mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
+    evaluation = with_config(mapping(entry.get("eval"), f"{place}, eval"), folder, f"{place}, eval")
     search = _search(entry.get("search"), place, budget)
+    own_cases = names_of(entry.get("cases"), cases, "case", f"{place}: cases")
     recipe, settings_of = entry.get("recipe"), None
     if "like" in entry:
         model = next((method for method in before if method.name == entry["like"]), None)
@@ -226,6 +268,7 @@ def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budg
         if own := [flag for flag in flags if flag in searched]:
             raise UsageError(f"{place} sets {own[0]}, which is searched in {settings_of!r} and comes from there")
         recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
+        own_cases = own_cases or tuple(model.cases)
     if recipe is not None and recipe not in MAKERS:
         raise UsageError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
     if recipe is None and (flags or search):
@@ -237,12 +280,12 @@ def _method(entry: Any, before: Sequence[Method], folder: Path, where: str, budg
         raise UsageError(f"{place} has parts and a recipe; parts are of what is there already")
     return Method(
         name, str(entry.get("group") or ""), str(entry.get("about") or ""), recipe, flags, search, settings_of,
-        evaluation, tuple(with_config(part, folder, f"{place}, parts") for part in parts),
+        evaluation, tuple(with_config(part, folder, f"{place}, parts") for part in parts), own_cases,
     )  # fmt: skip
 
 
 def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
-    values = _mapping(search, f"{place}, search")
+    values = mapping(search, f"{place}, search")
     if not all(isinstance(items, list) and items for items in values.values()):
         raise UsageError(f"{place}: search must map flags to lists of values")
     for flag, items in values.items():
@@ -255,17 +298,3 @@ def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
             "runs: give it as many"
         )
     return values
-
-
-def _gain(entry: Any, known: set[str], where: str) -> Gain:
-    if not isinstance(entry, dict) or set(entry) != _GAIN_KEYS:
-        raise UsageError(f"{where}: each of gains must have {', '.join(sorted(_GAIN_KEYS))}; found {entry!r}")
-    for key in ("row", "over"):
-        if entry[key] not in known:
-            raise UsageError(f"{where}: gain {entry['name']!r} names {entry[key]!r}, which is no method of it")
-    return Gain(str(entry["name"]), str(entry["row"]), str(entry["over"]))
-
-
-def point_name(settings: Mapping[str, Any]) -> str:
-    """Values of flags as a name: `learning_rate=0.001,alpha_init=0.3`."""
-    return ",".join(f"{name}={as_text(value)}" for name, value in settings.items())

@@ -122,8 +122,10 @@ def parse_comparison(content: Any, where: str) -> ComparisonTable:
 def comparison_table(table: ComparisonTable) -> str:
     """Markdown table: scores with the interval of the mean, and what each method costs and needs."""
     normal = table.row(table.content.get("normalize_by") or "")
-    header = ["", *table.datasets, "mean", *(["normalized"] if normal else []), "n", "making, s", "search, s",
-              "answering, s", "peak GiB", "models", "task id", "runs sources"]  # fmt: skip
+    shared = any(row.over_seeds("made_seconds") is not None for row in table.rows)
+    header = ["", *table.datasets, "mean", *(["normalized"] if normal else []), "n",
+              *(["labels etc., s"] if shared else []), "making, s", "search, s", "answering, s", "peak GiB", "models",
+              "task id", "runs sources"]  # fmt: skip
     rows: list[list[Any]] = []
     group = None
     for row in table.rows:
@@ -140,6 +142,7 @@ def comparison_table(table: ComparisonTable) -> str:
                 row.estimate().text(),
                 *([_normalized(row, normal, table.datasets)] if normal else []),
                 len(row.means),
+                *([_seconds(row.over_seeds("made_seconds"))] if shared else []),
                 _seconds(row.over_seeds("making_seconds")),
                 _seconds(search["seconds"] if search else None),
                 _seconds(row.over_seeds("evaluation_seconds")),
@@ -224,6 +227,11 @@ def comparison_section(table: ComparisonTable, pictures: Sequence[tuple[str, str
         "is of; `runs sources`: the source experts are run on their own bases. Seconds are missing where nothing was "
         "made or recorded, or where a run was resumed.",
     ]
+    if any(row.over_seeds("made_seconds") is not None for row in table.rows):
+        told.append(
+            "`labels etc.` is what it took to make what several methods share, in each row that uses it: labels of "
+            "the source experts, further adapters."
+        )
     normal = content.get("normalize_by")
     if normal and table.row(normal):
         told.append(f"`normalized`: mean over the data sets of the score as a share of that of {normal}.")

@@ -41,7 +41,6 @@ CASES = {
 ENGINES = {
     "single": (["single.yaml"], 1, 1),
     "ddp": (["cpu_ddp.yaml"], 1, 1),
-    "zero1": (["zero1.yaml", "--num_processes", "2", "--mixed_precision", "no"], 1, 1),
     "zero2": (["zero2.yaml", "--num_processes", "2", "--mixed_precision", "no"], 1, 1),
     "zero3": (["zero3.yaml", "--num_processes", "2", "--mixed_precision", "no"], 0.5, 0.5),
     "fsdp2": (["fsdp2.yaml", "--num_processes", "2", "--mixed_precision", "no"], 0.5, 0.5),
@@ -128,6 +127,16 @@ def test_compact_form_clipped_gradients_and_source_labels_agree_too(runs, engine
     assert found["part_losses"] == pytest.approx(reference["part_losses"], abs=1e-5)
 
 
+def test_zero1_agrees_as_zero2_does(runs, tmp_path):
+    """It differs from ZeRO-2 in where gradients lie: one case tells."""
+    found = launch(
+        tmp_path / "zero1", "zero1.yaml", "--num_processes", "2", "--mixed_precision", "no",
+        cases={name: CASES[name] for name in ("accumulation-2",)},
+    )["accumulation-2"]  # fmt: skip
+    assert found["engine"] == "zero1" and found["rank_spread"] == [0] * 5
+    check_same_training(runs("single")[0]["accumulation-1"], found)
+
+
 def test_clipping_changes_the_run(runs):
     single = runs("single")[0]
     # AdamW hardly minds a factor that all gradients have, so the difference is small; parity is ten times closer
@@ -179,7 +188,7 @@ def test_bf16_leaves_the_hypernetworks_in_float32(runs, engine, case):
     """DeepSpeed and FSDP would cast every parameter: here they get a bfloat16 base; one process and DDP autocast."""
     result = runs(engine)[0][case]
     assert result["update_dtypes"] == ["torch.float32"]
-    cast = engine in ("zero1", "zero2", "zero3", "fsdp2")
+    cast = engine in ("zero2", "zero3", "fsdp2")
     assert ("torch.bfloat16" in result["base_dtypes"]) == cast
     assert result["losses"] == pytest.approx(runs("single")[0]["accumulation-2"]["losses"], abs=0.02)
     assert result["losses"] != runs("single")[0]["accumulation-2"]["losses"]

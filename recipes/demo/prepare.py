@@ -3,7 +3,8 @@
     python recipes/demo/prepare.py --output_dir outputs/rehearsal/data
 
 Writes output_dir/{replay,validation,test}/ner_garden.jsonl and so on, in the layout of recipes/uie/prepare.py. No
-sentence is in two of them.
+sentence is in two of them, nor in unlabelled/ner_garden.jsonl, prompts for the experts to label. foreign/ holds such
+prompts about sentences of another task, chores/ what the irrelevant experts are trained on.
 """
 
 import logging
@@ -15,7 +16,7 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.zoo import write_splits
+from heterofusion.zoo import write_chores, write_splits, write_unlabelled
 
 
 @dataclass
@@ -26,6 +27,8 @@ class PrepareArguments:
     num_replay: int = field(default=300, metadata={"help": "Records in a replay file."})
     num_validation: int = field(default=50, metadata={"help": "Records in a validation file."})
     num_test: int = field(default=100, metadata={"help": "Records in a test file."})
+    num_unlabelled: int = field(default=300, metadata={"help": "Prompts in a file for experts to label."})
+    num_chores: int = field(default=600, metadata={"help": "Records in a file of an irrelevant expert."})
     seed: int = field(default=0, metadata={"help": "Seed of the records."})
 
 
@@ -35,6 +38,8 @@ def main(argv: list[str]) -> None:
     set_up_logging(logging.INFO)
     folder = Path(options.output_dir)
     write_splits(folder, options.num_replay, options.num_validation, options.num_test, options.seed)
+    write_unlabelled(folder, options.num_unlabelled, options.seed)
+    write_chores(folder, options.num_chores, options.seed)
     print(f"written to {folder}")
 
 

@@ -235,7 +235,9 @@ def format_completion(items: Iterable[tuple[str, ...]]) -> str:
     return " " + ("; ".join(f"{label}: {', '.join(spans)}" for label, *spans in items) or "None")
 
 
-def make_examples(task: str | Task, split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+def make_examples(
+    task: str | Task, split: str, count: int, seed: int = 0, text_of: str | None = None
+) -> list[dict[str, str]]:
     """Draws examples of a task.
 
     A sentence belongs to exactly one split (its SHA-256 decides which), so the splits are disjoint whatever the
@@ -246,58 +248,41 @@ def make_examples(task: str | Task, split: str, count: int, seed: int = 0) -> li
         split: `"train"`, `"replay"`, `"test"` or `"unlabelled"` (whose completions are there for scoring only).
         count: Number of examples.
         seed: Seed of the draw; the first n examples are the same for every count >= n.
+        text_of: Name of another task of the same kind whose sentences are asked about: prompts of another distribution
+            than the task's, in which there is nothing of its types to find.
 
     Returns:
         `count` dictionaries with the keys `prompt`, `completion` (starts with a space), `task` and `kind`.
 
     Raises:
-        ValueError: For an unknown task or split, or a negative count.
+        ValueError: For an unknown task or split, a negative count, or a `text_of` of another kind.
     """
     name = task.name if isinstance(task, Task) else task
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    for each in (name, text_of or name):
+        if each not in TASKS:
+            raise ValueError(f"unknown task {each!r}; choose one of {', '.join(TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
-    spec = TASKS[name]
-    rng = random.Random(f"{LANGUAGE_SEED} {name} {split} {seed}")
+    spec, texts = TASKS[name], TASKS[text_of or name]
+    if spec.kind != texts.kind:
+        raise ValueError(f"text_of {text_of!r} is of the kind {texts.kind}, {name} of {spec.kind}; choose one alike")
+    rng = random.Random(f"{LANGUAGE_SEED} {texts.name} {split} {seed}")
     seen: set[str] = set()
     examples: list[dict[str, str]] = []
     while len(examples) < count:
-        text, items = draw_text(spec, rng)
+        text, items = draw_text(texts, rng)
         if spec.kind == "ET" and not items:
             continue  # nothing to ask about
-        bucket = hashlib.sha256(f"{name} {text}".encode()).digest()[0] % len(_SPLIT_OF_BUCKET)
+        bucket = hashlib.sha256(f"{texts.name} {text}".encode()).digest()[0] % len(_SPLIT_OF_BUCKET)
         if _SPLIT_OF_BUCKET[bucket] != split or text in seen:
             continue
         seen.add(text)
         prompt = format_prompt(spec, text, (item[1] for item in items))
-        examples.append({"prompt": prompt, "completion": format_completion(items), "task": name, "kind": spec.kind})
+        completion = format_completion(items if spec is texts else ())
+        examples.append({"prompt": prompt, "completion": completion, "task": name, "kind": spec.kind})
     return examples
-
-
-def write_splits(folder: str | pathlib.Path, num_replay: int, num_validation: int, num_test: int, seed: int) -> None:
-    """Writes folder/{replay,validation,test}/<task>.jsonl for every task; no sentence is in two of them.
-
-    Validation examples are of the replay split, too: what the experts were trained on would flatter them.
-
-    Args:
-        folder: Where the three folders go.
-        num_replay: Replay examples per task.
-        num_validation: Validation examples per task.
-        num_test: Test examples per task.
-        seed: Seed of the examples.
-    """
-    for task in TASKS:
-        records = make_examples(task, "replay", num_replay + num_validation, seed)
-        parts = {
-            "replay": records[:num_replay],
-            "validation": records[num_replay:],
-            "test": make_examples(task, "test", num_test, seed),
-        }
-        for split, examples in parts.items():
-            write_dataset(pathlib.Path(folder) / split / f"{task}.jsonl", examples)
 
 
 def write_dataset(path: str | pathlib.Path, examples: Iterable[Mapping[str, str]]) -> pathlib.Path:

@@ -30,6 +30,7 @@ import yaml
 from heterofusion.cli import one_line
 from heterofusion.files import write_whole
 from heterofusion.progress import checkpoint_folders
+from heterofusion.sweeps.forking import ForkedRun, ForkServer
 from heterofusion.sweeps.runs import Run, Step
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Pool:
         overwrite: run again what was finished or is of other flags.
         delete_checkpoints: remove the `checkpoint-N` folders of a run once all its steps are finished.
         launcher: words before the recipe's name.
+        server: forks the runs, in place of the launcher; all slots have its variables.
     """
 
     recipes: Path
@@ -73,7 +75,8 @@ class Pool:
     overwrite: bool = False
     delete_checkpoints: bool = False
     launcher: Sequence[str] = (sys.executable,)
-    _processes: set[subprocess.Popen] = field(default_factory=set, init=False)
+    server: ForkServer | None = None
+    _processes: set[subprocess.Popen | ForkedRun] = field(default_factory=set, init=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, init=False)
     _stopped: bool = field(default=False, init=False)
 
@@ -89,10 +92,18 @@ class Pool:
         return cls(recipes, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus], **options)
 
     @classmethod
-    def on_cpu(cls, recipes: Path, jobs: int, **options: Any) -> "Pool":
-        """A number of runs at a time on the CPU, which share its cores unless OMP_NUM_THREADS is set."""
+    def on_cpu(cls, recipes: Path, jobs: int, preload: bool = False, **options: Any) -> "Pool":
+        """A number of runs at a time on the CPU, which share its cores unless OMP_NUM_THREADS is set.
+
+        Args:
+            recipes: folder of the recipes.
+            jobs: the number.
+            preload: fork the runs from a process that has made their imports; Linux only.
+            **options: see the class.
+        """
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
-        return cls(recipes, [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}] * jobs, **options)
+        slot = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
+        return cls(recipes, [slot] * jobs, server=ForkServer(slot) if preload else None, **options)
 
     @classmethod
     def launched(cls, recipes: Path, config: str, gpus: Sequence[str], **options: Any) -> "Pool":
@@ -161,20 +172,30 @@ class Pool:
             with self._guard:
                 if self._stopped:
                     return 0.0, "the sweep was stopped"
-                process = subprocess.Popen(
-                    command, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock.fileno()],
-                )  # fmt: skip
+                process = self._start(command, variables, output, lock)
                 self._processes.add(process)
-            code = process.wait()
-        with self._guard:
-            self._processes.discard(process)
+            try:
+                code = process.wait()
+            finally:
+                with self._guard:
+                    self._processes.discard(process)
         seconds = time.perf_counter() - start
         if code:
             return seconds, f"{_last_words(log, begin)} [exit code {code}, {log}]"
         stale.unlink(missing_ok=True)
         write_whole(done, json.dumps({"seconds": seconds}) + "\n")
         return seconds, ""
+
+    def _start(
+        self, command: list[str], variables: dict[str, str], output: IO[bytes], lock: IO[str]
+    ) -> subprocess.Popen | ForkedRun:
+        """Start a program that leads a session of its own and holds the lock of its run."""
+        if self.server is not None:
+            return self.server.run(command[len(self.launcher) :], output, lock)
+        return subprocess.Popen(
+            command, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock.fileno()],
+        )  # fmt: skip
 
     def stop(self) -> None:
         """End the processes of all runs, and start no more."""
@@ -189,6 +210,8 @@ class Pool:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 _signal(process, signal.SIGKILL)
+            except ChildProcessError:
+                continue  # who waits for the run tells
 
     @property
     def stopped(self) -> bool:
@@ -269,7 +292,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _signal(process: subprocess.Popen, number: int) -> None:
+def _signal(process: subprocess.Popen | ForkedRun, number: int) -> None:
     """Send a signal to a process and to those that it launched."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)

@@ -35,10 +35,17 @@ from heterofusion.expert import (
     ExpertModelArguments,
     check_finite,
 )
-from heterofusion.expert_lora import ExpertLora, check_basis_engine, check_expert_checkpoint, choose_lora
+from heterofusion.expert_lora import (
+    ExpertLora,
+    check_basis_engine,
+    check_expert_checkpoint,
+    check_expert_data,
+    choose_lora,
+)
 from heterofusion.expert_record import expert_record, write_record
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_output
+from heterofusion.label_controls import labels_control
 from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import (
     base_skeleton,
@@ -49,6 +56,7 @@ from heterofusion.loading import (
 )
 from heterofusion.mixture_data import build_training_data
 from heterofusion.mixture_training import MixtureTrainer
+from heterofusion.provenance import initial_control, refuse_push, whole_control
 from heterofusion.source_labels import check_label_flags
 
 logger = logging.getLogger("heterofusion.expert")
@@ -75,6 +83,11 @@ def main(argv: list[str]) -> None:
         planned.restore_basis(resume)
     tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
     training = build_training_data(data, labels, tokenizer, args, add_soft_labels, kind="training")
+    if resume is not None:
+        check_expert_data(resume, training.state)
+    if args.push_to_hub:
+        labels_kind = labels_control(training.labels_record)
+        refuse_push(whole_control(None, labels_kind, initial_control(planned.initial)))
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([*training.parts, evaluation], config)
 
@@ -91,7 +104,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=make_collator(tokenizer),
-        callbacks=[ExpertCallback(planned.write_state)],
+        callbacks=[ExpertCallback(partial(planned.write_state, data=training.state))],
     )
     if planned.expansion is not None:
         trainer.add_callback(FitBasis(partial(planned.fit_basis, model), training.examples))

@@ -7,10 +7,12 @@
 
 Every source runs on its own base, in its own tokenizer and chat template, one model in memory at a time; several
 processes share the prompts. First all answer the replay, each task's metric scores them, and a source labels a task
-only if it beats the anchor there by --routing_margin; --routing map.yaml decides instead. The labels of a task are in
+only if it beats the anchor there by --routing_margin; --routing map.yaml decides instead. --anchor_labels true gives
+tasks that no source serves to the anchor itself, if it is good at them. The labels of a task are in
 --output_dir/TASK.jsonl, in the columns of the replay with `source`, `log_probability` (mean per token) and
 `format_ok`. Prompts are files, the replay's own (--prompts replay), or invented by the sources (--self_prompt 300).
-With --top_k_logits 10 the sources' distributions are stored beside. A run that was interrupted goes on with
+With --top_k_logits 10 the sources' distributions are stored beside. --control bases|shuffle|anchor makes a control
+instead: labels of somebody who was not chosen for what it knows. A run that was interrupted goes on with
 --resume true, with any number of processes.
 """
 
@@ -54,10 +56,10 @@ def main(argv: list[str]) -> None:
 
 def draw(routing: Routing, labelling: Labelling) -> None:
     """Draw the routing, where matplotlib is installed: labels are worth more than their picture."""
-    scores = {**routing.scores, **{name: routing.scores.get(name, {}) for name in routing.sources}}
+    scores = {name: routing.scores.get(name, {}) for name in routing.models}
     try:
         with staging_folder(labelling.folder, STAGING) as staging:
-            draw_routing(scores, routing.chosen, routing.tasks, staging / ROUTING_PICTURE)
+            draw_routing(scores, routing.labelled_by, routing.tasks, staging / ROUTING_PICTURE, routing.control)
             os.replace(staging / ROUTING_PICTURE, labelling.folder / ROUTING_PICTURE)
     except ImportError as error:
         logger.warning("the routing is not drawn: %s", error)

@@ -30,9 +30,10 @@ from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_output
 from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
-from heterofusion.mixture_data import build_training_data
+from heterofusion.mixture_data import build_training_data, data_state
 from heterofusion.plan_summary import format_plan, plan_summary
 from heterofusion.progress import begin_stage, check_data, find_progress
+from heterofusion.provenance import refuse_push
 from heterofusion.source_labels import check_label_flags
 from heterofusion.stages import Stage, plan_stages, read_stages
 
@@ -88,8 +89,9 @@ def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: Pre
     if data.labels_record is not None and stage.adapters.source_control is not None:
         logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
     stage.replay, stage.replay_record, stage.labels_record = data.examples, data.replay_record, data.labels_record
-    if stage.finished:
-        check_data(stage)
+    check_data(stage)
+    if stage.args.push_to_hub:
+        refuse_push(stage.control())
     if stage.data.eval_dataset_name:
         stage.evaluation = build_eval(stage.data, tokenizer)[0]
     check_token_ids([*data.parts, stage.evaluation], base_config)
@@ -114,6 +116,7 @@ def fuse(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> None:
         data_collator=make_collator(tokenizer),
         replay_record=stage.replay_record,
         run_record=stage.record(),
+        checkpoint_record={"data": data_state(stage.replay_record, stage.labels_record)},
     )
     trainable = sum(parameter.numel() for parameter in model.hypernetworks.parameters())
     logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")

@@ -17,7 +17,7 @@ from recipe_runner import flags, recipe, succeeds
 
 label = recipe("label")
 TASKS = ("ner_garden", "re_market", "ner_kitchen")  # of the two sources, and the anchor's own
-COUNT = 6
+COUNT = 4
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +46,17 @@ def label_values(data: Path, output_dir: Path) -> dict[str, Any]:
         "dataset_name": [data / "replay" / f"{task}.jsonl" for task in TASKS],
         "prompts": [data / "prompts" / f"{task}.jsonl" for task in TASKS],
         "max_new_tokens": 40,
-        "batch_size": 4,
+        "batch_size": COUNT,
         "output_dir": output_dir,
         "use_cpu": True,
     }
+
+
+@pytest.fixture(scope="session")
+def whole(label_data, tmp_path_factory) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """A labelling with soft labels: flags, folder and labels.json. Tests that change it work on a copy."""
+    values = label_values(label_data, tmp_path_factory.mktemp("whole") / "out")
+    return values, values["output_dir"], run_label(values, top_k_logits=4)
 
 
 @pytest.fixture

@@ -12,18 +12,11 @@ from transformers import AutoTokenizer
 from eval_runner import evaluation, predictions
 from heterofusion.baselines import soft_labels
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
-from label_runner import COUNT, label, label_killed, label_values, read_labels, run_label
+from label_runner import COUNT, label, label_killed, read_labels, run_label
 from recipe_runner import ROOT, contents, error_line, flags, shell, succeeds
 
 pytest_plugins = ["label_runner"]
 SERVED = {"ner_garden": "qwen2", "re_market": "mistral"}
-
-
-@pytest.fixture(scope="module")
-def whole(label_data, tmp_path_factory):
-    """A labelling with soft labels: flags, folder and labels.json."""
-    values = label_values(label_data, tmp_path_factory.mktemp("whole") / "out")
-    return values, values["output_dir"], run_label(values, top_k_logits=4)
 
 
 @pytest.fixture
@@ -121,7 +114,7 @@ def test_tables_are_printed(whole, tmp_path, capsys, logging_restored):
     shutil.copytree(folder, tmp_path / "out")
     assert label.main(flags({**values, "output_dir": tmp_path / "out", "resume": True})) == 0
     out, err = capsys.readouterr()
-    assert "| ner_garden | **" in out and "| ner_garden | 6 | ner_garden 6 |" in out
+    assert "| ner_garden | **" in out and f"| ner_garden | {COUNT} | ner_garden {COUNT} |" in out
     assert "NO LABELS FOR ner_kitchen: no source is better at it than the anchor" in err
     assert not (tmp_path / "out" / "soft").exists()  # not asked for this time
 
@@ -213,20 +206,25 @@ def test_self_prompt_invents_inputs_of_the_task(values, garden_map):
 # ---- interruptions ----------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed(values, whole, kill_label_after):
-    """While prompts are labelled; one more line was cut while it was written."""
-    kill_label_after(19)
+def test_killed_and_resumed(whole, tmp_path, kill_label_after):
+    """While prompts are labelled; the last line was cut while it was written. What was asked for routing is there."""
+    _, folder, _ = whole
+    values = {**whole[0], "output_dir": tmp_path / "out", "resume": True}
+    shutil.copytree(folder / "parts", tmp_path / "out" / "parts")
+    parts = sorted((tmp_path / "out" / "parts").iterdir(), key=lambda part: (part / "rank-0.jsonl").stat().st_mtime_ns)
+    assert len(parts) == 11  # of three models on three replays and two sources on their prompts
+    for part in parts[-2:]:
+        shutil.rmtree(part)
+    kill_label_after(1)
     label_killed(values)
-    assert not (values["output_dir"] / "labels.json").exists()
-    parts = (values["output_dir"] / "parts").glob("*/rank-0.jsonl")
-    part = min(part for part in parts if len(part.read_text().splitlines()) == 6)  # the one in work has 4
+    assert not (tmp_path / "out" / "labels.json").exists()
+    part = parts[-2] / "rank-0.jsonl"
     part.write_bytes(part.read_bytes()[:-7])
     sizes = kill_label_after(None)
-    run_label(values, resume=True)
-    # of three models on three replays and two sources on their prompts: what was left, and what was cut
-    assert sorted(sizes) == sorted([1, *([4, 2] * 11)[19:]])
-    same_labels(values["output_dir"], whole[1])
-    assert not [path for path in values["output_dir"].iterdir() if path.name.startswith(".")]
+    run_label(values)
+    assert sorted(sizes) == [1, COUNT]  # what was cut, and what was left
+    same_labels(tmp_path / "out", folder)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_label_after, monkeypatch):
@@ -264,10 +262,10 @@ def test_two_processes_give_the_same(whole, tmp_path, garden_map):
         ROOT / "recipes/label.py", *flags({**values, **changes, "output_dir": out}),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| ner_garden | 6 |") == 1  # only one rank prints
+    assert done.stdout.count(f"| ner_garden | {COUNT} |") == 1  # only one rank prints
     assert json.loads((out / "labels.json").read_text())["processes"] == 2
     shares = [len(path.read_text().splitlines()) for path in sorted((out / "parts").glob("*/rank-*.jsonl"))]
-    assert shares == [3, 3]
+    assert shares == [COUNT // 2] * 2
     for one, other in zip(read_labels(out, "ner_garden"), read_labels(folder, "ner_garden"), strict=True):
         assert one.pop("log_probability") == pytest.approx(other.pop("log_probability"), abs=1e-5)
         assert one == other

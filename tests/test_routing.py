@@ -37,7 +37,7 @@ def test_the_map_overrides_the_scores():
     routing = route(TASKS, SOURCES, scores, 0.0, {"a": ["x"]})
     assert routing.chosen == {"a": ["x"], "b": ["x"]}
     record = routing.record({"a": "NER", "b": None})
-    assert record["tasks"]["a"] == {"metric": "NER", "scores": {}, "chosen": ["x"], "by": "map"}
+    assert record["tasks"]["a"] == {"metric": "NER", "scores": {}, "chosen": ["x"], "labelled_by": ["x"], "by": "map"}
     assert record["tasks"]["b"]["by"] == "scores" and record["tasks"]["b"]["scores"]["x"] == 0.85
     assert routing.table().splitlines() == [
         "|  | a | b |", "|---|---|---|", "| anchor | - | 0.800 |", "| x | **map** | **0.850** |", "| y | - | 0.200 |"
@@ -56,7 +56,7 @@ def test_map_file(tmp_path):
     ("content", "message"),
     [
         ("c: x", r"--routing .*map\.yaml names the task 'c', which is none of a, b"),
-        ("a: z", "gives the task 'a' to 'z', which is no source; choose among x, y, or write none"),
+        ("a: z", "gives the task 'a' to 'z', which is no source; choose among x, y, anchor, or write none"),
         ("a: [x, none]", "gives the task 'a' to 'none'"),
         ("- a", "holds a list, a mapping of tasks to sources was expected"),
         ("a: [", "cannot be read as YAML"),

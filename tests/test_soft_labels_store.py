@@ -15,7 +15,7 @@ from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import check_token_ids
 from heterofusion.source_labels import build_labels
 from heterofusion.zoo import zoo_path
-from label_runner import label_values, read_labels, run_label
+from label_runner import COUNT, read_labels
 from recipe_runner import SIZES, flags, recipe, succeeds, train, write_replay
 
 pytest_plugins = ["label_runner"]
@@ -23,16 +23,9 @@ pytestmark = pytest.mark.usefixtures("logging_restored")
 
 
 @pytest.fixture(scope="module")
-def labelled(label_data, tmp_path_factory) -> Path:
+def labelled(whole) -> Path:
     """Labels of two tasks by experts of two families, with soft labels."""
-    folder = tmp_path_factory.mktemp("soft")
-    (folder / "map.yaml").write_text("ner_garden: ner_garden\nre_market: re_market\n")
-    values = label_values(label_data, folder / "labels") | {
-        "model_name_or_path": None, "target_adapter": None, "dataset_name": None, "routing": folder / "map.yaml",
-        "prompts": [label_data / "prompts" / f"{task}.jsonl" for task in ("ner_garden", "re_market")],
-    }  # fmt: skip
-    run_label(values, top_k_logits=4)
-    return folder / "labels"
+    return whole[1]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +56,11 @@ def test_soft_labels_are_of_the_tokens_that_they_stand_at(labelled, tokenizer, t
             number += 1
     tokens = sum(label != -100 for row in examples for label in row["labels"])
     assert record["soft"] == pytest.approx(number / tokens) and 0.5 < record["soft"] <= record["one_to_one"]
-    assert record["examples"] == {"ner_garden": 6, "re_market": 6} and (record["weight"], record["top_k"]) == (0.5, 4)
-    assert f"soft labels of 12 examples: {record['one_to_one']:.1%}" in line
+    assert record["examples"] == {"ner_garden": COUNT, "re_market": COUNT} and (record["weight"], record["top_k"]) == (
+        0.5,
+        4,
+    )
+    assert f"soft labels of {2 * COUNT} examples: {record['one_to_one']:.1%}" in line
 
 
 def test_soft_label_that_the_base_has_no_embedding_for_raises(tmp_path):
@@ -87,7 +83,7 @@ def test_result_is_kept_and_made_anew_for_other_labels(labelled, tokenizer, tmp_
         again, found, _ = softened(labelled, tmp_path, tokenizer)
         assert again[:] == examples[:] and found == record
     one, record, _ = softened(labelled, tmp_path, tokenizer, "ner_garden")
-    assert len(one) == 6 and record["examples"] == {"ner_garden": 6}
+    assert len(one) == COUNT and record["examples"] == {"ner_garden": COUNT}
     wanted = {tuple(row["input_ids"]): row for row in examples}
     assert all(row == wanted[tuple(row["input_ids"])] for row in one)
 
@@ -184,7 +180,7 @@ def test_fusion_is_trained_and_recorded(labelled, tmp_path):
         "target_adapter": zoo_path("llama", "ner_kitchen"), "source_adapters": [zoo_path("qwen2", "ner_garden")],
     }  # fmt: skip
     log = succeeds(train.main, flags(values))
-    assert "soft labels of 12 examples" in log
+    assert f"soft labels of {2 * COUNT} examples" in log
     record = json.loads((tmp_path / "out" / "fusion.json").read_text())["training"]["source_labels"]
     assert record["loss"] == "soft" and record["soft"]["weight"] == 0.25 and record["soft"]["soft"] > 0.5
     card = (tmp_path / "out" / "README.md").read_text()

@@ -141,7 +141,7 @@ def test_confidence_that_is_asked_for_and_missing_raises(tokenizer, tmp_path):
 
 def test_nothing_left_raises(tokenizer, tmp_path):
     path = write_labels(tmp_path / "labels.jsonl", label(10, good=False), label(11, sure=-3.0))
-    words = r"of 2 1 are malformed \(see --keep_malformed\) and 1 below --min_log_probability -1\.0"
+    words = r"of 2 1 are malformed \(--keep_malformed true keeps them\) and 1 below --min_log_probability -1\.0"
     with pytest.raises(ValueError, match=words):
         build(tokenizer, path, min_log_probability=-1.0)
     with pytest.raises(ValueError, match=r"too long for --max_length 3.*raise it to 4 at least"):

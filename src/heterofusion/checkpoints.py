@@ -312,21 +312,21 @@ def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
     found = _NOT_RECORDED | read_identity(folder)
     for name, expected in identity.items():
         if found.get(name) != expected:
-            field, there, here = _difference(name, found.get(name), expected)
+            field, there, here = first_difference(name, found.get(name), expected)
             raise ValueError(
                 f"{folder} was trained with another {field}: {shorten(there)}, this run has {shorten(here)}; resume "
                 "with the same adapters and settings, or start in a new output_dir"
             )
 
 
-def _difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
+def first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
     """Where two different values differ first, as `hypernetwork.embed_dim` or `source_sha256[1]`, and both there."""
     if isinstance(found, dict) and isinstance(expected, dict):
         key = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
-        return _difference(f"{name}.{key}", found.get(key), expected.get(key))
+        return first_difference(f"{name}.{key}", found.get(key), expected.get(key))
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         index = next(i for i, (there, here) in enumerate(zip(found, expected, strict=True)) if there != here)
-        return _difference(f"{name}[{index}]", found[index], expected[index])
+        return first_difference(f"{name}[{index}]", found[index], expected[index])
     return name, found, expected
 
 

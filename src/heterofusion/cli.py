@@ -271,6 +271,8 @@ def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> 
         if value is None:
             continue
         if isinstance(value, list):
+            if not value and parser.get_default(key) == []:  # what is there if it is left out
+                continue
             if not value:
                 raise UsageError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
             items = [as_text(item) for item in value]

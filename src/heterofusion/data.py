@@ -6,6 +6,7 @@ in the `ReplayReport` that comes with it. The same arguments always give the sam
 """
 
 import copy
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -183,6 +184,15 @@ def _build(
             "the tokenizer has no EOS token: plain texts end without one, and the model does not learn to stop"
         )
     return examples, report
+
+
+def examples_sha256(examples: Dataset) -> str:
+    """Hash of token ids and labels of examples, in their order."""
+    digest = hashlib.sha256()
+    for ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
+        for values in (ids, labels):
+            digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def no_examples(labels: Sequence[str], needed: Sequence[int], max_length: int) -> ValueError:

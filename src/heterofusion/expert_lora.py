@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from heterofusion.basis_inputs import fit_basis
 from heterofusion.checkpoints import missing_part
 from heterofusion.engines import load_whole_tensors
 from heterofusion.expert import ALL_LINEAR, LORA_B, LoraArguments
+from heterofusion.mixture_data import check_data_state
 
 STATE_FILE = "expert_state.json"  # in a checkpoint: what the LoRA began as, and what of it is trained
+DATA = "data"  # there: what it was trained on
 _DROPOUT = 0.05
 
 
@@ -75,11 +77,17 @@ class ExpertLora:
         """What was added to the adapter that it begins as."""
         return self.initial.expansion if isinstance(self.initial, ExpandedAdapter) else None
 
-    def write_state(self, checkpoint: Path) -> None:
-        """Write that into a checkpoint, and the extra rows that it began with."""
+    def write_state(self, checkpoint: Path, data: Mapping[str, Any] | None = None) -> None:
+        """Write that into a checkpoint, and the extra rows that it began with.
+
+        Args:
+            checkpoint: its folder.
+            data: what it was trained on, see `heterofusion.mixture_data.data_state`.
+        """
         if self.initial is not None:
             write_rows(checkpoint, self.initial)
-        (checkpoint / STATE_FILE).write_text(json.dumps(self.state()) + "\n", encoding="utf-8")
+        state = self.state() | ({} if data is None else {DATA: dict(data)})
+        (checkpoint / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def fit_basis(self, model: PeftModel, examples: Sequence[Tensor]) -> None:
         """Fit the extra rows to the inputs that the modules see, and put them into the model. All ranks together.
@@ -310,6 +318,19 @@ def check_expert_checkpoint(folder: Path, lora: ExpertLora) -> None:
                 f"{folder} was trained with another {name}: {there}, this run has {here}; resume with the same flags, "
                 "or start in a new output_dir"
             )
+
+
+def check_expert_data(folder: Path, data: Mapping[str, Any]) -> None:
+    """Check that a checkpoint to resume from was trained on the same data, used alike.
+
+    Args:
+        folder: the checkpoint.
+        data: of this run, see `heterofusion.mixture_data.data_state`.
+
+    Raises:
+        ValueError: names the first thing that differs.
+    """
+    check_data_state(folder, _read_state(folder).get(DATA), data)
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

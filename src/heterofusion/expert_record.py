@@ -10,17 +10,22 @@ from transformers import TrainingArguments
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.config import training_settings
 from heterofusion.expert_lora import ExpertLora, plain
+from heterofusion.label_controls import labels_control
 from heterofusion.mixture_data import TrainingData
 from heterofusion.provenance import (
     CARD_FILE,
     EXPERT_FILE,
     basis_record,
     describe_basis,
+    describe_controls,
     describe_labels,
     display_name,
+    initial_control,
     library_versions,
     made_by,
+    record_control,
     training_cost,
+    whole_control,
 )
 
 
@@ -45,6 +50,7 @@ def expert_record(
         resumed_from_step: where it was resumed, if it was.
     """
     initial = lora.initial
+    labels, begun = labels_control(data.labels_record), initial_control(initial)
     training = {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data.replay_record}
     if data.labels_record is not None:
         training["source_labels"] = data.labels_record
@@ -64,7 +70,10 @@ def expert_record(
             training_cost(metrics, resumed_from_step),
             args.seed,
             ran_source_models=data.labels_record is not None,
+            source_control=whole_control(None, labels, begun),
         ),
+        "label_control": labels,
+        "initial_control": begun,
         "versions": library_versions(),
     }
 
@@ -79,12 +88,12 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def _card(record: dict[str, Any]) -> ModelCard:
     """A model card without what only the owner knows, such as a licence. It replaces PEFT's, which has local paths."""
-    base, lora = record["base_model"], record["lora"]
+    base, lora, control = record["base_model"], record["lora"], record_control(record)
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", f"base_model:adapter:{base}"],
+        tags=["lora", f"base_model:adapter:{base}", *(["control"] if control else [])],
     )
     training = record["training"]
     labels = training.get("source_labels")
@@ -96,8 +105,14 @@ def _card(record: dict[str, Any]) -> ModelCard:
     basis = describe_basis(record["basis"])
     part += f" {basis}" if basis else ""
     told = f"\n{describe_labels(labels)}\n" if labels else ""
+    title = "LoRA expert" if control is None else f"CONTROL ({control}): not an expert"
+    if control is not None:
+        told = (
+            f"\nThis adapter is a CONTROL: {describe_controls(record)}.\nAn adapter that is none is compared with it "
+            f"to see what the real ones contribute.\n{told}"
+        )
     body = f"""
-# LoRA expert
+# {title}
 
 A LoRA adapter of rank {lora["r"]} for `{base}`{begun}, trained with the loss on the answers only.{part}
 

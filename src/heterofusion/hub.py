@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 
 from heterofusion.adapter_config import AdapterError
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from heterofusion.controls import control_kind
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.export import ExportError
 from heterofusion.provenance import (
@@ -32,6 +31,7 @@ from heterofusion.provenance import (
     RECORD_FILES,
     display_name,
     find_record,
+    record_control,
 )
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
         base = load_adapter(folder).base_model or ""
     except AdapterError as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
-    control = control_kind(record.get("source_control"))
+    control = record_control(record)
     if control is not None:
         raise ExportError(
             f"{folder} holds a control (source_control {control} in {provenance}): it was made without what its "

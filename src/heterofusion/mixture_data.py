@@ -1,16 +1,21 @@
 """The training data of a run from its flags: replay, source labels, or a mixture of both, with what is recorded."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from heterofusion.arguments import DataArguments, SourceLabelArguments
-from heterofusion.data import build_replay
+from heterofusion.checkpoints import first_difference, shorten
+from heterofusion.data import build_replay, examples_sha256
 from heterofusion.mixture import Mixture
 from heterofusion.source_labels import SourceLabels, build_labels, labels_record, labels_summary
+
+_ONCE_NOT_RECORDED = ("sha256", "min_log_probability", "keep_malformed")
 
 # Gives source labels their soft labels: the examples with them, plain values for the record, and a line for the log.
 AddSoftLabels = Callable[
@@ -36,6 +41,11 @@ class TrainingData:
     labels_record: dict[str, Any] | None
     summary: Mapping[str, list[str]]
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """See `data_state`."""
+        return data_state(self.replay_record, self.labels_record)
+
 
 def build_training_data(
     data: DataArguments,
@@ -59,14 +69,14 @@ def build_training_data(
         ValueError: a flag, a file or a record is not what it has to be, or there is neither; says what to do.
     """
     if not labels.source_labels:
-        replay, report = build_replay(data, tokenizer, kind)
-        return TrainingData(replay, (replay,), report.to_dict(), None, {kind: report.summary()})
+        replay, made, lines = _replay(data, tokenizer, kind)
+        return TrainingData(replay, (replay,), made, None, {kind: lines})
     parts: list[Dataset] = []
     record: dict[str, Any] = {}
     summary: dict[str, list[str]] = {}
     if data.dataset_name:
-        replay, report = build_replay(data, tokenizer, kind)
-        parts, record, summary = [replay], report.to_dict(), {kind: report.summary()}
+        replay, record, lines = _replay(data, tokenizer, kind)
+        parts, summary = [replay], {kind: lines}
     found = build_labels(labels, data, tokenizer)
     labelled, soft_record, soft_weight, soft_lines = found.examples, None, None, []
     if labels.label_loss == "soft":
@@ -79,5 +89,55 @@ def build_training_data(
         *soft_lines,
         f"an epoch is {length} examples, {float(mixture.share):.1%} of them replay",
     ]
-    made = labels_record(found.reports, float(mixture.share), soft_record)
+    made = labels_record(found, labels, float(mixture.share), soft_record)
     return TrainingData(mixture, (*parts, labelled), record, made, summary)
+
+
+def _replay(
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> tuple[Dataset, dict[str, Any], list[str]]:
+    """The replay, what is recorded of it, and what became of it in lines."""
+    replay, report = build_replay(data, tokenizer, kind)
+    return replay, {**report.to_dict(), "sha256": examples_sha256(replay)}, report.summary()
+
+
+# ---- a run that goes on ------------------------------------------------------------------------------------------
+
+
+def data_state(replay_record: Mapping[str, Any], labels_record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint tells of the training data, so that no run goes on with others.
+
+    Args:
+        replay_record: plain values about the replay; empty without.
+        labels_record: the same about the source labels; None without.
+    """
+    state: dict[str, Any] = json.loads(json.dumps({"source_labels": labels_record, "replay": replay_record}))
+    return state
+
+
+def check_data_state(where: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with other training data, or another use of it.
+
+    Args:
+        where: what is gone on with.
+        found: the `data_state` there; what earlier versions did not record is not compared.
+        wanted: that of this run.
+
+    Raises:
+        ValueError: names the first thing that differs.
+    """
+    if not isinstance(found, Mapping):
+        return
+    known = {name: _known(found.get(name), value) for name, value in wanted.items()}
+    if any(found.get(name) != value for name, value in known.items()):
+        name, there, here = first_difference("", dict(found), known)
+        raise ValueError(
+            f"{where} was trained with another {name.removeprefix('.')}: {shorten(there)}, this run has "
+            f"{shorten(here)}; resume with the same data and flags, or start in a new output_dir"
+        )
+
+
+def _known(found: Any, wanted: Any) -> Any:
+    if not (isinstance(found, Mapping) and isinstance(wanted, Mapping)):
+        return wanted
+    return {name: value for name, value in wanted.items() if name in found or name not in _ONCE_NOT_RECORDED}

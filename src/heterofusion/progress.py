@@ -23,6 +23,7 @@ from heterofusion.checkpoints import (
     check_hypernetworks,
     fusion_identity,
     last_complete_checkpoint,
+    read_identity,
     shorten,
 )
 from heterofusion.initialization import (
@@ -33,7 +34,9 @@ from heterofusion.initialization import (
     plan_initialization,
     write_initialization,
 )
+from heterofusion.label_controls import labels_control
 from heterofusion.loading import check_output_dir
+from heterofusion.mixture_data import check_data_state, data_state
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.provenance import PROVENANCE_FILE, display_name
 from heterofusion.stages import Stage
@@ -172,17 +175,32 @@ def check_finished(stage: Stage) -> None:
 
 
 def check_data(stage: Stage) -> None:
-    """Check that a finished stage was trained on the replay and source labels that its flags give.
+    """Check that what is gone on with was trained on the replay and source labels that the stage's flags give.
+
+    Also that hypernetworks that it starts from are of the same kind of control of labels: those of real labels would
+    bring into a control what it is to leave out, and the other way round.
 
     Raises:
-        ValueError: it was another.
+        ValueError: it was on others; names the first thing that differs.
     """
-    training = _section(_read_provenance(stage.folder), "training")
-    for name, record in (("replay", stage.replay_record), ("source_labels", stage.labels_record)):
-        wanted = json.loads(json.dumps(record))
-        found = training.get(name, wanted if name == "replay" else None)
-        if found != wanted:
-            raise _other_run(stage, name, found, wanted)
+    wanted = data_state(stage.replay_record, stage.labels_record)
+    if stage.finished:
+        training = _section(_read_provenance(stage.folder), "training")
+        found = {"source_labels": training.get("source_labels"), "replay": training.get("replay", wanted["replay"])}
+        check_data_state(stage.folder / PROVENANCE_FILE, found, wanted)
+    elif stage.resume is not None:
+        check_data_state(stage.resume, read_identity(stage.resume).get("data"), wanted)
+    elif stage.start is not None and stage.previous is None:
+        folder = stage.start.file.parent
+        there, here = (
+            (labels_control(_section(data, "source_labels")) or {}).get("kind")
+            for data in (_section(read_identity(folder), "data"), wanted)
+        )
+        if there != here:
+            raise ValueError(
+                f"the hypernetworks in {folder} were trained on source labels of the control {there or 'none'}, this "
+                f"run's are of {here or 'none'}; start from hypernetworks of the same kind of labels, or fresh"
+            )
 
 
 def _other_run(stage: Stage, name: str, found: Any, expected: Any) -> ValueError:

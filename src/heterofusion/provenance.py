@@ -14,6 +14,7 @@ from heterofusion.adapters import WEIGHTS_FILE, LoraAdapter, file_sha256
 from heterofusion.basis import INPUTS, ExpandedAdapter
 from heterofusion.controls import control_kind, control_record, describe_control
 from heterofusion.cost import cost_record
+from heterofusion.label_controls import describe_labels_control, labels_control
 from heterofusion.modeling import HeteroFusionModel
 
 PROVENANCE_FILE = "fusion.json"
@@ -41,7 +42,7 @@ def made_by(
         cost: of `training_cost` or `heterofusion.cost.cost_record`.
         seed: of what is random in it; None if nothing is.
         ran_source_models: whether source experts were run on their own bases.
-        source_control: the control that took the place of the sources, if one did.
+        source_control: of what kind of control it is, if it is one; see `whole_control`.
     """
     return {
         "kind": kind,
@@ -88,6 +89,72 @@ def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, d
     return names[0], records[names[0]]
 
 
+def record_control(record: Mapping[str, Any]) -> str | None:
+    """Kind of the control that an adapter is by its record; None if it is none."""
+    made = record.get("made_by")
+    told = made.get("source_control") if isinstance(made, Mapping) else None
+    return str(told) if told else control_kind(record.get("source_control"))
+
+
+def initial_control(adapter: LoraAdapter | None) -> dict[str, Any] | None:
+    """What records tell of the adapter that a training begins as, if it is a control itself.
+
+    Returns:
+        Its `name` and the `kind` of control; None if it is none, or nothing beside it tells what made it.
+
+    Raises:
+        AdapterError: a record beside it is damaged; names it.
+    """
+    if adapter is None or not any((adapter.folder / name).is_file() for name in RECORD_FILES):
+        return None
+    _, record = find_record(adapter.folder, adapter.sha256)
+    if record.get("weights_sha256", adapter.sha256) != adapter.sha256:  # of other weights that lay there before
+        return None
+    kind = record_control(record)
+    return None if kind is None else {"name": display_name(adapter.name), "kind": kind}
+
+
+def whole_control(
+    sources: Mapping[str, Any] | None, labels: Mapping[str, Any] | None, initial: Mapping[str, Any] | None
+) -> str | None:
+    """Of what kind of control a training is, as `made_by` and tables have it; None if it is none.
+
+    Args:
+        sources: of `control_record`; its kind comes first, as it is.
+        labels: of `labels_control`; with `labels:` before.
+        initial: of `initial_control`; with `init:` before, unless the training is such a control itself.
+    """
+    kinds = [] if sources is None else str(sources["kind"]).split("+")
+    kinds += [] if labels is None else [f"labels:{kind}" for kind in labels["kind"].split("+")]
+    begun = [] if initial is None else [kind.removeprefix("init:") for kind in initial["kind"].split("+")]
+    return "+".join([*kinds, *dict.fromkeys(f"init:{kind}" for kind in begun if kind not in kinds)]) or None
+
+
+def refuse_push(control: str | None) -> None:
+    """Refuse `--push_to_hub` of what will be a control, before it is trained.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if control is not None:
+        raise ValueError(
+            f"--push_to_hub is true, but this run makes a control ({control}), which is not published: leave "
+            "--push_to_hub out, or train with the real sources, labels and adapters"
+        )
+
+
+def describe_controls(record: Mapping[str, Any]) -> str:
+    """What a record tells of controls, in clauses; empty if it is none."""
+    clauses = []
+    if record.get("source_control"):
+        clauses.append(describe_control(record["source_control"]))
+    if labels := record.get("label_control"):
+        clauses.append(describe_labels_control(labels))
+    if initial := record.get("initial_control"):
+        clauses.append(f"it began as the adapter {initial['name']}, which is a control itself ({initial['kind']})")
+    return "; ".join(clauses)
+
+
 def library_versions() -> dict[str, str]:
     """Installed versions of the packages that a fused adapter depends on."""
     names = ("heterofusion", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
@@ -124,6 +191,7 @@ def provenance(
     plan = model.plan
     control = control_record(plan.sources)
     training = dict(training or {})
+    labels, initial = labels_control(training.get("source_labels")), initial_control(plan.target)
     cost = training_cost(metrics or {}, training.pop("resumed_from_step", None))
     return {
         "made_by": made_by(
@@ -132,9 +200,11 @@ def provenance(
             cost,
             seed=model.updates.seed,
             ran_source_models="source_labels" in training,
-            source_control=control_kind(control),
+            source_control=whole_control(control, labels, initial),
         ),
         "source_control": control,
+        "label_control": labels,
+        "initial_control": initial,
         "base_model": display_name(fused_config(model)["base_model_name_or_path"] or ""),
         "target": _adapter_record(plan.target),
         "basis": basis_record(plan.target),
@@ -194,9 +264,11 @@ def describe_labels(record: dict[str, Any] | None) -> str:
         if soft
         else ""
     )
+    anchors = sum(sum(file["by_source"].get("anchor", {}).values()) for file in record["files"])
+    own = f"\n{anchors} of them are the anchor's own answers." if anchors else ""
     return (
         f"It was trained on {record['kept']} source labels ({files}), prompts that source experts answered,\n{rest}."
-        f"{loss}"
+        f"{own}{loss}"
     )
 
 
@@ -210,7 +282,7 @@ def _adapter_record(adapter: LoraAdapter) -> dict[str, Any]:
 
 def model_card(record: dict[str, Any]) -> ModelCard:
     """A model card from a provenance record. The licence is left to the owner of the adapters."""
-    base, control = record["base_model"], record["source_control"]
+    base, control = record["base_model"], record_control(record)
     tags = ["heterofusion", "lora"]
     tags += ["adapter-fusion", f"base_model:adapter:{base}"] if base else []
     tags += ["control"] if control else []
@@ -233,10 +305,12 @@ def model_card(record: dict[str, Any]) -> ModelCard:
     title = "Fused LoRA adapter"
     first = f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of"
     if control is not None:
-        title = f"CONTROL ({control['kind']}): not a fusion of its sources"
+        title = f"CONTROL ({control}): not a fusion of its sources"
+        whose = "them" if record["source_control"] else "what its sources know"
         first = (
-            f"This adapter is a CONTROL: {describe_control(control)},\nso it is not a fusion of them. Such a fusion "
-            "is compared with it to see what its sources contribute.\n\nIt was made as one, as a LoRA adapter of"
+            f"This adapter is a CONTROL: {describe_controls(record)},\nso it is not a fusion of {whose}. Such a "
+            "fusion is compared with it to see what its sources contribute.\n\n"
+            "It was made as one, as a LoRA adapter of"
         )
     body = f"""
 # {title}

@@ -4,6 +4,7 @@ A file of `recipes/label.py` has, beside the replay's columns, `task`, `kind`, `
 token of the answer) and `format_ok`; each of them may be missing, and any file in a format of the replay will do.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,22 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from heterofusion.adapters import file_sha256
 from heterofusion.arguments import DataArguments, SourceLabelArguments
-from heterofusion.data import DatasetReport, as_dataset, checked_format, describe_counts, encode_records, no_examples
+from heterofusion.data import (
+    DatasetReport,
+    as_dataset,
+    checked_format,
+    describe_counts,
+    encode_records,
+    examples_sha256,
+    no_examples,
+)
 from heterofusion.formats import type_name
+from heterofusion.label_controls import file_control
 from heterofusion.mixture import check_fraction, check_settings, check_soft_settings
 from heterofusion.provenance import display_name
 from heterofusion.records import Records, load_records, sample_indices
+
+logger = logging.getLogger(__name__)
 
 _CONFIDENCE, _FORMAT = "log_probability", "format_ok"
 _UNNAMED = "not named"
@@ -36,12 +48,14 @@ class LabelReport(DatasetReport):
         malformed: labels dropped because they are not in their task's output format.
         unsure: labels dropped because their source was not sure enough of them.
         by_source: number of kept labels by source and task.
+        control: kind of the control that they are labels of; None if they are none.
     """
 
     sha256: str = ""
     malformed: int = 0
     unsure: int = 0
     by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+    control: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,12 +141,18 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
             raise ValueError(f"--source_labels {path} does not exist: check the path")
         records = load_records(str(path), kind="source label")
         report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
+        report.control = file_control(path, records.rows)
         good = good_labels(records, args, report)
         limit = args.max_examples_of(index)
         if limit is not None:
             good = [good[i] for i in sample_indices(len(good), limit, data.dataset_seed)]
         found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
         report.by_source = _by_source(records, kept)
+        if report.read and not good and len(args.source_labels) > 1:
+            logger.warning(
+                "%s gives no label: %d are malformed (--keep_malformed true keeps them), %d not sure enough",
+                records.label, report.malformed, report.unsure,
+            )  # fmt: skip
         examples += found
         origins += [Origin(path, i, records.where(i), records.rows[i]) for i in kept]
         needed += missing
@@ -141,7 +161,7 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
     if not examples and not any(report.sampled for report in reports):
         raise ValueError(
             f"{', '.join(names)}: no source label is left, of {sum(report.read for report in reports)} "
-            f"{sum(report.malformed for report in reports)} are malformed (see --keep_malformed) and "
+            f"{sum(report.malformed for report in reports)} are malformed (--keep_malformed true keeps them) and "
             f"{sum(report.unsure for report in reports)} below --min_log_probability {args.min_log_probability}: "
             "lower what is asked of them, or label more prompts"
         )
@@ -214,20 +234,38 @@ def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]
             f"{report.name} ({report.format}): {report.malformed} malformed and {report.unsure} not sure enough "
             f"dropped; {describe_counts(asdict(report), max_length)}",
             f"  kept by source and task: {sources or 'none'}",
+            *([] if report.control is None else [f"  CONTROL ({report.control}): not of the sources that know"]),
         ]
     return lines
 
 
 def labels_record(
-    reports: Sequence[LabelReport], fraction: float, soft: Mapping[str, Any] | None = None
+    labels: SourceLabels, args: SourceLabelArguments, fraction: float, soft: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What `fusion.json` holds of the source labels, as plain JSON types; of a file its name alone.
 
+    Settings come first, then files, then what came of them: a run that resumes names the first that differs.
+
     Args:
-        reports: of `build_labels`.
+        labels: of `build_labels`.
+        args: which labels were good enough.
         fraction: share of replay in every batch.
         soft: plain values about the soft labels; None without.
     """
-    files = [asdict(report) | {"name": display_name(report.name)} for report in reports]
-    loss = {"loss": "hard"} if soft is None else {"loss": "soft", "soft": dict(soft)}
-    return {"replay_fraction": fraction, **loss, "kept": sum(r.kept for r in reports), "files": files}
+    return {
+        "replay_fraction": fraction,
+        **({"loss": "hard"} if soft is None else {"loss": "soft", "soft": dict(soft)}),
+        "min_log_probability": args.min_log_probability,
+        "keep_malformed": args.keep_malformed,
+        "files": [_file_record(report) for report in labels.reports],
+        "kept": sum(report.kept for report in labels.reports),
+        "sha256": examples_sha256(labels.examples),
+    }
+
+
+def _file_record(report: LabelReport) -> dict[str, Any]:
+    found = asdict(report)
+    record = {"name": display_name(found.pop("name")), "sha256": found.pop("sha256"), **found}
+    if report.control is None:
+        del record["control"]
+    return record

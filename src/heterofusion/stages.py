@@ -23,10 +23,11 @@ from heterofusion.config import HeteroFusionConfig
 from heterofusion.controls import control_kind, control_record
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.initialization import Initialization, check_sizes, read_initialization
+from heterofusion.label_controls import labels_control
 from heterofusion.loading import load_plan
 from heterofusion.mixture import Mixture
 from heterofusion.modeling import hypernetwork_config
-from heterofusion.provenance import PROVENANCE_FILE
+from heterofusion.provenance import PROVENANCE_FILE, initial_control, whole_control
 from heterofusion.topology import AlignmentPlan
 
 ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, SourceLabelArguments, RunArguments, HeteroFusionConfig)
@@ -166,6 +167,11 @@ class Stage:
                     f"{shorten(recorded)}, this run has {shorten(control)}; resume with the same flags, or start in a "
                     "new output_dir"
                 )
+
+    def control(self) -> str | None:
+        """Of what kind of control it is, once its data are there: see `whole_control`."""
+        labels, initial = labels_control(self.labels_record), initial_control(self.plan.target)
+        return whole_control(control_record(self.plan.sources), labels, initial)
 
     def record(self) -> dict[str, Any]:
         """For the provenance: source labels, where it was resumed, its place in a sequence, what it started from."""

@@ -66,6 +66,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         data_collator: pads and batches; `make_collator` of the tokenizer by default.
         replay_record: plain values about the replay, for the provenance.
         run_record: plain values about the run around the training, for the provenance.
+        checkpoint_record: plain values that stand in every checkpoint, for whoever resumes from it.
         **kwargs: passed on to `Trainer`.
 
     Raises:
@@ -86,6 +87,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         data_collator: Any = None,
         replay_record: dict[str, Any] | None = None,
         run_record: dict[str, Any] | None = None,
+        checkpoint_record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, HeteroFusionModel):
@@ -100,6 +102,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         self._once_per_window = self._stopped_early = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
         self.replay_record, self.run_record = replay_record or {}, run_record or {}
+        self.checkpoint_record = dict(checkpoint_record or {})
         self.fusion_model = model
         super().__init__(
             model=model,
@@ -307,6 +310,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         if _internal_call:
             if output_dir is not None:
                 record = engine_record(self.accelerator) | {"save_only_model": self.args.save_only_model}
+                record |= self.checkpoint_record
                 save_hypernetworks(self.fusion_model, output_dir, record, self.args.should_save)
             return
         self.export(output_dir or str(self.args.output_dir))

@@ -16,10 +16,12 @@ from heterofusion.evaluation.arguments import (
     GenerationArguments,
     is_file_name,
 )
+from heterofusion.label_controls import LABEL_CONTROLS
 
 ANCHOR = "anchor"  # its name in tables; no source may have it
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 TEMPERATURE, TOP_P = 1.0, 0.95
+ANCHOR_MIN_SCORE = 0.5
 
 
 @dataclass
@@ -32,8 +34,8 @@ class LabelModelArguments(ModelArguments):
     target_adapter: str | None = field(
         default=None,
         metadata={
-            "help": "The fusion's target adapter (the anchor), which is scored beside the sources; it may be left out "
-            "where --routing names all tasks."
+            "help": "The fusion's target adapter (the anchor), which is scored beside the sources and may label; it "
+            "may be left out where --routing names all tasks and gives none of them to it."
         },
     )
     source_models: list[str] = field(
@@ -178,7 +180,9 @@ class LabelDataArguments(EvalDataArguments):
     top_p: float = field(
         default=TOP_P, metadata={"help": "Probability mass that --self_prompt draws tokens from, above 0 up to 1."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the sample of prompts, and of --self_prompt."})
+    seed: int = field(
+        default=42, metadata={"help": "Seed of the sample of prompts, of --self_prompt, and of --control shuffle."}
+    )
 
     def __post_init__(self) -> None:
         for flag in ("self_prompt", "max_prompts", "seed"):
@@ -239,17 +243,48 @@ class RoutingArguments:
         default=None,
         metadata={
             "help": "YAML file that says so instead of the scores: a mapping of tasks to a source, a list of sources, "
-            "or none. Tasks that it leaves out are measured."
+            f"or none; the word {ANCHOR} stands for the anchor itself. Tasks that it leaves out are measured."
         },
     )
     routing_margin: float = field(
         default=0.1,
         metadata={"help": "How much better than the anchor's a source's score has to be for it to label a task."},
     )
+    anchor_labels: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the anchor itself label measured tasks that no source serves, which keeps what it can do: "
+            "those where its own score is at least --anchor_min_score."
+        },
+    )
+    anchor_min_score: float = field(
+        default=ANCHOR_MIN_SCORE,
+        metadata={"help": "The anchor's score from which it labels a task, with --anchor_labels."},
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let somebody who does not know answer in place of the sources that were chosen, to see what "
+            "their labels contribute: bases (the sources' bases without adapters), shuffle (sources that were chosen "
+            "for other tasks; --seed draws) or anchor (the anchor itself). What trains on such labels is a control.",
+            "choices": [*LABEL_CONTROLS],
+        },
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.routing_margin <= 1:
-            raise ValueError(f"--routing_margin is {self.routing_margin}; it must be between 0 and 1")
+        for flag in ("routing_margin", "anchor_min_score"):
+            value = getattr(self, flag)
+            if not 0 <= value <= 1:
+                raise ValueError(f"--{flag} is {value}; it must be between 0 and 1")
+        if not self.anchor_labels and self.anchor_min_score != ANCHOR_MIN_SCORE:
+            raise ValueError(
+                f"--anchor_min_score {self.anchor_min_score} is for --anchor_labels true alone; leave it out"
+            )
+
+    @property
+    def anchor_from(self) -> float | None:
+        """The anchor's score from which it labels a task that no source serves; None if it does not."""
+        return self.anchor_min_score if self.anchor_labels else None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a labelling tells of itself: `labels.json`, and a table of its labels."""
+"""What a labelling leaves: the records of labels, what `labels.json` tells of them, and a table of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.cost import cost_record
+from heterofusion.evaluation.examples import Prompts
+from heterofusion.label_controls import CONTROL_COLUMN
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.experts import Expert
-from heterofusion.labelling.routing import Routing
-from heterofusion.labelling.tasks import LabelTask
+from heterofusion.labelling.formats import format_check
+from heterofusion.labelling.generation import Label
+from heterofusion.labelling.routing import Routing, most_confident
+from heterofusion.labelling.soft import OwnLabel
+from heterofusion.labelling.tasks import LabelTask, labelled_record, tags_of
 from heterofusion.markdown import markdown_table
 from heterofusion.provenance import display_name, library_versions
 
@@ -51,6 +56,61 @@ class TaskLabels:
         }
 
 
+def label_records(
+    task: LabelTask, texts: Mapping[str, Prompts], labels: Mapping[str, list[Label]], control: str | None = None
+) -> list[dict[str, Any]]:
+    """The records of a task's file: each prompt with the label of its most confident source.
+
+    Args:
+        task: The task.
+        texts: Its prompts, by source.
+        labels: Their labels, by source.
+        control: Kind of the control that the labels are of, if they are.
+    """
+    if task.prompts is None or not labels:
+        return []
+    references = [str(answer) for answer in _references(task)]
+    is_well_formed = format_check(task.metric, references)
+    records = []
+    for position in range(len(task.prompts.examples)):
+        first = next(iter(texts.values())).texts[position]
+        source = most_confident({name: rows[position] for name, rows in labels.items()}, first, is_well_formed)
+        label, asked = labels[source][position], texts[source].texts[position]
+        records.append(
+            {
+                **labelled_record(task.prompts, position, label.text, asked),
+                **tags_of(task, position),
+                "source": source,
+                "log_probability": round(label.mean_log_probability, 6),
+                "format_ok": is_well_formed(label, asked),
+                **({} if control is None else {CONTROL_COLUMN: control}),
+            }
+        )
+    return records
+
+
+def _references(task: LabelTask) -> list[str]:
+    """The replay's answers."""
+    if task.replay is None:
+        return []
+    answers = [answer for _, answer in task.replay.examples]
+    return [
+        answer
+        if isinstance(answer, str)
+        else next((m["content"] for m in answer[::-1] if m["role"] == "assistant"), "")
+        for answer in answers
+    ]
+
+
+def own_labels(made: Sequence[TaskLabels]) -> dict[str, list[OwnLabel]]:
+    """The labels of each source."""
+    own: dict[str, list[OwnLabel]] = {}
+    for labels in made:
+        for line, record in enumerate(labels.records):
+            own.setdefault(record["source"], []).append(OwnLabel(labels.task.name, line, record))
+    return own
+
+
 def labels_record(
     arguments: LabelArguments,
     made: Sequence[TaskLabels],
@@ -68,11 +128,12 @@ def labels_record(
         routing: Which source labelled which task.
         anchor: The anchor, if there is one.
         sources: The sources.
-        seconds: Of generation.
+        seconds: Of generation, and of soft labels.
         processes: How many shared it.
     """
-    data, generation = arguments.data, arguments.generation
+    data, generation, control = arguments.data, arguments.generation, routing.control
     return {
+        "control": {"kind": control, "seed": data.seed if control == "shuffle" else None} if control else None,
         "tasks": {labels.task.name: labels.summary() for labels in made},
         "labels": sum(len(labels.records) for labels in made),
         "routing": routing.record({labels.task.name: labels.task.metric for labels in made}),
@@ -112,5 +173,13 @@ def labels_table(record: Mapping[str, Any]) -> str:
                 f"{invented['kept']} of {invented['drawn']}" if invented else None,
             ]
         )
-    header = ["task", "labels", "by source", "format failures", "log-probability per token", "invented inputs kept"]
+    control = record["control"]
+    header = [
+        f"CONTROL {control['kind']}: task" if control else "task",
+        "labels",
+        "by source",
+        "format failures",
+        "log-probability per token",
+        "invented inputs kept",
+    ]
     return markdown_table(header, rows)

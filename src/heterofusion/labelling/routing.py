@@ -2,6 +2,7 @@
 
 A source that does not know a task gives labels that harm; so it labels a task only if its own answers to the task's
 replay prompts score better than the anchor's, by a margin. Of several that do, every prompt takes the most confident.
+A task that no source serves may go to the anchor itself, if it is good enough at it: that keeps what it can do.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ class Routing:
         sources: Names of all sources, in order.
         margin: What a source had to be better by.
         scores: By model (`anchor` and the sources) and task; tasks of the map have none.
-        chosen: The sources that label a task, in order; empty where no source serves it.
+        chosen: The sources that label a task, in order, or the anchor; empty where nobody does.
         mapped: Tasks whose sources the user named.
+        anchor_from: The anchor's score from which it labels a task that no source serves; None if it does not.
+        control: Kind of the control that takes the place of the chosen sources; None without.
+        replaced: With a control, who labels a task.
     """
 
     tasks: list[str]
@@ -39,6 +43,20 @@ class Routing:
     scores: dict[str, dict[str, float]]
     chosen: dict[str, list[str]]
     mapped: list[str]
+    anchor_from: float | None = None
+    control: str | None = None
+    replaced: dict[str, list[str]] | None = None
+
+    @property
+    def labelled_by(self) -> dict[str, list[str]]:
+        """Who labels a task: those that were chosen, or their control."""
+        return self.chosen if self.replaced is None else self.replaced
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all models that were scored or label something, the anchor first."""
+        shown = ANCHOR in self.scores or any(ANCHOR in names for names in self.labelled_by.values())
+        return [*([ANCHOR] if shown else []), *self.sources]
 
     @property
     def unserved(self) -> list[str]:
@@ -52,13 +70,16 @@ class Routing:
             metrics: By task; what a score is.
         """
         return {
+            "control": self.control,
             "margin": self.margin,
+            "anchor_min_score": self.anchor_from,
             "sources": self.sources,
             "tasks": {
                 task: {
                     "metric": metrics[task],
                     "scores": {name: row[task] for name, row in self.scores.items() if task in row},
                     "chosen": self.chosen[task],
+                    "labelled_by": self.labelled_by[task],
                     "by": "map" if task in self.mapped else "scores",
                 }
                 for task in self.tasks
@@ -66,46 +87,63 @@ class Routing:
         }
 
     def table(self) -> str:
-        """Markdown table: a row per model, a column per task, bold where a source labels the task."""
+        """Markdown table: a row per model, a column per task, bold where a model labels the task."""
         rows = []
-        for name in [*([ANCHOR] if ANCHOR in self.scores else []), *self.sources]:
+        for name in self.models:
             cells = []
             for task in self.tasks:
                 value = self.scores.get(name, {}).get(task)
                 text = "-" if value is None else f"{value:.3f}"
-                cells.append(f"**{'map' if value is None else text}**" if name in self.chosen[task] else text)
+                named = "map" if self.control is None else "control"
+                cells.append(f"**{named if value is None else text}**" if name in self.labelled_by[task] else text)
             rows.append([name, *cells])
-        return markdown_table(["", *self.tasks], rows)
+        return markdown_table(["" if self.control is None else f"CONTROL {self.control}", *self.tasks], rows)
+
+    def reason(self, task: str) -> str:
+        """Why nobody labels a task, and what to do."""
+        if task in self.mapped:
+            return "--routing says so"
+        best = max(self.sources, key=lambda source: self.scores[source][task])
+        found, needed = self.scores[best][task], self.scores[ANCHOR][task]
+        if found <= needed:
+            why = f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
+        else:
+            why = (
+                f"the best source, {best}, has {found:.3f}, the anchor {needed:.3f}; lower --routing_margin "
+                f"{self.margin:g}, or name the source in --routing"
+            )
+        return why if self.anchor_from is None else f"{why}; the anchor is below --anchor_min_score {self.anchor_from}"
 
 
 def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[str, list[str]]:
     """Read the YAML file of `--routing`.
 
     Args:
-        path: The file: a mapping of tasks to the name of a source, a list of names, or none.
+        path: The file: a mapping of tasks to the name of a source or of the anchor, a list of names, or none.
         tasks: Known tasks.
         sources: Known sources.
 
     Returns:
-        The sources of each task that the file names.
+        The sources of each task that the file names, in order, the anchor last.
 
     Raises:
         UsageError: It cannot be read, or names a task or a source that is not there.
     """
     where = f"--routing {path}"
     content = read_yaml(path, where, "a mapping of tasks to sources")
+    known = [*sources, ANCHOR]
     chosen: dict[str, list[str]] = {}
     for task, value in content.items():
         if task not in tasks:
             raise UsageError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
         names = [] if value in (None, NO_ADAPTER) else value if isinstance(value, list) else [value]
         for name in names:
-            if name not in sources:
+            if name not in known:
                 raise UsageError(
                     f"{where} gives the task {task!r} to {name!r}, which is no source; choose among "
-                    f"{', '.join(sources)}, or write {NO_ADAPTER}"
+                    f"{', '.join(known)}, or write {NO_ADAPTER}"
                 )
-        chosen[task] = [source for source in sources if source in names]
+        chosen[task] = [name for name in known if name in names]
     return chosen
 
 
@@ -115,8 +153,9 @@ def route(
     scores: dict[str, dict[str, float]],
     margin: float,
     mapped: Mapping[str, list[str]],
+    anchor_from: float | None = None,
 ) -> Routing:
-    """Choose the sources of every task.
+    """Choose who labels every task.
 
     Args:
         tasks: Names of the tasks.
@@ -124,6 +163,8 @@ def route(
         scores: By model (`anchor` and the sources) and task, for tasks that the map leaves out.
         margin: A source has to be better than the anchor by so much, and better in any case.
         mapped: Sources of the tasks that the user's map names.
+        anchor_from: The anchor labels other tasks that no source serves, where its score is at least so much; None if
+            it labels none.
     """
     chosen = {}
     for task in tasks:
@@ -133,7 +174,9 @@ def route(
         needed = scores[ANCHOR][task]
         gains = {source: scores[source][task] - needed for source in sources}
         chosen[task] = [source for source in sources if gains[source] > 0 and gains[source] >= margin - _ROUNDING]
-    return Routing([*tasks], [*sources], margin, scores, chosen, [task for task in tasks if task in mapped])
+        if not chosen[task] and anchor_from is not None and needed >= anchor_from - _ROUNDING:
+            chosen[task] = [ANCHOR]
+    return Routing([*tasks], [*sources], margin, scores, chosen, [t for t in tasks if t in mapped], anchor_from)
 
 
 def most_confident(labels: Mapping[str, Label], prompt: str, is_well_formed: FormatCheck) -> str:

@@ -25,13 +25,14 @@ from heterofusion.evaluation.ranks import all_together
 from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.store import read_json, write_json, write_lines
 from heterofusion.files import staging_folder
+from heterofusion.label_controls import LABELS_FILE
 from heterofusion.labelling.answering import Answering, Questions
 from heterofusion.labelling.arguments import ANCHOR, LabelArguments
+from heterofusion.labelling.controls import check_bases, labellers, with_control
 from heterofusion.labelling.experts import Expert, OneModel, find_experts
-from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.generation import Label, Sampling
-from heterofusion.labelling.record import TaskLabels, labels_record
-from heterofusion.labelling.routing import Routing, most_confident, read_map, route
+from heterofusion.labelling.record import TaskLabels, label_records, labels_record, own_labels
+from heterofusion.labelling.routing import Routing, read_map, route
 from heterofusion.labelling.self_prompt import (
     Template,
     draw_seed,
@@ -40,13 +41,12 @@ from heterofusion.labelling.self_prompt import (
     longest_input,
 )
 from heterofusion.labelling.soft import FOLDER as SOFT
-from heterofusion.labelling.soft import OwnLabel, check_soft, store_soft_labels
-from heterofusion.labelling.tasks import LabelTask, file_name, labelled_record, load_tasks, prompt_set, tags_of
+from heterofusion.labelling.soft import check_soft, store_soft_labels
+from heterofusion.labelling.tasks import LabelTask, file_name, load_tasks, prompt_set
 from heterofusion.loading import check_output_dir
 
 logger = logging.getLogger(__name__)
 
-LABELS_FILE = "labels.json"
 ROUTING_FILE = "routing.json"
 ROUTING_PICTURE = "routing.png"
 PARTS = "parts"
@@ -80,8 +80,13 @@ class Labelling:
             anchor, sources = find_experts(arguments.model, arguments.generation)
             self.anchor = anchor
             self.sources = {source.name: source for source in sources}
+            self.experts = {**self.sources, **({ANCHOR: anchor} if anchor is not None else {})}
+            if arguments.routing.control == "bases":
+                check_bases(sources)
+            if len(self.mapped) == len(labels):
+                self._controlled(self._routing({}))
             if arguments.output.top_k_logits:
-                check_soft(sources)
+                check_soft([*sources, *([anchor] if anchor is not None and self._anchor_may_label else [])])
             self._encode_all()
         self.model = OneModel(ranks.device)
         self.answering = Answering(ranks, self.folder / PARTS, self.model, arguments.generation)
@@ -101,11 +106,22 @@ class Labelling:
 
     def _check_routing(self, labels: list[str]) -> None:
         measured = [label for label in labels if label not in self.mapped]
+        model, data, routing = self.arguments.model, self.arguments.data, self.arguments.routing
+        own = [task for task, names in self.mapped.items() if ANCHOR in names]
+        if model.target_adapter is None and (own or routing.control == ANCHOR):
+            who = f"--routing {routing.routing} gives {', '.join(own)} to the anchor" if own else "--control is anchor"
+            raise ValueError(
+                f"{who}, but --target_adapter is missing: give it with its --model_name_or_path, or let sources label"
+            )
         if not measured:
             if not any(self.mapped.values()):
-                raise ValueError(f"--routing {self.arguments.routing.routing} gives no task to any source; name one")
+                raise ValueError(f"--routing {routing.routing} gives no task to any source; name one")
+            if routing.anchor_labels:
+                raise ValueError(
+                    f"--anchor_labels is of tasks that are measured, but --routing {routing.routing} names all: write "
+                    f"{ANCHOR} there for those that the anchor is to label, and leave --anchor_labels out"
+                )
             return
-        model, data = self.arguments.model, self.arguments.data
         if not data.dataset_name:
             raise ValueError(
                 f"without --dataset_name no source can be scored, so --routing must name the sources of every task; "
@@ -116,6 +132,20 @@ class Labelling:
                 f"--target_adapter is missing: sources have to beat the anchor on {', '.join(measured)}; give it with "
                 "its --model_name_or_path, or name the sources of all tasks in --routing"
             )
+
+    @property
+    def _anchor_may_label(self) -> bool:
+        routing = self.arguments.routing
+        named = any(ANCHOR in names for names in self.mapped.values())
+        return named or routing.anchor_labels or routing.control == ANCHOR
+
+    def _may_label(self, task: str) -> list[str]:
+        """Names of all that may have to write or answer a task's prompts."""
+        routing = self.arguments.routing
+        names = self.mapped.get(task, [*self.sources, *([ANCHOR] if routing.anchor_labels else [])])
+        if names and routing.control == "shuffle":
+            names = [*self.sources, *names]
+        return [*dict.fromkeys([*names, *([ANCHOR] if names and routing.control == ANCHOR else [])])]
 
     def _templates(self) -> dict[str, Template]:
         if not self.arguments.data.self_prompt:
@@ -132,11 +162,11 @@ class Labelling:
             if task.name not in self.mapped and task.replay is not None:
                 for expert in [*([self.anchor] if self.anchor else []), *self.sources.values()]:
                     self._encode(expert, task.replay)
-            for name in self.mapped.get(task.name, self.sources):
+            for name in self._may_label(task.name):
                 if task.prompts is not None:
-                    self._encode(self.sources[name], task.prompts)
+                    self._encode(self.experts[name], task.prompts)
                 else:
-                    self._drawing(self.sources[name], task, 1)
+                    self._drawing(self.experts[name], task, 1)
 
     def _encode(self, expert: Expert, examples: EvalSet) -> Prompts:
         """Prompts in an expert's words; experts with the same tokenizer share them."""
@@ -162,24 +192,28 @@ class Labelling:
         routing = self._route()
         self._tell(routing)
         counts = self._invent(routing) if self.templates else {}
-        made = self._label(routing, counts)
+        answering = labellers(self.experts, routing.control)
+        made = self._label(routing, answering, counts)
         self.model.release()
         if not any(labels.records for labels in made):
             raise ValueError(
                 "--self_prompt: no invented input is new and keeps to its template; give --prompts, or a larger number"
             )
-        top_k = self.arguments.output.top_k_logits
-        if top_k:
-            own = _own_labels(made)
-            batch_size = self.arguments.output.teacher_batch_size
-            store_soft_labels(self.folder, self.sources, own, top_k, batch_size, self.ranks.device)
+        output, seconds = self.arguments.output, self.answering.seconds
+        if output.top_k_logits:
+            experts = {expert.name: expert for expert in answering.values()}
+            batch_size = output.teacher_batch_size
+            index = store_soft_labels(
+                self.folder, experts, own_labels(made), output.top_k_logits, batch_size, self.ranks.device
+            )
+            seconds += index["seconds"]
         record = labels_record(
             self.arguments,
             made,
             routing,
             self.anchor,
             [*self.sources.values()],
-            self.answering.seconds,
+            seconds,
             self.ranks.num_processes,
         )
         with all_together(self.ranks):
@@ -190,7 +224,7 @@ class Labelling:
     def _clear(self) -> None:
         """Remove what an earlier run wrote, once the first model is loaded: the last thing that may be wrong."""
         needed = [name for task in self.tasks for name in self.mapped.get(task.name, [])]
-        first = self.anchor if len(self.mapped) < len(self.tasks) else self.sources[needed[0]]
+        first = self.anchor if len(self.mapped) < len(self.tasks) else self.experts[needed[0]]
         with all_together(self.ranks):
             if first is not None:
                 self.model.load(first)
@@ -209,8 +243,18 @@ class Labelling:
                 name: metric_record(replay.metric, [a.text for a in answers[name]], prompts[name].references)["score"]
                 for name, (_, replay) in replays.items()
             }
-        names = [task.name for task in self.tasks]
-        return route(names, [*self.sources], scores, self.arguments.routing.routing_margin, self.mapped)
+        return self._controlled(self._routing(scores))
+
+    def _routing(self, scores: dict[str, dict[str, float]]) -> Routing:
+        args, names = self.arguments.routing, self.arguments.data.labels()
+        return route(names, [*self.sources], scores, args.routing_margin, self.mapped, args.anchor_from)
+
+    def _controlled(self, routing: Routing) -> Routing:
+        """With --control, somebody else in the place of the sources; where nobody labels anything, `_tell` says so."""
+        kind = self.arguments.routing.control
+        if kind is None or len(routing.unserved) == len(routing.tasks):
+            return routing
+        return with_control(routing, kind, self.arguments.data.seed)
 
     def _questions(self, prompts: Mapping[str, Prompts]) -> dict[str, Questions]:
         most = self.arguments.generation.max_new_tokens
@@ -226,11 +270,13 @@ class Labelling:
             if self.ranks.is_main_process:
                 write_json(self.folder / ROUTING_FILE, routing.record({t.name: t.metric for t in self.tasks}))
                 logger.info("routing (bold: labels the task):\n%s", routing.table())
+                if routing.control is not None:
+                    logger.warning("CONTROL (%s): the labels are not of the sources that were chosen", routing.control)
                 for task in routing.unserved:
-                    logger.warning("NO LABELS FOR %s: %s", task, _why(routing, task))
+                    logger.warning("NO LABELS FOR %s: %s", task, routing.reason(task))
         if len(routing.unserved) == len(routing.tasks):
             raise ValueError(
-                "no source labels any task: " + "; ".join(f"{task}: {_why(routing, task)}" for task in routing.tasks)
+                "no source labels any task: " + "; ".join(f"{task}: {routing.reason(task)}" for task in routing.tasks)
             )
 
     # ---- inputs that are invented ----
@@ -245,10 +291,10 @@ class Labelling:
         return Questions([head] * count, longest_input(whole, head), sampling)
 
     def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
-        """Let sources invent the prompts of the tasks that they label; counts by task."""
+        """Let those that were chosen invent the prompts of their tasks, with --control too; counts by task."""
         total = self.arguments.data.self_prompt
         drawn: dict[str, list[Label]] = {task: [] for task in routing.tasks}
-        for name, source in self.sources.items():
+        for name, source in self.experts.items():
             writer = source.without_adapter() if self.arguments.data.self_prompt_model == BASE_NAME else source
             questions = {}
             for task in self.tasks:
@@ -276,25 +322,27 @@ class Labelling:
 
     # ---- labels ----
 
-    def _label(self, routing: Routing, counts: Mapping[str, dict[str, int]]) -> list[TaskLabels]:
+    def _label(
+        self, routing: Routing, experts: Mapping[str, Expert], counts: Mapping[str, dict[str, int]]
+    ) -> list[TaskLabels]:
         encoded: dict[str, dict[str, Prompts]] = {}
         answers: dict[str, dict[str, list[Label]]] = {}
-        for name, source in self.sources.items():
+        for name, expert in experts.items():
             encoded[name] = {
-                task.name: self._encode(source, task.prompts)
+                task.name: self._encode(expert, task.prompts)
                 for task in self.tasks
-                if task.prompts is not None and name in routing.chosen[task.name]
+                if task.prompts is not None and name in routing.labelled_by[task.name]
             }
-            answers[name] = self.answering.ask(source, self._questions(encoded[name]), "labelling")
+            answers[name] = self.answering.ask(expert, self._questions(encoded[name]), "labelling")
         made = []
         for task in self.tasks:
-            names = [name for name in routing.chosen[task.name] if task.name in answers[name]]
-            texts = {name: encoded[name][task.name] for name in names}
-            labels = {name: answers[name][task.name] for name in names}
+            names = [name for name in routing.labelled_by[task.name] if task.name in answers[name]]
+            texts = {experts[name].name: encoded[name][task.name] for name in names}
+            labels = {experts[name].name: answers[name][task.name] for name in names}
             cut = max((prompts.cut for prompts in texts.values()), default=0)
             if cut and self.ranks.is_main_process:
                 logger.warning("%s: %d prompts were cut on the left to fit a source's context", task.name, cut)
-            records = _records(task, texts, labels)
+            records = label_records(task, texts, labels, routing.control)
             made.append(TaskLabels(task, records, counts.get(task.name), cut))
         return made
 
@@ -321,64 +369,6 @@ class Labelling:
 def _asked(replay: EvalSet) -> EvalSet:
     """The replay's prompts without their answers."""
     return prompt_set(replay.label, replay.records, replay.indices)
-
-
-def _why(routing: Routing, task: str) -> str:
-    """Why no source labels a task, and what to do."""
-    if task in routing.mapped:
-        return "--routing says so"
-    best = max(routing.sources, key=lambda source: routing.scores[source][task])
-    found, needed = routing.scores[best][task], routing.scores[ANCHOR][task]
-    if found <= needed:
-        return f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
-    return (
-        f"the best source, {best}, has {found:.3f}, the anchor {needed:.3f}; lower --routing_margin "
-        f"{routing.margin:g}, or name the source in --routing"
-    )
-
-
-def _records(task: LabelTask, texts: Mapping[str, Prompts], labels: Mapping[str, list[Label]]) -> list[dict[str, Any]]:
-    """The records of a task's file: each prompt with the label of its most confident source."""
-    if task.prompts is None or not labels:
-        return []
-    references = [str(answer) for answer in _references(task)]
-    is_well_formed = format_check(task.metric, references)
-    records = []
-    for position in range(len(task.prompts.examples)):
-        first = next(iter(texts.values())).texts[position]
-        source = most_confident({name: rows[position] for name, rows in labels.items()}, first, is_well_formed)
-        label, asked = labels[source][position], texts[source].texts[position]
-        records.append(
-            {
-                **labelled_record(task.prompts, position, label.text, asked),
-                **tags_of(task, position),
-                "source": source,
-                "log_probability": round(label.mean_log_probability, 6),
-                "format_ok": is_well_formed(label, asked),
-            }
-        )
-    return records
-
-
-def _references(task: LabelTask) -> list[str]:
-    """The replay's answers."""
-    if task.replay is None:
-        return []
-    answers = [answer for _, answer in task.replay.examples]
-    return [
-        answer
-        if isinstance(answer, str)
-        else next((m["content"] for m in answer[::-1] if m["role"] == "assistant"), "")
-        for answer in answers
-    ]
-
-
-def _own_labels(made: list[TaskLabels]) -> dict[str, list[OwnLabel]]:
-    own: dict[str, list[OwnLabel]] = {}
-    for labels in made:
-        for line, record in enumerate(labels.records):
-            own.setdefault(record["source"], []).append(OwnLabel(labels.task.name, line, record))
-    return own
 
 
 def _task_files(folder: Path) -> list[Path]:

@@ -93,24 +93,25 @@ def store_soft_labels(
         device: Where models run.
 
     Returns:
-        What `index.json` holds: `top_k` and, by source, `file`, `identity` (both of the store), `tokenizer` (its
-        folder), `labels`: task and line of every answer in the file, in its order, and `label_sha256` of their
-        records.
+        What `index.json` holds: `top_k`, the `seconds` that all sources took and, by source, `file`, `identity` (both
+        of the store), `tokenizer` (its folder), `labels`: task and line of every answer in the file, in its order, and
+        `label_sha256` of their records.
 
     Raises:
         ValueError: A model cannot be loaded or does not fit into memory, or its logits are not finite.
         OSError: A file cannot be written.
     """
     folder = output_dir / FOLDER
-    teachers, kept = [], {}
+    teachers, kept, seconds = [], {}, 0.0
     for name, own in labels.items():
         examples, used = _examples(experts[name], own)
         if used:
             kept[name] = used
             teachers.append(_teacher(experts[name], examples))
     if teachers:
-        collect_soft_labels(teachers, folder, top_k, batch_size, device)
-    index: dict[str, Any] = {"top_k": top_k, "sources": {}}
+        found = collect_soft_labels(teachers, folder, top_k, batch_size, device)
+        seconds = sum(stored.seconds for stored in found)  # on disk: of earlier runs too, and the same on all ranks
+    index: dict[str, Any] = {"top_k": top_k, "seconds": seconds, "sources": {}}
     for (name, used), teacher in zip(kept.items(), teachers, strict=True):
         identity = teacher.identity(top_k)
         index["sources"][name] = {

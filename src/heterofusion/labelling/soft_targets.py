@@ -9,7 +9,6 @@ The result is kept in `--logits_cache`: another store, other labels, or another 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from heterofusion.baselines.fusellm import Aligner, Mapped, answer_symbols, symb
 from heterofusion.baselines.mapped import new_table, read_table
 from heterofusion.baselines.soft_labels import SoftLabels
 from heterofusion.baselines.vocabulary import VocabularyMap, tokenizer_fingerprint
+from heterofusion.data import examples_sha256
 from heterofusion.evaluation.ranks import all_together
 from heterofusion.formats import IGNORE_INDEX
 from heterofusion.label_loss import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
@@ -87,7 +87,7 @@ def add_soft_labels(
     identity = {
         "format": _FORMAT,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "examples": _digest(labels.examples),
+        "examples": examples_sha256(labels.examples),
         "answers": [
             None if answer is None else [cache_key(answer.source.identity), answer.index] for answer in answers
         ],
@@ -144,15 +144,6 @@ def find_answer(store: StoredLabels, origin: Origin) -> Answer | None:
             "run wrote it; label with --top_k_logits again, or leave --label_loss out"
         )
     return Answer(store.sources[source], index)
-
-
-def _digest(examples: Dataset) -> str:
-    """Hash of examples in the target's tokens."""
-    digest = hashlib.sha256()
-    for ids, labels in zip(examples["input_ids"], examples["labels"], strict=True):
-        for values in (ids, labels):
-            digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
-    return digest.hexdigest()
 
 
 def _by_source(answers: Sequence[Answer | None]) -> dict[str, int]:

@@ -16,14 +16,16 @@ def draw_routing(
     chosen: Mapping[str, Sequence[str]],
     tasks: Sequence[str],
     path: Path | None,
+    control: str | None = None,
 ) -> Any:
-    """Scores on the replay as a grey map; framed are those of the sources that label the task.
+    """Scores on the replay as a grey map; framed are those of the models that label the task.
 
     Args:
         scores: score by model (the anchor first) and task, 0 to 1. Tasks that a map routes have none.
         chosen: the models that label each task.
         tasks: tasks in order.
         path: PNG file; None draws without saving.
+        control: kind of the control that the labels are of; the title says so.
 
     Returns:
         The figure.
@@ -32,11 +34,13 @@ def draw_routing(
         ImportError: matplotlib is not installed; says how to install it.
     """
     require_matplotlib()
-    figure = draw_score_map(scores, tasks, None, "score on the replay; framed: labels the task")
+    title = "score on the replay; framed: labels the task"
+    figure = draw_score_map(scores, tasks, None, title if control is None else f"CONTROL ({control}): {title}")
     axes = figure.axes[0]
     axes.set_title(axes.get_title(loc="left").replace("missing", "not measured"), loc="left")
     for row, column in framed_cells(scores, chosen, tasks):
-        _mark(axes, row, column, [*scores.values()][row].get(tasks[column], math.nan))
+        value = [*scores.values()][row].get(tasks[column], math.nan)
+        _mark(axes, row, column, value, "map" if control is None else "control")
     if path is not None:
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
     return figure
@@ -56,9 +60,9 @@ def framed_cells(
     return np.argwhere(matrix)
 
 
-def _mark(axes: Any, row: int, column: int, value: float) -> None:
+def _mark(axes: Any, row: int, column: int, value: float, unknown: str) -> None:
     # black on white in a frame, over what the map wrote there, so that it is seen on any grey
     axes.text(
-        column + 0.5, row + 0.5, f"{value:.2f}" if math.isfinite(value) else "map", ha="center", va="center",
+        column + 0.5, row + 0.5, f"{value:.2f}" if math.isfinite(value) else unknown, ha="center", va="center",
         fontsize=7, fontweight="bold", zorder=5, bbox={"facecolor": "white", "edgecolor": "black", "pad": 1.6},
     )  # fmt: skip

@@ -1,0 +1,370 @@
+"""Labels by the anchor, controls of labels, and that whoever trains on a control says so and is not pushed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from heterofusion.label_controls import file_control, labels_control
+from heterofusion.labelling.controls import exchange, with_control
+from heterofusion.labelling.routing import route
+from heterofusion.provenance import whole_control
+from heterofusion.report.routing_picture import draw_routing
+from heterofusion.zoo import zoo_path
+from label_runner import COUNT, label, read_labels, run_label
+from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, error_line, flags, recipe, succeeds, train, write_replay
+from test_source_labels import label as line
+from test_source_labels import write_labels
+
+pytest_plugins = ["label_runner"]
+pytestmark = pytest.mark.usefixtures("logging_restored")
+expert = recipe("expert")
+SERVED = ("ner_garden", "re_market")
+
+
+# ---- who labels what --------------------------------------------------------------------------------------------
+
+
+def test_the_anchor_labels_what_no_source_serves_if_it_is_good_at_it():
+    scores = {"anchor": {"a": 0.5, "b": 0.8, "c": 0.49}, "x": {"a": 0.9, "b": 0.85, "c": 0.1}}
+    assert route(["a", "b", "c"], ["x"], scores, 0.1, {}, 0.5).chosen == {"a": ["x"], "b": ["anchor"], "c": []}
+    assert route(["a", "b", "c"], ["x"], scores, 0.1, {}).chosen == {"a": ["x"], "b": [], "c": []}
+    routing = route(["a", "b", "c"], ["x"], scores, 0.1, {"b": []}, 0.8)
+    assert routing.chosen["b"] == []  # the map says so
+    assert routing.reason("c").endswith("; the anchor is below --anchor_min_score 0.8")
+
+
+def test_exchange_gives_every_task_sources_of_another_and_none_of_its_own():
+    served = {"a": ["x"], "b": ["x", "y"], "c": ["z"], "d": ["z"], "e": ["y"]}
+    drawn = set()
+    for seed in range(40):
+        found = exchange(served, seed)
+        assert sorted(map(str, found.values())) == sorted(map(str, served.values()))
+        assert all(not set(found[task]) & set(served[task]) for task in served)
+        drawn.add(str(found))
+    assert exchange(served, 3) == exchange(served, 3) and len(drawn) > 2
+
+
+@pytest.mark.parametrize(
+    ("served", "words"),
+    [
+        ({"a": ["x"]}, "there is no other task"),
+        ({"a": ["x"], "b": ["x"]}, r"2 tasks that have some \(a, b\) .* source x labels 2 of them"),
+        ({"a": ["x"], "b": ["x"], "c": ["x"], "d": ["y"]}, "source x labels 3 of them; choose --control bases or"),
+    ],
+)
+def test_sources_that_cannot_be_exchanged_raise(served, words):
+    with pytest.raises(ValueError, match=f"--control shuffle: .*{words}"):
+        exchange(served, 0)
+
+
+def test_a_control_takes_the_place_of_sources_and_not_of_the_anchor():
+    mapped = {"a": ["x"], "b": ["y", "anchor"], "c": ["anchor"], "d": []}
+    routing = route([*mapped], ["x", "y"], {}, 0.1, mapped)
+    found = {kind: with_control(routing, kind, 0).labelled_by for kind in ("bases", "shuffle", "anchor")}
+    assert found["bases"] == mapped
+    assert found["shuffle"] == {"a": ["y"], "b": ["x", "anchor"], "c": ["anchor"], "d": []}
+    assert found["anchor"] == {"a": ["anchor"], "b": ["anchor"], "c": ["anchor"], "d": []}
+    control = with_control(routing, "anchor", 0)
+    assert control.chosen == mapped and control.record(dict.fromkeys(mapped))["control"] == "anchor"
+    assert control.table().splitlines()[0] == "| CONTROL anchor | a | b | c | d |"
+    assert control.table().splitlines()[2] == "| anchor | **control** | **control** | **control** | - |"
+    figure = draw_routing({name: {} for name in control.models}, control.labelled_by, control.tasks, None, "anchor")
+    assert figure.axes[0].get_title(loc="left").startswith("CONTROL (anchor): score on the replay")
+    with pytest.raises(ValueError, match="no source labels any task"):
+        with_control(route(["c"], ["x"], {}, 0.1, {"c": ["anchor"]}), "bases", 0)
+
+
+# ---- recipes/label.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def again(whole, tmp_path):
+    """Label once more, where the answers of `whole` are known; gives labels.json."""
+    values, folder, _ = whole
+    shutil.copytree(folder, tmp_path / "out")
+    return lambda **changes: run_label(values, output_dir=tmp_path / "out", resume=True, **changes)
+
+
+def test_anchor_labels_its_own_task_and_stores_what_it_thinks(again, whole, tmp_path):
+    found = again(anchor_labels=True, top_k_logits=4)
+    own = read_labels(tmp_path / "out", "ner_kitchen")
+    assert {record["source"] for record in own} == {"anchor"} and len(own) == COUNT
+    assert found["tasks"]["ner_kitchen"]["sources"] == {"anchor": COUNT} and found["control"] is None
+    assert found["routing"]["tasks"]["ner_kitchen"]["chosen"] == ["anchor"]
+    assert found["routing"]["anchor_min_score"] == 0.5
+    for task in SERVED:
+        assert read_labels(tmp_path / "out", task) == read_labels(whole[1], task)
+    index = json.loads((tmp_path / "out/soft/index.json").read_text())
+    assert index["sources"]["anchor"]["labels"] == [["ner_kitchen", i] for i in range(COUNT)]
+    run = {
+        "model_name_or_path": zoo_path("llama"), "init_adapter": zoo_path("llama", "ner_kitchen"), "max_steps": 1,
+        "source_labels": [tmp_path / "out" / f"{task}.jsonl" for task in ("ner_garden", "ner_kitchen")],
+        "label_loss": "soft", "logits_cache": tmp_path / "cache", "output_dir": tmp_path / "tuned", "use_cpu": True,
+    }  # fmt: skip
+    succeeds(expert.main, flags(run))
+    record = json.loads((tmp_path / "tuned/expert.json").read_text())
+    assert record["training"]["source_labels"]["soft"]["examples"] == {"anchor": COUNT, "ner_garden": COUNT}
+    assert record["made_by"]["source_control"] is None
+    assert f"{COUNT} of them are the anchor's own answers" in (tmp_path / "tuned/README.md").read_text()
+
+
+def test_map_names_the_anchor_beside_a_source(again, whole, tmp_path):
+    (tmp_path / "map.yaml").write_text("ner_garden: [anchor, ner_garden]\nner_kitchen: anchor\nre_market: none")
+    found = again(routing=tmp_path / "map.yaml")
+    assert found["routing"]["tasks"]["ner_garden"]["chosen"] == ["ner_garden", "anchor"]
+    assert found["tasks"]["ner_kitchen"]["sources"] == {"anchor": COUNT}
+    assert sum(found["tasks"]["ner_garden"]["sources"].values()) == COUNT
+
+
+def test_cost_counts_the_seconds_of_soft_labels(whole, tmp_path):
+    _, folder, found = whole
+    soft = json.loads((folder / "soft/index.json").read_text())["seconds"]
+    shares = [
+        json.loads(text)["seconds"]
+        for path in folder.glob("parts/*/rank-0.jsonl")
+        for text in path.read_text().splitlines()
+    ]
+    assert soft > 0 and found["cost"]["seconds"] == pytest.approx(sum(shares) + soft, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sources"),
+    [
+        ("bases", {"ner_garden": "ner_garden-base", "re_market": "re_market-base"}),
+        ("shuffle", {"ner_garden": "re_market", "re_market": "ner_garden"}),
+        ("anchor", {"ner_garden": "anchor", "re_market": "anchor"}),
+    ],
+)
+def test_controls_are_of_somebody_else_and_say_so(again, whole, tmp_path, kind, sources):
+    found = again(control=kind, anchor_labels=True)
+    assert found["control"] == {"kind": kind, "seed": 42 if kind == "shuffle" else None}
+    chosen = {task: found["routing"]["tasks"][task]["chosen"] for task in SERVED}
+    assert chosen == {task: [task] for task in SERVED}  # by the real experts
+    for task, source in sources.items():
+        records, real = (read_labels(folder, task) for folder in (tmp_path / "out", whole[1]))
+        assert {(record["source"], record["control"]) for record in records} == {(source, kind)}
+        assert [record["prompt"] for record in records] == [record["prompt"] for record in real]
+        assert [record["completion"] for record in records] != [record["completion"] for record in real]
+    assert {record["source"] for record in read_labels(tmp_path / "out", "ner_kitchen")} == {"anchor"}
+
+
+def test_control_is_told_in_log_and_tables(whole, tmp_path, capsys):
+    values, folder, _ = whole
+    shutil.copytree(folder, tmp_path / "out")
+    changes = {"output_dir": tmp_path / "out", "resume": True, "control": "shuffle"}
+    assert label.main(flags({**values, **changes})) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("| CONTROL shuffle | ner_garden") and "\n| CONTROL shuffle: task | labels" in out
+    assert "CONTROL (shuffle): the labels are not of the sources that were chosen" in err
+
+
+def test_labels_that_cannot_be_made_are_refused(values, tmp_path, capsys):
+    def refused(*words, **changes):
+        error_line(capsys, label.main, flags({**values, **changes}), *words)
+        assert not values["output_dir"].exists()
+
+    mapping = tmp_path / "map.yaml"
+    mapping.write_text("ner_garden: anchor\nre_market: re_market\nner_kitchen: none")
+    refused("gives ner_garden to the anchor, but --target_adapter is missing", routing=mapping, target_adapter=None)
+    refused("--anchor_labels is of tasks that are measured", "names all", routing=mapping, anchor_labels=True)
+    refused("--control shuffle", "there is no other task", routing=mapping, control="shuffle")
+    mapping.write_text("ner_garden: re_market\nre_market: re_market\nner_kitchen: none")
+    refused("--control shuffle", "source re_market labels 2", routing=mapping, control="shuffle", target_adapter=None)
+    refused("--control is anchor, but --target_adapter is missing", "--model_name_or_path", routing=mapping,
+            control="anchor", target_adapter=None)  # fmt: skip
+    refused("--anchor_min_score 0.7 is for --anchor_labels true", anchor_min_score=0.7)
+    refused("--anchor_min_score is 2.0", "between 0 and 1", anchor_labels=True, anchor_min_score=2)
+    refused("--control", "bases", "shuffle", "anchor", control="noise")
+    bare = [values["source_adapters"][0], "none"]
+    refused("--control bases: source base is a base without an adapter", source_adapters=bare, control="bases")
+
+
+# ---- training on them -------------------------------------------------------------------------------------------
+
+
+ROWS = [line(10 + i) for i in range(6)]
+
+
+def labels_of(folder: Path, kind: str | None, name: str = "labels") -> Path:
+    """A file of labels with what recipes/label.py leaves beside it."""
+    folder.mkdir()
+    record = {"tasks": {name: {}}, "control": kind and {"kind": kind, "seed": None}}
+    (folder / "labels.json").write_text(json.dumps(record))
+    return write_labels(folder / f"{name}.jsonl", *ROWS)
+
+
+def test_control_is_found_beside_a_file_and_in_its_records(tmp_path):
+    file = labels_of(tmp_path / "one", "bases")
+    assert file_control(file, ROWS) == "bases"
+    assert file_control(labels_of(tmp_path / "two", None), ROWS) is None
+    mine = write_labels(tmp_path / "one" / "mine.jsonl", *ROWS)  # hand-written, beside a control's
+    assert file_control(mine, ROWS) is None
+    assert file_control(tmp_path / "moved.jsonl", [*ROWS, {**ROWS[0], "control": "shuffle"}]) == "shuffle"
+    (tmp_path / "one" / "labels.json").write_text("{")
+    with pytest.raises(ValueError, match=r"labels\.json"):
+        file_control(file, ROWS)
+
+
+def test_kind_of_a_whole_training():
+    labels = labels_control({"files": [{"name": "a", "control": "shuffle"}, {"name": "b"}]})
+    assert labels == {"kind": "shuffle", "files": ["a"]}
+    assert whole_control(None, None, None) is None and labels_control(None) is None
+    assert whole_control({"kind": "noise"}, labels, {"kind": "noise"}) == "noise+labels:shuffle"
+    assert (
+        whole_control(None, labels, {"kind": "init:zero+labels:bases"}) == "labels:shuffle+init:zero+init:labels:bases"
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(base_dir, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("control")
+    return {
+        "model_name_or_path": base_dir, "dataset_name": [write_replay(folder / "replay.json")], "use_cpu": True,
+        "source_labels": [labels_of(folder / "labels", "bases")], "max_steps": 2, "save_strategy": "steps",
+        "save_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fused(shared, tmp_path_factory) -> dict:
+    """Flags of a fusion on a control's labels, which has run."""
+    values = {
+        **shared, **SIZES, "target_adapter": TARGET, "source_adapters": [QWEN, MISTRAL],
+        "output_dir": tmp_path_factory.mktemp("fused") / "out",
+    }  # fmt: skip
+    succeeds(train.main, flags(values))
+    return values
+
+
+@pytest.fixture(scope="module")
+def tuned(shared, fused, tmp_path_factory) -> dict:
+    """Flags of an expert that begins as a control and is trained on real labels, which has run."""
+    folder = tmp_path_factory.mktemp("tuned")
+    values = {
+        **shared, "init_adapter": fused["output_dir"], "source_labels": [labels_of(folder / "labels", None)],
+        "output_dir": folder / "out",
+    }  # fmt: skip
+    succeeds(expert.main, flags(values))
+    return values
+
+
+def test_fusion_on_a_control_is_a_control(fused, capsys):
+    out = fused["output_dir"]
+    record = json.loads((out / "fusion.json").read_text())
+    assert record["label_control"] == {"kind": "bases", "files": ["labels.jsonl"]}
+    assert record["made_by"]["source_control"] == "labels:bases"
+    assert record["source_control"] is record["initial_control"] is None
+    card = (out / "README.md").read_text()
+    assert "# CONTROL (labels:bases): not a fusion of its sources" in card and "- control" in card
+    assert "the source labels in labels.jsonl are those of the sources' base models without their adapters" in card
+    argv = flags({"adapter": out, "hub_model_id": "me/it"})
+    error_line(capsys, recipe_push(), argv, out, "holds a control (source_control labels:bases in fusion.json)")
+
+
+def recipe_push():
+    from heterofusion.push import main
+
+    return main
+
+
+def test_what_begins_as_a_control_is_a_control(tuned, capsys):
+    out = tuned["output_dir"]
+    record = json.loads((out / "expert.json").read_text())
+    assert record["initial_control"] == {"name": "out", "kind": "labels:bases"} and record["label_control"] is None
+    assert record["made_by"]["source_control"] == "init:labels:bases"
+    card = (out / "README.md").read_text()
+    assert "# CONTROL (init:labels:bases): not an expert" in card and "- control" in card
+    assert "it began as the adapter out, which is a control itself (labels:bases)" in card
+    argv = flags({"adapter": out, "hub_model_id": "me/it"})
+    error_line(capsys, recipe_push(), argv, "holds a control (source_control init:labels:bases in expert.json)")
+
+
+def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, capsys, monkeypatch):
+    for name, main in (("train", train), ("expert", expert)):
+        monkeypatch.setattr(main, "load_base", lambda *args: pytest.fail("the base was loaded"))
+        values = {**(fused if name == "train" else tuned), "output_dir": tmp_path / name}
+        error_line(capsys, main.main, flags({**values, "push_to_hub": True}), "--push_to_hub is true", "labels:bases")
+    real = {**fused, "source_labels": [labels_of(tmp_path / "labels", None)]}
+    words = ("checkpoint-2 was trained with another source_labels.files[0].control", '"bases", this run has null')
+    error_line(capsys, train.main, flags({**real, "resume_from_checkpoint": True}), *words)
+    start = {**real, "output_dir": tmp_path / "new", "init_hypernetwork_from": fused["output_dir"] / "checkpoint-1"}
+    error_line(capsys, train.main, flags(start), "source labels of the control bases, this run's are of none")
+
+
+# ---- a run that goes on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"replay_fraction": 0.5}, "source_labels.replay_fraction: 0.375, this run has 0.5"),
+        ({"min_log_probability": -2}, "source_labels.min_log_probability: null, this run has -2.0"),
+        ({"keep_malformed": True}, "source_labels.keep_malformed: false, this run has true"),
+        ({"label_loss": "soft"}, "source_labels.loss"),
+        ({"source_labels": "OTHER"}, "source_labels.files[0].sha256"),
+        ({"source_labels_max_examples": 4}, "source_labels.files[0].sampled"),
+        ({"source_labels": None}, "source_labels"),
+        ({"dataset_name": "OTHER"}, "replay.sha256"),
+        ({"max_examples": 3}, "replay.datasets[0].sampled"),
+        ({"dataset_seed": 7}, "source_labels.sha256"),
+    ],
+    ids=str,
+)
+def test_resuming_with_other_data_is_refused(fused, tuned, tmp_path, capsys, monkeypatch, changed, name):
+    others = {
+        "source_labels": write_labels(tmp_path / "labels.jsonl", *ROWS[1:], line(30)),
+        "dataset_name": write_replay(tmp_path / "replay.json", first=9),
+    }
+    changed = {flag: [others[flag]] if value == "OTHER" else value for flag, value in changed.items()}
+    if changed.get("label_loss"):  # what it would be with soft labels of these files
+        record = {"weight": 0.5, "top_k": 4, "examples": {}, "one_to_one": 1.0, "soft": 1.0}
+    for values, main in ((fused, train), (tuned, expert)):
+        monkeypatch.setattr(main, "load_base", lambda *args: pytest.fail("the base was loaded"))
+        monkeypatch.setattr(main, "add_soft_labels", lambda labels, *args: (labels.examples, record, ""))
+        argv = flags({**values, **changed, "resume_from_checkpoint": values["output_dir"] / "checkpoint-1"})
+        error_line(capsys, main.main, argv, "checkpoint-1 was trained with another", name)
+
+
+def test_resuming_with_another_soft_weight_is_refused():
+    from heterofusion.mixture_data import check_data_state, data_state
+
+    soft = {"replay_fraction": 0.5, "loss": "soft", "soft": {"weight": 0.5, "top_k": 4}}
+    other = {**soft, "soft": {"weight": 0.25, "top_k": 4}}
+    check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, {**soft, "keep_malformed": False}))
+    with pytest.raises(ValueError, match=r"another source_labels\.soft\.weight: 0\.5, this run has 0\.25"):
+        check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, other))
+
+
+# ---- without replay ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", ["random", "activations"])
+def test_labels_alone_train_a_fusion_and_its_twin(fused, tuned, tmp_path, basis):
+    """As one file of flags has them for any number of replay examples, with `dataset_name: []` for none."""
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_name: []\nmax_examples: [5]\ndataset_seed: 3\n")
+    rows = {}
+    for name, values, main in (("fusion", fused, train), ("expert", tuned, expert)):
+        run = {
+            **values, "config": config, "dataset_name": None, "output_dir": tmp_path / name, "extra_rank": 2,
+            "extra_basis": basis, "eval_dataset_name": fused["dataset_name"], "save_strategy": "no", "max_steps": 1,
+            "source_labels": fused["source_labels"],
+        }  # fmt: skip
+        run |= {"train_only": "lora_B", "init_adapter": TARGET} if name == "expert" else {}
+        succeeds(main.main, flags(run))
+        record = json.loads((tmp_path / name / f"{name}.json").read_text())
+        assert record["basis"]["examples"] == len(ROWS) and record["basis"]["extra_basis"] == basis
+        assert record["training"]["source_labels"]["replay_fraction"] == 0
+        assert record["training"]["replay" if name == "fusion" else "data"] == {}
+        assert record["metrics"]["eval_loss"] > 0
+        rows[name] = record["basis"]["lora_A_sha256"]
+    assert rows["fusion"] == rows["expert"]
+
+
+def test_a_file_that_gives_no_label_is_told(fused, tmp_path):
+    bad = write_labels(tmp_path / "bad.jsonl", line(10, good=False))
+    run = {**fused, "source_labels": [*fused["source_labels"], bad], "output_dir": tmp_path / "out", "max_steps": 1}
+    log = succeeds(train.main, flags(run))
+    assert "bad.jsonl gives no label: 1 are malformed (--keep_malformed true keeps them)" in log

@@ -1,126 +1,53 @@
-"""Methods side by side, from `comparison.json`: one table with scores and costs, gains, and what was searched."""
+"""Methods side by side: a grid of methods and cases, gains, and for each case scores, costs and needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from heterofusion.markdown import markdown_table
-from heterofusion.records import load_json, read_text
-from heterofusion.report.fields import Fields
-from heterofusion.report.intervals import Estimate, Seed, differences, estimate, mean_per_seed
+from heterofusion.report.comparison_gains import find_gains, gain_sentence, gain_sentences, gain_table
+from heterofusion.report.comparison_record import (
+    ComparisonRow,
+    ComparisonTable,
+    Gain,
+    parse_comparison,
+    read_comparison,
+)
+
+__all__ = [
+    "ComparisonRow",
+    "ComparisonTable",
+    "Gain",
+    "comparison_section",
+    "comparison_table",
+    "gain_sentences",
+    "parse_comparison",
+    "read_comparison",
+]
 
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One method.
-
-    Attributes:
-        name: of the row.
-        group: heading of the rows that it stands among.
-        content: its record in `comparison.json`.
-        scores: by data set, score by seed; None is the seed of what does not depend on one.
-    """
-
-    name: str
-    group: str
-    content: Mapping[str, Any]
-    scores: Mapping[str, Mapping[Seed, float]]
-
-    @property
-    def means(self) -> dict[Seed, float]:
-        """Mean over the data sets, by seed."""
-        seeds = next(iter(self.scores.values()))
-        return {seed: sum(values[seed] for values in self.scores.values()) / len(self.scores) for seed in seeds}
-
-    def estimate(self, dataset: str | None = None) -> Estimate:
-        """Mean over seeds of a data set, or of the mean over all of them."""
-        found = estimate((self.means if dataset is None else self.scores[dataset]).values())
-        assert found is not None  # a row has a run
-        return found
-
-    def over_seeds(self, name: str) -> float | None:
-        """Mean over seeds of another number of its runs; None where no run has it."""
-        found = [run[name] for run in self.content["runs"] if run.get(name) is not None]
-        return sum(found) / len(found) if found else None
-
-
-@dataclass(frozen=True)
-class ComparisonTable:
-    """A comparison as it is reported.
-
-    Attributes:
-        content: `comparison.json`.
-        rows: the methods, in order.
-        datasets: names of the data sets.
-    """
-
-    content: Mapping[str, Any]
-    rows: Sequence[ComparisonRow]
-    datasets: Sequence[str]
-
-    def row(self, name: str) -> ComparisonRow | None:
-        """The row of a name, None if its runs are missing."""
-        return next((row for row in self.rows if row.name == name), None)
-
-    def gain(self, row: str, over: str) -> Estimate | None:
-        """Mean of a row less that of another, paired by seed; None if one is missing."""
-        left, right = self.row(row), self.row(over)
-        if left is None or right is None:
-            return None
-        seeds, _ = mean_per_seed(differences({(): left.means}, {(): right.means}))
-        return estimate(seeds.values())
-
-
-def read_comparison(path: str | Path) -> ComparisonTable:
-    """Read a `comparison.json`.
-
-    Raises:
-        ValueError: it cannot be read or is not of the schema; names file and field.
-    """
-    where = f"comparison {path}"
-    return parse_comparison(load_json(read_text(Path(path), where), where), where)
-
-
-def parse_comparison(content: Any, where: str) -> ComparisonTable:
-    """A comparison from the content of its file.
-
-    Raises:
-        ValueError: a field is missing or of another type, or rows are of different data; names file and field.
-    """
-    field = Fields(content, where)
-    rows = []
-    for index, entry in enumerate(field.get("rows", list)):
-        row = Fields(entry, where, f"rows[{index}].")
-        for name, kind in (("models_at_inference", int), ("needs_task_id", bool), ("ran_source_models", bool)):
-            row.get(name, kind)
-        runs = [Fields(run, where, f"rows[{index}].runs.") for run in row.get("runs", list)]
-        if not runs:
-            raise ValueError(f"{where}: rows[{index}] has no runs; make the comparison again")
-        scores: dict[str, dict[Seed, float]] = {}
-        for run in runs:
-            seed = None if run.get("seed", int, None) is None else str(run.get("seed", int))
-            values = run.get("scores", dict)
-            for dataset in values:
-                number = Fields(values, where, f"rows[{index}].runs.scores.").number(dataset)
-                scores.setdefault(dataset, {})[seed] = float(number)
-        rows.append(ComparisonRow(row.get("name", str), row.get("group", str, ""), entry, scores))
-    for index, entry in enumerate(field.get("gains", list, [])):
-        for name in ("name", "row", "over"):
-            Fields(entry, where, f"gains[{index}].").get(name, str)
-    if not rows:
-        raise ValueError(f"{where} has no rows; recipes/compare.py has to finish a run first")
-    datasets = list(rows[0].scores)
-    for each in rows:
-        if set(each.scores) != set(datasets):
-            raise ValueError(f"{where}: {each.name} is scored on {', '.join(each.scores)}, others on other data sets")
-    return ComparisonTable(content, rows, datasets)
+Picture = tuple[str, str]  # title and Markdown target
 
 
 def comparison_table(table: ComparisonTable) -> str:
-    """Markdown table: scores with the interval of the mean, and what each method costs and needs."""
+    """Markdown table of the scores: with cases a row per method and a column per case, else with costs and needs."""
+    return _case_grid(table) if table.cases else _detailed_table(table)
+
+
+def _case_grid(table: ComparisonTable) -> str:
+    """Mean scores with the interval of the mean, a row per method and a column per case."""
+    found = {(row.name, row.case): row.estimate().text() for row in table.rows}
+    rows: list[list[Any]] = []
+    group = ""
+    for name, of_group in table.names.items():
+        if of_group != group:
+            group = of_group
+            rows.append([f"**{group}**" if group else "", *[""] * len(table.cases)])
+        rows.append([name, *(found.get((name, case)) or found.get((name, None)) for case in table.cases)])
+    return markdown_table(["", *table.cases], rows)
+
+
+def _detailed_table(table: ComparisonTable) -> str:
+    """Scores by data set with the interval of the mean, and what each method costs and needs."""
     normal = table.row(table.content.get("normalize_by") or "")
     shared = any(row.over_seeds("made_seconds") is not None for row in table.rows)
     header = ["", *table.datasets, "mean", *(["normalized"] if normal else []), "n",
@@ -170,37 +97,16 @@ def _seconds(value: float | None) -> str | None:
     return None if value is None else f"{value:.1f}"
 
 
-def gain_sentences(table: ComparisonTable) -> list[str]:
-    """What each gain came out as, whatever it is."""
-    sentences = []
-    for gain in table.content.get("gains") or []:
-        found = table.gain(gain["row"], gain["over"])
-        told = f"**{gain['name']}** = {gain['row']} - {gain['over']}"
-        if found is None:
-            sentences.append(f"{told}: one of the two is missing.")
-            continue
-        interval = found.interval
-        verdict = "one seed: undecided"
-        if interval is not None:
-            sign = "above" if interval[0] > 0 else "below" if interval[1] < 0 else None
-            verdict = f"the whole 95% interval is {sign} 0" if sign else "the 95% interval contains 0: undecided"
-        sentences.append(f"{told} = **{found.text(signed=True)}** (n = {len(found.values)}; {verdict}).")
-    return sentences
-
-
 def search_table(table: ComparisonTable) -> str | None:
     """Markdown table of the searches: what was tried, the scores on the validation data, what was chosen."""
-    rows = []
-    for row in table.rows:
+    rows = {}
+    for row in table.rows:  # what was chosen holds in all cases of a method
         search = row.content.get("search")
-        if search:
+        if search and row.name not in rows:
             tried = ", ".join(f"{settings_text(each['settings'])}: {each['score']:.3f}" for each in search["tried"])
-            rows.append([row.name, settings_text(row.content["settings"]), search["runs"], tried])
-    return (
-        markdown_table(["", "chosen", "validation runs", "mean score of each on the validation data"], rows)
-        if rows
-        else None
-    )
+            rows[row.name] = [row.name, settings_text(row.content["settings"]), search["runs"], tried]
+    header = ["", "chosen", "validation runs", "mean score of each on the validation data"]
+    return markdown_table(header, list(rows.values())) if rows else None
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -208,17 +114,54 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def comparison_section(table: ComparisonTable, pictures: Sequence[tuple[str, str]], level: str) -> str:
-    """The whole section: text, table, gains, searches and pictures.
+def comparison_section(
+    table: ComparisonTable,
+    pictures: Sequence[Picture],
+    level: str,
+    of_cases: Mapping[str, Sequence[Picture]] | None = None,
+) -> str:
+    """The whole section: text, tables, gains, searches and pictures.
 
     Args:
         table: the comparison.
         pictures: title and Markdown target of each.
         level: `##` or the like.
+        of_cases: the same for single cases.
     """
     content = table.content
-    budget = content.get("search_budget")
-    told = [
+    parts = [f"{level} {content.get('title') or 'Methods side by side'}", _introduction(table)]
+    if content.get("missing"):
+        parts.append(f"> **Warning.** Runs are missing: {'; '.join(content['missing'])}.")
+    parts.append(comparison_table(table))
+    parts += _gains_of_all_cases(table) if table.cases else _bullets(gain_sentences(table))
+    parts += _shown(pictures)
+    about = {row.name: row.content["about"] for row in table.rows if row.content.get("about")}
+    if about:
+        parts += ["What the rows are:", *_bullets([f"**{name}**: {text}" for name, text in about.items()])]
+    searches = search_table(table)
+    if searches:
+        parts += ["Hyper-parameters:", searches]
+    found = list(find_gains(table))
+    for case in table.cases:
+        of_case = table.of_case(case)
+        if of_case.rows:
+            parts += [f"{level}# {case}", _detailed_table(of_case)]
+            parts += _bullets([gain_sentence(gain, False) for gain in found if gain.case == case])
+            parts += _shown((of_cases or {}).get(case, ()))
+    return "\n\n".join(parts)
+
+
+def _introduction(table: ComparisonTable) -> str:
+    """What the columns are."""
+    told = []
+    if table.cases:
+        told.append(
+            "First the mean scores of all methods in all cases, where `-` is what was not compared; "
+            "then the gains, and below a table with data sets and costs for each case."
+        )
+        if any(row.case is None for row in table.rows):
+            told.append("What nothing of a case enters was run once and has the same score in all of them.")
+    told += [
         "Scores run from 0 to 1; `mean` is over the data sets, ± half the width of its 95% t interval over seeds "
         "(n = 1: nothing in it is random, or one seed was run).",
         "`making` is what one run takes without imports and loading, `search` all runs of the search for "
@@ -232,26 +175,33 @@ def comparison_section(table: ComparisonTable, pictures: Sequence[tuple[str, str
             "`labels etc.` is what it took to make what several methods share, in each row that uses it: labels of "
             "the source experts, further adapters."
         )
-    normal = content.get("normalize_by")
-    if normal and table.row(normal):
+    normal = table.content.get("normalize_by")
+    if normal and any(row.name == normal for row in table.rows):
         told.append(f"`normalized`: mean over the data sets of the score as a share of that of {normal}.")
+    budget = table.content.get("search_budget")
     if budget:
         told.append(
             f"Every method whose hyper-parameters were searched got {budget} validation runs, on data of their own; "
             "controls take the hyper-parameters of what they are the control of."
         )
-    parts = [f"{level} {content.get('title') or 'Methods side by side'}", " ".join(told)]
-    if content.get("missing"):
-        parts.append(f"> **Warning.** Runs are missing: {'; '.join(content['missing'])}.")
-    parts.append(comparison_table(table))
-    gains = gain_sentences(table)
-    if gains:
-        parts.append("\n".join(f"- {sentence}" for sentence in gains))
-    parts += [f"![{title}]({target})" for title, target in pictures]
-    notes = [f"- **{row.name}**: {row.content['about']}" for row in table.rows if row.content.get("about")]
-    if notes:
-        parts += ["What the rows are:", "\n".join(notes)]
-    searches = search_table(table)
-    if searches:
-        parts += ["Hyper-parameters:", searches]
-    return "\n\n".join(parts)
+    return " ".join(told)
+
+
+def _gains_of_all_cases(table: ComparisonTable) -> list[str]:
+    """The table of the gains and what its words mean."""
+    gains = gain_table(table)
+    if gains is None:
+        return []
+    told = (
+        "Gains, paired by seed. `above 0` and `below 0`: the whole 95% interval is there; `undecided`: it contains 0; "
+        "`-`: not compared. A target is met if the mean and the whole interval are where it wants them."
+    )
+    return [told, gains]
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _shown(pictures: Sequence[Picture]) -> list[str]:
+    return [f"![{title}]({target})" for title, target in pictures]

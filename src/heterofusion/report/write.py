@@ -16,7 +16,7 @@ from heterofusion.provenance import display_name
 from heterofusion.records import load_json, read_text
 from heterofusion.report.claims import Finding
 from heterofusion.report.comparison import ComparisonTable, comparison_section
-from heterofusion.report.comparison_picture import draw_comparison
+from heterofusion.report.comparison_picture import comparison_drawings
 from heterofusion.report.document import (
     as_json,
     claim_numbers,
@@ -222,9 +222,7 @@ def _compose(report: Report, drawn: _Pictures) -> tuple[str, dict[str, Any]]:
         parts.append(f"Made by\n\n```bash\n{report.command.strip()}\n```")
     for index, table in enumerate(report.comparisons, start=1):
         name = "comparison" if len(report.comparisons) == 1 else f"comparison-{index}"
-        draw = lambda path, table=table: draw_comparison(table, path, "mean score")  # noqa: E731
-        picture = drawn.draw(name, "Mean score of each method: seeds, mean and 95% interval", draw)
-        parts.append(comparison_section(table, [picture], "##"))
+        parts.append(_comparison_section(table, name, drawn))
     if report.findings:
         parts += [
             "## What the paper claims, and what this shows",
@@ -247,6 +245,15 @@ def _compose(report: Report, drawn: _Pictures) -> tuple[str, dict[str, Any]]:
         "pictures": drawn.names,
     }
     return "\n\n".join(parts) + "\n", numbers
+
+
+def _comparison_section(table: ComparisonTable, name: str, drawn: _Pictures) -> str:
+    pictures: dict[str | None, list[tuple[str, str]]] = {}
+    for drawing in comparison_drawings(table, "mean score"):
+        file = name if drawing.case is None else f"{name}-{slug(drawing.case)}"
+        pictures.setdefault(drawing.case, []).append(drawn.draw(file, drawing.title, drawing.draw))
+    of_all = pictures.pop(None, [])
+    return comparison_section(table, of_all, "##", {case: shown for case, shown in pictures.items() if case})
 
 
 def _score_pictures(report: Report, group: Group, drawn: _Pictures) -> list[tuple[str, str]]:

@@ -156,7 +156,11 @@ def test_only_some_methods(tmp_path):
         plan(tmp_path, only=["nobody"])
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.rglob("compare.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "file",
+    [*sorted(RECIPES.rglob("compare.yaml")), RECIPES / "demo" / "sources.yaml"],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
 def test_shipped_comparisons_have_valid_flags_and_equal_budgets(file, tmp_path, monkeypatch):
     for name in ("MODEL_ROOT", "ADAPTER_ROOT", "DATA_ROOT"):
         monkeypatch.setenv(name, "x")
@@ -164,8 +168,15 @@ def test_shipped_comparisons_have_valid_flags_and_equal_budgets(file, tmp_path, 
     argv = ["--config", str(file), "--dry_run", "true"]
     assert compare.main(argv) == 0
     searched = [method for method in content["methods"] if "search" in method]
-    assert len(searched) >= 10 and {"like", "search"} <= {key for method in content["methods"] for key in method}
-    assert set(content) - set(SECTIONS) <= {"output_dir", "seeds", "search_seed", "search_budget", "title"}
+    assert len(searched) >= 8 and {"like", "search"} <= {key for method in content["methods"] for key in method}
+    assert set(content) - set(SECTIONS) <= {
+        "output_dir",
+        "seeds",
+        "search_seed",
+        "search_budget",
+        "search_case",
+        "title",
+    }
 
 
 # ---- from runs to the table -------------------------------------------------------------------------------------

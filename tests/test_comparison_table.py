@@ -5,7 +5,9 @@ import re
 import pytest
 
 from heterofusion.report.comparison import comparison_section, comparison_table, gain_sentences, parse_comparison
+from heterofusion.report.comparison_gains import find_gain
 from heterofusion.report.comparison_picture import draw_comparison
+from heterofusion.report.comparison_record import Gain
 
 
 def table(**changes):
@@ -32,13 +34,14 @@ def table(**changes):
 def test_undecided_gain_is_called_so_and_a_missing_row_too():
     told = gain_sentences(parse_comparison(table(), "x"))
     assert told[0].endswith("(n = 3; the 95% interval contains 0: undecided).") and "+0.013 ± " in told[0]
-    assert told[1].endswith("one of the two is missing.")
+    assert told[1].endswith("real - gone: gone is missing.")
 
 
 def test_gains_are_paired_by_seed():
-    found = parse_comparison(table(), "x").gain("real", "noise")
+    parsed = parse_comparison(table(), "x")
+    found = find_gain(parsed, Gain("g", "real", ("noise",))).estimate
     assert found.values == pytest.approx((0.05, -0.02, 0.01))
-    unseeded = parse_comparison(table(), "x").gain("real", "merge")
+    unseeded = find_gain(parsed, Gain("g", "real", ("merge",))).estimate
     assert unseeded.values == pytest.approx((0.2, 0.3, 0.4))
 
 

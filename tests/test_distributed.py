@@ -18,13 +18,13 @@ PARITY = {
     for accumulation, checkpointing in ((1, False), (2, False), (4, False), (2, True))
 }  # fmt: skip
 COMPACT = {"accumulation": 2, "preset": "compact", "num_heads": 2}
-EXTRA = {"accumulation": 2, "extra_rank": 5, "extra_basis": "activations", "residual_scale": 0.5}
+EXTRA = {"extra_rank": 5, "extra_basis": "activations", "residual_scale": 0.5}
 # the highest loss is taken for the best, so that the first checkpoint is and not the last
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 CASES = {
     **PARITY,
     "compact": COMPACT,
-    "extra": EXTRA,
+    "extra": {"accumulation": 2, **EXTRA},
     "mixture": {"accumulation": 2, "mixture": True},
     "clipped": {"accumulation": 2, "max_grad_norm": 0.1},
     "bf16": {"accumulation": 2, "bf16": True},

@@ -58,6 +58,21 @@ def prompts(dataset, tokenizer) -> set[str]:
     return {tokenizer.decode(ids[:1]) for ids in dataset["input_ids"]}
 
 
+def test_folder_of_labels_stands_for_its_files(tokenizer, tmp_path):
+    """Those of tasks that got some; a limit per name holds for each of them."""
+    for name, first in (("a", 10), ("b", 13)):
+        write_labels(tmp_path / f"{name}.jsonl", *(label(number) for number in range(first, first + 3)))
+    tasks = {"a": {"labels": 3}, "b": {"labels": 3}, "c": {"labels": 0}}
+    (tmp_path / "labels.json").write_text(json.dumps({"tasks": tasks}))
+    dataset, reports = build(tokenizer, tmp_path)
+    assert prompts(dataset, tokenizer) == {f"w{number}" for number in range(10, 16)}
+    assert [Path(report.name).name for report in reports] == ["a.jsonl", "b.jsonl"]
+    assert len(build(tokenizer, tmp_path, source_labels_max_examples=[2])[0]) == 4
+    (tmp_path / "labels.json").write_text(json.dumps({"tasks": {"c": {"labels": 0}}}))
+    with pytest.raises(ValueError, match=r"tells of no labels; label more prompts"):
+        build(tokenizer, tmp_path)
+
+
 MIXED = [
     label(10), label(11, sure=-2.0), label(12, good=False), label(13, task="stage"),
     label(14, source="mistral"),
@@ -154,7 +169,7 @@ def test_nothing_left_raises(tokenizer, tmp_path):
     ("changed", "words"),
     [
         ({"source_labels": ["missing.jsonl"]}, ["--source_labels", "missing.jsonl", "does not exist"]),
-        ({"source_labels": ["."]}, ["--source_labels", "is a folder"]),
+        ({"source_labels": ["."]}, ["--source_labels", "is a folder without labels.json"]),
         ({"replay_fraction": 0.5}, ["--replay_fraction is 0.5", "--source_labels is not given"]),
         ({"keep_malformed": True}, ["--keep_malformed is True", "--source_labels is not given"]),
         ({"source_labels": "FILE", "replay_fraction": 1.0}, ["--replay_fraction is 1.0", "below 1"]),

@@ -205,15 +205,15 @@ class SourceLabelArguments:
     source_labels: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Files of prompts that the source experts answered, of recipes/label.py or in any format of the "
-            "replay; they join the replay, which may then be empty."
+            "help": "Files of prompts that the source experts answered, in any format of the replay, or folders that "
+            "recipes/label.py wrote; they join the replay, which may then be empty."
         },
     )
     source_labels_max_examples: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Number of labels that are sampled from each file at most, one value for all files or one per "
-            "file; all of them by default."
+            "help": "Number of labels that are sampled from each file at most, one value for all or one per name of "
+            "--source_labels; all of them by default."
         },
     )
     min_log_probability: float | None = field(

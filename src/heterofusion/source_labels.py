@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from heterofusion.adapter_config import read_json_object
 from heterofusion.adapters import file_sha256
 from heterofusion.arguments import DataArguments, SourceLabelArguments
 from heterofusion.data import (
@@ -28,7 +29,7 @@ from heterofusion.data import (
     no_examples,
 )
 from heterofusion.formats import type_name
-from heterofusion.label_controls import file_control
+from heterofusion.label_controls import LABELS_FILE, file_control
 from heterofusion.mixture import check_fraction, check_settings, check_soft_settings
 from heterofusion.provenance import display_name
 from heterofusion.records import Records, load_records, sample_indices
@@ -133,12 +134,8 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
     """
     examples, reports, needed, names = [], [], [], []
     origins: list[Origin] = []
-    for index, name in enumerate(args.source_labels):
+    for index, name in _label_files(args.source_labels):
         path = Path(name).expanduser().absolute()
-        if path.exists() and not path.is_file():
-            raise ValueError(f"--source_labels {path} is a folder: name the files in it")
-        if not path.exists():
-            raise ValueError(f"--source_labels {path} does not exist: check the path")
         records = load_records(str(path), kind="source label")
         report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
         report.control = file_control(path, records.rows)
@@ -169,6 +166,33 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
         raise no_examples(names, needed, data.max_length)
     order = np.random.default_rng([data.dataset_seed, 2]).permutation(len(examples))  # replay has 1
     return SourceLabels(as_dataset([examples[i] for i in order]), reports, [origins[i] for i in order])
+
+
+def _label_files(names: Sequence[str]) -> list[tuple[int, str]]:
+    """The files that `--source_labels` names, each with the index of its name: a folder's are those with labels.
+
+    Raises:
+        ValueError: One is not there, or a folder is none of recipes/label.py or has no labels.
+    """
+    files: list[tuple[int, str]] = []
+    for index, name in enumerate(names):
+        path = Path(name).expanduser().absolute()
+        if not path.exists():
+            raise ValueError(f"--source_labels {path} does not exist: check the path")
+        if path.is_file():
+            files.append((index, name))
+            continue
+        if not (path / LABELS_FILE).is_file():
+            raise ValueError(
+                f"--source_labels {path} is a folder without {LABELS_FILE}, which a finished recipes/label.py leaves: "
+                "name the files in it"
+            )
+        tasks = read_json_object(path / LABELS_FILE).get("tasks")
+        made = [task for task, told in tasks.items() if told.get("labels")] if isinstance(tasks, dict) else []
+        if not made:
+            raise ValueError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
+        files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]
+    return files
 
 
 def good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:

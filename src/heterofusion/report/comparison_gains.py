@@ -1,4 +1,4 @@
-"""Gains of a comparison: differences of two rows that are paired by seed, in each case, and whether they meet a target."""
+"""Gains of a comparison: differences of two rows, paired by seed, in each case, and whether they meet a target."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

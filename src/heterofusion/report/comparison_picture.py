@@ -1,4 +1,4 @@
-"""The pictures of a comparison: lines over its cases, and mean scores of all methods with their intervals in groups."""
+"""The pictures of a comparison: lines over its cases, and mean scores of all methods with their intervals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -16,9 +16,8 @@ import yaml
 import heterofusion
 from heterofusion.sweeps import Pool, Run, Step, forking, places, read_sweep, run_all
 from heterofusion.sweeps.forking import ForkServer
-from heterofusion.zoo import write_dataset, zoo_path
-from heterofusion.zoo.language import make_examples
 from recipe_runner import RECIPES, flags, recipe
+from sweep_builders import tiny_sweep
 
 VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PLACE": "the slot"}
 # Instead of the seconds that torch takes, the server imports the package's parts that it needs itself.
@@ -132,7 +131,7 @@ def test_stop_ends_the_session_of_a_run(pool):
         pool.stop()
         outcome, _ = future.result()
     assert outcome.status == "failed" and "exit code -15" in outcome.reason
-    assert not is_alive(run) and not is_alive(child)
+    wait_until(lambda: not is_alive(run) and not is_alive(child))  # the child gets the signal too, but at its own time
 
 
 def test_run_that_does_not_end_when_asked_is_killed(pool, monkeypatch):
@@ -265,21 +264,7 @@ def test_flag_makes_one_server_with_the_variables_of_all_slots(tmp_path, monkeyp
 def test_results_are_those_of_a_process_of_its_own(tmp_path, monkeypatch):
     """A fusion and its scores by the real recipes, to the bit."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for split, count in (("replay", 4), ("test", 3)):
-        write_dataset(tmp_path / f"{split}.jsonl", make_examples("re_town", split, count))
-    base = str(zoo_path("llama"))
-    content = {
-        "sweep": {"seed": [0]},
-        "train": {
-            "model_name_or_path": base, "target_adapter": str(zoo_path("llama", "ner_kitchen")),
-            "source_adapters": [str(zoo_path("mistral", "re_town"))], "max_steps": 2, "use_cpu": True,
-            "dataset_name": [str(tmp_path / "replay.jsonl")], "seed": "{seed}", "save_strategy": "no",
-        },
-        "eval": {
-            "model_name_or_path": base, "dataset_name": [str(tmp_path / "test.jsonl")], "max_new_tokens": 4,
-            "use_cpu": True,
-        },
-    }  # fmt: skip
+    content = tiny_sweep(tmp_path, steps=2)
     weights, scores = [], []
     for preload in (False, True):
         folder = tmp_path / str(preload)

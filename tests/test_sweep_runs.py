@@ -15,9 +15,8 @@ import yaml
 
 from heterofusion.sweeps import Pool, read_sweep, run_all
 from heterofusion.sweeps.places import visible_gpus
-from heterofusion.zoo import write_dataset, zoo_path
-from heterofusion.zoo.language import make_examples
 from recipe_runner import ROOT, flags, recipe, shell
+from sweep_builders import tiny_sweep
 
 sweep_recipe = recipe("sweep")
 
@@ -338,22 +337,7 @@ def test_dry_run_shows_the_flags_and_runs_nothing(table, capsys, logging_restore
 @pytest.mark.slow
 def test_real_recipes_end_to_end(tmp_path):
     """A fusion and its anchor: trained, scored, and ready for the report."""
-    for split, count in (("replay", 4), ("test", 3)):
-        write_dataset(tmp_path / f"{split}.jsonl", make_examples("re_town", split, count))
-    base = str(zoo_path("llama"))
-    content = {
-        "output_dir": str(tmp_path / "out"),
-        "sweep": {"seed": [0]},
-        "train": {
-            "model_name_or_path": base, "target_adapter": str(zoo_path("llama", "ner_kitchen")),
-            "source_adapters": [str(zoo_path("mistral", "re_town"))], "max_steps": 1, "use_cpu": True,
-            "dataset_name": [str(tmp_path / "replay.jsonl")], "seed": "{seed}", "save_strategy": "no",
-        },
-        "eval": {
-            "model_name_or_path": base, "dataset_name": [str(tmp_path / "test.jsonl")], "max_new_tokens": 4,
-            "use_cpu": True,
-        },
-    }  # fmt: skip
+    content = tiny_sweep(tmp_path, steps=1) | {"output_dir": str(tmp_path / "out")}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
     done = shell(sys.executable, "recipes/sweep.py", "--sweeps", tmp_path / "tiny.yaml")
     assert done.returncode == 0, done.stderr

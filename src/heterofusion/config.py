@@ -95,25 +95,22 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
+EXTRA_RANK_HELP = (
+    "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, whose columns of "
+    "lora_B start at 0. In a sequence every stage adds its own; 0 is the published method"
+)
+EXTRA_BASIS_HELP = (
+    "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs that the module "
+    "sees on the training data"
+)
+
+
 @dataclass
 class BasisArguments:
     """Rows that `basis.py` adds to every lora_A of an adapter before it is trained."""
 
-    extra_rank: int = field(
-        default=0,
-        metadata={
-            "help": "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, "
-            "whose columns of lora_B start at 0. In a sequence every stage adds its own; 0 is the published method."
-        },
-    )
-    extra_basis: str = field(
-        default="random",
-        metadata={
-            "help": "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs "
-            "that the module sees on the training data.",
-            "choices": list(EXTRA_BASES),
-        },
-    )
+    extra_rank: int = field(default=0, metadata={"help": f"{EXTRA_RANK_HELP}."})
+    extra_basis: str = field(default="random", metadata={"help": f"{EXTRA_BASIS_HELP}.", "choices": list(EXTRA_BASES)})
 
     def check_basis(self) -> None:
         """Check the settings.
@@ -132,7 +129,18 @@ class BasisArguments:
             )
 
 
-_OF_PRESET: Any = None  # of a flag that has the preset's value where it is not given; never None afterwards
+def _of_preset(name: str, help: str, **metadata: Any) -> Any:
+    """A field that has the preset's value where it is not given: None until then, never afterwards.
+
+    Args:
+        name: of the field.
+        help: of the flag; what the presets say is added.
+        **metadata: of the field.
+    """
+    values = {preset: each.values[name] for preset, each in PRESETS.items()}
+    default = values[DEFAULT_PRESET]
+    told = [str(default), *(f"{value} in `{preset}`" for preset, value in values.items() if value != default)]
+    return field(default=None, metadata={"help": f"{help} ({'; '.join(told)}).", **metadata})
 
 
 @dataclass
@@ -150,28 +158,12 @@ class MethodConfig(BasisArguments):
             "choices": list(PRESETS),
         },
     )
-    extra_rank: int = field(
-        default=_OF_PRESET,
-        metadata={
-            "help": "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, "
-            "whose columns of lora_B start at 0. In a sequence every stage adds its own; 0 is the published method "
-            "(0; 40 in `recommended`)."
-        },
-    )
-    extra_basis: str = field(
-        default=_OF_PRESET,
-        metadata={
-            "help": "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs "
-            "that the module sees on the training data (random; activations in `recommended`).",
-            "choices": list(EXTRA_BASES),
-        },
-    )
-    residual_scale: float = field(
-        default=_OF_PRESET,
-        metadata={
-            "help": "Scale of a free update that is trained beside the predicted one. Under Adam it moves by the "
-            "learning rate times this scale; 0 leaves it out (0; 1 in `recommended`)."
-        },
+    extra_rank: int = _of_preset("extra_rank", EXTRA_RANK_HELP)
+    extra_basis: str = _of_preset("extra_basis", EXTRA_BASIS_HELP, choices=list(EXTRA_BASES))
+    residual_scale: float = _of_preset(
+        "residual_scale",
+        "Scale of a free update that is trained beside the predicted one. Under Adam it moves by the learning rate "
+        "times this scale; 0 leaves it out",
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that."}
@@ -185,12 +177,7 @@ class MethodConfig(BasisArguments):
     )
     alpha_init: float = field(default=0.3, metadata={"help": "First value of every alpha, the scale of an update."})
     mu_gate: float = field(default=0.1, metadata={"help": "Shift of the gate before it is clamped to [0, 1]."})
-    rdm_weight: float = field(
-        default=_OF_PRESET,
-        metadata={
-            "help": "Weight (lambda) of rectified distribution matching in the loss (0.005; 0 in `recommended`)."
-        },
-    )
+    rdm_weight: float = _of_preset("rdm_weight", "Weight (lambda) of rectified distribution matching in the loss")
     rdm_mu: float = field(default=0.0, metadata={"help": "Mean of RDM's Gaussian before rectification."})
     rdm_sigma: float = field(default=1.0, metadata={"help": "Standard deviation of RDM's Gaussian."})
     rdm_projections: int = field(default=2048, metadata={"help": "Random projections of RDM."})
@@ -284,24 +271,11 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8. Presets differ in the first four.
     """
 
-    learning_rate: float = field(
-        default=_OF_PRESET, metadata={"help": "Peak learning rate (5e-5; 2e-4 in `recommended`)."}
-    )
+    learning_rate: float = _of_preset("learning_rate", "Peak learning rate")
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(
-        default=_OF_PRESET,
-        metadata={
-            "help": "Warm-up steps; below 1, the share of all steps, rounded down (0.05; 0.1 in `recommended`)."
-        },
-    )
-    weight_decay: float = field(
-        default=_OF_PRESET,
-        metadata={"help": "Weight decay of all parameters, norms, biases and alphas too (0.01; 0 in `recommended`)."},
-    )
-    max_grad_norm: float = field(
-        default=_OF_PRESET,
-        metadata={"help": "Gradient norm to clip at; 0 does not clip (0; 1 in `recommended`)."},
-    )
+    warmup_steps: float = _of_preset("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
+    weight_decay: float = _of_preset("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
+    max_grad_norm: float = _of_preset("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})

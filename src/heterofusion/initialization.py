@@ -139,9 +139,9 @@ def initialize_hypernetworks(model: HeteroFusionModel, start: Initialization) ->
     prefixes = (*map(_prefix, start.groups), "shared.") if start.groups else ()
     try:
         with safe_open(start.file, "pt") as content, torch.no_grad():
-            names = [name for name in content.keys() if name.startswith(prefixes) and name in parameters]  # noqa: SIM118
-            names = [name for name in names if _FREE not in name]
-            for name in names:
+            taken = [name for name in parameters if name.startswith(prefixes) and _FREE not in name]
+            found = set(content.keys())
+            for name in found.intersection(taken):
                 parameters[name].copy_(content.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{start.file} cannot be read ({error})") from error

@@ -1,4 +1,4 @@
-"""The updates of a fusion while it trains: predicted, scaled by alpha, and installed where the hooks read them.
+"""The updates of a fusion while it trains: predicted, scaled by alpha, and installed where every lora_B reads its own.
 
 The forward of a module's `lora_B` gives `(B + alpha * dB) x`. The update stays in place until the next forward, so
 activation checkpointing recomputes with the same one.

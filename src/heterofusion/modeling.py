@@ -23,7 +23,7 @@ from heterofusion.config import MethodConfig
 from heterofusion.contexts import build_contexts, predicted_blocks, sequence_lengths
 from heterofusion.engines import is_sharded, load_whole_tensors
 from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
-from heterofusion.live import LiveUpdates
+from heterofusion.live import InstalledUpdate, LiveUpdates
 from heterofusion.topology import AlignmentPlan, plan_alignment
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         self.method = method
         self._mode_set = self._anchor_alone = False
         self._load_target(plan.target)
-        self._hooks: list[Any] = []
+        self._installed: list[InstalledUpdate] = []
         self._install_updates(seed)
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
@@ -172,13 +172,13 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
     def _install_updates(self, seed: int) -> None:
         """Live updates for the plan as it is, in place of those that there were."""
-        for hook in self._hooks:
-            hook.remove()
+        for installed in self._installed:
+            installed.remove()
         contexts = build_contexts(self.plan, self.hypernetworks.config.block_size, self.method.canonicalize)
         self.updates = LiveUpdates(self.hypernetworks, contexts, self.method, seed)
         base: Any = self.get_base_model()
         paths = dict.fromkeys(item.target.module.path for item in self.plan.aligned)
-        self._hooks = [self.updates.install(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
+        self._installed = [self.updates.install(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
 
     # ---- basis expansion ----------------------------------------------------------------------------------------
 
@@ -334,7 +334,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise TypeError(
-            "a HeteroFusionModel cannot be copied, its hooks belong to it; build another from a fresh base and load "
+            "a HeteroFusionModel cannot be copied, its updates belong to it; build another from a fresh base and load "
             "hypernetworks.state_dict(), or copy model.fuse()"
         )
 
@@ -343,7 +343,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return self.fuse().merge_and_unload(*args, **kwargs)
 
     def fuse(self) -> PeftModelForCausalLM:
-        """Write the updates into B and become a plain PeftModel: hooks and hypernetworks are gone afterwards.
+        """Write the updates into B and become a plain PeftModel: live updates and hypernetworks are gone afterwards.
 
         Returns:
             This object, now a `PeftModelForCausalLM` in eval mode.
@@ -354,11 +354,11 @@ class HeteroFusionModel(PeftModelForCausalLM):
         if is_sharded(self):
             raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
         state = self.fused_state_dict()
-        for hook in self._hooks:
-            hook.remove()
+        for installed in self._installed:
+            installed.remove()
         for config, name, rate in self._dropout:
             setattr(config, name, rate)
-        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_hooks", "_dropout", "_mode_set",
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_installed", "_dropout", "_mode_set",
                      "_anchor_alone"):  # fmt: skip
             delattr(self, name)
         for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward

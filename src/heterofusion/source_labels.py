@@ -134,7 +134,8 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
     """
     examples, reports, needed, names = [], [], [], []
     origins: list[Origin] = []
-    for index, name in _label_files(args.source_labels):
+    files = _label_files(args.source_labels)
+    for index, name in files:
         path = Path(name).expanduser().absolute()
         records = load_records(str(path), kind="source label")
         report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
@@ -145,7 +146,7 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
             good = [good[i] for i in sample_indices(len(good), limit, data.dataset_seed)]
         found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
         report.by_source = _by_source(records, kept)
-        if report.read and not good and len(args.source_labels) > 1:
+        if report.read and not good and len(files) > 1:
             logger.warning(
                 "%s gives no label: %d are malformed (--keep_malformed true keeps them), %d not sure enough",
                 records.label, report.malformed, report.unsure,

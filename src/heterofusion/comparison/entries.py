@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.cli import UsageError, as_text
+from heterofusion.sweeps.template import VARIABLE
 
-_VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _VARIABLE_NAME = re.compile(r"[A-Za-z_]\w*")
 _RESERVED = ("seed", "adapter", "item")  # variables that every comparison has
 
@@ -101,7 +101,7 @@ def check_parts_of_texts(value: Any, variables: Mapping[str, Any], where: str) -
         UsageError: it is a part of a longer text.
     """
     if isinstance(value, str):
-        for match in _VARIABLE.finditer(value):
+        for match in VARIABLE.finditer(value):
             found = variables.get(match[1], "")
             if match[0] != value and (found is None or isinstance(found, (list, dict))):
                 raise UsageError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.plan import Comparison
 from heterofusion.comparison.runs import ComparisonRun, making_seconds, read_record
-from heterofusion.labelling.run import LABELS_FILE
+from heterofusion.label_controls import LABELS_FILE
 from heterofusion.provenance import DISTILLATION_FILE, EXPERT_FILE, MERGE_FILE, PROVENANCE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Pool, is_finished, run_all

@@ -79,6 +79,19 @@ class Gain:
     interval_above: float | None = None
 
     @property
+    def methods(self) -> set[str]:
+        """Names of all methods that it is of."""
+        return {self.row, *self.over}
+
+    def plain(self) -> dict[str, Any]:
+        """For `comparison.json`: what is given."""
+        over = {"over": self.over[0]} if len(self.over) == 1 else {"over_best_of": list(self.over)}
+        cases = None if self.cases is None else list(self.cases)
+        others = {"dataset": self.dataset, "at_least": self.at_least, "interval_above": self.interval_above}
+        values = {"name": self.name, "row": self.row, **over, "cases": cases, **others}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
     def has_target(self) -> bool:
         """Whether it is to be met."""
         return self.at_least is not None or self.interval_above is not None

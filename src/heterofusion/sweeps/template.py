@@ -6,7 +6,7 @@ from typing import Any
 
 from heterofusion.cli import UsageError, as_text
 
-_VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
+VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _LOOP_KEYS = ("for_each", "except", "value")
 
 
@@ -57,10 +57,10 @@ class Template:
         return value
 
     def _fill_text(self, text: str) -> Any:
-        whole = _VARIABLE.fullmatch(text)
+        whole = VARIABLE.fullmatch(text)
         if whole is not None:
             return self.fill(self._variable(whole[1]))
-        return _VARIABLE.sub(lambda match: as_text(self.fill(self._variable(match[1]))), text)
+        return VARIABLE.sub(lambda match: as_text(self.fill(self._variable(match[1]))), text)
 
     def _variable(self, name: str) -> Any:
         if name not in self.variables:

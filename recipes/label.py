@@ -7,7 +7,8 @@
 
 Every source runs on its own base, in its own tokenizer and chat template, one model in memory at a time; several
 processes share the prompts. First all answer the replay, each task's metric scores them, and a source labels a task
-only if it beats the anchor there by --routing_margin; --routing map.yaml decides instead. --anchor_labels true gives
+only if it beats the anchor there by --routing_margin and is not far behind the best source (--routing_share);
+--routing map.yaml decides instead. --anchor_labels true gives
 tasks that no source serves to the anchor itself, if it is good at them. The labels of a task are in
 --output_dir/TASK.jsonl, in the columns of the replay with `source`, `log_probability` (mean per token) and
 `format_ok`. Prompts are files, the replay's own (--prompts replay), or invented by the sources (--self_prompt 300).

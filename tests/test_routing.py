@@ -27,6 +27,14 @@ def test_a_source_has_to_beat_the_anchor_by_the_margin(margin, chosen):
     assert routing.unserved == [task for task in TASKS if not chosen[task]]
 
 
+def test_a_source_far_behind_the_best_one_is_left_out():
+    scores = {"anchor": {"a": 0.1}, "x": {"a": 0.3}, "y": {"a": 0.9}, "z": {"a": 0.5}}
+    for share, chosen in ((0.0, ["x", "y", "z"]), (0.5, ["y", "z"]), (0.6, ["y"]), (1.0, ["y"])):
+        routing = route(["a"], ["x", "y", "z"], scores, 0.1, {}, share=share)
+        assert routing.chosen == {"a": chosen}
+        assert routing.record({"a": None})["share"] == share
+
+
 def test_an_equal_score_is_not_better_without_a_margin():
     scores = {"anchor": {"a": 0.5}, "x": {"a": 0.5}}
     assert route(["a"], ["x"], scores, 0.0, {}).chosen == {"a": []}

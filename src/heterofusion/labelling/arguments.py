@@ -250,6 +250,13 @@ class RoutingArguments:
         default=0.1,
         metadata={"help": "How much better than the anchor's a source's score has to be for it to label a task."},
     )
+    routing_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the best source's gain over the anchor that a source has to reach for it to label "
+            "a task beside that one (0: all that beat the anchor by the margin do)."
+        },
+    )
     anchor_labels: bool = field(
         default=False,
         metadata={
@@ -272,7 +279,7 @@ class RoutingArguments:
     )
 
     def __post_init__(self) -> None:
-        for flag in ("routing_margin", "anchor_min_score"):
+        for flag in ("routing_margin", "routing_share", "anchor_min_score"):
             value = getattr(self, flag)
             if not 0 <= value <= 1:
                 raise ValueError(f"--{flag} is {value}; it must be between 0 and 1")

@@ -1,7 +1,8 @@
 """Which source labels which task: by its score on the replay beside the anchor's, or by a map that the user gives.
 
 A source that does not know a task gives labels that harm; so it labels a task only if its own answers to the task's
-replay prompts score better than the anchor's, by a margin. Of several that do, every prompt takes the most confident.
+replay prompts score better than the anchor's, by a margin, and it is not far behind the best source. Of several that
+are left, every prompt takes the most confident.
 A task that no source serves may go to the anchor itself, if it is good enough at it: that keeps what it can do.
 """
 
@@ -29,6 +30,7 @@ class Routing:
         tasks: Their names, in order.
         sources: Names of all sources, in order.
         margin: What a source had to be better by.
+        share: Of the best source's gain over the anchor, what a source had to reach.
         scores: By model (`anchor` and the sources) and task; tasks of the map have none.
         chosen: The sources that label a task, in order, or the anchor; empty where nobody does.
         mapped: Tasks whose sources the user named.
@@ -40,6 +42,7 @@ class Routing:
     tasks: list[str]
     sources: list[str]
     margin: float
+    share: float
     scores: dict[str, dict[str, float]]
     chosen: dict[str, list[str]]
     mapped: list[str]
@@ -72,6 +75,7 @@ class Routing:
         return {
             "control": self.control,
             "margin": self.margin,
+            "share": self.share,
             "anchor_min_score": self.anchor_from,
             "sources": self.sources,
             "tasks": {
@@ -154,6 +158,7 @@ def route(
     margin: float,
     mapped: Mapping[str, list[str]],
     anchor_from: float | None = None,
+    share: float = 0.0,
 ) -> Routing:
     """Choose who labels every task.
 
@@ -165,6 +170,8 @@ def route(
         mapped: Sources of the tasks that the user's map names.
         anchor_from: The anchor labels other tasks that no source serves, where its score is at least so much; None if
             it labels none.
+        share: A source needs this share of the gain over the anchor that the best source has: one that is just better
+            than an anchor that knows nothing would spoil what another one knows, confident as it may be.
     """
     chosen = {}
     for task in tasks:
@@ -173,10 +180,11 @@ def route(
             continue
         needed = scores[ANCHOR][task]
         gains = {source: scores[source][task] - needed for source in sources}
-        chosen[task] = [source for source in sources if gains[source] > 0 and gains[source] >= margin - _ROUNDING]
+        least = max(margin, share * max(gains.values(), default=0.0)) - _ROUNDING
+        chosen[task] = [source for source in sources if gains[source] > 0 and gains[source] >= least]
         if not chosen[task] and anchor_from is not None and needed >= anchor_from - _ROUNDING:
             chosen[task] = [ANCHOR]
-    return Routing([*tasks], [*sources], margin, scores, chosen, [t for t in tasks if t in mapped], anchor_from)
+    return Routing([*tasks], [*sources], margin, share, scores, chosen, [t for t in tasks if t in mapped], anchor_from)
 
 
 def most_confident(labels: Mapping[str, Label], prompt: str, is_well_formed: FormatCheck) -> str:

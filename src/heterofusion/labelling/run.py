@@ -247,7 +247,9 @@ class Labelling:
 
     def _routing(self, scores: dict[str, dict[str, float]]) -> Routing:
         args, names = self.arguments.routing, self.arguments.data.labels()
-        return route(names, [*self.sources], scores, args.routing_margin, self.mapped, args.anchor_from)
+        return route(
+            names, [*self.sources], scores, args.routing_margin, self.mapped, args.anchor_from, args.routing_share
+        )
 
     def _controlled(self, routing: Routing) -> Routing:
         """With --control, somebody else in the place of the sources; where nobody labels anything, `_tell` says so."""

@@ -332,7 +332,7 @@ def test_resuming_with_another_soft_weight_is_refused():
 
     soft = {"replay_fraction": 0.5, "loss": "soft", "soft": {"weight": 0.5, "top_k": 4}}
     other = {**soft, "soft": {"weight": 0.25, "top_k": 4}}
-    check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, {**soft, "keep_malformed": False}))
+    check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, dict(soft)))
     with pytest.raises(ValueError, match=r"another source_labels\.soft\.weight: 0\.5, this run has 0\.25"):
         check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, other))
 

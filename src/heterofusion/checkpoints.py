@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 HYPERNETWORKS_FILE = "hypernetworks.safetensors"
 IDENTITY_FILE = "fusion_state.json"
 COMPLETE_FILE = "checkpoint_complete.json"
-_NOT_RECORDED = {"extra_rank": 0}  # by earlier versions, which had no other
 
 
 def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> dict[str, Any]:
@@ -309,7 +308,7 @@ def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         ValueError: files are missing or damaged, or belong to another fusion; names the field that differs.
     """
-    found = _NOT_RECORDED | read_identity(folder)
+    found = read_identity(folder)
     for name, expected in identity.items():
         if found.get(name) != expected:
             field, there, here = first_difference(name, found.get(name), expected)
@@ -322,7 +321,8 @@ def check_hypernetworks(folder: Path, identity: Mapping[str, Any]) -> None:
 def first_difference(name: str, found: Any, expected: Any) -> tuple[str, Any, Any]:
     """Where two different values differ first, as `hypernetwork.embed_dim` or `source_sha256[1]`, and both there."""
     if isinstance(found, dict) and isinstance(expected, dict):
-        key = next(key for key in {**expected, **found} if found.get(key) != expected.get(key))
+        shared = found.keys() & expected.keys()
+        key = next(key for key in {**expected, **found} if key not in shared or found[key] != expected[key])
         return first_difference(f"{name}.{key}", found.get(key), expected.get(key))
     if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
         index = next(i for i, (there, here) in enumerate(zip(found, expected, strict=True)) if there != here)

@@ -15,8 +15,6 @@ from heterofusion.data import build_replay, examples_sha256
 from heterofusion.mixture import Mixture
 from heterofusion.source_labels import SourceLabels, build_labels, labels_record, labels_summary
 
-_ONCE_NOT_RECORDED = ("sha256", "min_log_probability", "keep_malformed")
-
 # Gives source labels their soft labels: the examples with them, plain values for the record, and a line for the log.
 AddSoftLabels = Callable[
     [SourceLabels, SourceLabelArguments, PreTrainedTokenizerBase], tuple[Dataset, dict[str, Any], str]
@@ -120,24 +118,15 @@ def check_data_state(where: Path, found: Any, wanted: Mapping[str, Any]) -> None
 
     Args:
         where: what is gone on with.
-        found: the `data_state` there; what earlier versions did not record is not compared.
+        found: the `data_state` there; None if it was trained without the recipes, which record it.
         wanted: that of this run.
 
     Raises:
         ValueError: names the first thing that differs.
     """
-    if not isinstance(found, Mapping):
-        return
-    known = {name: _known(found.get(name), value) for name, value in wanted.items()}
-    if any(found.get(name) != value for name, value in known.items()):
-        name, there, here = first_difference("", dict(found), known)
+    if isinstance(found, Mapping) and found != wanted:
+        name, there, here = first_difference("", dict(found), dict(wanted))
         raise ValueError(
             f"{where} was trained with another {name.removeprefix('.')}: {shorten(there)}, this run has "
             f"{shorten(here)}; resume with the same data and flags, or start in a new output_dir"
         )
-
-
-def _known(found: Any, wanted: Any) -> Any:
-    if not (isinstance(found, Mapping) and isinstance(wanted, Mapping)):
-        return wanted
-    return {name: value for name, value in wanted.items() if name in found or name not in _ONCE_NOT_RECORDED}

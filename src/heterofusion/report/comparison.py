@@ -180,8 +180,10 @@ def _introduction(table: ComparisonTable) -> str:
         told.append(f"`normalized`: mean over the data sets of the score as a share of that of {normal}.")
     budget = table.content.get("search_budget")
     if budget:
+        case = table.content.get("search_case")
         told.append(
-            f"Every method whose hyper-parameters were searched got {budget} validation runs, on data of their own; "
+            f"Every method whose hyper-parameters were searched got {budget} validation runs, on data of their own"
+            f"{f' and in the case {case}' if case else ''}; "
             "controls take the hyper-parameters of what they are the control of."
         )
     return " ".join(told)

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from heterofusion.report.comparison_record import ComparisonRow, ComparisonTable
-from heterofusion.report.style import picture, short_names, stroke, tidy, wrap
+from heterofusion.report.style import MAX_WIDTH, picture, short_names, stroke, tidy, wrap
 
 MOST_LINES, MOST_FLAT_LINES, FEWEST_CASES = 8, 2, 3
 _SPREAD = 0.36  # of the way between two cases: the bars of all lines stand side by side
 _MAIN = {"color": "black", "linewidth": 2.0, "linestyle": "-", "markersize": 5.5, "zorder": 4}
 _FLAT = {"color": "0.6", "linewidth": 1.0, "zorder": 1}
+_FLAT_LINES = ((0, (9, 3)), (0, (2, 4)))
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,13 @@ def draw_cases(lines: Sequence[CaseLine], cases: Sequence[str], path: Path | Non
     slot = min(1.5, max(0.75, 6.0 / len(cases)))  # inches of a case
     # as they end, so that the legend reads as the right end of the picture does
     lines = sorted(lines, key=lambda line: -list(line.rows.values())[-1].estimate().mean)
-    varied = [line for line in lines if not line.is_flat]
-    main, others, flat = (
-        [line for line in lines if line.is_flat == is_flat and (is_flat or line.is_main == is_main)]
-        for is_main, is_flat in ((True, False), (False, False), (False, True))
-    )
-    styles = {line.name: stroke(index, 1) | _MAIN for index, line in enumerate(main)}
-    styles |= {line.name: stroke(len(main) + index, MOST_LINES) for index, line in enumerate(others)}
-    styles |= {line.name: _FLAT | {"linestyle": "--" if index else "-"} for index, line in enumerate(flat)}
+    styles = _styles(lines)
+    varied = [line.name for line in lines if not line.is_flat]
+    shifts = np.linspace(-_SPREAD / 2, _SPREAD / 2, len(varied)) if len(varied) > 1 else [0.0]
+    shift = dict(zip(varied, shifts, strict=True))
     names = short_names([line.name for line in lines], 44)
-    with picture(path, 1.5 + slot * len(cases) + 0.075 * max(map(len, names)), 4.0) as figure:
+    width = 1.5 + slot * len(cases) + 0.075 * max(map(len, names))
+    with picture(path, min(MAX_WIDTH, width), 4.0) as figure:
         axes = figure.subplots()
         handles = []
         for line in lines:
@@ -93,8 +93,7 @@ def draw_cases(lines: Sequence[CaseLine], cases: Sequence[str], path: Path | Non
                 mean = found[0].mean
                 handles.append(axes.plot([-0.45, len(cases) - 0.55], [mean, mean], **style)[0])
                 continue
-            shift = _SPREAD * (varied.index(line) / (len(varied) - 1) - 0.5) if len(varied) > 1 else 0.0
-            places, means = [place + shift for place in found], [each.mean for each in found.values()]
+            places, means = [place + shift[line.name] for place in found], [each.mean for each in found.values()]
             halves = [each.half_width or 0.0 for each in found.values()]
             axes.errorbar(places, means, halves, fmt="none", ecolor=style["color"], linewidth=0.8, capsize=2, zorder=2)
             handles.append(axes.plot(places, means, **{"zorder": 3, **style})[0])
@@ -108,6 +107,16 @@ def draw_cases(lines: Sequence[CaseLine], cases: Sequence[str], path: Path | Non
         tidy(axes)
         figure.legend(handles, names, loc="outside right center", handlelength=3.4, labelspacing=0.7)
     return figure
+
+
+def _styles(lines: Sequence[CaseLine]) -> dict[str, dict[str, Any]]:
+    """How each line is drawn, by name of the method: what gains are asked for of stands out."""
+    main = [line.name for line in lines if line.is_main and not line.is_flat]
+    others = [line.name for line in lines if not line.is_main and not line.is_flat]
+    flat = [line.name for line in lines if line.is_flat]
+    styles = {name: stroke(index, 1) | _MAIN for index, name in enumerate(main)}
+    styles |= {name: stroke(len(main) + index, MOST_LINES) for index, name in enumerate(others)}
+    return styles | {name: _FLAT | {"linestyle": _FLAT_LINES[index]} for index, name in enumerate(flat)}
 
 
 def _limits(axes: Any, lines: Sequence[CaseLine]) -> None:

@@ -40,8 +40,9 @@ def comparison_drawings(table: ComparisonTable, unit: str) -> list[Drawing]:
         unit: name of the score, for the axes.
     """
     title = f"{unit[:1].upper()}{unit[1:]} of each method: seeds, mean and 95% interval"
+    everything = [Drawing(title, partial(draw_comparison, table, unit=unit))]
     if not table.cases:
-        return [Drawing(title, partial(draw_comparison, table, unit=unit))]
+        return everything
     drawings, lines = [], case_lines(table)
     if lines:
         told = f"{unit[:1].upper()}{unit[1:]} over the cases, mean and 95% interval"
@@ -53,11 +54,11 @@ def comparison_drawings(table: ComparisonTable, unit: str) -> list[Drawing]:
         if any(row.case == case and row.name not in shown for row in table.rows):
             draw = partial(draw_comparison, table.of_case(case), unit=f"{unit}, {case}")
             drawings.append(Drawing(f"{title}, {case}", draw, case))
-    return drawings
+    return drawings or everything  # nothing of a case enters any method
 
 
 def draw_comparison(table: ComparisonTable, path: Path | None, unit: str) -> Any:
-    """A dot per seed, a bar for the 95% interval and a mark at the mean, one line per method.
+    """A stroke per seed, a bar for the 95% interval and a mark at the mean, one line per method.
 
     Args:
         table: the comparison, or one of its cases.

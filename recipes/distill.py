@@ -43,6 +43,7 @@ from heterofusion.expert_lora import check_expert_checkpoint, choose_lora
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_output
 from heterofusion.loading import base_skeleton, check_run_flags, check_token_ids, load_base
+from heterofusion.provenance import initial_control, refuse_push, whole_control
 
 logger = logging.getLogger("heterofusion.distill")
 
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir).absolute()
     if lora.initial.folder == folder.resolve():
         raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+    if args.push_to_hub:
+        refuse_push(whole_control(None, None, initial_control(lora.initial)))
     target, report = find_target(base, lora.initial, args.use_cpu, data)
     evaluation = build_eval(data, target.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
@@ -123,7 +126,7 @@ def main(argv: list[str]) -> None:
         {name: state[name] for name in ("distill_lambda", "top_k_logits")},
         training_record(args, trainer.state.global_step, report.to_dict()),
         metrics,
-        made_by_distillation(args, fusion, metrics, start),
+        made_by_distillation(args, lora.initial, fusion, metrics, start),
     )
     save_student(trainer, record)
     logger.info("student written to %s", folder)

@@ -137,6 +137,21 @@ def test_card_and_record_are_fit_to_publish(finished, values, teachers):
         assert not any(str(path) in text for path in (teachers.root, finished.out.parent, Path(TARGET).parent))
 
 
+def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
+    anchor = copy_adapter(tmp_path / "noisy", TARGET)
+    told = {"weights_sha256": load_adapter(anchor).sha256, "made_by": {"source_control": "noise"}}
+    (anchor / "expert.json").write_text(json.dumps(told))
+    changed = {**values, "init_adapter": anchor, "output_dir": tmp_path / "out", "max_steps": 1}
+    error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "init:noise")
+    succeeds(distill.main, flags(changed))
+    found = record(tmp_path / "out")
+    assert found["initial_control"] == {"name": "noisy", "kind": "noise"}
+    assert found["made_by"]["source_control"] == "init:noise"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# CONTROL (init:noise): distilled LoRA adapter" in card and "- control" in card
+    assert "it was made from noisy, which is a control itself (noise)" in card
+
+
 def test_both_losses_are_logged_and_add_up(finished):
     history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
     entries = [entry for entry in history if "loss" in entry]

@@ -276,7 +276,7 @@ def test_what_begins_as_a_control_is_a_control(tuned, capsys):
     assert record["made_by"]["source_control"] == "init:labels:bases"
     card = (out / "README.md").read_text()
     assert "# CONTROL (init:labels:bases): not an expert" in card and "- control" in card
-    assert "it began as the adapter out, which is a control itself (labels:bases)" in card
+    assert "it was made from out, which is a control itself (labels:bases)" in card
     argv = flags({"adapter": out, "hub_model_id": "me/it"})
     error_line(capsys, recipe_push(), argv, "holds a control (source_control init:labels:bases in expert.json)")
 

@@ -182,6 +182,25 @@ def test_files_and_record(tiny, tmp_path):
         assert str(tiny["model_name_or_path"].parent).encode() not in (folder / name).read_bytes(), name
 
 
+def test_a_merge_of_controls_is_one(tiny, tmp_path):
+    """Unless the record lies beside other weights than those that it was written for."""
+    adapters = [copy_adapter(tmp_path / f"expert{index}", folder) for index, folder in enumerate(tiny["adapters"])]
+    controls = {0: "noise", 1: "labels:bases", 2: "noise"}
+    for index, kind in controls.items():
+        sha256 = load_adapter(adapters[index]).sha256 if index < 2 else "0" * 64
+        record = {"weights_sha256": sha256, "made_by": {"source_control": kind}}
+        (adapters[index] / "expert.json").write_text(json.dumps(record))
+    folder, record = run(tiny, adapters=adapters, method="ties", output_dir=tmp_path / "out")
+    assert record["initial_control"] == {"name": "expert0, expert1", "kind": "noise+labels:bases"}
+    assert record["made_by"]["source_control"] == "init:noise+init:labels:bases"
+    card = (folder / "README.md").read_text()
+    assert "# CONTROL (init:noise+init:labels:bases): merged LoRA adapter" in card and "- control" in card
+    assert "it was made from expert0, expert1, which is a control itself (noise+labels:bases)" in card
+    plain = run(tiny, method="ties", output_dir=tmp_path / "plain")
+    assert plain[1]["initial_control"] is plain[1]["made_by"]["source_control"] is None
+    assert "CONTROL" not in (plain[0] / "README.md").read_text()
+
+
 def test_overwriting_takes_away_what_would_tell_of_another_adapter(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

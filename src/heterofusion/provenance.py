@@ -96,22 +96,30 @@ def record_control(record: Mapping[str, Any]) -> str | None:
     return str(told) if told else control_kind(record.get("source_control"))
 
 
-def initial_control(adapter: LoraAdapter | None) -> dict[str, Any] | None:
-    """What records tell of the adapter that a training begins as, if it is a control itself.
+def initial_control(*adapters: LoraAdapter | None) -> dict[str, Any] | None:
+    """What records tell of the adapters that something is made from, if one is a control itself.
+
+    Args:
+        adapters: what a training begins as, or what is merged; None for nothing.
 
     Returns:
-        Its `name` and the `kind` of control; None if it is none, or nothing beside it tells what made it.
+        `name` and `kind` of the controls, several joined by `, ` and `+`; None if there is none, or nothing beside the
+        adapters tells what made them.
 
     Raises:
-        AdapterError: a record beside it is damaged; names it.
+        AdapterError: a record beside one is damaged; names it.
     """
-    if adapter is None or not any((adapter.folder / name).is_file() for name in RECORD_FILES):
+    found = {display_name(a.name): kind for a in adapters if a is not None and (kind := _adapter_control(a))}
+    return {"name": ", ".join(found), "kind": "+".join(dict.fromkeys(found.values()))} if found else None
+
+
+def _adapter_control(adapter: LoraAdapter) -> str | None:
+    if not any((adapter.folder / name).is_file() for name in RECORD_FILES):
         return None
     _, record = find_record(adapter.folder, adapter.sha256)
     if record.get("weights_sha256", adapter.sha256) != adapter.sha256:  # of other weights that lay there before
         return None
-    kind = record_control(record)
-    return None if kind is None else {"name": display_name(adapter.name), "kind": kind}
+    return record_control(record)
 
 
 def whole_control(
@@ -151,7 +159,7 @@ def describe_controls(record: Mapping[str, Any]) -> str:
     if labels := record.get("label_control"):
         clauses.append(describe_labels_control(labels))
     if initial := record.get("initial_control"):
-        clauses.append(f"it began as the adapter {initial['name']}, which is a control itself ({initial['kind']})")
+        clauses.append(f"it was made from {initial['name']}, which is a control itself ({initial['kind']})")
     return "; ".join(clauses)
 
 

@@ -24,10 +24,14 @@ from heterofusion.markdown import markdown_table
 from heterofusion.provenance import (
     CARD_FILE,
     DISTILLATION_FILE,
+    describe_controls,
     display_name,
+    initial_control,
     library_versions,
     made_by,
+    record_control,
     training_cost,
+    whole_control,
 )
 
 _STAGING = ".distill-"
@@ -67,6 +71,7 @@ def distillation_record(
         "training": training,
         "metrics": metrics,
         "made_by": made,
+        "initial_control": initial_control(anchor),
         "versions": library_versions(),
     }
 
@@ -77,7 +82,11 @@ def training_record(args: DistillConfig, steps: int, data: dict[str, Any]) -> di
 
 
 def made_by_distillation(
-    args: DistillConfig, report: FusionReport, metrics: dict[str, Any], resumed_from_step: int | None = None
+    args: DistillConfig,
+    anchor: LoraAdapter,
+    report: FusionReport,
+    metrics: dict[str, Any],
+    resumed_from_step: int | None = None,
 ) -> dict[str, Any]:
     """`made_by` of the record; its seconds are those of the teachers, of the maps, of aligning and of the training.
 
@@ -86,7 +95,8 @@ def made_by_distillation(
     cost = training_cost(metrics, resumed_from_step)
     if cost["seconds"] is not None:
         cost["seconds"] = round(cost["seconds"] + report.seconds, 3)
-    return made_by("distillation", "fusellm", cost, args.seed, ran_source_models=True)
+    control = whole_control(None, None, initial_control(anchor))
+    return made_by("distillation", "fusellm", cost, args.seed, ran_source_models=True, source_control=control)
 
 
 def save_student(trainer: Trainer, record: dict[str, Any]) -> None:
@@ -139,12 +149,12 @@ def _move_files(staging: Path, folder: Path) -> None:
 
 def _card(record: dict[str, Any]) -> ModelCard:
     """A model card without what only the owner knows, such as a licence. It replaces PEFT's, which has local paths."""
-    base, target = record["base_model"], record["target"]
+    base, target, control = record["base_model"], record["target"], record_control(record)
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "distillation", f"base_model:adapter:{base}"],
+        tags=["lora", "distillation", f"base_model:adapter:{base}", *(["control"] if control else [])],
     )
     rows = [
         [role, model["name"], model["base_model"], f"`{(model['sha256'] or '')[:12]}`", model["picked"]]
@@ -152,9 +162,11 @@ def _card(record: dict[str, Any]) -> ModelCard:
     ]
     table = markdown_table(["part", "adapter", "base model", "sha256 of its weights", "picked"], rows)
     method = record["method"]
+    title = "Distilled LoRA adapter" if control is None else f"CONTROL ({control}): distilled LoRA adapter"
+    told = "" if control is None else f"\nThis adapter is a CONTROL: {describe_controls(record)}.\n"
     body = f"""
-# Distilled LoRA adapter
-
+# {title}
+{told}
 The LoRA adapter `{target["name"]}` of `{base}`, trained on with answers and with what {len(record["teachers"])} source
 expert(s) think of them, as in [FuseLLM](https://arxiv.org/abs/2401.10491): lambda {method["distill_lambda"]}, top
 {method["top_k_logits"]} tokens. `picked` counts the examples for which a model's labels were taken, the one of lowest

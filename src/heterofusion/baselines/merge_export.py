@@ -31,7 +31,7 @@ from heterofusion.baselines.merge_arguments import MergeError
 from heterofusion.baselines.merge_factors import Factors
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.files import staging_folder
-from heterofusion.provenance import CARD_FILE, MERGE_FILE, RECORD_FILES
+from heterofusion.provenance import CARD_FILE, MERGE_FILE, RECORD_FILES, describe_controls, record_control
 
 _STAGING = ".merge-"
 
@@ -163,12 +163,12 @@ def move_adapter(staging: Path, folder: Path) -> None:
 
 def model_card(record: Mapping[str, Any]) -> ModelCard:
     """A model card from a record. The licence is left to the owner of the adapters."""
-    base = record["base_model"]
+    base, control = record["base_model"], record_control(record)
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "merge", *([f"base_model:adapter:{base}"] if base else [])],
+        tags=["lora", "merge", *([f"base_model:adapter:{base}"] if base else []), *(["control"] if control else [])],
     )
     experts = "\n".join(
         f"| {expert['name']} | {expert['weight']:g} | `{expert['sha256'][:12]}` |" for expert in record["adapters"]
@@ -176,9 +176,11 @@ def model_card(record: Mapping[str, Any]) -> ModelCard:
     values = ", ".join(f"{name} {value:g}" for name, value in record["hyperparameters"].items())
     seed = record["made_by"]["seed"]
     settings = "".join(f", {part}" for part in (values, "" if seed is None else f"seed {seed}") if part)
+    title = "Merged LoRA adapter" if control is None else f"CONTROL ({control}): merged LoRA adapter"
+    told = "" if control is None else f"\nThis adapter is a CONTROL: {describe_controls(record)}.\n"
     body = f"""
-# Merged LoRA adapter
-
+# {title}
+{told}
 {len(record["adapters"])} LoRA experts of `{base or "one base model"}`, merged by `{record["method"]}`{settings}. It is
 an ordinary PEFT adapter.
 {_task_note(record)}

@@ -51,7 +51,7 @@ from heterofusion.evaluation.arguments import GenerationArguments
 from heterofusion.evaluation.results import mean_score
 from heterofusion.loading import base_skeleton, check_output_dir
 from heterofusion.markdown import markdown_table
-from heterofusion.provenance import display_name, library_versions, made_by
+from heterofusion.provenance import display_name, initial_control, library_versions, made_by, whole_control
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class MergeRun:
         check_output_dir(str(self.folder), resuming=False, overwrite=output.overwrite)
         self.experts = [load_adapter(name) for name in merge.adapters]
         check_experts(self.experts)
+        self.control = initial_control(*self.experts)
         self.names = expert_names(self.experts, output.names, merge.method)
         for folder in self._folders():
             check_not_an_expert(folder, self.experts)
@@ -256,7 +257,14 @@ class MergeRun:
             "truncation": {**truncation.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")},
             "validation": validation,
             "search": self.search_record,
-            "made_by": made_by("merge", settings.method, cost, seed=settings.seed),
+            "made_by": made_by(
+                "merge",
+                settings.method,
+                cost,
+                seed=settings.seed,
+                source_control=whole_control(None, None, self.control),
+            ),
+            "initial_control": self.control,
             "versions": library_versions(),
         }
 

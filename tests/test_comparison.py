@@ -158,7 +158,7 @@ def test_only_some_methods(tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    [*sorted(RECIPES.rglob("compare.yaml")), RECIPES / "demo" / "sources.yaml"],
+    sorted([*RECIPES.rglob("compare.yaml"), *RECIPES.rglob("sources.yaml")]),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
 def test_shipped_comparisons_have_valid_flags_and_equal_budgets(file, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
 from heterofusion.data import build_eval
 from heterofusion.engines import refuse_data_parallel
-from heterofusion.expert import ExpertCallback, LoraArguments, check_finite
+from heterofusion.expert import LoraArguments, StopAtNonFiniteLoss, check_finite
 from heterofusion.expert_lora import check_expert_checkpoint, choose_lora
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
 from heterofusion.hub import push_output
@@ -65,8 +65,9 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir).absolute()
     if lora.initial.folder == folder.resolve():
         raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+    control = whole_control(None, None, initial_control(lora.initial))
     if args.push_to_hub:
-        refuse_push(whole_control(None, None, initial_control(lora.initial)))
+        refuse_push(control)
     target, report = find_target(base, lora.initial, args.use_cpu, data)
     evaluation = build_eval(data, target.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
@@ -113,8 +114,9 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         processing_class=target.tokenizer,
         data_collator=DistillCollator(target.tokenizer),
-        callbacks=[ExpertCallback(add_state)],
+        callbacks=[StopAtNonFiniteLoss()],
     )
+    trainer.add_to_checkpoint = add_state
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)

@@ -21,7 +21,6 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from heterofusion.basis_inputs import FitBasis
 from heterofusion.checkpoints import checkpoint_step
@@ -30,9 +29,9 @@ from heterofusion.data import build_eval, make_collator
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.expert import (
     EXPERT_ARGUMENTS,
-    ExpertCallback,
     ExpertConfig,
     ExpertModelArguments,
+    StopAtNonFiniteLoss,
     check_finite,
 )
 from heterofusion.expert_lora import (
@@ -44,6 +43,7 @@ from heterofusion.expert_lora import (
 )
 from heterofusion.expert_record import expert_record, write_record
 from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
+from heterofusion.files import told_writes
 from heterofusion.hub import push_output
 from heterofusion.label_controls import labels_control
 from heterofusion.labelling.soft_targets import add_soft_labels
@@ -85,9 +85,9 @@ def main(argv: list[str]) -> None:
     training = build_training_data(data, labels, tokenizer, args, add_soft_labels, kind="training")
     if resume is not None:
         check_expert_data(resume, training.state)
+    control = whole_control(None, labels_control(training.labels_record), initial_control(planned.initial))
     if args.push_to_hub:
-        labels_kind = labels_control(training.labels_record)
-        refuse_push(whole_control(None, labels_kind, initial_control(planned.initial)))
+        refuse_push(control)
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([*training.parts, evaluation], config)
 
@@ -104,17 +104,16 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=make_collator(tokenizer),
-        callbacks=[ExpertCallback(partial(planned.write_state, data=training.state))],
+        callbacks=[StopAtNonFiniteLoss()],
     )
+    trainer.add_to_checkpoint = partial(planned.write_state, data=training.state)
     if planned.expansion is not None:
         trainer.add_callback(FitBasis(partial(planned.fit_basis, model), training.examples))
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = run_training(trainer, resume)
     check_finite(model)
-    try:
+    with told_writes(f"the adapter could not be written to {folder}"):
         trainer.save_model()  # the tokenizer too
-    except SafetensorError as error:  # of a full disk
-        raise OSError(f"the adapter could not be written to {folder} ({error})") from error
     if args.should_save:
         record = expert_record(
             base.model_name_or_path, planned, args, trainer.state.global_step, training, metrics, start

@@ -28,6 +28,7 @@ from heterofusion.data import build_eval, make_collator
 from heterofusion.diagnostics import run_metrics
 from heterofusion.engines import refuse_data_parallel
 from heterofusion.hub import push_output
+from heterofusion.label_controls import labels_control
 from heterofusion.labelling.soft_targets import add_soft_labels
 from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
 from heterofusion.mixture_data import build_training_data, data_state
@@ -86,12 +87,15 @@ def load_data(stage: Stage, tokenizer: PreTrainedTokenizerBase, base_config: Pre
     data = build_training_data(stage.data, stage.labels, tokenizer, stage.args, add_soft_labels)
     for part, lines in data.summary.items():
         logger.info("%s%s:\n%s", part, of_stage, "\n".join(lines))
-    if data.labels_record is not None and stage.adapters.source_control is not None:
+    real = data.labels_record is not None and labels_control(data.labels_record) is None
+    if real and stage.adapters.source_control is not None:
         logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
     stage.replay, stage.replay_record, stage.labels_record = data.examples, data.replay_record, data.labels_record
     check_data(stage)
     if stage.args.push_to_hub:
         refuse_push(stage.control())
+    elif stage.previous is None or stage.previous.finished:  # its target is there: a damaged record is told now
+        stage.control()
     if stage.data.eval_dataset_name:
         stage.evaluation = build_eval(stage.data, tokenizer)[0]
     check_token_ids([*data.parts, stage.evaluation], base_config)

@@ -297,7 +297,7 @@ def test_disk_full_in_the_first_save(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("at", "limit"),
-    [(EXPORT, 20_000), ("heterofusion.export:_save_tokenizer", 1000), ("heterofusion.export:model_card", 500)],
+    [(EXPORT, 20_000), ("heterofusion.export:_write_json", 2000), ("heterofusion.export:model_card", 500)],
 )
 def test_disk_full_in_the_export(runs, whole, earlier, at, limit):
     """In the weights, the tokenizer and the card: libraries raise errors of their own there."""

@@ -112,7 +112,7 @@ def load_base_config(
     """Read a base model's `config.json`, local or from the Hub; no weights.
 
     Raises:
-        AdapterError: it cannot be read; `what` says whose base it is.
+        AdapterError: it cannot be read; `what` says whose base it is, or by which flag it is named.
     """
     try:
         if not Path(name_or_path).exists():
@@ -123,7 +123,11 @@ def load_base_config(
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AdapterError(
             f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
-            "it with --source_configs (a source) or --model_name_or_path (the target)"
+            + (
+                "it"
+                if what.startswith("--")
+                else "it with --source_configs (a source) or --model_name_or_path (the target)"
+            )
         ) from error
 
 

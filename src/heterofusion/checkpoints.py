@@ -25,6 +25,7 @@ from heterofusion.basis_checkpoint import read_rows, write_rows
 from heterofusion.config import MethodConfig
 from heterofusion.controls import control_record
 from heterofusion.engines import load_whole_tensors, whole_tensors
+from heterofusion.files import is_failed_write
 from heterofusion.hypernet import HypernetworkConfig
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.nonfinite import NonFiniteError
@@ -158,14 +159,16 @@ def mark_complete(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def failing_writes(folder: Path) -> Iterator[None]:
-    """Name the checkpoint in what torch and safetensors say of a full disk, and clear what there is of it.
+    """Name the checkpoint in what torch and other libraries say of a full disk, and clear what there is of it.
 
     Raises:
         OSError: it could not be written.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not (is_failed_write(error) or isinstance(error, RuntimeError)):
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         message = f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}"
         if os.environ.get("LOCAL_RANK", "0") != "0":  # programs print the errors of the first rank alone

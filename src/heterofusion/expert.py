@@ -6,17 +6,15 @@ Training itself is transformers' `Trainer`. What `load_adapter` would refuse (Do
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from heterofusion.arguments import DataArguments, ModelArguments, OutputArguments, SourceLabelArguments
-from heterofusion.checkpoints import last_good, mark_complete
+from heterofusion.checkpoints import last_good
 from heterofusion.config import BasisArguments, avoid_reentrant, check_range, check_training
 from heterofusion.nonfinite import NonFiniteError
 
@@ -186,15 +184,8 @@ EXPERT_ARGUMENTS = (
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-class ExpertCallback(TrainerCallback):
-    """Stops at a loss that is not finite, and marks checkpoints as complete once all ranks have written theirs.
-
-    Args:
-        before_mark: gets the folder of a checkpoint, on the main process, to add files to it.
-    """
-
-    def __init__(self, before_mark: Callable[[Path], None] | None = None) -> None:
-        self.before_mark = before_mark
+class StopAtNonFiniteLoss(TrainerCallback):
+    """Ends a training whose logged loss is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
@@ -203,16 +194,6 @@ class ExpertCallback(TrainerCallback):
                 f"step {state.global_step}: the loss is not finite; {last_good(args.output_dir)}. Lower "
                 "--learning_rate, clip with --max_grad_norm, or look at the data"
             )
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ranks = PartialState()
-        ranks.wait_for_everyone()
-        if args.should_save:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if self.before_mark is not None:
-                self.before_mark(folder)
-            mark_complete(folder)
-        ranks.wait_for_everyone()
 
 
 def is_at_end(checkpoint: Path, args: TrainingArguments) -> bool:

@@ -194,7 +194,10 @@ def load_initial(
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(adapter, ExpandedAdapter):  # of shapes that its file does not have
                 model = get_peft_model(base, config)
-                set_peft_model_state_dict(model, adapter.state_dict())
+                placed: Any = set_peft_model_state_dict(model, adapter.state_dict())
+                lacking = [key for key in placed.missing_keys if "lora_" in key or "modules_to_save" in key]
+                if lacking or placed.unexpected_keys:
+                    raise ValueError(f"missing {lacking[:3]}, unexpected {[*placed.unexpected_keys][:3]}")
             else:
                 model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, config=config)
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:

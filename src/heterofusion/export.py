@@ -5,19 +5,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256
 from heterofusion.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.engines import whole_tensors
-from heterofusion.files import staging_folder
+from heterofusion.files import staging_folder, told_writes
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.provenance import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
 
@@ -73,39 +71,21 @@ def export_adapter(
     record = provenance(model, training, metrics)
     record["alpha"] = {name: alpha.item() for name, alpha in alphas.items()}
     with contextlib.ExitStack() as stack:
-        with _told(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
+        with told_writes(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
             staging = stack.enter_context(staging_folder(folder, _STAGING))
             weights = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
             save_file(weights, staging / WEIGHTS_FILE, {"format": "pt"})
             _write_json(staging / CONFIG_FILE, fused_config(model))
             if tokenizer is not None:
-                _save_tokenizer(tokenizer, staging)
+                tokenizer.save_pretrained(str(staging))
             (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
             _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
             record["weights_sha256"] = file_sha256(staging / WEIGHTS_FILE)
             _write_json(staging / PROVENANCE_FILE, record)
             shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
-        with _told(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
+        with told_writes(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
             _move_files(staging, folder)
     return folder
-
-
-@contextlib.contextmanager
-def _told(what: str, outcome: str) -> Iterator[None]:
-    """Say of a failed write what it was for and what is left; safetensors has an error of its own for it."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{what} ({error}); {outcome}") from error
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(str(folder))
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(str(error)) from error  # a failed write of the tokenizers library has no type of its own
 
 
 def _move_files(staging: Path, folder: Path) -> None:

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 
 
@@ -24,6 +26,30 @@ def write_whole(path: Path, parts: str | Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def is_failed_write(error: BaseException) -> bool:
+    """Whether an error is of a full disk or the like: safetensors has one of its own, tokenizers no type at all."""
+    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception
+
+
+@contextlib.contextmanager
+def told_writes(what: str, outcome: str = "") -> Iterator[None]:
+    """Say of a failed write what it was for.
+
+    Args:
+        what: begins the message.
+        outcome: what is left, or what to do.
+
+    Raises:
+        OSError: it failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        raise OSError(f"{what} ({error})" + (f"; {outcome}" if outcome else "")) from error
 
 
 @contextlib.contextmanager

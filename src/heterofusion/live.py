@@ -1,6 +1,7 @@
 """The updates of a fusion while it trains: predicted, scaled by alpha, and installed where every lora_B reads its own.
 
-The forward of a module's `lora_B` gives `(B + alpha * dB) x`. The update stays in place until the next forward, so
+The forward of a module's `lora_B` gives `(B + U) x`, with `U = alpha * dB`, and with a residual scale c a free update
+beside it, `alpha * dB + c * R`. The update stays in place until the next forward, so
 activation checkpointing recomputes with the same one.
 """
 
@@ -47,7 +48,7 @@ class LiveUpdates:
         seed: seed of RDM's draws.
 
     Attributes:
-        by_module: the installed updates `alpha * dB` by module path, each (out_features, rank) float32.
+        by_module: the installed updates U by module path, each (out_features, rank) float32.
         device: where the hypernetworks run, if that is not where their parameters lie: engines may offload those.
         average_over_ranks: whether `close_window` averages the updates' gradients over all ranks, so that those of
             the hypernetworks need no reduction: every rank computes the same from it.

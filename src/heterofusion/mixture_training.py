@@ -6,15 +6,15 @@ The same flags give both the same examples in the same order, so that they can b
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import Trainer
 
 from heterofusion.diagnostics import WindowMeans
 from heterofusion.formats import IGNORE_INDEX
 from heterofusion.label_loss import SOFT_COLUMNS, SoftCollator, soft_losses
 from heterofusion.mixture import PART, Mixture, MixtureSampler, check_settings, check_soft_settings, part_losses
+from heterofusion.whole_checkpoints import WholeCheckpointTrainer
 
 
-class MixtureTrainer(Trainer):
+class MixtureTrainer(WholeCheckpointTrainer):
     """transformers' `Trainer` that also trains on a `Mixture`: in its order, resumed too, and logs each part's loss.
 
     Logged besides Trainer's own: of a `Mixture` `loss_replay` and `loss_labels`, means over the label tokens of each

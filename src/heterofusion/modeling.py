@@ -286,7 +286,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return super().generate(*args, **kwargs)
 
     def module_deltas(self) -> dict[str, Tensor]:
-        """The scaled updates `alpha * dB` by module path, each (out_features, rank) float32, without gradient.
+        """The updates U (see `heterofusion.live`) by module path, each (out_features, rank) float32, without gradient.
 
         Always computed anew, so that an export never depends on what was cached. Where parameters are sharded, all
         ranks must call this together.
@@ -299,7 +299,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
     # ---- the end ------------------------------------------------------------------------------------------------
 
     def fused_state_dict(self) -> dict[str, Tensor]:
-        """The fused adapter under the target's file keys and in its dtypes: A unchanged, B + alpha dB where aligned.
+        """The fused adapter under the target's file keys and in its dtypes: A unchanged, B + U where aligned.
 
         Rows without an update keep their bits.
         """

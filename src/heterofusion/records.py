@@ -184,6 +184,8 @@ def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Datas
     except (ValueError, RuntimeError) as error:
         _raise_not_loaded(label, config, split, kind, error)
     if isinstance(data, DatasetDict):
+        if split not in data and kind == "prompt":
+            raise ValueError(f"{label} has no split {split!r}, only {', '.join(data)}: name a file")
         if split not in data:
             raise ValueError(f"{label} has no split {split!r}: set {_split_flag(kind)} to one of {', '.join(data)}")
         return data[split]
@@ -191,6 +193,10 @@ def _load_folder(path: Path, config: str | None, split: str, kind: str) -> Datas
 
 
 def _raise_not_loaded(label: str, config: str | None, split: str, kind: str, error: Exception) -> NoReturn:
+    if kind == "prompt":  # no flag chooses a part of it
+        raise ValueError(
+            f"{label} has no split {split!r} that can be loaded ({_one_line(error)}): name a file"
+        ) from error
     config_flag = "--eval_config" if kind == "eval" else "--dataset_config"
     raise ValueError(
         f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({_one_line(error)}): check "

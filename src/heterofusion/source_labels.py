@@ -189,7 +189,10 @@ def _label_files(names: Sequence[str]) -> list[tuple[int, str]]:
                 "name the files in it"
             )
         tasks = read_json_object(path / LABELS_FILE).get("tasks")
-        made = [task for task, told in tasks.items() if told.get("labels")] if isinstance(tasks, dict) else []
+        told = tasks if isinstance(tasks, dict) else {}
+        if not all(Path(task).name == task and isinstance(entry, dict) for task, entry in told.items()):
+            raise ValueError(f"{path / LABELS_FILE} is not what recipes/label.py writes: label again")
+        made = [task for task, entry in told.items() if entry.get("labels")]
         if not made:
             raise ValueError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
         files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]

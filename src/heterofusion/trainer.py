@@ -24,7 +24,6 @@ from heterofusion.checkpoints import (
     load_hypernetworks,
     nonfinite_error,
     restore_basis,
-    rotated_checkpoint,
     save_hypernetworks,
     stopped_early,
 )
@@ -326,11 +325,6 @@ class HeteroFusionTrainer(MixtureTrainer):
             metrics=dict(metrics or {}),
             write=self.args.should_save,
         )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial=trial))
-        with rotated_checkpoint(run_dir, self.state, self.args, self.accelerator.wait_for_everyone):
-            super()._save_checkpoint(model, trial)
 
     def training_record(self) -> dict[str, Any]:
         """How the hypernetworks were trained, as plain values."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from heterofusion.adapter_config import read_json_object
 from heterofusion.arguments import DataArguments, OutputArguments
@@ -28,6 +27,7 @@ from heterofusion.diagnostics import WindowMeans
 from heterofusion.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.formats import IGNORE_INDEX
 from heterofusion.label_loss import kl_divergences, pad_rows
+from heterofusion.whole_checkpoints import WholeCheckpointTrainer
 
 STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of
 
@@ -177,7 +177,7 @@ class DistillCollator:
         return batch
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(WholeCheckpointTrainer):
     """`Trainer` with the loss of FuseLLM: a mean over the answers' tokens of an accumulation window on all ranks.
 
     Both parts are logged: `clm_loss` and `kl_loss`, of which `loss` is the weighted sum. An evaluation has no

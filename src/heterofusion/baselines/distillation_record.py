@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
 from transformers import Trainer
 
 from heterofusion.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256, load_adapter
@@ -19,7 +18,7 @@ from heterofusion.baselines.fusellm import FusionReport
 from heterofusion.baselines.teachers import Teacher
 from heterofusion.config import training_settings
 from heterofusion.evaluation.ranks import all_together, from_main
-from heterofusion.files import staging_folder
+from heterofusion.files import staging_folder, told_writes
 from heterofusion.markdown import markdown_table
 from heterofusion.provenance import (
     CARD_FILE,
@@ -114,22 +113,19 @@ def save_student(trainer: Trainer, record: dict[str, Any]) -> None:
     """
     folder = Path(str(trainer.args.output_dir))
     ranks = PartialState()
-    try:
-        with contextlib.ExitStack() as stack:
-            staging = None
-            with all_together(ranks):
-                if ranks.is_main_process:
-                    staging = stack.enter_context(staging_folder(folder, _STAGING))
-            place = Path(from_main(ranks, str(staging)))
-            trainer.save_model(str(place))  # the tokenizer too; all ranks may hold a part
-            with all_together(ranks):
-                if ranks.is_main_process:
-                    load_adapter(place)
-                    shutil.copymode(place / CONFIG_FILE, place / WEIGHTS_FILE)  # written for the owner alone
-                    _write_texts(place, record)
-                    _move_files(place, folder)
-    except SafetensorError as error:  # of a full disk
-        raise OSError(f"the adapter could not be written to {folder.absolute()} ({error})") from error
+    with told_writes(f"the adapter could not be written to {folder.absolute()}"), contextlib.ExitStack() as stack:
+        staging = None
+        with all_together(ranks):
+            if ranks.is_main_process:
+                staging = stack.enter_context(staging_folder(folder, _STAGING))
+        place = Path(from_main(ranks, str(staging)))
+        trainer.save_model(str(place))  # the tokenizer too; all ranks may hold a part
+        with all_together(ranks):
+            if ranks.is_main_process:
+                load_adapter(place)
+                shutil.copymode(place / CONFIG_FILE, place / WEIGHTS_FILE)  # written for the owner alone
+                _write_texts(place, record)
+                _move_files(place, folder)
 
 
 def _write_texts(folder: Path, record: dict[str, Any]) -> None:
@@ -141,6 +137,7 @@ def _write_texts(folder: Path, record: dict[str, Any]) -> None:
 
 def _move_files(staging: Path, folder: Path) -> None:
     """The record goes last: where it stands, the adapter beside it is complete."""
+    (folder / DISTILLATION_FILE).unlink(missing_ok=True)
     names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for name in sorted(names, key=lambda name: name == Path(DISTILLATION_FILE)):
         (folder / name).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from heterofusion.adapters import (
 from heterofusion.baselines.merge_arguments import MergeError
 from heterofusion.baselines.merge_factors import Factors
 from heterofusion.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.files import staging_folder
+from heterofusion.files import is_failed_write, staging_folder
 from heterofusion.provenance import CARD_FILE, MERGE_FILE, RECORD_FILES, describe_controls, record_control
 
 _STAGING = ".merge-"
@@ -138,7 +137,7 @@ def staged(output: Path) -> Iterator[Path]:
     except BaseException as error:  # an interruption too
         if is_new and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
-        if isinstance(error, SafetensorError):  # of a full disk
+        if is_failed_write(error) and not isinstance(error, OSError):
             raise OSError(f"the merge could not be written to {output} ({error}); nothing is left of it") from error
         raise
 

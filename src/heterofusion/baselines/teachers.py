@@ -253,7 +253,7 @@ def collect_soft_labels(
         found = [item for item in labels if item is not None]
         if len(found) < len(labels):
             raise ValueError(
-                f"--logits_cache {folder} is not the same folder on all machines; name one that is shared"
+                f"{folder}, the cache of soft labels, is not the same folder on all machines; name one that is shared"
             )
     return found
 

@@ -63,7 +63,12 @@ class Answering:
         self.folder = folder
         self.model = model
         self.generation = generation
-        self.seconds = 0.0  # of generation, in all runs
+        self._seconds: dict[Path, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Of generation: what each set of questions that was asked once took, in all runs together."""
+        return sum(self._seconds.values())
 
     def ask(self, expert: Expert, questions: Mapping[str, Questions], title: str) -> dict[str, list[Label]]:
         """The answers of an expert.
@@ -103,7 +108,7 @@ class Answering:
                     "the same file system: check --output_dir, then --resume true"
                 )
             answers[name] = [labels[i] for i in range(len(asked.ids))]
-            self.seconds += seconds
+            self._seconds[folders[name]] = seconds  # the same questions may be asked twice
         return answers
 
     def _read(self, folders: Mapping[str, Path]) -> dict[str, tuple[dict[int, Label], float]]:

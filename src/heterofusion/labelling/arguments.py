@@ -195,6 +195,10 @@ class LabelDataArguments(EvalDataArguments):
                 "give either --prompts (files, or the word replay) or --self_prompt (a number of inputs to invent)"
                 + (", not both" if self.prompts else "")
             )
+        if self.self_prompt and self.max_prompts:
+            raise ValueError(
+                f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
+            )
         for flag, default in (("self_prompt_model", BASE_NAME), ("temperature", TEMPERATURE), ("top_p", TOP_P)):
             if not self.self_prompt and getattr(self, flag) != default:
                 raise ValueError(f"--{flag} {getattr(self, flag)} is for --self_prompt alone; leave it out")
@@ -212,7 +216,10 @@ class LabelDataArguments(EvalDataArguments):
         if self.self_prompt or self.own_prompts:
             what = "--self_prompt" if self.self_prompt else f"--prompts {REPLAY}"
             raise ValueError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
-        self._named_by_prompts()
+        try:
+            self._named_by_prompts()
+        except ValueError as error:  # the prompts' files stand for the replay's
+            raise ValueError(str(error).replace("--dataset_name", "--prompts")) from error
 
     def _named_by_prompts(self) -> EvalDataArguments:
         return EvalDataArguments(dataset_name=self.prompts, dataset_label=self.dataset_label, metric=self.metric)

@@ -113,8 +113,9 @@ def find_experts(args: LabelModelArguments, generation: GenerationArguments) -> 
     if args.target_adapter is not None:
         base = args.how(args.model_name_or_path, args.model_revision)
         anchor = _find(ANCHOR, base, args.target_adapter, generation)
+    revisions = {args.model_name_or_path: args.model_revision}  # a source may be on the anchor's base
     sources = [
-        _find(name, args.how(base), adapter, generation)
+        _find(name, args.how(base, revisions.get(base)), adapter, generation)
         for name, base, adapter in zip(args.names(), args.bases(), args.source_adapters, strict=True)
     ]
     return anchor, sources
@@ -132,7 +133,9 @@ def _find(name: str, base: EvalModelArguments, adapter_name: str, generation: Ge
         )
         return Expert(name, base, config, adapter, adapter_tokenizer(base, adapter), limit)
     except ValueError as error:
-        raise ValueError(f"{name if name == ANCHOR else f'source {name}'}: {error}") from error
+        if name == ANCHOR:
+            raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"source {name}: {str(error).replace('--model_name_or_path', '--source_models')}") from error
 
 
 class OneModel:

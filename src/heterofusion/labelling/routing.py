@@ -141,6 +141,7 @@ def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[st
         if task not in tasks:
             raise UsageError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
         names = [] if value in (None, NO_ADAPTER) else value if isinstance(value, list) else [value]
+        names = [str(name) if isinstance(name, int) else name for name in names]  # a name such as 7
         for name in names:
             if name not in known:
                 raise UsageError(

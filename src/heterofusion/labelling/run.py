@@ -75,6 +75,7 @@ class Labelling:
             labels = arguments.data.labels()
             self.mapped = read_map(arguments.routing.routing, labels, names) if arguments.routing.routing else {}
             self._check_routing(labels)
+            self._check_inputs_stay(labels)
             self.tasks = load_tasks(arguments.data)
             self.templates = self._templates()
             anchor, sources = find_experts(arguments.model, arguments.generation)
@@ -103,6 +104,17 @@ class Labelling:
             if not any((self.folder / name).exists() for name in ours):
                 raise ValueError(f"--resume: {self.folder} holds no labels ({', '.join(ours)}); name another folder")
             read_json(self.folder / LABELS_FILE)
+
+    def _check_inputs_stay(self, labels: list[str]) -> None:
+        """A task has the name of its replay's file by default, and so has the file of its labels."""
+        data = self.arguments.data
+        read = {Path(name).expanduser().resolve() for name in (*data.dataset_name, *data.prompts)}
+        for written in (file_name(self.folder, label) for label in labels):
+            if written.resolve() in read:
+                raise ValueError(
+                    f"--output_dir {self.folder}: labels would be written over {written}, which is read; name another "
+                    "folder"
+                )
 
     def _check_routing(self, labels: list[str]) -> None:
         measured = [label for label in labels if label not in self.mapped]
@@ -349,7 +361,7 @@ class Labelling:
         return made
 
     def _write(self, made: list[TaskLabels], record: dict[str, Any]) -> None:
-        """All files anew beside their places, then moved; `labels.json` last."""
+        """All files anew beside their places, then moved; `labels.json` last, and meanwhile there is none."""
         earlier = _task_files(self.folder)
         with staging_folder(self.folder, STAGING) as staging:
             files = []
@@ -359,6 +371,7 @@ class Labelling:
                     write_lines(files[-1], labels.records)
             files.append(staging / LABELS_FILE)
             write_json(files[-1], record)
+            (self.folder / LABELS_FILE).unlink(missing_ok=True)
             for path in earlier:
                 if path.name not in [new.name for new in files]:
                     path.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from heterofusion.baselines.soft_labels import SoftLabels, labels_path, read_lab
 from heterofusion.baselines.teachers import Teacher, collect_soft_labels
 from heterofusion.evaluation.ranks import all_together
 from heterofusion.evaluation.store import write_json
+from heterofusion.files import told_writes
 from heterofusion.formats import detect_format, render, to_conversation, tokenize
 from heterofusion.labelling.experts import Expert
 from heterofusion.loading import load_tokenizer
@@ -124,9 +125,10 @@ def store_soft_labels(
     ranks = PartialState()
     with all_together(ranks):
         if ranks.is_main_process:
-            for name in kept:
-                experts[name].tokenizer.save_pretrained(folder / TOKENIZERS / name)
-            write_json(folder / INDEX_FILE, index)
+            with told_writes(f"the soft labels could not be written to {folder}", "go on with --resume true"):
+                for name in kept:
+                    experts[name].tokenizer.save_pretrained(folder / TOKENIZERS / name)
+                write_json(folder / INDEX_FILE, index)
     return index
 
 
@@ -207,18 +209,26 @@ def read_store(output_dir: Path) -> StoredLabels:
     places: dict[tuple[str, int], tuple[str, int, str]] = {}
     try:
         top_k = int(index["top_k"])
+        # a name from a file is no path
+        tokenizers = {name: folder / TOKENIZERS / Path(name).name for name in index["sources"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    loaded = {name: _read_tokenizer(name, place) for name, place in tokenizers.items()}
+    try:
         for name, entry in index["sources"].items():
-            # a name from a file is no path
-            tokenizer = _read_tokenizer(name, folder / TOKENIZERS / Path(name).name)
-            sources[name] = StoredSource(name, folder, dict(entry["identity"]), tokenizer)
+            sources[name] = StoredSource(name, folder, dict(entry["identity"]), loaded[name])
             for answer, ((task, line), digest) in enumerate(zip(entry["labels"], entry["label_sha256"], strict=True)):
                 places[str(task), int(line)] = (name, answer, str(digest))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not what recipes/label.py writes ({type(error).__name__}: {error}): label again with "
-            "--top_k_logits"
-        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from error
     return StoredLabels(top_k, frozenset(task for task, _ in places), sources, places)
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is not what recipes/label.py writes ({type(error).__name__}: {error}): label again with "
+        "--top_k_logits"
+    )
 
 
 def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,17 @@ def check_error(code: int, out: str, err: str, *words: object) -> None:
     assert err.startswith("error: ")
     for word in words:
         assert str(word) in err, f"{word!r} is not in: {err}"
+
+
+def late_error(capsys, main, argv: list[str], *words: object) -> str:
+    """Run what fails when it has begun its work; beside its log and progress bars the error is one line."""
+    capsys.readouterr()
+    code = main(argv)
+    captured = capsys.readouterr()
+    (line,) = re.findall(r"error: .*", captured.err)  # after a progress bar that was left there
+    check_error(code, "", line, *words)  # metrics are on stdout
+    assert "Traceback" not in captured.err
+    return line
 
 
 def succeeds(main, argv: list[str]) -> str:

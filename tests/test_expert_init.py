@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import edit_config
 from conftest import logits
 from heterofusion import load_adapter
-from recipe_runner import QWEN, TARGET, copy_adapter, error_line, flags, recipe, succeeds, write_replay
+from recipe_runner import QWEN, TARGET, copy_adapter, error_line, flags, late_error, recipe, succeeds, write_replay
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 expert = recipe("expert")
@@ -160,6 +160,28 @@ def test_bad_flags_are_refused_before_the_base_is_loaded(changed, words, values,
     run = {**values, "output_dir": tmp_path / "out", **changed}
     error_line(capsys, expert.main, flags(run), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("extra_rank", [0, 4])
+def test_adapter_that_lacks_a_module_is_refused(extra_rank, values, tmp_path, capsys):
+    """Its config names modules that the file has no weights of: they would begin at random."""
+
+    def cut(weights):
+        for key in [key for key in weights if "layers.0.self_attn.v_proj" in key]:
+            del weights[key]
+
+    changed = {"init_adapter": copy_adapter(tmp_path / "cut", TARGET, tensors=cut), "output_dir": tmp_path / "out"}
+    changed |= {"extra_rank": extra_rank, "train_only": "lora_B"} if extra_rank else {}
+    line = late_error(capsys, expert.main, flags({**values, **changed}), "--init_adapter", "cut", "does not fit")
+    assert "v_proj" in line
+
+
+def test_damaged_record_beside_the_adapter_is_told_before_the_base_is_loaded(values, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(expert, "load_base", lambda *args: pytest.fail("the base was loaded"))
+    adapter = copy_adapter(tmp_path / "damaged", TARGET)
+    (adapter / "fusion.json").write_text("{")
+    changed = {"init_adapter": adapter, "output_dir": tmp_path / "out"}
+    error_line(capsys, expert.main, flags({**values, **changed}), adapter / "fusion.json")
 
 
 def test_dora_adapter_is_refused_by_name(values, tmp_path, capsys):

@@ -9,12 +9,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from builders import WEIGHTS
 from conftest import GOLDEN, logits
-from heterofusion import load_adapter
+from heterofusion import checkpoints, load_adapter
 from heterofusion.expert import ExpertConfig, ExpertDataArguments
 from heterofusion.hub import hub_files
 from recipe_runner import (
@@ -24,6 +25,7 @@ from recipe_runner import (
     contents,
     error_line,
     flags,
+    late_error,
     recipe,
     succeeds,
     train,
@@ -245,6 +247,49 @@ def test_diverged_run_writes_no_adapter(values, tmp_path, capsys):
     assert expert.main(argv) == 2
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("no space"), RuntimeError("no space"), Exception("no space")])
+def test_a_full_disk_in_a_save_is_one_line(error, values, tmp_path, capsys, monkeypatch):
+    """Of safetensors, of torch, and of the tokenizers library, whose error has no type of its own."""
+    failing = {"step": 2}
+
+    def full(self, output_dir, real=Trainer._save_optimizer_and_scheduler):
+        if self.state.global_step == failing["step"]:
+            raise error
+        real(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    changed = {**values, "output_dir": tmp_path / "out", "save_steps": 1, "eval_strategy": "no",
+               "load_best_model_at_end": False, "max_steps": 3}  # fmt: skip
+    words = ("checkpoint-2 could not be written (no space)", "the last good checkpoint is", "checkpoint-1")
+    late_error(capsys, expert.main, flags(changed), *words)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_full_disk_in_the_last_save_is_one_line(values, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "save_model", lambda self: (_ for _ in ()).throw(Exception("no space")))
+    changed = {**values, "output_dir": tmp_path / "out", "save_strategy": "no", "eval_strategy": "no",
+               "load_best_model_at_end": False, "max_steps": 1}  # fmt: skip
+    late_error(capsys, expert.main, flags(changed), f"could not be written to {tmp_path / 'out'} (no space)")
+
+
+def test_older_checkpoints_go_once_the_new_one_is_complete(values, tmp_path, monkeypatch):
+    seen = []
+
+    def rotate(folder, *args, real=checkpoints.rotate_checkpoints, **kwargs):
+        seen.append(
+            {path.name: (path / checkpoints.COMPLETE_FILE).is_file() for path in Path(folder).glob("checkpoint-*")}
+        )
+        real(folder, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "rotate_checkpoints", rotate)
+    changed = {**values, "output_dir": tmp_path / "out", "save_steps": 1, "eval_strategy": "no",
+               "load_best_model_at_end": False, "max_steps": 2, "save_total_limit": 1}  # fmt: skip
+    succeeds(expert.main, flags(changed))
+    assert seen == [{"checkpoint-1": True}, {"checkpoint-1": True, "checkpoint-2": True}]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "out" / "checkpoint-2" / "expert_state.json").is_file()
 
 
 def test_several_gpus_in_one_process_are_refused(values, capsys, monkeypatch, tmp_path):

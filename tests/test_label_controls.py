@@ -363,6 +363,14 @@ def test_labels_alone_train_a_fusion_and_its_twin(fused, tuned, tmp_path, basis)
     assert rows["fusion"] == rows["expert"]
 
 
+@pytest.mark.parametrize("tasks", [{"t": 3}, {"../t": {"labels": 1}}, {"t": None}])
+def test_damaged_record_of_a_folder_is_told(fused, tmp_path, capsys, tasks):
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "labels.json").write_text(json.dumps({"tasks": tasks}))
+    values = {**fused, "source_labels": [tmp_path / "labels"], "output_dir": tmp_path / "out"}
+    error_line(capsys, train.main, flags(values), "labels.json is not what recipes/label.py writes: label again")
+
+
 def test_a_file_that_gives_no_label_is_told(fused, tmp_path):
     bad = write_labels(tmp_path / "bad.jsonl", line(10, good=False))
     run = {**fused, "source_labels": [*fused["source_labels"], bad], "output_dir": tmp_path / "out", "max_steps": 1}

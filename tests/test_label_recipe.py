@@ -1,6 +1,7 @@
 """recipes/label.py as a user sees it, on experts of two families of the embedded zoo."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from eval_runner import evaluation, predictions
+from eval_runner import Killed, evaluation, predictions
 from heterofusion.baselines import soft_labels
+from heterofusion.labelling.parts import read_parts
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from label_runner import COUNT, label, label_killed, read_labels, run_label
 from recipe_runner import ROOT, contents, error_line, flags, shell, succeeds
@@ -311,9 +313,54 @@ def test_flags_that_do_not_fit_together(refused, values):
     refused("--temperature 0.5", "--self_prompt alone", temperature=0.5)
     refused("--top_p is 0.0", prompts=None, self_prompt=3, top_p=0)
     refused("--max_prompts is -1", max_prompts=-1)
+    refused("--max_prompts 2 is for --prompts", prompts=None, self_prompt=3, max_prompts=2)
+    refused("--dataset_label has 1 values, but --prompts has 3", dataset_name=None, dataset_label=["a"])
+    line = refused("source ner_garden: --source_models", "/no/base", "name a folder that holds it",
+                   source_models=["/no/base"])  # fmt: skip
+    assert "--source_configs" not in line and "--model_name_or_path" not in line
     refused("--top_k_logits is -1", top_k_logits=-1)
     refused("--resume and --overwrite", resume=True, overwrite=True)
     refused("--batch_size is '0'", batch_size=0)
+
+
+def test_labels_are_not_written_over_what_is_read(refused, values, label_data, tmp_path):
+    """A task has the name of its file, so its labels would have that of the replay, or of the prompts."""
+    folder = tmp_path / "data"
+    shutil.copytree(label_data, folder)
+    replay = [folder / "replay" / f"{task}.jsonl" for task in (*SERVED, "ner_kitchen")]
+    values["output_dir"] = folder / "replay"
+    words = ("labels would be written over", replay[0], "which is read; name another folder")
+    refused(*words, dataset_name=replay, overwrite=True)
+    values["output_dir"] = folder / "prompts"
+    refused("would be written over", prompts=[folder / "prompts" / file.name for file in replay], overwrite=True)
+
+
+def test_seconds_of_questions_that_are_asked_twice_count_once(values, label_data):
+    """With the replay's own prompts the labels are what was scored."""
+    found = run_label(values, prompts="replay")
+    parts = {path.parent: 0.0 for path in (values["output_dir"] / "parts").rglob("*.jsonl")}
+    assert len(parts) == 9  # three tasks, each asked of the anchor and two sources; nothing is asked for the labels
+    assert found["labels"] == 2 * COUNT
+    asked = [read_parts(folder)[1] for folder in parts]
+    assert found["cost"]["seconds"] == pytest.approx(sum(asked), abs=0.01)
+
+
+def test_a_kill_between_files_leaves_no_record_of_other_labels(values, label_data, monkeypatch):
+    run_label(values)
+    folder, moves = values["output_dir"], []
+
+    def killed(source, target, real=os.replace):
+        if Path(target).parent == folder and Path(target).name in ("ner_garden.jsonl", "re_market.jsonl"):
+            moves.append(target)
+            if len(moves) == 2:
+                raise Killed
+        real(source, target)
+
+    monkeypatch.setattr("heterofusion.labelling.run.os.replace", killed)
+    label_killed(values, control="anchor", resume=True)
+    assert len(moves) == 2 and not (folder / "labels.json").exists()
+    monkeypatch.undo()
+    assert run_label(values, control="anchor", resume=True)["routing"]["control"] == "anchor"
 
 
 def test_files_that_are_wrong(refused, values, tmp_path):

@@ -60,6 +60,11 @@ def test_map_file(tmp_path):
     assert read_map(str(path), TASKS, SOURCES) == {"a": [], "b": []}
 
 
+def test_a_source_may_have_a_number_for_a_name(tmp_path):
+    (tmp_path / "map.yaml").write_text("a: 7\nb: [7, x]\n")
+    assert read_map(str(tmp_path / "map.yaml"), TASKS, ["x", "7"]) == {"a": ["7"], "b": ["x", "7"]}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

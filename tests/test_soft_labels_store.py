@@ -144,11 +144,27 @@ def remove_table(folder: Path) -> None:
             r"is not what recipes/label.py writes \(KeyError: 'label_sha256'\)",
         ),
         (
+            lambda folder: edit_json(
+                folder / "soft/index.json", lambda index: index["sources"]["ner_garden"]["label_sha256"].pop()
+            ),
+            r"is not what recipes/label.py writes \(ValueError: zip",
+        ),
+        (
             lambda folder: shutil.move(folder / "re_market.jsonl", folder / "ner_garden.jsonl"),
             r"line 1 is not the label",
         ),
     ],
-    ids=["no store", "other label", "no table", "no tokenizer", "no sources", "no json", "no hashes", "other file"],
+    ids=[
+        "no store",
+        "other label",
+        "no table",
+        "no tokenizer",
+        "no sources",
+        "no json",
+        "no hashes",
+        "a hash less",
+        "other file",
+    ],
 )
 def test_store_of_other_labels_raises(copied, tokenizer, tmp_path, change, words):
     change(copied)

@@ -21,6 +21,7 @@ from heterofusion.label_controls import LABEL_CONTROLS
 ANCHOR = "anchor"  # its name in tables; no source may have it
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 TEMPERATURE, TOP_P = 1.0, 0.95
+MAX_PROMPTS = 300
 ANCHOR_MIN_SCORE = 0.5
 
 
@@ -174,7 +175,7 @@ class LabelDataArguments(EvalDataArguments):
         },
     )
     max_prompts: int = field(
-        default=300, metadata={"help": "Number of prompts that are sampled for each task at most; 0 takes all."}
+        default=MAX_PROMPTS, metadata={"help": "Number of prompts that are sampled for each task at most; 0 takes all."}
     )
     temperature: float = field(default=TEMPERATURE, metadata={"help": "Temperature of --self_prompt."})
     top_p: float = field(
@@ -195,7 +196,7 @@ class LabelDataArguments(EvalDataArguments):
                 "give either --prompts (files, or the word replay) or --self_prompt (a number of inputs to invent)"
                 + (", not both" if self.prompts else "")
             )
-        if self.self_prompt and self.max_prompts:
+        if self.self_prompt and self.max_prompts != MAX_PROMPTS:
             raise ValueError(
                 f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
             )

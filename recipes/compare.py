@@ -113,13 +113,14 @@ def main(argv: list[str]) -> None:
         raise ChildProcessError(
             f"{len(failed)} of {len(made)} runs that make what methods share did not finish; {again}"
         )
-    lost = lost_methods(comparison, searching, finished_folders(made))
+    there = finished_folders(made)
+    unable = {run.name for run in searching if any(folder not in there for folder in run.needs)}
+    lost = lost_methods(comparison, unable, "for what that needs is not there")
     searching = [run for run in searching if run.name not in lost]
     failed = unfinished(run_unblocked(searching, made, pool))
-    if failed:
-        raise ChildProcessError(
-            f"{len(failed)} of {len(searching)} validation runs did not finish, so nothing can be chosen; {again}"
-        )
+    if pool.stopped:
+        raise ChildProcessError(f"{len(failed)} of {len(searching)} validation runs did not finish; {again}")
+    lost |= lost_methods(comparison, {each.run.name for each in failed}, "for not all of its runs have ended well")
     chosen = choose(comparison, without=lost)
     reported = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
     failed = unfinished(run_unblocked(reported, made, pool, lost))

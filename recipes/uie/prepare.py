@@ -49,6 +49,10 @@ class PrepareArguments:
         metadata={"help": "Records in a validation file, at most: of dev.json, else cut from train; 0 writes none."},
     )
     num_test: int | None = field(default=None, metadata={"help": "Records in a test file, at most; all by default."})
+    num_unlabelled: int = field(
+        default=0,
+        metadata={"help": "Prompts without answers for recipes/label.py, cut from train, a tenth of it at most."},
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Write into an output_dir that is not empty; files that its manifest.json lists go."},
@@ -59,12 +63,13 @@ class PrepareArguments:
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((PrepareArguments,), argv, __doc__)
     set_up_logging(logging.INFO, hold=True)
-    sizes = Sizes(options.num_replay, options.num_validation, options.num_test)
+    sizes = Sizes(options.num_replay, options.num_validation, options.num_test, options.num_unlabelled)
     folder = check_output(options.output_dir, options.overwrite)
     tasks = []
     for task in tqdm(select_tasks(find_tasks(options.dataset_path), options.tasks), desc="Reading", delay=3):
         tasks.append(make_splits(read_task(task, options.seed), sizes, options.seed))
-    settings = {name: getattr(options, name) for name in ("seed", "num_replay", "num_validation", "num_test")}
+    names = ("seed", "num_replay", "num_validation", "num_test", "num_unlabelled")
+    settings = {name: getattr(options, name) for name in names}
     write_tasks(folder, tasks, {"layout": "InstructUIE", **settings})
     release_logging()
     print(summary_table(tasks))

@@ -1,6 +1,7 @@
 """Data of a comparison: what hyper-parameters are chosen by and what is reported stay apart, and are one for all."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from heterofusion.cli import UsageError
 from heterofusion.comparison.gains import Gain
 from heterofusion.evaluation.arguments import EvalDataArguments
 from heterofusion.labelling.arguments import REPLAY
+from heterofusion.records import SUFFIXES
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Run, Step
 from heterofusion.sweeps.runs import listed
 
 _TRAINING = ("train", "expert", "distill", "label")  # recipes whose data sets are trained on, or answered for that
-_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, made: Sequence[Run] = ()) -> None:
@@ -32,12 +33,14 @@ def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, m
         UsageError: names the data set.
     """
     # a merge scores what it searches; in what is reported, it may print other scores beside those of the table
-    searched_by_itself = [run for run in made if any(step.flags.get("search") for step in run.steps)]
+    searched_by_itself = [run for run in (*made, *reported) if any(step.flags.get("search") for step in run.steps)]
     validation = _read_by(searching, ("eval", "merge")) | _read_by(searched_by_itself, ("merge",))
+    stopping = {name for run in (*searching, *made, *reported) for step in run.steps for name in _evaluated(step)}
     test = _read_by(reported, ("eval",))
     training = _read_by((*searching, *made), _TRAINING)
     pairs = (
         (test, validation, "hyper-parameters are chosen by test data"),
+        (test, stopping, "a training is evaluated, and may be stopped or its best step chosen, by test data"),
         (test, training | _read_by(reported, _TRAINING), "something is trained on test data"),
         (validation, training, "hyper-parameters are chosen by data that is trained on"),
     )
@@ -48,7 +51,7 @@ def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, m
 
 
 def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -> None:
-    """Check that the data set of a gain is one that its row is scored on.
+    """Check that all rows are scored on the same data sets, and that the one of a gain is among them.
 
     Args:
         gains: the gains.
@@ -56,14 +59,28 @@ def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -
         where: names the comparison file in messages.
 
     Raises:
-        UsageError: names the gain and the data sets that there are.
+        UsageError: names the method or the gain, and the data sets.
     """
-    known: dict[str, set[str]] = {}
+    scored: dict[str, dict[tuple[str, ...], list[str]]] = {}  # by method and place of the row
     for run in reported:
         for step in [step for step in run.steps if step.recipe == "eval"]:
             given = listed(step.flags.get("dataset_label")) or None
             data = EvalDataArguments(dataset_name=listed(step.flags.get("dataset_name")), dataset_label=given)
-            known.setdefault(run.name, set()).update(data.labels())
+            row = tuple(f"{key}={value}" for key, value in run.variables.items() if key != "part")
+            scored.setdefault(run.name, {}).setdefault(row, []).extend(data.labels())
+    known: dict[str, set[str]] = {}
+    for name, rows in scored.items():
+        for labels in rows.values():
+            twice = [label for label, count in Counter(labels).items() if count > 1]
+            if twice:
+                raise UsageError(f"{where}, method {name!r}: it is scored on {twice[0]} twice; correct its parts")
+            known.setdefault(name, set(labels))
+            first = next(iter(known))
+            if set(labels) != known[first]:
+                raise UsageError(
+                    f"{where}, method {name!r}: it is scored on {', '.join(labels)}, but {first!r} on "
+                    f"{', '.join(sorted(known[first]))}; all rows must be scored on the same data sets"
+                )
     for gain in gains:
         there = known.get(gain.row, set())
         if gain.dataset is not None and gain.dataset not in there:
@@ -90,16 +107,27 @@ def _data_sets(step: Step) -> Iterator[str]:
             yield _data_set(name, config, split)
         for name in listed(flags.get("source_labels")):
             folder = Path(name).expanduser()
-            yield from (os.path.realpath(path) for path in folder.glob("*") if path.suffix.lower() in _FILES)
+            yield from (os.path.realpath(path) for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
             yield _data_set(name, "default", default)
     if step.recipe == "label":
         prompts = listed(step.flags.get("prompts"))
         yield from (_data_set(name, "default", default) for name in prompts if prompts != [REPLAY])
 
 
+def _evaluated(step: Step) -> Iterator[str]:
+    """The data sets that a training is evaluated on while it goes on."""
+    stages = [{**step.flags, **stage} for stage in step.flags.get("stages") or []]
+    for flags in (stages or [step.flags]) if step.recipe in _TRAINING else []:
+        splits = listed(flags.get("eval_split")) or ["train"]
+        configs = listed(flags.get("eval_config")) or ["default"]
+        for index, name in enumerate(listed(flags.get("eval_dataset_name"))):
+            config, split = (values[index if len(values) > 1 else 0] for values in (configs, splits))
+            yield _data_set(name, config, split)
+
+
 def _data_set(name: str, config: str, split: str) -> str:
     path = Path(name).expanduser()
-    if path.is_file() or path.suffix.lower() in _FILES:
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
         return os.path.realpath(path)
     return f"{name} {config} {split}"
 

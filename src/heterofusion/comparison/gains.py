@@ -42,7 +42,7 @@ def _gain(entry: Any, methods: Mapping[str, Sequence[str]], cases: Sequence[str]
     if unknown:
         raise UsageError(f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(_KEYS)}")
     for key in ("row", "over"):
-        if key in given and given[key] not in methods:
+        if key in given and (not isinstance(given[key], str) or given[key] not in methods):
             raise UsageError(f"{place} names {given[key]!r}, which is no method of it")
     best_of = names_of(given.get("over_best_of"), list(methods), "method", f"{place}: over_best_of")
     over = best_of or (given["over"],)

@@ -96,23 +96,18 @@ def _time(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def lost_methods(comparison: Comparison, searching: Iterable[ComparisonRun], there: Container[Path]) -> dict[str, str]:
-    """Methods whose hyper-parameters cannot be searched, for what the search needs is missing; with the reason.
+def lost_methods(comparison: Comparison, lost: Container[str], why: str) -> dict[str, str]:
+    """Methods that have no hyper-parameters, by their names, with the reason.
 
     Args:
         comparison: the comparison.
-        searching: of `search_runs`.
-        there: of `finished_folders`.
+        lost: names of methods whose search has not come to an end.
+        why: of these.
     """
-    lost = {run.name for run in searching if any(folder not in there for folder in run.needs)}
-    reasons = {}
-    for method in comparison.methods:
-        searched = method.settings_of or method.name
-        if searched in lost:
-            reasons[method.name] = (
-                f"the hyper-parameters of {searched!r} were not searched, for what that needs is not there"
-            )
-    return reasons
+    searched = {method.name: method.settings_of or method.name for method in comparison.methods}
+    return {
+        name: f"the hyper-parameters of {of!r} were not searched, {why}" for name, of in searched.items() if of in lost
+    }
 
 
 def seconds_to_make(run: ComparisonRun) -> float | None:

@@ -41,6 +41,7 @@ from heterofusion.comparison.gains import Gain, plan_gains
 from heterofusion.sweeps import MAKERS, with_config
 
 SECTIONS = ("validation", "test", "lists", "cases", "search_case", "made", "methods", "gains", "normalize_by")
+_NOT_SEARCHED = ("seed", "dataset_seed", "output_dir")
 _METHOD_KEYS = {"name", "group", "about", "recipe", "like", "flags", "search", "eval", "parts", "cases"}
 
 
@@ -186,6 +187,9 @@ def plan_comparison(
         with_config(mapping(sections.get(name), f"{where}, {name}"), file.parent, f"{where}, {name}")
         for name in ("validation", "test")
     )
+    for name, flags in (("validation", validation), ("test", test)):
+        if taken := [flag for flag in ("adapters", "output_dir", "name", "labels") if flag in flags]:
+            raise UsageError(f"{where}, {name}: {taken[0]} is set for each row; leave it out")
     cases = plan_cases(sections.get("cases"), seeds, search_seed, where)
     case_names = [case.name for case in cases if case.name is not None]
     search_case = find_search_case(sections.get("search_case"), cases, where)
@@ -209,7 +213,7 @@ def plan_comparison(
     known = {method.name: method.cases or case_names for method in methods}
     gains = plan_gains(sections.get("gains"), known, case_names, where)
     normalize_by = sections.get("normalize_by")
-    if normalize_by is not None and normalize_by not in known:
+    if normalize_by is not None and (not isinstance(normalize_by, str) or normalize_by not in known):
         raise UsageError(f"{where}: normalize_by is {normalize_by!r}, which is no method of it")
     if only:
         methods = [method for method in methods if method.name in only]
@@ -252,10 +256,13 @@ def _method(
             f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_METHOD_KEYS))}"
         )
     flags = with_config(mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
+    if flags.get("search"):
+        raise UsageError(f"{place}: flags has search; write it beside flags, where its budget is that of all")
     evaluation = with_config(mapping(entry.get("eval"), f"{place}, eval"), folder, f"{place}, eval")
     search = _search(entry.get("search"), place, budget)
     own_cases = names_of(entry.get("cases"), cases, "case", f"{place}: cases")
     recipe, settings_of = entry.get("recipe"), None
+    inherited: list[dict[str, Any]] = []
     if "like" in entry:
         model = next((method for method in before if method.name == entry["like"]), None)
         if model is None or recipe is not None or search:
@@ -269,11 +276,12 @@ def _method(
             raise UsageError(f"{place} sets {own[0]}, which is searched in {settings_of!r} and comes from there")
         recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
         own_cases = own_cases or tuple(model.cases)
+        inherited = [dict(part) for part in model.parts]
     if recipe is not None and recipe not in MAKERS:
         raise UsageError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
     if recipe is None and (flags or search):
         raise UsageError(f"{place} has flags or a search but no recipe that they are of")
-    parts = entry.get("parts") or []
+    parts = entry.get("parts") or inherited
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise UsageError(f"{place}: parts must be a list of mappings of flags of recipes/eval.py")
     if parts and recipe is not None:
@@ -286,6 +294,9 @@ def _method(
 
 def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
     values = mapping(search, f"{place}, search")
+    for flag in _NOT_SEARCHED:
+        if flag in values:
+            raise UsageError(f"{place}: {flag} is no hyper-parameter: runs of other seeds would be the same")
     if not all(isinstance(items, list) and items for items in values.values()):
         raise UsageError(f"{place}: search must map flags to lists of values")
     for flag, items in values.items():

@@ -175,7 +175,8 @@ class LabelDataArguments(EvalDataArguments):
         },
     )
     max_prompts: int = field(
-        default=MAX_PROMPTS, metadata={"help": "Number of prompts that are sampled for each task at most; 0 takes all."}
+        default=MAX_PROMPTS,
+        metadata={"help": "Number of prompts that are sampled for each task at most; 0 takes all."},
     )
     temperature: float = field(default=TEMPERATURE, metadata={"help": "Temperature of --self_prompt."})
     top_p: float = field(

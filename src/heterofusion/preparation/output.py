@@ -15,7 +15,8 @@ from heterofusion.preparation.splits import PreparedTask
 from heterofusion.records import load_json, read_text
 
 MANIFEST = "manifest.json"
-FILES = ("replay", "train", "validation", "test")
+UNLABELLED = "unlabelled"
+FILES = ("replay", "train", "validation", "test", UNLABELLED)
 _STAGING = ".preparing-"
 
 # Columns of the table: counts over all splits. Those in brackets are left out where they are zero for all tasks.
@@ -26,6 +27,7 @@ _COLUMNS = {
     "repeated": "repeated",
     "in other split": "in another split",
     "cut_for_validation": "(cut for validation)",
+    "cut_for_unlabelled": "(cut for unlabelled)",
     "untyped_items": "(untyped items)",
     "repeated_items": "(repeated items)",
     "items_with_semicolon": "(items with ;)",
@@ -72,7 +74,7 @@ def _written_before(folder: Path) -> list[Path]:
 
 
 def write_tasks(folder: Path, tasks: Sequence[PreparedTask], settings: Mapping[str, Any]) -> None:
-    """Write `replay/NAME.jsonl`, `train/`, `validation/`, `test/` and `manifest.json`.
+    """Write `replay/NAME.jsonl`, `train/`, `validation/`, `test/`, `unlabelled/` and `manifest.json`.
 
     All is written beside its place and then moved there; files that an earlier manifest in the folder lists are
     removed first. The manifest is moved last: where it stands, the files that it lists are complete.
@@ -116,7 +118,8 @@ def _write_examples(path: Path, task: PreparedTask, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for example in task.files[name]:
-            row = {"prompt": example.prompt, "completion": example.completion, "task": task.name, "kind": task.kind}
+            answer = {} if name == UNLABELLED else {"completion": example.completion}
+            row = {"prompt": example.prompt, **answer, "task": task.name, "kind": task.kind}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -137,13 +140,14 @@ def summary_table(tasks: Sequence[PreparedTask]) -> str:
     counts = []
     for task in tasks:
         total: Counter[str] = sum(task.counts.values(), Counter())
-        total["in other split"] = total["in_test"] + total["in_validation"]
+        total["in other split"] = total["in_test"] + total["in_validation"] + total["in_unlabelled"]
         counts.append(total)
     shown = [key for key, title in _COLUMNS.items() if title[0] != "(" or any(total[key] for total in counts)]
+    files = [name for name in FILES if name != UNLABELLED or any(task.files[name] for task in tasks)]
     rows = []
     for task, total in zip(tasks, counts, strict=True):
         read = " + ".join(str(task.counts[name]["read"]) for name in FILES if name in task.counts)
         left_out = [total[key] for key in shown if key != "read"]
-        rows.append([task.name, read, *left_out, *(len(task.files[name]) for name in FILES)])
-    header = ["task", *(_COLUMNS[key].strip("()") for key in shown), *FILES]
+        rows.append([task.name, read, *left_out, *(len(task.files[name]) for name in files)])
+    header = ["task", *(_COLUMNS[key].strip("()") for key in shown), *files]
     return markdown_table(header, rows)

@@ -39,9 +39,10 @@ class Sizes:
     replay: int = 300
     validation: int = 300
     test: int | None = None
+    unlabelled: int = 0
 
     def __post_init__(self) -> None:
-        for name, lowest in (("replay", 1), ("validation", 0), ("test", 1)):
+        for name, lowest in (("replay", 1), ("validation", 0), ("test", 1), ("unlabelled", 0)):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"--num_{name} is {value}; it must be at least {lowest}")
@@ -68,10 +69,11 @@ class SourceTask:
 
 @dataclass
 class PreparedTask:
-    """A task ready to be written: its examples by file (`replay`, `train`, `validation`, `test`).
+    """A task ready to be written: its examples by file (`replay`, `train`, `validation`, `test`,
+    `unlabelled`).
 
     `counts` has what became of the records of every split: those that were `read` are those left out, by reason, those
-    `cut_for_validation` and those `kept`.
+    `cut_for_validation` or `cut_for_unlabelled`, and those `kept`.
     """
 
     name: str
@@ -86,7 +88,8 @@ def make_splits(task: SourceTask, sizes: Sizes, seed: int) -> PreparedTask:
 
     A text that is in test is taken out of validation and train, one that is in validation out of train. Records of
     validation and train that repeat another one with the same answer are taken out too; test stays as published.
-    Without a validation split one is cut from train, of a tenth of it at most. Replay is a sample of train.
+    Without a validation split one is cut from train, of a tenth of it at most, and so are unlabelled prompts, if there
+    are to be any. Replay is a sample of the rest of train.
 
     Args:
         task: The task as it was read.
@@ -109,14 +112,10 @@ def make_splits(task: SourceTask, sizes: Sizes, seed: int) -> PreparedTask:
         counts["validation"]["kept"] = len(validation)
         validation = _sample(validation, sizes.validation, f"{seed} {task.name} validation")
     elif sizes.validation and len(train) > 1:
-        most = max(1, len(train) // CUT_SHARE)
-        validation = _sample(train, min(sizes.validation, most), f"{seed} {task.name} validation")
-        cut = {text_key(example) for example in validation}
-        rest = [example for example in train if text_key(example) not in cut]
-        counts["train"]["cut_for_validation"] = len(validation)
-        # the same text with another answer may neither stay nor go along
-        counts["train"]["in_validation"] += len(train) - len(rest) - len(validation)
-        train = rest
+        validation, train = _cut(train, sizes.validation, f"{seed} {task.name}", "validation", counts["train"])
+    unlabelled: list[Example] = []
+    if sizes.unlabelled and len(train) > 1:
+        unlabelled, train = _cut(train, sizes.unlabelled, f"{seed} {task.name}", "unlabelled", counts["train"])
     counts["train"]["kept"], counts["test"]["kept"] = len(train), len(test)
     for split, left in (("train", train), ("test", test)):
         if not left:
@@ -128,12 +127,25 @@ def make_splits(task: SourceTask, sizes: Sizes, seed: int) -> PreparedTask:
         "train": train,
         "validation": validation,
         "test": _sample(test, sizes.test, f"{seed} {task.name} test"),
+        "unlabelled": unlabelled,
     }
     if len(files["replay"]) < sizes.replay:
         logger.warning("%s: replay has %d records, not %d: train has no more", task.name, len(train), sizes.replay)
     if sizes.validation and not validation:
         logger.warning("%s: no validation file, since no record is left for one", task.name)
     return PreparedTask(task.name, task.kind, files, counts, task.record)
+
+
+def _cut(
+    train: list[Example], count: int, salt: str, name: str, counts: Counter[str]
+) -> tuple[list[Example], list[Example]]:
+    """Cut a sample from train, of a tenth of it at most; gives it and the rest."""
+    sample = _sample(train, min(count, max(1, len(train) // CUT_SHARE)), f"{salt} {name}")
+    keys = {text_key(example) for example in sample}
+    rest = [example for example in train if text_key(example) not in keys]
+    counts[f"cut_for_{name}"] = len(sample)
+    counts[f"in_{name}"] += len(train) - len(rest) - len(sample)  # the same text with another answer goes too
+    return sample, rest
 
 
 def text_key(example: Example) -> str:

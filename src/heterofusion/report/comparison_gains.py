@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from heterofusion.markdown import markdown_table
 from heterofusion.report.comparison_record import ComparisonRow, ComparisonTable, Gain
@@ -40,10 +41,10 @@ class FoundGain:
     def is_met(self) -> bool:
         """Whether the target is met: the mean reaches it, and the whole interval is above its bound.
 
-        Without an interval (one seed) it is not.
+        Without an interval (one seed), or without one of the rows that it is over, it is not.
         """
         found, gain = self.estimate, self.gain
-        if found is None or found.interval is None:
+        if found is None or found.interval is None or self.missing:
             return False
         reached = gain.at_least is None or found.mean >= gain.at_least - _ROUNDING
         return reached and found.interval[0] > (gain.interval_above or 0) + _ROUNDING
@@ -59,16 +60,19 @@ def find_gain(table: ComparisonTable, gain: Gain, case: str | None = None) -> Fo
     """
     row, rows = table.row(gain.row), [table.row(name) for name in gain.over]
     missing = [name for name, found in zip((gain.row, *gain.over), (row, *rows), strict=True) if found is None]
-    over = max(
-        (found for found in rows if found is not None),
-        key=lambda found: found.estimate(gain.dataset).mean,
-        default=None,
-    )
+    over = max((found for found in rows if found is not None), key=partial(_strength, row, gain.dataset), default=None)
     difference = None
     if row is not None and over is not None:
         cells = differences({(): row.by_seed(gain.dataset)}, {(): over.by_seed(gain.dataset)})
         difference = estimate(mean_per_seed(cells)[0].values())
     return FoundGain(gain, case, over, missing, difference)
+
+
+def _strength(row: ComparisonRow | None, dataset: str | None, other: ComparisonRow) -> tuple[int, float]:
+    """What the best of several rows is chosen by: how many seeds it shares with `row`, and its mean over these."""
+    scores = other.by_seed(dataset)
+    common = [seed for seed in scores if row is None or seed in row.by_seed(dataset)]
+    return len(common), sum(scores[seed] for seed in common) / max(1, len(common))
 
 
 def find_gains(table: ComparisonTable) -> Iterator[FoundGain]:
@@ -142,6 +146,8 @@ def _cell(found: FoundGain) -> str:
         return "missing"
     told = [f"over {found.over.name}"] if found.over is not None and len(found.gain.over) > 1 else []
     told.append("one seed" if found.estimate.interval is None else f"{found.sign} 0" if found.sign else "undecided")
+    if found.missing:
+        told.append(f"without {_listed(found.missing)}")
     if found.gain.has_target:
         told.append("**met**" if found.is_met else "**not met**")
     return f"{found.estimate.text(signed=True)} ({'; '.join(told)})"

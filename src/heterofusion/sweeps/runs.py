@@ -217,7 +217,7 @@ def _eval_flags(
     labels = [f"experiment={experiment}", *(f"{key}={value}" for key, value in variables.items())]
     made = {} if adapter is None else {"adapters": [str(adapter)]}
     row = {} if "names" in flags else {"name": name}  # several adapters have names of their own
-    return {**made, **flags, **row, "labels": [*labels, *flags.get("labels", [])]}
+    return {**made, **flags, **row, "labels": [*labels, *listed(flags.get("labels"))]}
 
 
 def _folder(folder: Path, name: str, variables: Mapping[str, str]) -> Path:

@@ -31,6 +31,7 @@ class Template:
         self.lists = lists
         self.where = where
         self.used: set[str] = set()
+        self._open: list[str] = []  # variables that are being filled in
 
     def fill(self, value: Any) -> Any:
         """Fill a value: a text, a list or a mapping of such; anything else stays as it is.
@@ -59,8 +60,16 @@ class Template:
     def _fill_text(self, text: str) -> Any:
         whole = VARIABLE.fullmatch(text)
         if whole is not None:
-            return self.fill(self._variable(whole[1]))
-        return VARIABLE.sub(lambda match: as_text(self.fill(self._variable(match[1]))), text)
+            return self._filled(whole[1])
+        return VARIABLE.sub(lambda match: as_text(self._filled(match[1])), text)
+
+    def _filled(self, name: str) -> Any:
+        if name in self._open:
+            raise UsageError(f"{self.where}: the value of {{{name}}} has {{{name}}} itself in it; give it another")
+        self._open.append(name)
+        value = self.fill(self._variable(name))
+        self._open.pop()
+        return value
 
     def _variable(self, name: str) -> Any:
         if name not in self.variables:

@@ -31,7 +31,8 @@ def texts(folder: Path, name: str) -> list[str]:
 def check_accounts(manifest: dict) -> None:
     """Every record that was read is left out for a reason or kept, and the files have what the manifest says."""
     for name, task in manifest["tasks"].items():
-        reasons = ("without_text", "without_answer", "repeated", "in_test", "in_validation", "cut_for_validation")
+        reasons = ("without_text", "without_answer", "repeated", "in_test", "in_validation", "cut_for_validation",
+                   "in_unlabelled", "cut_for_unlabelled")  # fmt: skip
         for counts in task["splits"].values():
             assert counts["read"] == counts["kept"] + sum(counts.get(reason, 0) for reason in reasons)
         records = {file.split("/")[0]: entry["records"] for file, entry in task["files"].items()}

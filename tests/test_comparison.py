@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from comparison_builders import EVAL, FUSION, MAKER, flags_of, plan, sections
-from heterofusion.comparison import SECTIONS, choose, final_runs, search_runs
+from heterofusion.comparison import SECTIONS, check_datasets, choose, final_runs, search_runs
 from recipe_runner import RECIPES, error_line, recipe
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -70,7 +70,13 @@ def test_adapter_variable_is_what_the_recipe_made(tmp_path):
         ({"methods": [{"name": "a b"}, {"name": "a-b"}]}, "two methods are called 'a-b'"),
         ({"methods": [{"name": "x", "flags": {"seed": 1}}]}, "no recipe that they are of"),
         ({"methods": [{"name": "x", "parts": [{}], "recipe": "merge"}]}, "parts and a recipe"),
-        ({"methods": [{"name": "x", "recipe": "train", "search": {"seed": [1, 2, 1]}}]}, "value of seed twice"),
+        ({"methods": [{"name": "x", "recipe": "train", "search": {"rdm_mu": [1, 2, 1]}}]}, "value of rdm_mu twice"),
+        ({"methods": [{"name": "x", "recipe": "train", "search": {"seed": [1, 2, 3]}}]}, "seed is no hyper-parameter"),
+        ({"methods": [{"name": "x", "recipe": "merge", "flags": {"search": ["a=1"]}}]}, "write it beside flags"),
+        ({"normalize_by": ["anchor"]}, r"normalize_by is \['anchor'\]"),
+        ({"gains": [{"name": "g", "row": ["fusion"], "over": "noise"}]}, r"\['fusion'\], which is no method"),
+        ({"test": {"adapters": ["T"], "dataset_name": ["a.jsonl"]}}, "test: adapters is set for each row"),
+        ({"validation": {"labels": ["a=b"]}}, "validation: labels is set for each row"),
     ],
 )
 def test_bad_files_are_refused(changes, words, tmp_path):
@@ -137,6 +143,46 @@ def test_data_of_training_search_and_report_stay_apart(changes, words, workplace
     file = workplace / "compare.yaml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
     error_line(capsys, compare.main, ["--config", str(file), "--dry_run", "true"], words)
+
+
+def test_training_is_not_evaluated_on_test_data(workplace, capsys):
+    """With `load_best_model_at_end` its step would be chosen by them; validation data may be used for that."""
+    file = workplace / "compare.yaml"
+    content = yaml.safe_load(file.read_text())
+    (fusion,) = [method for method in content["methods"] if method["name"] == "fusion"]
+    for name, code in (("valid.jsonl", 0), ("./a.jsonl", 2)):
+        fusion["flags"] |= {"eval_dataset_name": [name], "eval_strategy": "steps", "load_best_model_at_end": True}
+        file.write_text(yaml.safe_dump(content))
+        assert compare.main(["--config", str(file), "--dry_run", "true"]) == code
+    assert (
+        "a training is evaluated, and may be stopped or its best step chosen, by test data" in capsys.readouterr().err
+    )
+
+
+def test_rows_of_other_data_sets_are_refused(tmp_path):
+    content = sections()
+    content["methods"][0] = {"name": "anchor", "parts": [{"adapters": ["T"], "dataset_name": ["a.jsonl"]}]}
+    comparison = plan(tmp_path, content)
+    words = "method 'arithmetic': it is scored on a, b, but 'anchor' on a; all rows"
+    with pytest.raises(ValueError, match=words):
+        check_datasets((), final_runs(comparison, {}), "file")
+    content["methods"][0]["parts"] *= 2
+    comparison = plan(tmp_path, content)
+    with pytest.raises(ValueError, match="method 'anchor': it is scored on a twice"):
+        check_datasets((), final_runs(comparison, {}), "file")
+
+
+def test_a_method_like_one_of_parts_has_them_too(tmp_path):
+    content = sections()
+    parts = [{"adapters": ["T"], "dataset_name": ["a.jsonl"]}, {"adapters": ["S"], "dataset_name": ["b.jsonl"]}]
+    content["methods"] = [
+        {"name": "anchor", "parts": parts},
+        {"name": "merged", "like": "anchor", "eval": {"merge_adapters": True}},
+    ]
+    content |= {"gains": [], "normalize_by": None}
+    runs = [run for run in final_runs(plan(tmp_path, content), {}) if run.name == "merged"]
+    assert [run.steps[0].flags["adapters"] for run in runs] == [["T"], ["S"]]
+    assert all(run.steps[0].flags["merge_adapters"] for run in runs)
 
 
 def test_splits_of_one_data_set_are_apart(workplace):
@@ -240,6 +286,23 @@ def test_failed_runs_leave_a_table_that_says_so(workplace, capsys):
     (workplace / "recipes" / "broken").unlink()
     assert run(workplace) == 0
     assert "Warning" not in (workplace / "out" / "report" / "report.md").read_text()
+
+
+def test_a_search_that_fails_costs_its_method_alone(workplace, capsys):
+    """As one whose learning rate makes the loss infinite: it fails however often it is tried."""
+    maker = workplace / "recipes" / "train.py"
+    diverges = 'if flags.get("learning_rate") == 0.01: sys.exit("error: not finite")\n'
+    maker.write_text(MAKER + diverges)
+    assert run(workplace) == 2
+    captured = capsys.readouterr()
+    assert (
+        "the hyper-parameters of 'fusion' were not searched, for not all of its runs have ended well" in captured.out
+    )
+    assert "6 of 8 runs did not finish" in captured.err
+    assert [row["name"] for row in read_rows(workplace)] == ["anchor", "arithmetic"]
+    maker.write_text(MAKER)
+    assert run(workplace) == 0
+    assert [row["name"] for row in read_rows(workplace)] == ["anchor", "arithmetic", "fusion", "noise"]
 
 
 def test_results_of_values_that_are_no_longer_chosen_are_not_reported(workplace, capsys):

@@ -214,6 +214,21 @@ def test_a_cut_validation_takes_all_answers_of_its_texts_out_of_train(data, tmp_
     check_accounts(manifest)
 
 
+def test_unlabelled_prompts_are_in_no_other_file(data, tmp_path):
+    write_task(data / "RE" / "towns", train=[row for i in range(30) for row in (town(i), town(i, relations=[]))])
+    manifest, _ = run_uie(data, tmp_path / "out", tasks=["towns"], num_unlabelled=4)
+    counts = manifest["tasks"]["RE_towns"]["splits"]["train"]
+    assert counts["cut_for_unlabelled"] == 4 and manifest["num_unlabelled"] == 4
+    assert all(list(row) == ["prompt", "task", "kind"] for row in written(tmp_path / "out", "unlabelled/RE_towns"))
+    parts = [
+        set(texts(tmp_path / "out", f"{name}/RE_towns")) for name in ("train", "validation", "test", "unlabelled")
+    ]
+    assert sum(map(len, parts)) == len(set().union(*parts)) and len(parts[3]) <= 4
+    check_accounts(manifest)
+    none, _ = run_uie(data, tmp_path / "none", tasks=["towns"])
+    assert "unlabelled/RE_towns.jsonl" not in none["tasks"]["RE_towns"]["files"]
+
+
 def test_fewer_records_than_wanted_is_said(data, tmp_path):
     write_task(data / "RE" / "towns", train=[town(1)])
     manifest, log = run_uie(data, tmp_path / "out", tasks=["towns"])

@@ -165,6 +165,24 @@ def test_wrong_flag_of_a_stage_raises(tmp_path):
         read_sweep(write(tmp_path, **content))
 
 
+@pytest.mark.parametrize(
+    ("labels", "more"), [(None, []), ("machine=x", ["machine=x"]), (["m=x", "n=y"], ["m=x", "n=y"])]
+)
+def test_labels_of_a_reference_are_added(tmp_path, labels, more):
+    path = sweep(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["references"][0]["labels"] = labels
+    path.write_text(yaml.safe_dump(content))
+    reference = next(run for run in read_sweep(path) if run.name == "anchor")
+    assert reference.steps[0].flags["labels"] == ["experiment=table", "anchor=a", *more]
+
+
+@pytest.mark.parametrize("variables", [{"a": "{a}"}, {"a": ["x{b}"], "b": "{a}"}])
+def test_variable_of_itself_raises(variables):
+    with pytest.raises(ValueError, match=r"here: the value of \{a\} has \{a\} itself in it"):
+        Template(variables, {}, "here").fill({"flag": ["{a}"]})
+
+
 def test_template_remembers_what_it_needed():
     template = Template({"anchor": "a", "seed": 0, "own": [1, 2]}, {"tasks": ["a", "b"]}, "here")
     assert template.fill([{"for_each": "tasks", "except": "{anchor}", "value": "{item}!"}, "{own}"]) == ["b!", 1, 2]

@@ -108,6 +108,16 @@ def test_searches_are_shown_once_for_all_cases():
     assert text.count("| fusion | learning_rate 0.1 | 1 | learning_rate 0.1: 0.500 |") == 1
 
 
+@pytest.mark.parametrize(("chosen", "told"), [(0.1, "0.1"), (0.3, "0.3 (at the edge)"), (0.01, "0.01 (at the edge)")])
+def test_value_at_the_edge_of_what_was_tried_is_marked(chosen, told):
+    content = comparison()
+    tried = [{"settings": {"learning_rate": rate}, "score": 0.5} for rate in (0.01, 0.3, 0.1)]
+    content["rows"][1] |= {
+        "settings": {"learning_rate": chosen}, "search": {"runs": 3, "seconds": 2.0, "tried": tried}
+    }  # fmt: skip
+    assert f"| fusion | learning_rate {told} | 3 | " in comparison_section(parse_comparison(content, "x"), [], "##")
+
+
 # ---- gains ------------------------------------------------------------------------------------------------------
 
 

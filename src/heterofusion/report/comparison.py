@@ -104,9 +104,21 @@ def search_table(table: ComparisonTable) -> str | None:
         search = row.content.get("search")
         if search and row.name not in rows:
             tried = ", ".join(f"{settings_text(each['settings'])}: {each['score']:.3f}" for each in search["tried"])
-            rows[row.name] = [row.name, settings_text(row.content["settings"]), search["runs"], tried]
+            chosen = settings_text(row.content["settings"])
+            if _is_at_an_edge(row.content["settings"], search["tried"]):
+                chosen += " (at the edge)"
+            rows[row.name] = [row.name, chosen, search["runs"], tried]
     header = ["", "chosen", "validation runs", "mean score of each on the validation data"]
     return markdown_table(header, list(rows.values())) if rows else None
+
+
+def _is_at_an_edge(chosen: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a number that was chosen is the lowest or highest of three or more: a better one may lie beyond."""
+    for name, value in chosen.items():
+        values = sorted({each["settings"][name] for each in tried if isinstance(each["settings"][name], (int, float))})
+        if len(values) > 2 and value in (values[0], values[-1]):
+            return True
+    return False
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -163,7 +175,8 @@ def _introduction(table: ComparisonTable) -> str:
             told.append("What nothing of a case enters was run once and has the same score in all of them.")
     told += [
         "Scores run from 0 to 1; `mean` is over the data sets, ± half the width of its 95% t interval over seeds "
-        "(n = 1: nothing in it is random, or one seed was run).",
+        "(n = 1: nothing in it is random, or one seed was run). An interval is of what a seed changes (sample, "
+        "initialization, order) on one set of test data, and those of gains are not corrected for their number.",
         "`making` is what one run takes without imports and loading, `search` all runs of the search for "
         "hyper-parameters together, `answering` all test prompts; `peak GiB` is the most that one process held, on "
         "the GPU if it used one; `models` are alive while it answers; `task id`: it must be told which task a prompt "

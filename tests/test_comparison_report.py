@@ -131,7 +131,7 @@ def test_gains_with_cases_are_a_table_with_the_case_in_front_of_each_sentence():
 def test_best_of_several_is_chosen_in_each_case_by_its_mean():
     table = parsed(gains=[gain(over_best_of=["tuning", "distilling"])])
     zero, ten, thirty = gain_sentences(table)
-    assert "best of (tuning, distilling), which is distilling (0.210 ± 0.127; tuning not compared), = **+0.200" in zero
+    assert "best of (tuning; distilling), which is distilling (0.210 ± 0.127; tuning not compared), = **+0.200" in zero
     assert "which is distilling (0.350 ± 0.025), = **+0.160" in ten
     assert "which is tuning (0.553 ± 0.137), = **+0.087" in thirty
     (found,) = cells(comparison_section(table, [], "##"), "g")
@@ -215,7 +215,7 @@ def test_gain_whose_rows_are_missing_says_which():
     table = parsed(gains=list(asked))
     told = gain_sentences(table)
     assert told[0] == "N=0: **g** = fusion - noise: noise is missing."
-    assert told[1:4] == [f"{case}: **g** = fusion - best of (x, y): x and y are missing." for case in CASES]
+    assert told[1:4] == [f"{case}: **g** = fusion - best of (x; y): x and y are missing." for case in CASES]
     assert told[-1] == "N=30: **g** = z - tuning: z is missing."
     assert cells(comparison_section(table, [], "##"), "g")[0] == ["missing", "-", "-"]
 

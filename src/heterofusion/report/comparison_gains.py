@@ -136,7 +136,7 @@ def gain_table(table: ComparisonTable) -> str | None:
 
 def gain_title(gain: Gain) -> str:
     """Its name, and the difference that it is."""
-    over = gain.over[0] if len(gain.over) == 1 else f"best of ({', '.join(gain.over)})"
+    over = gain.over[0] if len(gain.over) == 1 else f"best of ({'; '.join(gain.over)})"
     return f"**{gain.name}** = {gain.row} - {over}" + (f", on {gain.dataset}" if gain.dataset else "")
 
 

@@ -5,7 +5,6 @@ are loaded one at a time, and what came of a teacher is kept (`soft_labels.py`):
 is never run twice.
 """
 
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from heterofusion.adapters import CONFIG_FILE, LoraAdapter, file_sha256
 from heterofusion.arguments import DataArguments, ModelArguments
 from heterofusion.baselines.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 from heterofusion.baselines.vocabulary import tokenizer_fingerprint
-from heterofusion.data import ReplayReport, build_replay, make_collator
+from heterofusion.data import ReplayReport, build_replay, examples_sha256, make_collator
 from heterofusion.engines import without_zero_init
 from heterofusion.evaluation.arguments import EvalModelArguments
 from heterofusion.evaluation.generation import longest_first
@@ -86,11 +85,7 @@ class Teacher:
 
     def digest(self) -> str:
         """Hash of its examples, which depend on the data, the sample, the tokenizer and the chat template."""
-        digest = hashlib.sha256()
-        for ids, labels in zip(self.examples["input_ids"], self.examples["labels"], strict=True):
-            for values in (ids, labels):
-                digest.update(np.asarray([len(values), *values], dtype=np.int64).tobytes())
-        return digest.hexdigest()
+        return examples_sha256(self.examples)
 
     def record(self) -> dict[str, Any]:
         """What is published of it: names without local paths, and the hash of its weights."""

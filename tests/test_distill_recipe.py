@@ -142,6 +142,7 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     told = {"weights_sha256": load_adapter(anchor).sha256, "made_by": {"source_control": "noise"}}
     (anchor / "expert.json").write_text(json.dumps(told))
     changed = {**values, "init_adapter": anchor, "output_dir": tmp_path / "out", "max_steps": 1}
+    changed["logits_cache"] = tmp_path / "cache"
     error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "init:noise")
     succeeds(distill.main, flags(changed))
     found = record(tmp_path / "out")

@@ -1,6 +1,7 @@
 """Shared fixtures: the tiny golden adapters and their base, token batches for them, a process left as it was."""
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Sequence
@@ -26,6 +27,12 @@ TINY = {"preset": "paper", "block_size": 32, "embed_dim": 32, "num_heads": 4, "m
 GOLDEN = Path(__file__).parent / "golden"
 
 pytest_plugins = ["recipe_runner", "sequence_runner"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: every Trainer collects garbage, and would look through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Runs small fusions on the engine it is launched on and writes what rank 0 saw; started by test_distributed.py."""
 
+import gc
 import json
 import os
 import shutil
@@ -271,6 +272,7 @@ def main() -> None:
     state = PartialState(cpu=not ON_GPU)
     kinds = {"train": train, "resume": resume, "poisoned": poisoned}
     results = {}
+    gc.freeze()  # every Trainer collects garbage, among all that was imported
     for name, case in cases.items():
         results[name] = kinds[case.pop("kind", "train")](folder / name, **case)
     if state.is_main_process:

@@ -196,6 +196,6 @@ def test_a_base_is_loaded_once_for_all_of_its_teachers(monkeypatch, tmp_path):
         model.identity = lambda top_k, index=index: {"index": index, "top_k": top_k}
     found = {"index": 3, "top_k": 2}
     monkeypatch.setattr(teachers, "read_labels", lambda folder, identity, check=True: identity == found or None)
-    with pytest.raises(ValueError, match=r"--logits_cache .* is not the same folder on all machines"):
+    with pytest.raises(ValueError, match=r"cache of soft labels, is not the same folder on all machines"):
         teachers.collect_soft_labels(models, tmp_path, 2, 1, torch.device("cpu"))
     assert runs == ["A", "A0", "A2", "B", "B1", "B4"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,9 @@ ENGINES = {
 SEVERAL = [engine for engine in ENGINES if engine != "single"]
 
 
-def launch(folder: Path, config: str, *flags: str, cases: dict = CASES, **variables: str) -> dict:
+def launch(
+    folder: Path, config: str, *flags: str, cases: dict = CASES, retried: bool = False, **variables: str
+) -> dict:
     """Run the worker's cases in one launch."""
     folder.mkdir()
     scripts = str(Path(sys.executable).parent)  # DeepSpeed compiles with the ninja that lies there
@@ -64,7 +68,11 @@ def launch(folder: Path, config: str, *flags: str, cases: dict = CASES, **variab
         str(ROOT / "tests" / "engine_worker.py"), str(folder), json.dumps(cases),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-4000:]
+    if "Signal 6 (SIGABRT)" in done.stderr and not retried:  # gloo's native code aborts, once in some dozens of runs
+        warnings.warn(f"{config}: a process aborted; launched again. {done.stderr[-8000:]}", stacklevel=2)
+        shutil.rmtree(folder)
+        return launch(folder, config, *flags, cases=cases, retried=True, **variables)
+    assert done.returncode == 0, done.stderr[-8000:]
     return json.loads((folder / "results.json").read_text())
 
 
@@ -72,12 +80,18 @@ def launch(folder: Path, config: str, *flags: str, cases: dict = CASES, **variab
 def runs(tmp_path_factory):
     """Results of an engine and its folder, launched when they are first asked for; one launch for all cases."""
     folder = tmp_path_factory.mktemp("engines")
-    results: dict[str, dict] = {}
+    results: dict[str, dict | AssertionError] = {}
 
     def run(engine: str) -> tuple[dict, Path]:
         if engine not in results:
-            results[engine] = launch(folder / engine, *ENGINES[engine][0])
-        return results[engine], folder / engine
+            try:
+                results[engine] = launch(folder / engine, *ENGINES[engine][0])
+            except AssertionError as error:
+                results[engine] = error
+        result = results[engine]
+        if isinstance(result, AssertionError):
+            pytest.fail(f"{engine}: {result}")
+        return result, folder / engine
 
     return run
 

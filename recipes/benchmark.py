@@ -35,7 +35,7 @@ import torch
 
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.hypernet import HypernetworkConfig
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.markdown import markdown_table
 from heterofusion.provenance import library_versions
 

@@ -5,7 +5,8 @@ import torch
 
 from conftest import TINY, perturb
 from heterofusion import HeteroFusionModel, MethodConfig
-from heterofusion.hypernet import HyperNetwork, HypernetworkConfig, HypernetworkInput, HyperNetworks
+from heterofusion.hypernet import HyperNetwork, HypernetworkInput, HyperNetworks
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.rdm import rdm_loss, sliced_distance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -91,10 +92,33 @@ def test_first_prediction_is_zero_and_gate_is_clamped():
     for form in ("paper", "compact"):
         networks = HyperNetworks({"q_proj_r3": 3}, small(form, mu_gate=0.5))
         net = networks.networks["q_proj_r3"]
-        batch = inputs()
-        assert not net(join(*batch), shared=networks.shared).update.any()
-        _, gate = net.encode(batch[0], 100 * batch[1], networks.shared)
+        batch = join(*inputs())
+        assert not net(batch, shared=networks.shared).update.any()
+        _, gate = net.encode(batch._replace(descriptors=100 * batch.descriptors), networks.shared)
         assert gate.min() == 0 and gate.max() == 1
+
+
+def test_padded_columns_are_read_once_and_give_the_same():
+    """Sources that were padded with zeros have equal columns from there on, which the compact form reads as one."""
+    torch.manual_seed(0)
+    networks = HyperNetworks({"q_proj_r7": 7}, small("compact"))
+    net = networks.networks["q_proj_r7"]
+    torch.nn.init.normal_(net.decoder.output.weight, std=0.1)
+    target, target_s, source, source_s = inputs(rank=7)
+    source.view(*source.shape[:2], 6, 7)[..., 3:] = torch.randn(*source.shape[:2], 1, 1)
+    plain = join(target, target_s, source, source_s)
+    rows = []
+    networks.shared.rows_in.register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
+    results = []
+    for batch in (plain, plain._replace(padded_from=3)):
+        networks.zero_grad()
+        out = net(batch, shared=networks.shared)
+        (out.update.square().sum() + out.source_embedding.sin().sum()).backward()
+        results.append((out, {name: p.grad.clone() for name, p in networks.named_parameters() if p.grad is not None}))
+    assert rows == [12 * 7 + 21 * 7, 12 * 7 + 21 * 4]
+    torch.testing.assert_close(results[1][0].update, results[0][0].update)
+    torch.testing.assert_close(results[1][0].source_embedding, results[0][0].source_embedding)
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-4)
 
 
 def test_both_views_share_one_matrix_product():
@@ -106,7 +130,8 @@ def test_both_views_share_one_matrix_product():
     published = column.view(16, 6, 3).transpose(1, 2).reshape(16, 18)  # as the published column projection
     x = block.flatten() * features.norm_weight + features.norm_bias
     wanted = torch.nn.functional.gelu(row @ x) + torch.nn.functional.gelu(published @ x.view(6, 3).T.flatten())
-    torch.testing.assert_close(features(block.flatten(), None), wanted)
+    batch = HypernetworkInput(block.view(1, -1), torch.rand(1, 3), 1, 1)
+    torch.testing.assert_close(features(batch, None)[0], wanted)
 
 
 def test_initialization_is_xavier_with_zero_biases():

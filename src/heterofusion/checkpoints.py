@@ -26,7 +26,7 @@ from heterofusion.config import MethodConfig
 from heterofusion.controls import control_record
 from heterofusion.engines import load_whole_tensors, whole_tensors
 from heterofusion.files import is_failed_write
-from heterofusion.hypernet import HypernetworkConfig
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.nonfinite import NonFiniteError
 from heterofusion.topology import AlignmentPlan

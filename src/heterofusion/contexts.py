@@ -57,6 +57,7 @@ class GroupContext:
         b_blocks: per module, the number of B blocks; they sum to T.
         source_of_block: (M, N) index of the source adapter a source block comes from, -1 at padding.
         ragged: whether modules have different numbers of source blocks.
+        padded_from: first of the zero columns that bring the sources to the rank of an expanded target; None without.
     """
 
     key: GroupKey
@@ -67,6 +68,7 @@ class GroupContext:
     b_blocks: tuple[int, ...]
     source_of_block: Tensor
     ragged: bool
+    padded_from: int | None
 
     def to(self, device: torch.device) -> "GroupContext":
         """The same with its tensors on another device."""
@@ -218,8 +220,9 @@ def _build_group(
     real = source_batch.mask if source_batch.mask is not None else torch.ones_like(source_of_block, dtype=torch.bool)
     source_of_block[real] = torch.cat(origins)
     ragged = len({len(blocks) for blocks in sources}) > 1
+    padded_from = own if extra else None
     return GroupContext(
-        key, members, target_batch, source_batch, decode_index, tuple(b_blocks), source_of_block, ragged
+        key, members, target_batch, source_batch, decode_index, tuple(b_blocks), source_of_block, ragged, padded_from
     )
 
 

@@ -7,90 +7,15 @@ its size grows with the rank. `compact` factorizes them: rows go through one b x
 r x m matrix, both shared by all roles, so its size hardly depends on the rank.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.large_linear import LargeLinear
-
-FORMS = ("paper", "compact")
-
-
-@dataclass(frozen=True)
-class HypernetworkConfig:
-    """Sizes of the hypernetworks.
-
-    Attributes:
-        form: `paper` or `compact`.
-        block_size: rows per block, b.
-        embed_dim: embedding width, e.
-        num_heads: attention heads, h; divides e.
-        max_position_embeddings: rows of the position table, the longest sequence of blocks.
-        mu_gate: shift of the gate before clamping.
-        row_features: k of the compact form.
-        column_features: m of the compact form.
-        residual_scale: factor of the free update that is trained beside the predicted one; 0 for none.
-    """
-
-    form: str = "paper"
-    block_size: int = 4096
-    embed_dim: int = 1024
-    num_heads: int = 8
-    max_position_embeddings: int = 4096
-    mu_gate: float = 0.1
-    row_features: int = 512
-    column_features: int = 8
-    residual_scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"the form is {self.form!r}; choose one of {', '.join(FORMS)}")
-        for name in ("block_size", "embed_dim", "num_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.embed_dim % self.num_heads or self.embed_dim < 4:
-            raise ValueError(
-                f"embed_dim {self.embed_dim} must be at least 4 and a multiple of num_heads {self.num_heads}"
-            )
-        if not math.isfinite(self.mu_gate):
-            raise ValueError(f"mu_gate is {self.mu_gate}; it must be finite")
-        if not 0 <= self.residual_scale < math.inf:
-            raise ValueError(f"residual_scale is {self.residual_scale}; it must be at least 0 and finite")
-
-    @classmethod
-    def fitted(cls, form: str, width: int, **overrides: Any) -> "HypernetworkConfig":
-        """Sizes of a form, fitted to a model.
-
-        The paper's sizes belong to 4096-wide models and are what such a model gets. Others get the nearest power of
-        two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model does
-        not carry a 0.7 B hypernetwork.
-
-        Args:
-            form: `paper` or `compact`.
-            width: hidden size of the target model.
-            overrides: values that replace the form's; None keeps it.
-
-        Raises:
-            ValueError: unknown form, or values that do not go together.
-        """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        block_size = given.get("block_size", min(4096, max(64, 1 << round(math.log2(max(width, 1))))))
-        if form == "compact":
-            values = {"embed_dim": min(512, max(128, block_size // 8)), "max_position_embeddings": 1024}
-        else:
-            values = {"embed_dim": min(1024, max(128, block_size // 4)), "max_position_embeddings": 4096}
-        values |= {"block_size": block_size, **given}
-        values["row_features"] = max(1, min(block_size // 2, values["embed_dim"]))
-        return cls(form=form, **values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
 
 
 class HypernetworkInput(NamedTuple):
@@ -103,6 +28,8 @@ class HypernetworkInput(NamedTuple):
         target_length: N_t.
         source_mask: (M, N_s) bool, True at real blocks; None if all are.
         decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
+        padded_from: in each source block, columns from this one on are all the same, because the sources were padded
+            with zeros to the target's rank; None if they were not.
     """
 
     blocks: Tensor
@@ -111,11 +38,17 @@ class HypernetworkInput(NamedTuple):
     target_length: int
     source_mask: Tensor | None = None
     decode_index: Tensor | None = None
+    padded_from: int | None = None
 
     def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Cut a batch like `blocks` into that of the target, (M, N_t, ...), and that of the sources, (M, N_s, ...)."""
+        target, source = batch.split(self.lengths())
+        return target.unflatten(0, (self.modules, -1)), source.unflatten(0, (self.modules, -1))
+
+    def lengths(self) -> tuple[int, int]:
+        """Blocks of the target and of the sources in the batch: M * N_t and M * N_s."""
         first = self.modules * self.target_length
-        return tuple(part.unflatten(0, (self.modules, -1)) for part in (batch[:first], batch[first:]))
+        return first, len(self.blocks) - first
 
 
 class HypernetworkOutput(NamedTuple):
@@ -161,8 +94,32 @@ class SharedFactors(nn.Module):
         b, k, m = config.block_size, config.row_features, config.column_features
         self.rows_in = _linear(b, k)
         self.rows_out = _linear(k, b, bias=False)
-        self.columns_in = nn.ModuleDict({str(rank): _linear(rank, m) for rank in sorted(ranks)})
+        self.columns_in = nn.ModuleDict({str(rank): ColumnProjection(rank, m) for rank in sorted(ranks)})
         self.columns_out = nn.ModuleDict({str(rank): _linear(m, rank, bias=False) for rank in sorted(ranks)})
+
+
+class ColumnProjection(nn.Linear):
+    """Columns of a block from r to m. A module of its own: engines that shard gather by module."""
+
+    def __init__(self, rank: int, features: int) -> None:
+        super().__init__(rank, features)
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """Mix columns.
+
+        Args:
+            columns: (..., c, k) with c <= r; where c < r, the last one stands for itself and all that are missing.
+
+        Returns:
+            (..., m, k).
+        """
+        weight = self.weight  # (m, r)
+        count = columns.shape[-2]
+        if count < self.in_features:
+            weight = torch.cat([weight[:, : count - 1], weight[:, count - 1 :].sum(1, keepdim=True)], dim=1)
+        return weight @ columns + self.bias.unsqueeze(1)
 
 
 class DenseFeatures(nn.Module):
@@ -182,7 +139,8 @@ class DenseFeatures(nn.Module):
             nn.init.xavier_uniform_(half)
         nn.init.zeros_(self.views.bias)
 
-    def forward(self, blocks: Tensor, shared: SharedFactors | None) -> Tensor:
+    def forward(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> Tensor:
+        blocks = inputs.blocks
         row, column = self.views(blocks * self.norm_weight + self.norm_bias).chunk(2, dim=-1)  # (..., e) each
         return F.gelu(row) + F.gelu(column)
 
@@ -195,11 +153,17 @@ class FactorizedFeatures(nn.Module):
         self.rank = rank
         self.mix = _linear(config.row_features * config.column_features, config.embed_dim)
 
-    def forward(self, blocks: Tensor, shared: SharedFactors) -> Tensor:
-        columns = blocks.unflatten(-1, (-1, self.rank)).transpose(-1, -2)  # (..., r, b)
-        rows = F.gelu(shared.rows_in(columns)).transpose(-1, -2)  # (..., k, r)
-        mixed = F.gelu(shared.columns_in[str(self.rank)](rows))  # (..., k, m)
-        return F.gelu(self.mix(mixed.flatten(-2)))
+    def forward(self, inputs: HypernetworkInput, shared: SharedFactors) -> Tensor:
+        columns = inputs.blocks.unflatten(-1, (-1, self.rank)).transpose(-1, -2)  # (K, r, b)
+        parts = [columns]
+        if inputs.padded_from is not None and inputs.padded_from + 1 < self.rank:
+            target, source = columns.split(inputs.lengths())
+            parts = [target, source[:, : inputs.padded_from + 1]]  # one column stands for all that are padded
+        rows = F.gelu(shared.rows_in(torch.cat([part.flatten(0, 1) for part in parts])))  # of all columns: (., k)
+        split = rows.split([part.shape[0] * part.shape[1] for part in parts])
+        project = shared.columns_in[str(self.rank)]
+        mixed = [project(own.unflatten(0, part.shape[:2])) for own, part in zip(split, parts, strict=True)]
+        return F.gelu(self.mix(F.gelu(torch.cat(mixed)).flatten(-2)))  # (K, m, k) to (K, e)
 
 
 class DenseDecoder(nn.Module):
@@ -295,19 +259,18 @@ class HyperNetwork(nn.Module):
         self.residual_scale = config.residual_scale
         self.residual = FreeUpdate(blocks, rank, config) if blocks and config.residual_scale else None
 
-    def encode(self, blocks: Tensor, descriptors: Tensor, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
+    def encode(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
         """Embed blocks.
 
         Args:
-            blocks: (..., b * r), standardized.
-            descriptors: (..., r) singular values.
+            inputs: blocks and descriptors.
             shared: factors of the compact form.
 
         Returns:
-            Embedding and gate, each (..., e).
+            Embedding and gate, each (M * N_t + M * N_s, e).
         """
-        gate = torch.clamp(torch.relu(self.gate(descriptors) + self.mu_gate), 0.0, 1.0)
-        return self.fusion_norm(self.features(blocks, shared) * gate), gate
+        gate = torch.clamp(torch.relu(self.gate(inputs.descriptors) + self.mu_gate), 0.0, 1.0)
+        return self.fusion_norm(self.features(inputs, shared) * gate), gate
 
     def forward(
         self, inputs: HypernetworkInput, shared: SharedFactors | None = None, diagnostics: bool = False
@@ -319,7 +282,7 @@ class HyperNetwork(nn.Module):
             shared: factors of the compact form.
             diagnostics: also give the attention map and the source gate.
         """
-        embedding, gate = self.encode(inputs.blocks, inputs.descriptors, shared)
+        embedding, gate = self.encode(inputs, shared)
         z_target, z_source = (z.clone() for z in inputs.split(embedding))  # FSDP2 takes no views for outputs
         queries = self._heads(self.q_proj(z_target + self.positions(z_target.shape[1])))
         located = z_source + self.positions(z_source.shape[1])

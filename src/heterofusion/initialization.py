@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from heterofusion.adapters import file_sha256
 from heterofusion.checkpoints import HYPERNETWORKS_FILE, IDENTITY_FILE, last_complete_checkpoint, read_identity
-from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
+from heterofusion.hypernet import HyperNetworks
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.modeling import HeteroFusionModel
 from heterofusion.topology import AlignmentPlan
 

@@ -282,6 +282,7 @@ def _joined(context: GroupContext) -> tuple[GroupContext, _Constants]:
         target.blocks.shape[1],
         source.mask,
         context.decode_index,
+        context.padded_from,
     )
     blocks, descriptors = inputs.split(inputs.blocks), inputs.split(inputs.descriptors)
     views = [

@@ -22,7 +22,8 @@ from heterofusion.basis_inputs import fit_basis
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import build_contexts, predicted_blocks, sequence_lengths
 from heterofusion.engines import is_sharded, load_whole_tensors
-from heterofusion.hypernet import HypernetworkConfig, HyperNetworks
+from heterofusion.hypernet import HyperNetworks
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.live import InstalledUpdate, LiveUpdates
 from heterofusion.topology import AlignmentPlan, plan_alignment
 

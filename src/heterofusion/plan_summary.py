@@ -10,7 +10,8 @@ from heterofusion.basis import expand_plan, extra_rank
 from heterofusion.config import MethodConfig
 from heterofusion.contexts import predicted_blocks, sequence_lengths, source_factors
 from heterofusion.controls import control_record, describe_control
-from heterofusion.hypernet import FORMS, HypernetworkConfig, HyperNetworks
+from heterofusion.hypernet import HyperNetworks
+from heterofusion.hypernet_config import FORMS, HypernetworkConfig
 from heterofusion.modeling import target_width
 from heterofusion.topology import AlignedSlice, AlignmentPlan, RoleSlice
 

@@ -21,7 +21,7 @@ from heterofusion.checkpoints import checkpoint_step, read_identity, shorten
 from heterofusion.cli import UsageError, parse_arguments, stage_arguments
 from heterofusion.config import HeteroFusionConfig
 from heterofusion.controls import control_kind, control_record
-from heterofusion.hypernet import HypernetworkConfig
+from heterofusion.hypernet_config import HypernetworkConfig
 from heterofusion.initialization import Initialization, check_sizes, read_initialization
 from heterofusion.label_controls import labels_control
 from heterofusion.loading import load_plan

@@ -154,8 +154,9 @@ def train(folder: Path, **case) -> dict:
 
 def resume(folder: Path, **case) -> dict:
     """An uninterrupted run; then one that goes on from its second step, past a newer checkpoint that is cut short."""
-    case = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, **case}
-    whole = make_trainer(folder, accumulation=2, **case)
+    saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    case = {"accumulation": 2, **saved, **case}
+    whole = make_trainer(folder, **case)
     whole.train()
     wanted = parameters(whole.fusion_model)
     if case.get("load_best_model_at_end"):
@@ -169,7 +170,7 @@ def resume(folder: Path, **case) -> dict:
         shutil.rmtree(folder / "checkpoint-4")
         (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
     PartialState().wait_for_everyone()
-    again = make_trainer(folder, accumulation=2, **case)
+    again = make_trainer(folder, **case)
     begin = Begin()
     again.add_callback(begin)
     again.train(resume_from_checkpoint=True)

@@ -230,6 +230,15 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("replay", "labels", "share"),
+    [(0, 15, 0), (60, 1800, 1 / 31), (9, 15, 0.375), (300, 15, 0.375), (3, 4_000_000, 0.001)],
+)
+def test_by_default_examples_come_equally_often_but_replay_not_more_than_labels(replay, labels, share):
+    mixed = Mixture(range(replay), range(labels))
+    assert float(mixed.share) == pytest.approx(share)
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, 0.0001, 0.9999, float("nan"), float("inf")])
 def test_fraction_out_of_range_raises(fraction):
     with pytest.raises(ValueError, match=r"--replay_fraction is .*at least 0 and below 1"):

@@ -22,7 +22,7 @@ from heterofusion.formats import IGNORE_INDEX
 
 PART = "mixture_part"  # column of a batch: the index in PARTS of each example's part
 PARTS = ("replay", "labels")
-DEFAULT_FRACTION = 0.375  # 12 of 32
+LARGEST_DEFAULT = 0.375  # 12 of 32
 _FINEST = 1000  # largest denominator of a share: an epoch of a finer one would be very long
 
 
@@ -78,13 +78,30 @@ def check_soft_settings(args: TrainingArguments) -> None:
         )
 
 
+def default_fraction(replay: int, labels: int) -> float:
+    """The share of replay where none is asked for: all examples equally often, but at most 12 of 32 are replay.
+
+    A larger share repeats a few answered examples again and again, and costs labels that show more.
+
+    Args:
+        replay: number of replay examples.
+        labels: number of source labels.
+
+    Returns:
+        The share; 0 without replay.
+    """
+    if not replay:
+        return 0.0
+    return max(1 / _FINEST, min(LARGEST_DEFAULT, replay / (replay + labels)))
+
+
 class Mixture(Dataset):
     """Replay and source labels as one training set for `HeteroFusionTrainer`, which reads it in the right order.
 
     Args:
         replay: examples with `input_ids` and `labels`; may be empty.
         labels: the same, answered by the sources.
-        replay_fraction: share of replay among the examples that are trained on; 12 of 32 by default, 0 without replay.
+        replay_fraction: share of replay among the examples that are trained on; that of `default_fraction` if None.
         soft_weight: weight of KL(source || model) where labels have the columns of `heterofusion.label_loss`; by
             default these are not used.
 
@@ -98,7 +115,7 @@ class Mixture(Dataset):
     ) -> None:
         self.parts: tuple[Any, Any] = (replay, labels)
         if replay_fraction is None:
-            replay_fraction = DEFAULT_FRACTION if len(replay) else 0.0
+            replay_fraction = default_fraction(len(replay), len(labels))
         self.share = check_fraction(replay_fraction)
         if soft_weight is not None and not 0 <= soft_weight <= 1:
             raise ValueError(f"soft_weight is {soft_weight}: give a weight from 0 to 1")

@@ -217,6 +217,26 @@ def test_sources_come_at_the_anchors_rank_and_are_padded_with_zeros(target, sour
     torch.testing.assert_close(context.source.blocks[-1, : len(raw)], blocks)
     torch.testing.assert_close(context.source.descriptors[-1, : len(raw)], descriptors)
     assert not descriptors[:, 4:].abs().gt(1e-5).any()
+    columns = context.source.blocks.unflatten(-1, (b, -1))[..., context.padded_from :]
+    assert context.padded_from == 4 and columns.shape[-1] == K
+    assert (columns == columns[..., :1, :1]).all()
+    assert build_contexts(plan_alignment(target, sources), b)["down_proj_r4"].padded_from is None
+
+
+@pytest.mark.parametrize("canonicalize", [False, True])
+def test_compact_form_predicts_the_same_whether_or_not_it_is_told_of_the_padding(base, target, sources, canonicalize):
+    method = settings(preset="compact", canonicalize=canonicalize)
+    model = perturb(HeteroFusionModel.from_adapters(base, target, sources, method))
+    seen = []
+    model.hypernetworks.shared.rows_in.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    told = model.updates.predict()
+    inputs = {name: each.inputs._replace(padded_from=None) for name, each in model.updates._constants.items()}
+    plain = model.hypernetworks(inputs)
+    half = len(seen) // 2
+    assert sum(seen[:half]) < 0.8 * sum(seen[half:])
+    for name, output in plain.items():
+        torch.testing.assert_close(told[name].update, output.update)
+        assert output.update.abs().max() > 1e-4
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------------

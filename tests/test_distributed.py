@@ -18,9 +18,11 @@ PARITY = {
     "accumulation-2": {"accumulation": 2},
     "accumulation-4-checkpointing": {"accumulation": 4, "checkpointing": True},
 }
-# what a fusion with source labels has beside the published method
-EXTRA = {"extra_rank": 5, "extra_basis": "activations", "residual_scale": 0.5, "mixture": True}
-EXPANDED = {"accumulation": 2, "preset": "compact", "num_heads": 2, **EXTRA}
+# what a fusion with source labels has in place of the published method, and beside it
+EXPANDED = {
+    "accumulation": 2, "preset": "compact", "num_heads": 2, "extra_rank": 5, "extra_basis": "activations",
+    "residual_scale": 0.5, "mixture": True,
+}  # fmt: skip
 # the highest loss is taken for the best, so that the first checkpoint is and not the last
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
 CASES = {

@@ -231,7 +231,7 @@ def test_log_and_card_name_them(finished):
     assert "2 malformed and 1 not sure enough dropped; 7 read, 4 sampled" in finished.log
     assert "kept by source and task: mistral: 2 town; qwen: 1 stage, 1 town" in finished.log
     card = (finished.out / "README.md").read_text()
-    assert "4 source labels (labels.jsonl)" in card and "37.5% of every batch" in card
+    assert "4 source labels (labels.jsonl)" in card and "37.5% of the examples" in card
     history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
     assert sum({"loss_replay", "loss_labels"} <= set(line) for line in history) == 2
 

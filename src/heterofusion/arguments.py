@@ -229,8 +229,8 @@ class SourceLabelArguments:
     replay_fraction: float | None = field(
         default=None,
         metadata={
-            "help": "Share of replay in every batch, the rest are source labels. By default all examples come "
-            "equally often, but at most 0.375 (12 of 32) are replay."
+            "help": "Share of replay among the examples of every run of neighbours, the rest are source labels. By "
+            "default all examples come equally often, but at most 0.375 (12 of 32) are replay."
         },
     )
     label_loss: str = field(

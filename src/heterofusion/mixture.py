@@ -1,4 +1,4 @@
-"""Replay and source labels in one training set, with the same share of both in every batch.
+"""Replay and source labels in one training set, with the same share of both wherever one looks.
 
 Which part the example at a place of the run is of depends on the place and the share alone (error diffusion, as a
 straight line is drawn in pixels), so every run of neighbours has the share, however short it is and whichever rank
@@ -41,7 +41,7 @@ def check_fraction(fraction: float) -> Fraction:
     share = Fraction(fraction).limit_denominator(_FINEST) if math.isfinite(fraction) else Fraction(-1)
     if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
         raise ValueError(
-            f"--replay_fraction is {fraction}: give the share of replay in every batch, at least 0 and below 1 (0, or "
+            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
             f"from {1 / _FINEST} to {1 - 1 / _FINEST})"
         )
     return share
@@ -56,7 +56,7 @@ def check_settings(args: TrainingArguments) -> None:
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
-            "own, with the same share of replay in every batch: leave --train_sampling_strategy out"
+            "own, with the same share of replay all along: leave --train_sampling_strategy out"
         )
     if args.use_liger_kernel:
         raise ValueError(
@@ -88,7 +88,7 @@ def default_fraction(replay: int, labels: int) -> float:
         labels: number of source labels.
 
     Returns:
-        The share; 0 without replay.
+        The share, at least 0.001; 0 without replay.
     """
     if not replay:
         return 0.0

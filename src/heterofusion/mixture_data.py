@@ -109,7 +109,12 @@ def data_state(replay_record: Mapping[str, Any], labels_record: Mapping[str, Any
         replay_record: plain values about the replay; empty without.
         labels_record: the same about the source labels; None without.
     """
-    state: dict[str, Any] = json.loads(json.dumps({"source_labels": labels_record, "replay": replay_record}))
+    labels = None if labels_record is None else dict(labels_record)
+    share = labels.pop("replay_fraction", None) if labels else None
+    # the share comes last: where nobody asked for one it follows from the rest, and what differs there is to be named
+    state: dict[str, Any] = json.loads(
+        json.dumps({"source_labels": labels, "replay": replay_record, "replay_fraction": share})
+    )
     return state
 
 

@@ -214,7 +214,54 @@ class HeteroFusionModel(PeftModelForCausalLM):
         base: Any = self.get_base_model()
         for path, module in target.modules.items():
             load_whole_tensors(base.get_submodule(path).lora_A[ADAPTER_NAME], {"weight": module.lora_A})
-        self.plan = with_target(self.plan, target)
+        self._take_plan(with_target(self.plan, target))
+
+    def set_sources(
+        self, sources: Sequence[LoraAdapter], *, source_configs: Sequence[PretrainedConfig | None] | None = None
+    ) -> None:
+        """Let the same hypernetworks read other source adapters from here on: other experts, fewer, another order.
+
+        Target, basis and hypernetworks stay as they are, and an export is of the sources that are read then. All ranks
+        together, between optimizer steps.
+
+        Args:
+            sources: source adapters, in order.
+            source_configs: see `from_adapters`.
+
+        Raises:
+            AdapterError: they do not fit the target, see `plan_alignment`.
+            ValueError: they bring other roles or ranks than the sources that there were, or with a `residual_scale`
+                other modules, of which each has a free update; or a sequence of blocks is too long.
+        """
+        base: Any = self.get_base_model()
+        plan = plan_alignment(
+            self.plan.target,
+            sources,
+            layer_alignment=self.method.layer_alignment,
+            transfer_ratio=self.method.transfer_ratio,
+            target_config=base.config,
+            source_configs=source_configs,
+        )
+        free = self.hypernetworks.config.residual_scale > 0
+        old, new = (
+            {
+                f"{key.name} of {item.target.module.path}" if free else key.name
+                for key, items in each.groups.items()
+                for item in items
+            }
+            for each in (self.plan, plan)
+        )
+        if old != new:
+            raise ValueError(
+                "these sources update something else of the target than those that there were, and the hypernetworks "
+                f"are made for it: {', '.join(sorted(old ^ new)[:4])}"
+            )
+        hypernetwork_config(plan, self.method)
+        self._take_plan(plan)
+
+    def _take_plan(self, plan: AlignmentPlan) -> None:
+        """Live updates of another plan for the same hypernetworks."""
+        self.plan = plan
         old = self.updates
         self._install_updates(old.seed)
         self.updates.device, self.updates.average_over_ranks = old.device, old.average_over_ranks

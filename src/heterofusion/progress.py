@@ -186,7 +186,7 @@ def check_data(stage: Stage) -> None:
     wanted = data_state(stage.replay_record, stage.labels_record)
     if stage.finished:
         training = _section(_read_provenance(stage.folder), "training")
-        found = {"source_labels": training.get("source_labels"), "replay": training.get("replay", wanted["replay"])}
+        found = data_state(training.get("replay", stage.replay_record), training.get("source_labels"))
         check_data_state(stage.folder / PROVENANCE_FILE, found, wanted)
     elif stage.resume is not None:
         check_data_state(stage.resume, read_identity(stage.resume).get("data"), wanted)

@@ -264,7 +264,7 @@ def describe_labels(record: dict[str, Any] | None) -> str:
         return ""
     files = ", ".join(file["name"] for file in record["files"])
     share = record["replay_fraction"]
-    rest = f"together with the replay, which was {share:.1%} of every batch" if share else "without any replay"
+    rest = f"together with the replay, which was {share:.1%} of the examples" if share else "without any replay"
     soft = record.get("soft")
     loss = (
         f"\nAt {soft['soft']:.1%} of the labels' tokens it was also held to the source's own distribution, with "

@@ -277,7 +277,7 @@ def labels_record(
     Args:
         labels: of `build_labels`.
         args: which labels were good enough.
-        fraction: share of replay in every batch.
+        fraction: share of replay among the examples.
         soft: plain values about the soft labels; None without.
     """
     return {

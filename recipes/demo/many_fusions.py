@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -21,15 +21,13 @@ from statistics import mean
 logging.getLogger().addHandler(logging.NullHandler())
 
 import torch
-from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from heterofusion import HeteroFusionModel, LoraAdapter, MethodConfig, load_adapter
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.controls import control_sources
 from heterofusion.zoo import TASKS, make_examples, zoo_path
 from heterofusion.zoo.build import load_base, score_tasks
-from heterofusion.zoo.training import collate, encode_example
+from heterofusion.zoo.training import collate, encode_example, train
 
 ANCHOR = "ner_kitchen"
 HELD_OUT = "et_stage"  # no expert of it is drawn
@@ -51,31 +49,22 @@ class ManyFusionsArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
 
-def train(model: HeteroFusionModel, tokenizer, experts: dict[tuple[str, str], LoraAdapter], options) -> None:
-    """Train the hypernetworks on another fusion at every step."""
-    rng = random.Random(options.seed)
+def fusions(
+    model: HeteroFusionModel, tokenizer, experts: dict[tuple[str, str], LoraAdapter], seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches, each of another fusion: the model reads its sources from when the batch is drawn."""
+    rng = random.Random(seed)
     rows = {
-        task: [encode_example(tokenizer, example) for example in make_examples(task, "train", EXAMPLES, options.seed)]
+        task: [encode_example(tokenizer, example) for example in make_examples(task, "train", EXAMPLES, seed)]
         for task in (ANCHOR, *DRAWN)
     }
-    parameters = list(model.hypernetworks.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, options.max_steps // 10, options.max_steps)
-    model.train()
-    bar = tqdm(range(options.max_steps), disable=None)
-    for _ in bar:
+    while True:
         tasks = rng.sample(DRAWN, rng.randint(1, len(DRAWN)))
         families = [FAMILIES[0] if task == ONE_FAMILY else rng.choice(FAMILIES) for task in tasks]
         model.set_sources([experts[pair] for pair in zip(families, tasks, strict=True)])
         asked = [ANCHOR, *tasks]
         batch = [rng.choice(rows[asked[place % len(asked)]]) for place in range(BATCH)]
-        loss = model(**collate(batch, tokenizer.pad_token_id)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        yield collate(batch, tokenizer.pad_token_id)
 
 
 def score(model: HeteroFusionModel, tokenizer, experts: dict[tuple[str, str], LoraAdapter], options) -> dict:
@@ -94,7 +83,6 @@ def score(model: HeteroFusionModel, tokenizer, experts: dict[tuple[str, str], Lo
         return [control_sources([a], "noise", options.seed)[0] if task == chosen else a for task, a in four.items()]
 
     sources, other = list(four.values()), experts[FAMILIES[1], ONE_FAMILY]
-    model.eval()
     return {
         "anchor's task, four sources": f1(sources, ANCHOR)[ANCHOR],
         "source tasks, four sources": f1(sources, *DRAWN),
@@ -123,7 +111,9 @@ def main(argv: list[str]) -> None:
     method = MethodConfig(preset=options.preset, extra_rank=options.extra_rank)
     anchor, first = load_adapter(zoo_path("llama", ANCHOR)), experts[FAMILIES[0], DRAWN[0]]
     model = HeteroFusionModel.from_adapters(base, anchor, [first], method, seed=options.seed)
-    train(model, tokenizer, experts, options)
+    train(
+        model, fusions(model, tokenizer, experts, options.seed), options.max_steps, options.learning_rate, warmup=0.1
+    )
     scores = score(model, tokenizer, experts, options)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

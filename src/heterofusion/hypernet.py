@@ -71,8 +71,8 @@ class HypernetworkOutput(NamedTuple):
     alpha: Tensor | None
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=bias)
+def _linear(inputs: int, outputs: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    layer = kind(inputs, outputs, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
@@ -86,6 +86,11 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Join along the first dimension; one part alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 class SharedFactors(nn.Module):
     """Row and column projections of the compact form, shared by all roles (columns by all groups of one rank)."""
 
@@ -94,17 +99,12 @@ class SharedFactors(nn.Module):
         b, k, m = config.block_size, config.row_features, config.column_features
         self.rows_in = _linear(b, k)
         self.rows_out = _linear(k, b, bias=False)
-        self.columns_in = nn.ModuleDict({str(rank): ColumnProjection(rank, m) for rank in sorted(ranks)})
+        self.columns_in = nn.ModuleDict({str(rank): _linear(rank, m, kind=ColumnProjection) for rank in sorted(ranks)})
         self.columns_out = nn.ModuleDict({str(rank): _linear(m, rank, bias=False) for rank in sorted(ranks)})
 
 
 class ColumnProjection(nn.Linear):
     """Columns of a block from r to m. A module of its own: engines that shard gather by module."""
-
-    def __init__(self, rank: int, features: int) -> None:
-        super().__init__(rank, features)
-        nn.init.xavier_uniform_(self.weight)
-        nn.init.zeros_(self.bias)
 
     def forward(self, columns: Tensor) -> Tensor:
         """Mix columns.
@@ -159,11 +159,11 @@ class FactorizedFeatures(nn.Module):
         if inputs.padded_from is not None and inputs.padded_from + 1 < self.rank:
             target, source = columns.split(inputs.lengths())
             parts = [target, source[:, : inputs.padded_from + 1]]  # one column stands for all that are padded
-        rows = F.gelu(shared.rows_in(torch.cat([part.flatten(0, 1) for part in parts])))  # of all columns: (., k)
+        rows = F.gelu(shared.rows_in(_cat([part.flatten(0, 1) for part in parts])))  # of all columns: (., k)
         split = rows.split([part.shape[0] * part.shape[1] for part in parts])
         project = shared.columns_in[str(self.rank)]
         mixed = [project(own.unflatten(0, part.shape[:2])) for own, part in zip(split, parts, strict=True)]
-        return F.gelu(self.mix(F.gelu(torch.cat(mixed)).flatten(-2)))  # (K, m, k) to (K, e)
+        return F.gelu(self.mix(F.gelu(_cat(mixed)).flatten(-2)))  # (K, m, k) to (K, e)
 
 
 class DenseDecoder(nn.Module):

@@ -58,6 +58,24 @@ def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> Hypernetwo
     return config
 
 
+def _align(
+    target: LoraAdapter,
+    sources: Sequence[LoraAdapter],
+    method: MethodConfig,
+    target_config: PretrainedConfig,
+    source_configs: Sequence[PretrainedConfig | None] | None,
+) -> AlignmentPlan:
+    """The alignment as the method's settings say."""
+    return plan_alignment(
+        target,
+        sources,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        target_config=target_config,
+        source_configs=source_configs,
+    )
+
+
 class HeteroFusionModel(PeftModelForCausalLM):
     """A target model with its LoRA adapter and the hypernetworks that update it.
 
@@ -146,15 +164,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             seed: see the class.
         """
         method = method or MethodConfig()
-        plan = plan_alignment(
-            target,
-            sources,
-            layer_alignment=method.layer_alignment,
-            transfer_ratio=method.transfer_ratio,
-            target_config=model.config,
-            source_configs=source_configs,
-        )
-        return cls(model, plan, method, seed)
+        return cls(model, _align(target, sources, method, model.config, source_configs), method, seed)
 
     def _load_target(self, target: LoraAdapter) -> None:
         try:
@@ -234,14 +244,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
                 other modules, of which each has a free update; or a sequence of blocks is too long.
         """
         base: Any = self.get_base_model()
-        plan = plan_alignment(
-            self.plan.target,
-            sources,
-            layer_alignment=self.method.layer_alignment,
-            transfer_ratio=self.method.transfer_ratio,
-            target_config=base.config,
-            source_configs=source_configs,
-        )
+        plan = _align(self.plan.target, sources, self.method, base.config, source_configs)
         free = self.hypernetworks.config.residual_scale > 0
         old, new = (
             {

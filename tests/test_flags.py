@@ -1,14 +1,17 @@
 """Flags of the command line: parsing, ranges, help, --config and --debug."""
 
+import contextlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from heterofusion import HeteroFusionConfig, MethodConfig
 from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, SourceLabelArguments
-from heterofusion.cli import parse_arguments
+from heterofusion.cli import command, parse_arguments
 from heterofusion.stages import ARGUMENTS
 from recipe_runner import QWEN, error_line, flags, plan, train
 
@@ -201,3 +204,24 @@ def test_environment_variables_in_a_config_file(tmp_path, monkeypatch):
     monkeypatch.delenv("MODEL_ROOT")
     with pytest.raises(ValueError, match="environment variable MODEL_ROOT is not set"):
         parse_arguments((ModelArguments,), ["--config", str(path)], "")
+
+
+@pytest.mark.parametrize("bars", [0, 1, 2])
+def test_error_line_begins_a_line_whatever_bars_were_cut_short(bars, capsys):
+    @command
+    def fails(_):
+        with contextlib.ExitStack() as stack:
+            for _ in range(bars):
+                stack.enter_context(tqdm(total=2, file=sys.stderr))
+            open_bars.append(stack.pop_all())  # a traceback keeps them open
+        raise ValueError("w")
+
+    open_bars: list[contextlib.ExitStack] = []
+    try:
+        assert fails([]) == 2
+        text = capsys.readouterr().err
+    finally:
+        for stack in open_bars:
+            stack.close()
+    assert [line for line in text.splitlines() if "error" in line] == ["error: w"]
+    assert bars or text == "error: w\n"

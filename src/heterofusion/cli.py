@@ -307,14 +307,19 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
                 raise
             _drop_held_messages()
             if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node: a file may be missing on one of them
-                with tqdm.external_write_mode(sys.stderr):  # on a line of its own, whatever bar was cut short
-                    print(f"error: {one_line(error)}", file=sys.stderr)
+                _print_alone(f"error: {one_line(error)}")
             return USER_ERROR
         finally:
             release_logging()
         return 0
 
     return main
+
+
+def _print_alone(line: str) -> None:
+    """Print a line to stderr, whatever progress bars were cut short: in a log it begins where a line does."""
+    with tqdm.external_write_mode(sys.stderr):  # with several bars it leaves codes that move a terminal's cursor up
+        print(("\r" if getattr(tqdm, "_instances", None) else "") + line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

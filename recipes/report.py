@@ -4,7 +4,8 @@
         --baseline sft --claims claims.yaml
 
 Reads every results.json of recipes/eval.py in the folders. Results that agree in name and in all labels but the seed
-make one row; one table per value of the label --group_by. Writes output_dir/report.md, report.json and pictures/.
+make one row; one table per value of the label --group_by. --comparisons shows what recipes/compare.py wrote, with or
+without such results. Writes output_dir/report.md, report.json and pictures/.
 """
 
 import logging
@@ -28,10 +29,14 @@ from heterofusion.report.write import Report, check_output, read_adapters, write
 class ReportArguments:
     """What is read, how it is arranged, and where it goes."""
 
-    results: list[str] = field(
-        metadata={"help": "Files results.json of recipes/eval.py, and folders that are searched for them."}
-    )
     output_dir: str = field(metadata={"help": "Folder for report.md, report.json and pictures."})
+    results: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files results.json of recipes/eval.py, and folders that are searched for them. These, or "
+            "--comparisons or --adapters, must be given."
+        },
+    )
     comparisons: list[str] = field(
         default_factory=list,
         metadata={"help": "Files comparison.json of recipes/compare.py, whose tables and pictures come first."},
@@ -79,10 +84,11 @@ class ReportArguments:
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((ReportArguments,), argv, __doc__)
     set_up_logging(logging.INFO, hold=True)
+    _check_inputs(options)
     folder, document = check_output(options.output_dir, options.output_file, options.overwrite)
     require_matplotlib()
     claims = read_claims(options.claims) if options.claims else []
-    results = find_results(options.results)
+    results = find_results(options.results) if options.results else []
     groups = make_groups(results, options.group_by, options.rows, options.columns)
     if options.baseline and not any(baseline_rows(group, options.baseline, options.group_by) for group in groups):
         names = sorted({row.name for group in groups for row in group.rows})
@@ -106,6 +112,14 @@ def main(argv: list[str]) -> None:
     if report.findings:
         print(f"{claims_table(report.findings)}\n")
     print(f"written to {document}" + (f" and {folder}" if document.parent != folder else ""))
+
+
+def _check_inputs(options: ReportArguments) -> None:
+    if not (options.results or options.comparisons or options.adapters):
+        raise ValueError("there is nothing to report; give --results, --comparisons or --adapters")
+    for flag in ("claims", "baseline", "rows", "columns"):
+        if getattr(options, flag) and not options.results:
+            raise ValueError(f"--{flag} is about --results, of which there are none; give some or leave it out")
 
 
 if __name__ == "__main__":

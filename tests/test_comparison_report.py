@@ -356,6 +356,35 @@ def test_report_shows_two_comparisons_and_their_pictures_have_names_of_their_own
         assert (output / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert text.index("## Without cases") < text.index("## With cases") < text.index("### N=30")
     assert json.loads((output / "report.json").read_text())["comparisons"] == [plain, like_it]
+    assert "\n\nMade from 1 result on cpu and 2 comparisons, with " in text
+
+
+def test_report_of_a_comparison_alone_tells_its_versions(tmp_path):
+    file = tmp_path / "comparison.json"
+    file.write_text(json.dumps(comparison(versions={"torch": "2.13.0", "peft": "0.21.2"})))
+    succeeds(report.main, flags({"comparisons": [file], "output_dir": tmp_path / "report"}))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "\n\nMade from 1 comparison, with torch 2.13.0, peft 0.21.2.\n\n" in text
+    numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert numbers["groups"] == [] and len(numbers["comparisons"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, ["nothing to report", "--results", "--comparisons", "--adapters"]),
+        ({"claims": "claims.yaml"}, ["--claims is about --results"]),
+        ({"baseline": "base"}, ["--baseline is about --results"]),
+        ({"rows": ["base"]}, ["--rows is about --results"]),
+    ],
+)
+def test_report_without_results_refuses_what_is_about_them(given, words, tmp_path, capsys):
+    file = tmp_path / "comparison.json"
+    file.write_text(json.dumps(comparison()))
+    comparisons = {"comparisons": [file]} if given else {}
+    argv = flags({**comparisons, **given, "output_dir": tmp_path / "report"})
+    error_line(capsys, report.main, argv, *words)
+    assert not (tmp_path / "report").exists()
 
 
 def test_report_refuses_a_comparison_of_unknown_cases(tmp_path, capsys):

@@ -122,6 +122,11 @@ class ComparisonTable:
     cases: Sequence[str] = ()
 
     @property
+    def versions(self) -> dict[str, str]:
+        """Version by name of the packages that it was made with."""
+        return {str(name): str(version) for name, version in (self.content.get("versions") or {}).items()}
+
+    @property
     def names(self) -> dict[str, str]:
         """Group by name of the method, groups together, in order."""
         groups = {row.name: row.group for row in self.rows}
@@ -161,6 +166,7 @@ def parse_comparison(content: Any, where: str) -> ComparisonTable:
     """
     field = Fields(content, where)
     cases = _names(field, "cases") or []
+    field.get("versions", dict, {})
     rows = [_row(entry, f"rows[{index}]", cases, where) for index, entry in enumerate(field.get("rows", list))]
     if not rows:
         raise ValueError(f"{where} has no rows; recipes/compare.py has to finish a run first")

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from heterofusion.markdown import markdown_table
 from heterofusion.report.claims import AT_LEAST, Finding
+from heterofusion.report.comparison_record import ComparisonTable
 from heterofusion.report.results import MEAN, Result
 from heterofusion.report.rows import DETAIL_COUNTS, Group, Row, baseline_difference, baseline_rows
 
@@ -166,16 +167,18 @@ def group_title(group: Group, group_by: str) -> str:
     return f"Results without the label {group_by}" if group.value is None else f"{group_by}: {group.value}"
 
 
-def provenance_sentence(results: Sequence[Result]) -> str:
-    """How many results there are, what they ran on and with which versions."""
+def provenance_sentence(results: Sequence[Result], comparisons: Sequence[ComparisonTable] = ()) -> str:
+    """How many results and comparisons there are, what the former ran on, and with which versions of packages."""
     devices = sorted({result.device for result in results if result.device})
     versions: dict[str, set[str]] = {}
-    for result in results:
-        for name, version in result.versions.items():
+    for of_one in [result.versions for result in results] + [table.versions for table in comparisons]:
+        for name, version in of_one.items():
             versions.setdefault(name, set()).add(version)
     told = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items())
     where = f" on {', '.join(devices)}" if devices else ""
-    return f"Made from {len(results)} results{where}{f', with {told}' if told else ''}."
+    counts = ((len(results), "result", where), (len(comparisons), "comparison", ""))
+    made_from = " and ".join(f"{count} {what}{'s' * (count > 1)}{rest}" for count, what, rest in counts if count)
+    return f"Made from {made_from}{f', with {told}' if told else ''}."
 
 
 def group_numbers(group: Group, group_by: str, baseline: str | None) -> dict[str, Any]:

@@ -216,8 +216,8 @@ def _compose(report: Report, drawn: _Pictures) -> tuple[str, dict[str, Any]]:
     if report.intro:
         parts.append(report.intro)
     results = [result for group in report.groups for result in group.results]
-    if results:
-        parts.append(provenance_sentence(results))
+    if results or report.comparisons:
+        parts.append(provenance_sentence(results, report.comparisons))
     if report.command:
         parts.append(f"Made by\n\n```bash\n{report.command.strip()}\n```")
     for index, table in enumerate(report.comparisons, start=1):

@@ -264,6 +264,21 @@ def test_fitted_rows_have_the_mean_rms_of_the_anchors_on_inputs(basis, target, s
     assert (expansion.examples, expansion.tokens) == (6, sum(ids.numel() for ids in sequences()))
 
 
+@pytest.mark.parametrize("basis", ["random", "activations"])
+def test_fit_inside_autocast_sums_in_float32(basis, target, sources):
+    model = HeteroFusionModel.from_adapters(fresh_base(), target, sources, settings(extra_basis=basis))
+    seen = {path: [] for path in target.modules}
+    for path, inputs in seen.items():  # the very inputs that are fitted to
+        hook = lambda _, args, inputs=inputs: inputs.append(args[0][0].double())  # noqa: E731
+        model.get_base_model().get_submodule(path).register_forward_pre_hook(hook)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.fit_basis(sequences())
+    for path, inputs in seen.items():
+        A = model.plan.target.modules[path].lora_A.double()
+        rms = (torch.cat(inputs) @ A.T).square().mean(0).sqrt()
+        assert rms[4:] == pytest.approx([float(rms[:4].mean())] * K, rel=1e-4), path
+
+
 def test_activations_are_the_principal_directions_beside_the_anchors_rows(target, sources):
     """Against the eigenvectors of the whole second moment, projected on the complement of the anchor's rows."""
     adapter = expand_adapter(target, settings(extra_basis="activations"), 42)

@@ -233,7 +233,9 @@ def _visit_inputs(
     for path in paths:
 
         def show(module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-            visit(path, args[0].detach().flatten(0, -2).float())
+            inputs = args[0].detach().flatten(0, -2).float()
+            with torch.autocast(inputs.device.type, enabled=False):  # the forward may be inside accelerate's
+                visit(path, inputs)
 
         hooks.append(base.get_submodule(path).register_forward_pre_hook(show))
     # Silent for the first seconds, and on all ranks but the first.

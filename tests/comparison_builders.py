@@ -91,7 +91,8 @@ folder = pathlib.Path(flags["output_dir"])
 folder.mkdir(parents=True, exist_ok=True)
 if (pathlib.Path(__file__).parent / "broken_label").exists() and flags.get("routing"):
     sys.exit("error: no source is good enough")
-(folder / "labels.json").write_text(json.dumps({"cost": {"seconds": 11.0}}))
+tasks = {"p": {"sources": {"anchor" if flags.get("anchor_labels") else "qwen": 3}}}
+(folder / "labels.json").write_text(json.dumps({"cost": {"seconds": 11.0}, "tasks": tasks}))
 """
 LABELS = {
     "recipe": "label",

@@ -159,6 +159,19 @@ def test_training_is_not_evaluated_on_test_data(workplace, capsys):
     )
 
 
+@pytest.mark.parametrize(("split", "code"), [(None, 2), ("test", 2), ("validation", 0)])
+def test_split_that_a_training_is_evaluated_on_by_default_is_that_of_tests(split, code, workplace, capsys):
+    file = workplace / "compare.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["test"] = {"model_name_or_path": "BASE", "dataset_name": ["owner/data"]}
+    (fusion,) = [method for method in content["methods"] if method["name"] == "fusion"]
+    fusion["flags"] |= {"eval_dataset_name": ["owner/data"], "eval_strategy": "steps"}
+    fusion["flags"] |= {"eval_split": split} if split else {}
+    file.write_text(yaml.safe_dump(content))
+    assert compare.main(["--config", str(file), "--dry_run", "true"]) == code
+    assert ("by test data: owner/data default test" in capsys.readouterr().err) == (code == 2)
+
+
 def test_rows_of_other_data_sets_are_refused(tmp_path):
     content = sections()
     content["methods"][0] = {"name": "anchor", "parts": [{"adapters": ["T"], "dataset_name": ["a.jsonl"]}]}

@@ -201,7 +201,45 @@ def test_the_best_of_several_is_the_best_of_the_same_seeds():
     ]
     table = parsed(rows=rows, gains=[gain(over_best_of=["lucky", "other", "tuning"])])
     (told,) = [told for told in gain_sentences(table) if told.startswith("N=30")]
-    assert "which is tuning (0.710 ± 0.025), = **+0.100 ± " in told and "(n = 3; " in told
+    assert "which is tuning (0.710 ± 0.025; lucky without some of its seeds), = **+0.100 ± " in told
+    assert "(n = 3; " in told
+
+
+def test_target_is_not_met_while_something_that_it_is_over_lacks_seeds():
+    rows = [
+        row("fusion", "N=30", [0.60, 0.71, 0.64]),
+        row("tuning", "N=30", [0.1, 0.21, 0.14]),
+        row("noise", "N=30", [0.9, 0.9]),
+    ]
+    table = parsed(rows=rows, gains=[gain(over_best_of=["tuning", "noise"], at_least=0.1)])
+    (told,) = [told for told in gain_sentences(table) if told.startswith("N=30")]
+    assert "noise without some of its seeds" in told and told.endswith("**not met**.")
+    (found,) = cells(comparison_section(table, [], "##"), "g")
+    assert found[2].endswith("(over tuning; above 0; noise without some seeds; **not met**)")
+
+
+@pytest.mark.parametrize("seedless", [["merge"], ["merge", "other merge"]])
+def test_best_of_several_may_depend_on_no_seed(seedless):
+    rows = [
+        row("fusion", None, [0.50, 0.52, 0.51]),
+        row("tuning", None, [0.30, 0.31, 0.32]),
+        *(row(name, None, {None: 0.9 - 0.1 * i}) for i, name in enumerate(reversed(seedless))),
+    ]
+    (told,) = gain_sentences(
+        parsed(rows=rows, cases=[], gains=[gain(over_best_of=["tuning", *seedless], at_least=0.1)])
+    )
+    assert f"which is {seedless[-1]} (0.900), = **-0.390 ± " in told and told.endswith("**not met**.")
+
+
+def test_best_of_several_for_a_row_that_depends_on_no_seed():
+    rows = [
+        row("merge", None, {None: 0.9}),
+        row("tuning", None, [0.30, 0.31, 0.32]),
+        row("fusion", None, [0.50, 0.52, 0.51]),
+    ]
+    asked = gain(row="merge", over_best_of=["tuning", "fusion"])
+    (told,) = gain_sentences(parsed(rows=rows, cases=[], gains=[asked]))
+    assert "which is fusion (0.510 ± 0.025), = **+0.390 ± " in told
 
 
 def test_loss_is_told_as_one():

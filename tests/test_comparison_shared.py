@@ -80,6 +80,14 @@ def test_seconds_of_all_that_was_made_are_told_if_they_are_known(workplace):
     assert rows["merged", "N=0"]["runs"][0]["made_seconds"] == 15.0
 
 
+def test_row_with_the_anchors_own_labels_runs_no_sources(workplace):
+    own = {**LABELS, "flags": {**LABELS["flags"], "anchor_labels": True}}
+    write(workplace, made={"labels": own, "extra": EXTRA})
+    assert run(workplace, "--only", "merged") == 0
+    row = rows_of(read(workplace))["merged", "N=0"]
+    assert row["made"] == ["labels", "extra"] and not row["ran_source_models"]
+
+
 def test_what_belongs_to_some_cases_has_a_row_in_each_of_them(workplace):
     """Three cases with a method that is run once, but shown in two."""
     cases = [*CASES, {**CASES[1], "name": "N=90"}]

@@ -299,7 +299,7 @@ def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, cap
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"replay_fraction": 0.5}, "another replay_fraction: 0.375, this run has 0.5"),
+        ({"replay_fraction": 0.25}, "another replay_fraction: 0.5, this run has 0.25"),
         ({"min_log_probability": -2}, "source_labels.min_log_probability: null, this run has -2.0"),
         ({"keep_malformed": True}, "source_labels.keep_malformed: false, this run has true"),
         ({"label_loss": "soft"}, "source_labels.loss"),

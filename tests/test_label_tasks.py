@@ -33,6 +33,10 @@ def prompts_of(rows):
          {"messages": [USER, ANSWER, USER, {"role": "assistant", "content": "b"}]}),
         ({"instruction": "Say", "input": "it", "history": []}, ([{"role": "user", "content": "Say\nit"}], [EMPTY]),
          {"instruction": "Say", "input": "it", "output": "b"}),
+        # as the replay is read: `prompt` beside these columns is often the whole example, its answer included
+        ({"instruction": "Say", "input": "it", "output": "wrong", "prompt": "### Say it: wrong"},
+         ([{"role": "user", "content": "Say\nit"}], [EMPTY]), {"instruction": "Say", "input": "it", "output": "b"}),
+        ({"prompt": "a:", "text": "a: wrong"}, ("a:", ""), {"prompt": "a:", "completion": " b "}),
     ],
 )  # fmt: skip
 def test_answers_are_not_looked_at_and_labels_have_the_columns_of_the_prompt(row, example, record):

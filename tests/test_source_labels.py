@@ -218,7 +218,7 @@ def finished(base_dir, tmp_path_factory) -> SimpleNamespace:
 def test_record_says_what_the_labels_were(finished):
     record = finished.record["training"]["source_labels"]
     (file,) = record["files"]
-    assert (record["replay_fraction"], record["loss"], record["kept"]) == (0.375, "hard", 4)
+    assert (record["replay_fraction"], record["loss"], record["kept"]) == (0.6, "hard", 4)
     assert file["name"] == "labels.jsonl" and str(finished.folder) not in json.dumps(finished.record)
     assert file["sha256"] == hashlib.sha256((finished.folder / "labels.jsonl").read_bytes()).hexdigest()
     assert (file["read"], file["malformed"], file["unsure"], file["kept"]) == (7, 2, 1, 4)
@@ -231,7 +231,7 @@ def test_log_and_card_name_them(finished):
     assert "2 malformed and 1 not sure enough dropped; 7 read, 4 sampled" in finished.log
     assert "kept by source and task: mistral: 2 town; qwen: 1 stage, 1 town" in finished.log
     card = (finished.out / "README.md").read_text()
-    assert "4 source labels (labels.jsonl)" in card and "37.5% of the examples" in card
+    assert "4 source labels (labels.jsonl)" in card and "60.0% of the examples" in card
     history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
     assert sum({"loss_replay", "loss_labels"} <= set(line) for line in history) == 2
 

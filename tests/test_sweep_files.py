@@ -177,10 +177,17 @@ def test_labels_of_a_reference_are_added(tmp_path, labels, more):
     assert reference.steps[0].flags["labels"] == ["experiment=table", "anchor=a", *more]
 
 
-@pytest.mark.parametrize("variables", [{"a": "{a}"}, {"a": ["x{b}"], "b": "{a}"}])
+@pytest.mark.parametrize(
+    "variables", [{"a": "{a}"}, {"a": ["x{b}"], "b": "{a}"}, {"a": [{"for_each": [1], "value": "{a}"}]}]
+)
 def test_variable_of_itself_raises(variables):
     with pytest.raises(ValueError, match=r"here: the value of \{a\} has \{a\} itself in it"):
         Template(variables, {}, "here").fill({"flag": ["{a}"]})
+
+
+def test_loop_may_hide_a_variable_that_is_being_filled():
+    loop = [{"for_each": [{"a": "x"}, {"a": "y"}], "value": "{a}!"}]
+    assert Template({"a": loop}, {}, "here").fill(["{a}"]) == ["x!", "y!"]
 
 
 def test_template_remembers_what_it_needed():

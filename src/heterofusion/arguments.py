@@ -230,7 +230,7 @@ class SourceLabelArguments:
         default=None,
         metadata={
             "help": "Share of replay among the examples of every run of neighbours, the rest are source labels. By "
-            "default all examples come equally often, but at most 0.375 (12 of 32) are replay."
+            "default all examples, replay and labels, come equally often."
         },
     )
     label_loss: str = field(

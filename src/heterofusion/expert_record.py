@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from heterofusion.adapters import WEIGHTS_FILE, file_sha256
 from heterofusion.config import training_settings
 from heterofusion.expert_lora import ExpertLora, plain
-from heterofusion.label_controls import labels_control
+from heterofusion.label_controls import is_labelled_by_sources, labels_control
 from heterofusion.mixture_data import TrainingData
 from heterofusion.provenance import (
     CARD_FILE,
@@ -69,7 +69,7 @@ def expert_record(
             lora.train_only or "lora",
             training_cost(metrics, resumed_from_step),
             args.seed,
-            ran_source_models=data.labels_record is not None,
+            ran_source_models=is_labelled_by_sources(data.labels_record),
             source_control=whole_control(None, labels, begun),
         ),
         "label_control": labels,

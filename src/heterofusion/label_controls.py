@@ -11,6 +11,7 @@ from typing import Any
 from heterofusion.adapter_config import read_json_object
 
 LABELS_FILE = "labels.json"  # beside the files of labels that recipes/label.py wrote
+ANCHOR = "anchor"  # its name among those of the sources, of which none may have it
 CONTROL_COLUMN = "control"  # of a label: the kind; labels that are none have no such column
 LABEL_CONTROLS = ("bases", "shuffle", "anchor")
 _WORDS = {
@@ -41,6 +42,11 @@ def file_control(path: Path, labels: Iterable[Mapping[str, Any]]) -> str | None:
         if isinstance(tasks, Mapping) and path.name in {f"{task}.jsonl" for task in tasks}:
             kinds.append(control.get("kind") if isinstance(control, Mapping) else None)
     return "+".join(kind for kind in LABEL_CONTROLS if kind in kinds) or None
+
+
+def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:
+    """Whether a training record of source labels holds any that are not the anchor's own answers."""
+    return record is not None and any(source != ANCHOR for file in record["files"] for source in file["by_source"])
 
 
 def labels_control(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -22,7 +22,6 @@ from heterofusion.formats import IGNORE_INDEX
 
 PART = "mixture_part"  # column of a batch: the index in PARTS of each example's part
 PARTS = ("replay", "labels")
-LARGEST_DEFAULT = 0.375  # 12 of 32
 _FINEST = 1000  # largest denominator of a share: an epoch of a finer one would be very long
 
 
@@ -79,20 +78,18 @@ def check_soft_settings(args: TrainingArguments) -> None:
 
 
 def default_fraction(replay: int, labels: int) -> float:
-    """The share of replay where none is asked for: all examples equally often, but at most 12 of 32 are replay.
-
-    A larger share repeats a few answered examples again and again, and costs labels that show more.
+    """The share of replay where none is asked for: all examples come equally often.
 
     Args:
         replay: number of replay examples.
         labels: number of source labels.
 
     Returns:
-        The share, at least 0.001; 0 without replay.
+        The share, from 0.001 to 0.999; 0 without replay.
     """
     if not replay:
         return 0.0
-    return max(1 / _FINEST, min(LARGEST_DEFAULT, replay / (replay + labels)))
+    return min(max(replay / (replay + labels), 1 / _FINEST), 1 - 1 / _FINEST)
 
 
 class Mixture(Dataset):

@@ -14,7 +14,7 @@ from heterofusion.adapters import WEIGHTS_FILE, LoraAdapter, file_sha256
 from heterofusion.basis import INPUTS, ExpandedAdapter
 from heterofusion.controls import control_kind, control_record, describe_control
 from heterofusion.cost import cost_record
-from heterofusion.label_controls import describe_labels_control, labels_control
+from heterofusion.label_controls import ANCHOR, describe_labels_control, is_labelled_by_sources, labels_control
 from heterofusion.modeling import HeteroFusionModel
 
 PROVENANCE_FILE = "fusion.json"
@@ -41,7 +41,7 @@ def made_by(
         method: name of the method within its kind, such as `ties`.
         cost: of `training_cost` or `heterofusion.cost.cost_record`.
         seed: of what is random in it; None if nothing is.
-        ran_source_models: whether source experts were run on their own bases.
+        ran_source_models: whether models of the sources were run on their own bases.
         source_control: of what kind of control it is, if it is one; see `whole_control`.
     """
     return {
@@ -207,7 +207,7 @@ def provenance(
             "heterofusion",
             cost,
             seed=model.updates.seed,
-            ran_source_models="source_labels" in training,
+            ran_source_models=is_labelled_by_sources(training.get("source_labels")),
             source_control=whole_control(control, labels, initial),
         ),
         "source_control": control,
@@ -272,7 +272,7 @@ def describe_labels(record: dict[str, Any] | None) -> str:
         if soft
         else ""
     )
-    anchors = sum(sum(file["by_source"].get("anchor", {}).values()) for file in record["files"])
+    anchors = sum(sum(file["by_source"].get(ANCHOR, {}).values()) for file in record["files"])
     own = f"\n{anchors} of them are the anchor's own answers." if anchors else ""
     return (
         f"It was trained on {record['kept']} source labels ({files}), prompts that source experts answered,\n{rest}."

@@ -1,12 +1,11 @@
 """What the runs of a comparison left becomes one record: `comparison.json`, which reports are made of."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.data import check_same_data
-from heterofusion.comparison.making import finished_folders, is_outdated, seconds_to_make
+from heterofusion.comparison.making import finished_folders, is_outdated, runs_sources, seconds_to_make
 from heterofusion.comparison.plan import Comparison, Method
 from heterofusion.comparison.runs import (
     Place,
@@ -51,6 +50,7 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
         run.folder for run in wanted if there.issuperset(run.needs) and not is_outdated(run, made) and is_finished(run)
     }
     seconds = {run.folder: seconds_to_make(run) for run in made if run.folder in there}
+    with_sources = {run.folder for run in made if run.folder in there and runs_sources(run)}
     for method in comparison.methods:
         searched = comparison.method(method.settings_of or method.name)
         known = not searched.search or searched.name in chosen
@@ -66,7 +66,7 @@ def collect(comparison: Comparison, chosen: Mapping[str, Mapping[str, Any]]) -> 
         for case, places in _places_by_row(comparison, method):
             done = [place for place in places if place.folder in results]
             if done:
-                rows.append(_method_row(comparison, method, case, done, results, seconds, chosen))
+                rows.append(_method_row(comparison, method, case, done, results, seconds, with_sources, chosen))
     check_same_data(everything)
     return {
         "cases": comparison.case_names,
@@ -116,6 +116,7 @@ def _method_row(
     places: Sequence[Place],
     results: Mapping[Path, Fields],
     seconds: Mapping[Path, float | None],
+    with_sources: Set[Path],
     chosen: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     settings = chosen.get(method.settings_of or method.name)
@@ -129,7 +130,8 @@ def _method_row(
         made=[each.name for each in made],
         made_seconds={place.seed: _made_seconds(comparison, place, seconds) for place in places},
     )
-    row["ran_source_models"] |= any(each.recipe in (LABEL, "distill") for each in made)
+    shared = {folder for p in places for folder in made_folders(comparison, p.made, p.case, p.seed)}
+    row["ran_source_models"] |= not shared.isdisjoint(with_sources)
     row["settings"] = dict(settings["settings"]) if settings else None
     row["settings_of"] = method.settings_of if settings else None
     if settings and method.name in chosen:

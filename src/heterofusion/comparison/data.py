@@ -118,7 +118,7 @@ def _evaluated(step: Step) -> Iterator[str]:
     """The data sets that a training is evaluated on while it goes on."""
     stages = [{**step.flags, **stage} for stage in step.flags.get("stages") or []]
     for flags in (stages or [step.flags]) if step.recipe in _TRAINING else []:
-        splits = listed(flags.get("eval_split")) or ["train"]
+        splits = listed(flags.get("eval_split")) or ["test"]
         configs = listed(flags.get("eval_config")) or ["default"]
         for index, name in enumerate(listed(flags.get("eval_dataset_name"))):
             config, split = (values[index if len(values) > 1 else 0] for values in (configs, splits))

@@ -6,7 +6,7 @@ from pathlib import Path
 from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.plan import Comparison
 from heterofusion.comparison.runs import ComparisonRun, making_seconds, read_record
-from heterofusion.label_controls import LABELS_FILE
+from heterofusion.label_controls import ANCHOR, LABELS_FILE
 from heterofusion.provenance import DISTILLATION_FILE, EXPERT_FILE, MERGE_FILE, PROVENANCE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Pool, is_finished, run_all
@@ -108,6 +108,16 @@ def lost_methods(comparison: Comparison, lost: Container[str], why: str) -> dict
     return {
         name: f"the hyper-parameters of {of!r} were not searched, {why}" for name, of in searched.items() if of in lost
     }
+
+
+def runs_sources(run: ComparisonRun) -> bool:
+    """Whether making something that methods share ran models of the sources; labels without a record may have."""
+    (step,) = run.steps
+    if step.recipe != LABEL:
+        return step.recipe == "distill"
+    path = step.folder / _RECORDS[LABEL]
+    tasks = read_record(path).get("tasks", dict) if path.is_file() else None
+    return tasks is None or any(source != ANCHOR for task in tasks.values() for source in task["sources"])
 
 
 def seconds_to_make(run: ComparisonRun) -> float | None:

@@ -16,9 +16,8 @@ from heterofusion.evaluation.arguments import (
     GenerationArguments,
     is_file_name,
 )
-from heterofusion.label_controls import LABEL_CONTROLS
+from heterofusion.label_controls import ANCHOR, LABEL_CONTROLS
 
-ANCHOR = "anchor"  # its name in tables; no source may have it
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 TEMPERATURE, TOP_P = 1.0, 0.95
 MAX_PROMPTS = 300

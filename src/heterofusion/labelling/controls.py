@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from heterofusion.labelling.arguments import ANCHOR
+from heterofusion.label_controls import ANCHOR
 from heterofusion.labelling.experts import Expert
 from heterofusion.labelling.routing import Routing
 

@@ -25,7 +25,8 @@ from heterofusion.evaluation.models import (
     prompt_limit,
 )
 from heterofusion.evaluation.rows import adapter_hash
-from heterofusion.labelling.arguments import ANCHOR, LabelModelArguments
+from heterofusion.label_controls import ANCHOR
+from heterofusion.labelling.arguments import LabelModelArguments
 from heterofusion.loading import base_dtype, check_token_ids
 from heterofusion.provenance import display_name
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from heterofusion.cli import UsageError, read_yaml
 from heterofusion.evaluation.arguments import NO_ADAPTER
-from heterofusion.labelling.arguments import ANCHOR
+from heterofusion.label_controls import ANCHOR
 from heterofusion.labelling.formats import FormatCheck
 from heterofusion.labelling.generation import Label
 from heterofusion.markdown import markdown_table

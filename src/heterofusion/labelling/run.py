@@ -25,9 +25,9 @@ from heterofusion.evaluation.ranks import all_together
 from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.store import read_json, write_json, write_lines
 from heterofusion.files import staging_folder
-from heterofusion.label_controls import LABELS_FILE
+from heterofusion.label_controls import ANCHOR, LABELS_FILE
 from heterofusion.labelling.answering import Answering, Questions
-from heterofusion.labelling.arguments import ANCHOR, LabelArguments
+from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.controls import check_bases, labellers, with_control
 from heterofusion.labelling.experts import Expert, OneModel, find_experts
 from heterofusion.labelling.generation import Label, Sampling

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from heterofusion.evaluation.examples import EvalSet, load_eval_sets
 from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, choose_metric
-from heterofusion.formats import Message, Part, to_conversation
+from heterofusion.formats import Message, Part, detect_format, to_conversation
 from heterofusion.labelling.arguments import LabelDataArguments
 from heterofusion.records import Records, load_records, sample_indices
 
@@ -124,7 +124,10 @@ def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
 
 
 def _prompt_format(columns: Sequence[str]) -> str | None:
-    """As `heterofusion.formats.detect_format`, without the columns of answers."""
+    """As `heterofusion.formats.detect_format`, but columns of answers may be missing."""
+    whole = detect_format(columns)
+    if whole not in (None, "text"):  # whatever other columns of prompts such records have
+        return whole
     needed = {"messages": "messages", "prompt": "prompt_completion", "instruction": "alpaca"}
     return next((format for column, format in needed.items() if column in columns), None)
 

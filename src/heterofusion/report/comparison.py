@@ -180,8 +180,8 @@ def _introduction(table: ComparisonTable) -> str:
         "`making` is what one run takes without imports and loading, `search` all runs of the search for "
         "hyper-parameters together, `answering` all test prompts; `peak GiB` is the most that one process held, on "
         "the GPU if it used one; `models` are alive while it answers; `task id`: it must be told which task a prompt "
-        "is of; `runs sources`: the source experts are run on their own bases. Seconds are missing where nothing was "
-        "made or recorded, or where a run was resumed.",
+        "is of; `runs sources`: models of the sources are run on their own bases. Seconds are missing where nothing "
+        "was made or recorded, or where a run was resumed.",
     ]
     if any(row.over_seeds("made_seconds") is not None for row in table.rows):
         told.append(

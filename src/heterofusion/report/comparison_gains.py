@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from heterofusion.markdown import markdown_table
 from heterofusion.report.comparison_record import ComparisonRow, ComparisonTable, Gain
@@ -20,6 +19,7 @@ class FoundGain:
         case: the case; None if there are no cases.
         over: the row it is over, the best of several; None if none of them is there.
         missing: rows that it names and that are not there.
+        incomplete: rows that it might be over, and that have fewer seeds of `row` than the one it is over.
         estimate: mean difference; None if a row is missing or no seed is in both.
     """
 
@@ -27,6 +27,7 @@ class FoundGain:
     case: str | None
     over: ComparisonRow | None
     missing: Sequence[str]
+    incomplete: Sequence[str]
     estimate: Estimate | None
 
     @property
@@ -41,10 +42,11 @@ class FoundGain:
     def is_met(self) -> bool:
         """Whether the target is met: the mean reaches it, and the whole interval is above its bound.
 
-        Without an interval (one seed), or without one of the rows that it is over, it is not.
+        Without an interval (one seed), or without one of the rows that it is over or some of its seeds, it is not:
+        what is missing may be the strongest of all.
         """
         found, gain = self.estimate, self.gain
-        if found is None or found.interval is None or self.missing:
+        if found is None or found.interval is None or self.missing or self.incomplete:
             return False
         reached = gain.at_least is None or found.mean >= gain.at_least - _ROUNDING
         return reached and found.interval[0] > (gain.interval_above or 0) + _ROUNDING
@@ -60,19 +62,21 @@ def find_gain(table: ComparisonTable, gain: Gain, case: str | None = None) -> Fo
     """
     row, rows = table.row(gain.row), [table.row(name) for name in gain.over]
     missing = [name for name, found in zip((gain.row, *gain.over), (row, *rows), strict=True) if found is None]
-    over = max((found for found in rows if found is not None), key=partial(_strength, row, gain.dataset), default=None)
-    difference = None
-    if row is not None and over is not None:
-        cells = differences({(): row.by_seed(gain.dataset)}, {(): over.by_seed(gain.dataset)})
-        difference = estimate(mean_per_seed(cells)[0].values())
-    return FoundGain(gain, case, over, missing, difference)
+    there = [found for found in rows if found is not None]
+    if row is None or not there:
+        best = max(there, key=lambda other: other.estimate(gain.dataset).mean, default=None)
+        return FoundGain(gain, case, best, missing, (), None)
+    pairs = [_paired(row, other, gain.dataset) for other in there]
+    # the best is that of the most seeds over which `row` has the smallest gain
+    over, found = max(zip(there, pairs, strict=True), key=lambda each: (len(each[1]), -sum(each[1])))
+    incomplete = [other.name for other, values in zip(there, pairs, strict=True) if len(values) < len(found)]
+    return FoundGain(gain, case, over, missing, incomplete, estimate(found))
 
 
-def _strength(row: ComparisonRow | None, dataset: str | None, other: ComparisonRow) -> tuple[int, float]:
-    """What the best of several rows is chosen by: how many seeds it shares with `row`, and its mean over these."""
-    scores = other.by_seed(dataset)
-    common = [seed for seed in scores if row is None or seed in row.by_seed(dataset)]
-    return len(common), sum(scores[seed] for seed in common) / max(1, len(common))
+def _paired(row: ComparisonRow, other: ComparisonRow, dataset: str | None) -> list[float]:
+    """Row less other in each seed that both have; what depends on no seed has all of the other side's."""
+    cells = differences({(): row.by_seed(dataset)}, {(): other.by_seed(dataset)})
+    return list(mean_per_seed(cells)[0].values())
 
 
 def find_gains(table: ComparisonTable) -> Iterator[FoundGain]:
@@ -110,6 +114,7 @@ def gain_sentence(found: FoundGain, with_case: bool = True) -> str:
         return f"{told}: {found.gain.row} and {found.over.name} have no seed in common."
     if len(found.gain.over) > 1 and found.over is not None:
         without = f"; {_listed(found.missing)} not compared" if found.missing else ""
+        without += f"; {_listed(found.incomplete)} without some of its seeds" if found.incomplete else ""
         best = found.over.estimate(found.gain.dataset).text()
         told += f", which is {found.over.name} ({best}{without}),"
     contained = "the 95% interval contains 0: undecided"
@@ -148,6 +153,8 @@ def _cell(found: FoundGain) -> str:
     told.append("one seed" if found.estimate.interval is None else f"{found.sign} 0" if found.sign else "undecided")
     if found.missing:
         told.append(f"without {_listed(found.missing)}")
+    if found.incomplete:
+        told.append(f"{_listed(found.incomplete)} without some seeds")
     if found.gain.has_target:
         told.append("**met**" if found.is_met else "**not met**")
     return f"{found.estimate.text(signed=True)} ({'; '.join(told)})"

@@ -95,6 +95,7 @@ class Template:
         values = []
         for item in items:
             inner = Template({**self.variables, **_loop_variables(item)}, self.lists, self.where)
+            inner._open = [name for name in self._open if name not in _loop_variables(item)]
             if item not in left_out and inner.variables.get("name") not in left_out:
                 values.append(inner.fill(loop["value"]))
             self.used |= inner.used & self.variables.keys() - _loop_variables(item).keys()

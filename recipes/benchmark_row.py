@@ -171,14 +171,14 @@ def tensor_bytes(values: list[Any]) -> int:
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
 
-def hypernetwork_seconds(model: HeteroFusionModel, twice: bool, repeats: int = 5) -> float:
+def hypernetwork_seconds(model: HeteroFusionModel, twice: bool) -> float:
     """Seconds of what an optimizer step runs of the hypernetworks, timed alone.
 
     That is one forward and backward with RDM, whatever the accumulation, and with accumulation one forward without
     gradient.
     """
     times = []
-    for _ in range(1 + repeats):
+    for _ in range(6):  # the first one warms up
         model.zero_grad()
         start = now()
         if twice:

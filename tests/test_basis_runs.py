@@ -125,7 +125,7 @@ def test_every_stage_adds_its_own_rank(common, tmp_path):
     """The second takes all that the first has written for its own, and adds to it."""
     stages = [
         {"name": "one", "source_adapters": [QWEN], "extra_rank": K},
-        {"name": "two", "source_adapters": [MISTRAL], "extra_rank": 2},
+        {"name": "two", "source_adapters": [MISTRAL], "extra_rank": 2, "carry_hypernetworks": True},
         {"name": "three", "source_adapters": [MISTRAL], "carry_hypernetworks": True},
     ]
     config = write_yaml(tmp_path / "run.yaml", stages, target_adapter=TARGET)
@@ -138,7 +138,8 @@ def test_every_stage_adds_its_own_rank(common, tmp_path):
         assert torch.equal(two.modules[path].lora_A[:9], one.modules[path].lora_A)
         assert torch.equal(three.modules[path].lora_A, two.modules[path].lora_A)
         assert three.modules[path].scaling == module.scaling
-    assert "hypernetworks of stage 'two'" in log and "q_proj_r11" in log
+    assert "hypernetworks of stage 'one' (1 of 3): nothing is taken from them" in log  # of rank 9, these are of 11
+    assert "hypernetworks of stage 'two' (2 of 3): " in log and "q_proj_r11" in log
 
 
 # ---- the tuned adapter ------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_tables_are_printed(whole, tmp_path, capsys, logging_restored):
     out, err = capsys.readouterr()
     assert "| ner_garden | **" in out and f"| ner_garden | {COUNT} | ner_garden {COUNT} |" in out
     assert "NO LABELS FOR ner_kitchen: no source is better at it than the anchor" in err
-    assert not (tmp_path / "out" / "soft").exists()  # not asked for this time
+    assert not (tmp_path / "out" / "soft" / "index.json").exists()  # not asked for this time
 
 
 # ---- other prompts, maps, formats -------------------------------------------------------------------------------

@@ -1,8 +1,14 @@
 """Prompts without answers, labels in the columns of their prompts, templates, and which labels are well formed."""
 
+import json
+import shutil
+
 import pytest
 from transformers import AutoTokenizer
 
+from heterofusion.evaluation.arguments import GenerationArguments
+from heterofusion.labelling.arguments import LabelModelArguments
+from heterofusion.labelling.experts import find_experts
 from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.generation import Label
 from heterofusion.labelling.self_prompt import find_template, invented_prompts
@@ -154,3 +160,31 @@ def test_template_of_conversations():
 def test_prompts_without_a_template_raise(rows, message):
     with pytest.raises(ValueError, match=rf"--self_prompt: .*p\.jsonl.* {message}|--self_prompt: .* {message}"):
         template_of(rows)
+
+
+# ---- what answers depend on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "file"),
+    [("base", "tokenizer_config.json"), ("base", "generation_config.json"), ("adapter", "tokenizer_config.json")],
+)
+def test_answers_are_not_those_of_a_model_that_ends_them_elsewhere(where, file, tmp_path):
+    """A corrected EOS token asks again, with `--resume true` too."""
+    shutil.copytree(zoo_path("qwen2"), tmp_path / "base")
+    shutil.copytree(zoo_path("qwen2", "ner_garden"), tmp_path / "adapter")
+    if where == "adapter":
+        AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "adapter")
+    args = {"source_models": [str(tmp_path / "base")], "source_adapters": [str(tmp_path / "adapter")], "use_cpu": True}
+
+    def identity():
+        _, (source,) = find_experts(LabelModelArguments(**args), GenerationArguments())
+        return source.identity()
+
+    before = identity()
+    assert identity() == before
+    path = tmp_path / where / file
+    content = json.loads(path.read_text())
+    changed = {"eos_token_id": 3} if file == "generation_config.json" else {"eos_token": content["pad_token"]}
+    path.write_text(json.dumps({**content, **changed}))
+    assert identity() != before

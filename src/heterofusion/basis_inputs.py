@@ -95,7 +95,7 @@ def fit_basis(model: PeftModel, adapter: ExpandedAdapter, examples: Sequence[Ten
     moments, tokens = second_moments(model, A, directions, examples)
     rows, unreached = {}, 0
     for path, unit in directions.items():
-        lengths, missed = _row_lengths(path, A[path], (moments[path] / tokens).sqrt())
+        lengths, missed = _row_lengths(A[path], (moments[path] / tokens).sqrt())
         unreached += missed
         rows[path] = broadcast((unit * lengths.unsqueeze(1)).float().to(examples[0].device)).cpu()
     expansion = replace(
@@ -162,11 +162,10 @@ def second_moments(
     return sums, tokens
 
 
-def _row_lengths(path: str, A: Tensor, rms: Tensor) -> tuple[Tensor, int]:
+def _row_lengths(A: Tensor, rms: Tensor) -> tuple[Tensor, int]:
     """Length of every extra row, (count,), and how many of them are only those of the anchor's rows.
 
     Args:
-        path: of the module.
         A: (rank, in_features).
         rms: (rank + count,) root mean squares of the inputs along the rows of A and the unit directions.
     """

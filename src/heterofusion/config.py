@@ -278,7 +278,12 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     max_grad_norm: float = _of_preset("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the replay."})
+    num_train_epochs: float = field(
+        default=3.0,
+        metadata={
+            "help": "Passes over the training data; with --source_labels an epoch has every example at least once."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
     ddp_find_unused_parameters: bool | None = field(

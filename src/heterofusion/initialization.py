@@ -147,12 +147,15 @@ def initialize_hypernetworks(model: HeteroFusionModel, start: Initialization) ->
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{start.file} cannot be read ({error})") from error
     model.updates.invalidate()
-    logger.info(
-        "hypernetworks of %s: %s%s",
-        start.label,
-        ", ".join(start.groups) or "no group in common",
-        f"; fresh: {', '.join(start.fresh)}" if start.fresh else "",
-    )
+    if not start.groups:
+        logger.warning(
+            "hypernetworks of %s: nothing is taken from them, because no role has the rank that it had there "
+            "(--extra_rank adds to it in every fusion); all start fresh",
+            start.label,
+        )
+        return
+    fresh = f"; fresh: {', '.join(start.fresh)}" if start.fresh else ""
+    logger.info("hypernetworks of %s: %s%s", start.label, ", ".join(start.groups), fresh)
 
 
 def write_initialization(folder: Path, start: Initialization | None) -> None:

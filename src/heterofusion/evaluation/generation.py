@@ -333,21 +333,18 @@ def generate_answers(
     return answers
 
 
-def show_progress(
-    batches: Iterable[list[Answer]], total: int, shown: bool, what: str = "Generating"
-) -> Iterator[list[Answer]]:
+def show_progress(batches: Iterable[list[Answer]], total: int, shown: bool) -> Iterator[list[Answer]]:
     """Pass batches on with a progress bar that counts prompts.
 
     Args:
         batches: What `AnswerGenerator.answers` yields.
         total: Number of prompts.
         shown: Whether to show the bar.
-        what: Stands before the bar.
 
     Yields:
         The batches.
     """
-    with tqdm(total=total, desc=what, unit="prompt", disable=not shown) as bar:
+    with tqdm(total=total, desc="Generating", unit="prompt", disable=not shown) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))

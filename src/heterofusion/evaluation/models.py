@@ -200,6 +200,10 @@ def adapter_tokenizer(model: EvalModelArguments, adapter: Adapter | None) -> Pre
     return load_tokenizer(model, None, model.trust_remote_code)
 
 
+_GENERATION_FILES = ("generation_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer", "vocab.", "merges.", "added_tokens")
+
+
 def base_fingerprint(name: str) -> str | None:
     """What tells a local base model from another one of the same folder name, or from what it was before.
 
@@ -207,8 +211,8 @@ def base_fingerprint(name: str) -> str | None:
         name: A local folder or a Hub id.
 
     Returns:
-        A hash of its `config.json` and of the names, sizes and times of its weight files; None for a Hub id,
-        which `--model_revision` pins.
+        A hash of its configuration, of what it ends answers with and of its tokenizer, and of the names, sizes and
+        times of its weight files; None for a Hub id, which `--model_revision` pins.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -218,6 +222,8 @@ def base_fingerprint(name: str) -> str | None:
         if path.suffix in (".safetensors", ".bin"):
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        elif path.is_file() and (path.name in _GENERATION_FILES or path.name.startswith(_TOKENIZER_FILES)):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -38,6 +38,7 @@ class LabelModelArguments(ModelArguments):
             "may be left out where --routing names all tasks and gives none of them to it."
         },
     )
+    target_revision: str | None = field(default=None, metadata={"help": "Hub revision of the target adapter."})
     source_models: list[str] = field(
         default_factory=list,
         metadata={"help": "Base models of the sources, of any family: one for each adapter, or one for all."},
@@ -311,7 +312,7 @@ class LabelOutputArguments:
         default=False,
         metadata={
             "help": "Go on in an output_dir that is not empty: answers that are there, by the same models to the same "
-            "prompts with the same settings, are not generated again."
+            "whole set of prompts of a task with the same settings, are not generated again."
         },
     )
     overwrite: bool = field(
@@ -322,7 +323,7 @@ class LabelOutputArguments:
         default=0,
         metadata={
             "help": "Also store the most probable tokens of the source at every position of its labels: how many of "
-            "them, such as 10; 0 stores none."
+            "them, such as 10; 0 stores none. One process does it."
         },
     )
     teacher_batch_size: int = field(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +69,7 @@ class Expert:
             "merged": self.base.merge_adapters,
             "adapter": adapter_hash(self.adapter),
             "adapter_config": file_sha256(self.adapter.folder / CONFIG_FILE) if self.adapter else None,
+            "tokenizer": _tokenizer_identity(self.tokenizer),
         }
 
     def without_adapter(self) -> Expert:
@@ -97,6 +100,12 @@ class Expert:
         return prompts
 
 
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """What answers depend on beside the ids of the prompts: how ids become text, and which of them ends an answer."""
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
+    return hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
 def find_experts(args: LabelModelArguments, generation: GenerationArguments) -> tuple[Expert | None, list[Expert]]:
     """Find the anchor and the sources, and check on the meta device that adapters fit their bases.
 
@@ -113,7 +122,7 @@ def find_experts(args: LabelModelArguments, generation: GenerationArguments) -> 
     anchor = None
     if args.target_adapter is not None:
         base = args.how(args.model_name_or_path, args.model_revision)
-        anchor = _find(ANCHOR, base, args.target_adapter, generation)
+        anchor = _find(ANCHOR, base, args.target_adapter, generation, args.target_revision)
     revisions = {args.model_name_or_path: args.model_revision}  # a source may be on the anchor's base
     sources = [
         _find(name, args.how(base, revisions.get(base)), adapter, generation)
@@ -122,9 +131,15 @@ def find_experts(args: LabelModelArguments, generation: GenerationArguments) -> 
     return anchor, sources
 
 
-def _find(name: str, base: EvalModelArguments, adapter_name: str, generation: GenerationArguments) -> Expert:
+def _find(
+    name: str,
+    base: EvalModelArguments,
+    adapter_name: str,
+    generation: GenerationArguments,
+    revision: str | None = None,
+) -> Expert:
     try:
-        adapter = find_adapter(adapter_name)
+        adapter = find_adapter(adapter_name, revision)
         config = check_adapters(base, [adapter])
         limit = prompt_limit(
             config,

@@ -41,6 +41,7 @@ from heterofusion.labelling.self_prompt import (
     longest_input,
 )
 from heterofusion.labelling.soft import FOLDER as SOFT
+from heterofusion.labelling.soft import INDEX_FILE as SOFT_INDEX
 from heterofusion.labelling.soft import check_soft, store_soft_labels
 from heterofusion.labelling.tasks import LabelTask, file_name, load_tasks, prompt_set
 from heterofusion.loading import check_output_dir
@@ -375,8 +376,8 @@ class Labelling:
             for path in earlier:
                 if path.name not in [new.name for new in files]:
                     path.unlink(missing_ok=True)
-            if not self.arguments.output.top_k_logits:  # of an earlier run: its lines are not these
-                shutil.rmtree(self.folder / SOFT, ignore_errors=True)
+            if not self.arguments.output.top_k_logits:  # those of an earlier run are kept, but not of these labels
+                (self.folder / SOFT / SOFT_INDEX).unlink(missing_ok=True)
             for path in files:
                 os.replace(path, self.folder / path.name)
 

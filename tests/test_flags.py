@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import re
 import sys
 from pathlib import Path
@@ -206,11 +207,14 @@ def test_environment_variables_in_a_config_file(tmp_path, monkeypatch):
         parse_arguments((ModelArguments,), ["--config", str(path)], "")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("bars", [0, 1, 2])
-def test_error_line_begins_a_line_whatever_bars_were_cut_short(bars, capsys):
+def test_error_line_begins_a_line_whatever_bars_were_cut_short(bars, elsewhere, capsys):
     @command
     def fails(_):
         with contextlib.ExitStack() as stack:
+            if elsewhere:
+                stack.enter_context(tqdm(total=2, file=io.StringIO()))
             for _ in range(bars):
                 stack.enter_context(tqdm(total=2, file=sys.stderr))
             open_bars.append(stack.pop_all())  # a traceback keeps them open

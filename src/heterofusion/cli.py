@@ -318,8 +318,10 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
 
 def _print_alone(line: str) -> None:
     """Print a line to stderr, whatever progress bars were cut short: in a log it begins where a line does."""
-    with tqdm.external_write_mode(sys.stderr):  # with several bars it leaves codes that move a terminal's cursor up
-        print(("\r" if getattr(tqdm, "_instances", None) else "") + line, file=sys.stderr)
+    # to clear a bar below the first line, tqdm leaves codes in this one that move a terminal's cursor up again
+    below = any(bar.fp == sys.stderr and getattr(bar, "pos", 0) for bar in getattr(tqdm, "_instances", ()))
+    with tqdm.external_write_mode(sys.stderr):
+        print(("\r" if below else "") + line, file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

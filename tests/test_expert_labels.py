@@ -121,7 +121,7 @@ def test_record_tells_of_the_labels_as_that_of_the_fusion(tuned, fused, files):
     assert record["made_by"]["ran_source_models"] is wanted["made_by"]["ran_source_models"] is True
     card = (tuned.out / "README.md").read_text()
     assert "| replay.json | 5 |\n| labels.jsonl | 8 |" in card and "8 source labels (labels.jsonl)" in card
-    assert "37.5% of the examples" in card
+    assert "38.5% of the examples" in card
     assert str(files["source_labels"][0].parent) not in card + json.dumps(record)
 
 

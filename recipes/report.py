@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     folder, document = check_output(options.output_dir, options.output_file, options.overwrite)
     require_matplotlib()
     claims = read_claims(options.claims) if options.claims else []
-    results = find_results(options.results) if options.results else []
+    results = find_results(options.results)
     groups = make_groups(results, options.group_by, options.rows, options.columns)
     if options.baseline and not any(baseline_rows(group, options.baseline, options.group_by) for group in groups):
         names = sorted({row.name for group in groups for row in group.rows})

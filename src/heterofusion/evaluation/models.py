@@ -29,6 +29,8 @@ from heterofusion.provenance import PROVENANCE_FILE, RECORD_FILES, find_record
 logger = logging.getLogger(__name__)
 
 _HUB_FILES = ["*.json", WEIGHTS_FILE, "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
+# what a base's answers depend on beside configuration and weights: beginnings of file names
+_ANSWER_FILES = ("generation_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.")
 # First weights that leave the base as it is; PiSSA, OLoRA and their like change it, and PEFT cannot change it back.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -200,10 +202,6 @@ def adapter_tokenizer(model: EvalModelArguments, adapter: Adapter | None) -> Pre
     return load_tokenizer(model, None, model.trust_remote_code)
 
 
-_GENERATION_FILES = ("generation_config.json", "special_tokens_map.json")
-_TOKENIZER_FILES = ("tokenizer", "vocab.", "merges.", "added_tokens")
-
-
 def base_fingerprint(name: str) -> str | None:
     """What tells a local base model from another one of the same folder name, or from what it was before.
 
@@ -222,7 +220,7 @@ def base_fingerprint(name: str) -> str | None:
         if path.suffix in (".safetensors", ".bin"):
             status = path.stat()
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-        elif path.is_file() and (path.name in _GENERATION_FILES or path.name.startswith(_TOKENIZER_FILES)):
+        elif path.is_file() and path.name.startswith(_ANSWER_FILES):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -17,7 +17,7 @@ class FoundGain:
     Attributes:
         gain: what was asked for.
         case: the case; None if there are no cases.
-        over: the row it is over, the best of several; None if none of them is there.
+        over: the row it is over, the best of several; None if none of them, or not the row itself, is there.
         missing: rows that it names and that are not there.
         incomplete: rows that it might be over, and that have fewer seeds of `row` than the one it is over.
         estimate: mean difference; None if a row is missing or no seed is in both.
@@ -64,8 +64,7 @@ def find_gain(table: ComparisonTable, gain: Gain, case: str | None = None) -> Fo
     missing = [name for name, found in zip((gain.row, *gain.over), (row, *rows), strict=True) if found is None]
     there = [found for found in rows if found is not None]
     if row is None or not there:
-        best = max(there, key=lambda other: other.estimate(gain.dataset).mean, default=None)
-        return FoundGain(gain, case, best, missing, (), None)
+        return FoundGain(gain, case, None, missing, (), None)
     pairs = [_paired(row, other, gain.dataset) for other in there]
     # the best is that of the most seeds over which `row` has the smallest gain
     over, found = max(zip(there, pairs, strict=True), key=lambda each: (len(each[1]), -sum(each[1])))

@@ -91,7 +91,7 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
         paths: files and folders. Of a file that comes twice the second is passed over.
 
     Returns:
-        At least one result.
+        The results; none without paths.
 
     Raises:
         ValueError: a path is missing, a folder holds no results, or a file is not of the schema; names it.
@@ -118,8 +118,6 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
             results.setdefault(path.resolve(), parse_result(content, f"{path.parent.name}/{path.name}", label))
         else:
             raise ValueError(f"--results {path} does not exist; name a folder or a {RESULTS_FILE} of recipes/eval.py")
-    if not results:
-        raise ValueError("--results is empty; name at least one folder or file")
     return list(results.values())
 
 

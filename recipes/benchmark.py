@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -35,9 +37,9 @@ import torch
 
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.hypernet_config import HypernetworkConfig
-from heterofusion.markdown import markdown_table
-from heterofusion.provenance import library_versions
+from heterofusion.data.markdown import markdown_table
+from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.publish.record import library_versions
 
 FOLDER = Path(__file__).resolve().parent
 LORA = "lora"
@@ -86,7 +88,7 @@ def parse_vary(values: list[str]) -> dict[str, list[int]]:
     for text in values:
         name, _, numbers = text.partition("=")
         if name not in VARIED or not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise ValueError(f"--vary has {text!r}; give NAME=NUMBER,NUMBER,... with NAME one of {', '.join(VARIED)}")
+            raise UserError(f"--vary has {text!r}; give NAME=NUMBER,NUMBER,... with NAME one of {', '.join(VARIED)}")
         varied[name] = [int(number) for number in numbers.split(",")]
     return varied
 
@@ -101,11 +103,11 @@ def check(arguments: BenchmarkArguments) -> None:
         HypernetworkConfig.fitted(preset, 4096)  # refuses an unknown one
     for reduce in arguments.ddp_reduce:
         if reduce not in DDP_REDUCE:
-            raise ValueError(f"--ddp_reduce is {reduce!r}; choose from {', '.join(DDP_REDUCE)}")
+            raise UserError(f"--ddp_reduce is {reduce!r}; choose from {', '.join(DDP_REDUCE)}")
     if arguments.vary and arguments.exchange:
-        raise ValueError("--vary and --exchange exclude each other; run them one after the other")
+        raise UserError("--vary and --exchange exclude each other; run them one after the other")
     if arguments.exchange and arguments.shape != DEMO and SHAPES[arguments.shape].gpu_gib:
-        raise ValueError(f"--exchange runs on a CPU, which cannot hold --shape {arguments.shape}; choose another")
+        raise UserError(f"--exchange runs on a CPU, which cannot hold --shape {arguments.shape}; choose another")
     arguments.check()
     for name, values in parse_vary(arguments.vary).items():
         for value in values:

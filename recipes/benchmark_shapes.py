@@ -9,7 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from heterofusion.config import check_range
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.config import check_range
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
 GIB = 1024**3
@@ -83,23 +84,23 @@ class Workload:
             check_range(name, getattr(self, name), 2 if name == "tokens" else 1, strict=False)
         if self.shape == DEMO:
             if self.rank != DEMO_RANK:
-                raise ValueError(
+                raise UserError(
                     f"--rank is {self.rank}, but the demo's adapters have rank {DEMO_RANK}; choose another --shape"
                 )
             if self.token_count() > DEMO_TOKENS:
-                raise ValueError(
+                raise UserError(
                     f"--tokens is {self.tokens}, but the demo's model has {DEMO_TOKENS} positions; give fewer"
                 )
             return
         needed = SHAPES[self.shape].gpu_gib
         if needed and not torch.cuda.is_available():
-            raise ValueError(
+            raise UserError(
                 f"--shape {self.shape} needs a GPU with {needed} GiB, but there is none; use --shape llama8b-2layers"
             )
         if needed:
             gpu = torch.cuda.get_device_properties(0)
             if gpu.total_memory < needed * GIB:
-                raise ValueError(
+                raise UserError(
                     f"--shape {self.shape} needs a GPU with {needed} GiB, but {gpu.name} has "
                     f"{gpu.total_memory / GIB:.1f}; use --shape llama8b-2layers"
                 )

@@ -16,10 +16,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import UsageError, command, parse_with_sections, set_up_logging
+from heterofusion.cli import command, parse_with_sections, set_up_logging
 from heterofusion.comparison import (
     COMPARISON_FILE,
     SECTIONS,
@@ -36,10 +38,10 @@ from heterofusion.comparison import (
     run_unblocked,
     search_runs,
 )
-from heterofusion.files import write_whole
 from heterofusion.report.comparison import comparison_table, gain_sentences, parse_comparison
 from heterofusion.report.style import require_matplotlib
 from heterofusion.report.write import Report, check_output, write_report
+from heterofusion.runtime.files import write_whole
 from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
 from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome
 
@@ -66,14 +68,14 @@ class CompareArguments(PlaceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds is {self.seeds}; give one or more, all different")
+            raise UserError(f"--seeds is {self.seeds}; give one or more, all different")
         if self.search_seed in self.seeds:
-            raise ValueError(
+            raise UserError(
                 f"--search_seed {self.search_seed} is one of --seeds {self.seeds}: hyper-parameters would be chosen "
                 "by a run that is in the table; give another"
             )
         if self.search_budget < 1:
-            raise ValueError(f"--search_budget is {self.search_budget}; it must be at least 1")
+            raise UserError(f"--search_budget is {self.search_budget}; it must be at least 1")
 
 
 def unfinished(outcomes: list[Outcome]) -> list[Outcome]:
@@ -88,7 +90,7 @@ def main(argv: list[str]) -> None:
     (options,), sections, file = parse_with_sections((CompareArguments,), argv, __doc__, SECTIONS)
     set_up_logging(logging.INFO)
     if file is None:
-        raise UsageError("--config is missing: name a comparison file, such as recipes/demo/compare.yaml")
+        raise UserError("--config is missing: name a comparison file, such as recipes/demo/compare.yaml")
     folder = Path(options.output_dir).expanduser()
     comparison = plan_comparison(
         sections, file, folder, options.seeds, options.search_seed, options.search_budget, options.only

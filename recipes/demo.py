@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -190,7 +192,7 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     folder = Path(options.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise ValueError(f"--output_dir {folder} holds something that no demo made; name another folder")
+        raise UserError(f"--output_dir {folder} holds something that no demo made; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     data, adapter = folder / "data", folder / "adapter"

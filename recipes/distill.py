@@ -16,34 +16,36 @@ import logging
 import sys
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.baselines.distillation import (
+from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
+from heterofusion.data.replay import build_eval
+from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
+from heterofusion.publish.hub import push_output
+from heterofusion.publish.record import initial_control, refuse_push, whole_control
+from heterofusion.rivals.distillation import (
     DISTILL_ARGUMENTS,
     DistillationTrainer,
     DistillCollator,
     check_distill_state,
     write_distill_state,
 )
-from heterofusion.baselines.distillation_record import (
+from heterofusion.rivals.distillation_record import (
     distillation_record,
     made_by_distillation,
     save_student,
     training_record,
 )
-from heterofusion.baselines.fusellm import fuse_labels
-from heterofusion.baselines.teachers import collect_soft_labels, find_target, find_teachers
-from heterofusion.checkpoints import checkpoint_step
-from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.data import build_eval
-from heterofusion.engines import refuse_data_parallel
-from heterofusion.expert import LoraArguments, StopAtNonFiniteLoss, check_finite
-from heterofusion.expert_lora import check_expert_checkpoint, choose_lora
-from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
-from heterofusion.hub import push_output
-from heterofusion.loading import base_skeleton, check_run_flags, check_token_ids, load_base
-from heterofusion.provenance import initial_control, refuse_push, whole_control
+from heterofusion.rivals.fusellm import fuse_labels
+from heterofusion.runtime.loading import base_skeleton, check_run_flags, check_token_ids, load_base
+from heterofusion.training.checkpoints import checkpoint_step
+from heterofusion.training.engines import refuse_data_parallel
+from heterofusion.training.expert import LoraArguments, StopAtNonFiniteLoss, check_finite
+from heterofusion.training.expert_lora import check_expert_checkpoint, choose_lora
+from heterofusion.training.expert_run import clear_remains, find_checkpoint, run_training
 
 logger = logging.getLogger("heterofusion.distill")
 
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> None:
     lora = choose_lora(skeleton, wanted)
     folder = Path(args.output_dir).absolute()
     if lora.initial.folder == folder.resolve():
-        raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+        raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     control = whole_control(None, None, initial_control(lora.initial))
     if args.push_to_hub:
         refuse_push(control)

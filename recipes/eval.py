@@ -18,13 +18,13 @@ import sys
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.baselines.ensemble_row import ensemble_lineup
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, EvalArguments
-from heterofusion.evaluation.ranks import start_ranks
 from heterofusion.evaluation.results import results_table
 from heterofusion.evaluation.rows import adapter_lineup
 from heterofusion.evaluation.runner import Evaluation
+from heterofusion.rivals.ensemble_row import ensemble_lineup
+from heterofusion.runtime.ranks import start_ranks
 
 
 @command

@@ -17,47 +17,49 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from peft import PeftModel
 
-from heterofusion.basis_inputs import FitBasis
-from heterofusion.checkpoints import checkpoint_step
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.data import build_eval, make_collator
-from heterofusion.engines import refuse_data_parallel
-from heterofusion.expert import (
-    EXPERT_ARGUMENTS,
-    ExpertConfig,
-    ExpertModelArguments,
-    StopAtNonFiniteLoss,
-    check_finite,
-)
-from heterofusion.expert_lora import (
-    ExpertLora,
-    check_basis_engine,
-    check_expert_checkpoint,
-    check_expert_data,
-    choose_lora,
-)
-from heterofusion.expert_record import expert_record, write_record
-from heterofusion.expert_run import clear_remains, find_checkpoint, run_training
-from heterofusion.files import told_writes
-from heterofusion.hub import push_output
-from heterofusion.label_controls import labels_control
-from heterofusion.labelling.soft_targets import add_soft_labels
-from heterofusion.loading import (
+from heterofusion.data.label_controls import labels_control
+from heterofusion.data.labels import check_label_flags
+from heterofusion.data.replay import build_eval, make_collator
+from heterofusion.experts.soft_targets import add_soft_labels
+from heterofusion.method.basis_inputs import FitBasis
+from heterofusion.publish.expert_record import expert_record, write_record
+from heterofusion.publish.hub import push_output
+from heterofusion.publish.record import initial_control, refuse_push, whole_control
+from heterofusion.runtime.files import told_writes
+from heterofusion.runtime.loading import (
     base_skeleton,
     check_run_flags,
     check_token_ids,
     load_base,
     load_tokenizer,
 )
-from heterofusion.mixture_data import build_training_data
-from heterofusion.mixture_training import MixtureTrainer
-from heterofusion.provenance import initial_control, refuse_push, whole_control
-from heterofusion.source_labels import check_label_flags
+from heterofusion.training.checkpoints import checkpoint_step
+from heterofusion.training.engines import refuse_data_parallel
+from heterofusion.training.expert import (
+    EXPERT_ARGUMENTS,
+    ExpertConfig,
+    ExpertModelArguments,
+    StopAtNonFiniteLoss,
+    check_finite,
+)
+from heterofusion.training.expert_lora import (
+    ExpertLora,
+    check_basis_engine,
+    check_expert_checkpoint,
+    check_expert_data,
+    choose_lora,
+)
+from heterofusion.training.expert_run import clear_remains, find_checkpoint, run_training
+from heterofusion.training.mixture_data import build_training_data
+from heterofusion.training.mixture_training import MixtureTrainer
 
 logger = logging.getLogger("heterofusion.expert")
 
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> None:
     check_basis_engine(planned, args)
     folder = Path(args.output_dir).absolute()
     if planned.initial is not None and planned.initial.folder == folder.resolve():
-        raise ValueError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
+        raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     resume = find_checkpoint(args, output.overwrite, lambda found: check_expert_checkpoint(found, planned))
     if resume is not None:
         planned.restore_basis(resume)

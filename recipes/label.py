@@ -25,13 +25,13 @@ import sys
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.evaluation.ranks import start_ranks
-from heterofusion.files import staging_folder
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
 from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import Routing
 from heterofusion.labelling.run import ROUTING_PICTURE, STAGING, Labelling
 from heterofusion.report.routing_picture import draw_routing
+from heterofusion.runtime.files import staging_folder
+from heterofusion.runtime.ranks import start_ranks
 
 logger = logging.getLogger("heterofusion.label")
 

@@ -15,9 +15,9 @@ import sys
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.baselines.merge_arguments import MERGE_ARGUMENTS
-from heterofusion.baselines.merge_run import MergeRun
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
+from heterofusion.merging.arguments import MERGE_ARGUMENTS
+from heterofusion.merging.run import MergeRun
 
 
 @command

@@ -12,14 +12,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.arguments import AdapterArguments
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.config import MethodConfig
-from heterofusion.loading import load_plan
-from heterofusion.plan_summary import format_plan, plan_summary
+from heterofusion.data.arguments import AdapterArguments
+from heterofusion.method.plan_summary import format_plan, plan_summary
+from heterofusion.runtime.loading import load_plan
+from heterofusion.training.config import MethodConfig
 
 
 @dataclass
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
         try:
             path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"--output {path} cannot be written ({error.strerror}); name another file") from error
+            raise UserError(f"--output {path} cannot be written ({error.strerror}); name another file") from error
     print(format_plan(summary))
 
 

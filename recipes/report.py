@@ -12,6 +12,8 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> None:
     groups = make_groups(results, options.group_by, options.rows, options.columns)
     if options.baseline and not any(baseline_rows(group, options.baseline, options.group_by) for group in groups):
         names = sorted({row.name for group in groups for row in group.rows})
-        raise ValueError(f"--baseline {options.baseline!r} is no row of the results; there is {', '.join(names)}")
+        raise UserError(f"--baseline {options.baseline!r} is no row of the results; there is {', '.join(names)}")
     report = Report(
         title=options.title,
         intro=options.intro,
@@ -116,10 +118,10 @@ def main(argv: list[str]) -> None:
 
 def _check_inputs(options: ReportArguments) -> None:
     if not (options.results or options.comparisons or options.adapters):
-        raise ValueError("there is nothing to report; give --results, --comparisons or --adapters")
+        raise UserError("there is nothing to report; give --results, --comparisons or --adapters")
     for flag in ("claims", "baseline", "rows", "columns"):
         if getattr(options, flag) and not options.results:
-            raise ValueError(f"--{flag} is about --results, of which there are none; give some or leave it out")
+            raise UserError(f"--{flag} is about --results, of which there are none; give some or leave it out")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from heterofusion.runtime.errors import UserError
+
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import UsageError, command, parse_arguments, set_up_logging
+from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.sweeps import Run, read_sweep, run_all
 from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
 from heterofusion.sweeps.pool import FAILED, NOT_RUN
@@ -37,14 +39,14 @@ class SweepArguments(PlaceArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.sweeps:
-            raise ValueError("--sweeps is missing: name at least one sweep file")
+            raise UserError("--sweeps is missing: name at least one sweep file")
 
 
 def read_runs(options: SweepArguments) -> list[list[Run]]:
     """The runs of every sweep file.
 
     Raises:
-        UsageError: two of them share a folder, or --only matches none.
+        UserError: two of them share a folder, or --only matches none.
     """
     files = [read_sweep(path) for path in options.sweeps]
     writers: dict[Path, Run] = {}
@@ -52,11 +54,11 @@ def read_runs(options: SweepArguments) -> list[list[Run]]:
         for folder in {run.folder, *(step.folder for step in run.steps)}:
             other = writers.setdefault(folder.resolve(), run)
             if other is not run:
-                raise UsageError(f"{other.title} and {run.title} both write to {folder}; change an output_dir")
+                raise UserError(f"{other.title} and {run.title} both write to {folder}; change an output_dir")
     if options.only:
         files = [[run for run in runs if any(text in run.title for text in options.only)] for runs in files]
         if not any(files):
-            raise UsageError(f"--only {' '.join(options.only)} matches no run; --dry_run true shows their titles")
+            raise UserError(f"--only {' '.join(options.only)} matches no run; --dry_run true shows their titles")
     return files
 
 

@@ -24,19 +24,19 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
-from heterofusion.data import build_eval, make_collator
-from heterofusion.diagnostics import run_metrics
-from heterofusion.engines import refuse_data_parallel
-from heterofusion.hub import push_output
-from heterofusion.label_controls import labels_control
-from heterofusion.labelling.soft_targets import add_soft_labels
-from heterofusion.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
-from heterofusion.mixture_data import build_training_data, data_state
-from heterofusion.plan_summary import format_plan, plan_summary
-from heterofusion.progress import begin_stage, check_data, find_progress
-from heterofusion.provenance import refuse_push
-from heterofusion.source_labels import check_label_flags
-from heterofusion.stages import Stage, plan_stages, read_stages
+from heterofusion.data.label_controls import labels_control
+from heterofusion.data.labels import check_label_flags
+from heterofusion.data.replay import build_eval, make_collator
+from heterofusion.experts.soft_targets import add_soft_labels
+from heterofusion.method.diagnostics import run_metrics
+from heterofusion.method.plan_summary import format_plan, plan_summary
+from heterofusion.publish.hub import push_output
+from heterofusion.publish.record import refuse_push
+from heterofusion.runtime.loading import check_base, check_run_flags, check_token_ids, load_base, load_tokenizer
+from heterofusion.training.engines import refuse_data_parallel
+from heterofusion.training.mixture_data import build_training_data, data_state
+from heterofusion.training.progress import begin_stage, check_data, find_progress
+from heterofusion.training.stages import Stage, plan_stages, read_stages
 
 logger = logging.getLogger("heterofusion.train")
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.checkpoints import COMPLETE_FILE
-from heterofusion.engines import engine_name, whole_tensors
-from heterofusion.mixture import Mixture
-from heterofusion.nonfinite import NonFiniteError
+from heterofusion.training.checkpoints import COMPLETE_FILE
+from heterofusion.training.engines import engine_name, whole_tensors
+from heterofusion.training.mixture import Mixture
+from heterofusion.training.nonfinite import NonFiniteError
 from test_soft_labels_training import SoftRows
 
 EXAMPLES_PER_STEP = 8

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import restored_logging
 from eval_runner import Killed
-from heterofusion.labelling.generation import LabelGenerator
+from heterofusion.experts.label_generation import LabelGenerator
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from recipe_runner import flags, recipe, succeeds
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from heterofusion.data import build_replay
+from heterofusion.data.replay import build_replay
 from recipe_runner import contents, error_line, flags, recipe, succeeds
 from replay_builders import args_for, byte_level
 

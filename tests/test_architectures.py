@@ -12,7 +12,7 @@ import transformers.models.phi3.modeling_phi3 as phi3
 
 from builders import FAMILIES, input_ids, linear_layers, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter
-from heterofusion.architectures import (
+from heterofusion.adapters.architectures import (
     ROLES,
     has_fused_modules,
     load_base_config,

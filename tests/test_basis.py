@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from builders import llama_modules, write_adapter
 from conftest import TINY, fresh_base, logits, make_trainer, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter, plan_alignment
-from heterofusion.basis import (
+from heterofusion.adapters.factors import canonical_factors
+from heterofusion.method.basis_inputs import first_examples, fit_basis
+from heterofusion.method.contexts import build_contexts, cut_blocks, describe_blocks, source_factors
+from heterofusion.method.expansion import (
     ANCHOR_NORM,
     INPUTS,
     expand_adapter,
@@ -20,10 +23,7 @@ from heterofusion.basis import (
     scaled_alpha,
     with_rows,
 )
-from heterofusion.basis_inputs import first_examples, fit_basis
-from heterofusion.contexts import build_contexts, cut_blocks, describe_blocks, source_factors
-from heterofusion.export import export_adapter
-from heterofusion.factorization import canonical_factors
+from heterofusion.publish.write import export_adapter
 from recipe_runner import TARGET, copy_adapter
 
 K = 5

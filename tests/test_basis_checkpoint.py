@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import fresh_base, make_trainer
 from heterofusion import HeteroFusionModel
-from heterofusion.basis_checkpoint import BASIS_FILE
-from heterofusion.checkpoints import load_hypernetworks
+from heterofusion.method.basis_checkpoint import BASIS_FILE
+from heterofusion.training.checkpoints import load_hypernetworks
 from test_basis import K, sequences, settings
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.expert import LORA_B
-from heterofusion.expert_lora import check_basis_engine
+from heterofusion.training.expert import LORA_B
+from heterofusion.training.expert_lora import check_basis_engine
 from recipe_runner import MISTRAL, QWEN, TARGET, error_line, flags, plan, recipe, succeeds, train
 from sequence_runner import ADAPTER, record, remove, same_weights, write_yaml
 

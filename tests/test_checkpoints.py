@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback
 
 from conftest import GOLDEN, TokenRows, fresh_base, make_args, make_model, make_trainer
 from heterofusion import HeteroFusionModel, load_adapter
-from heterofusion.checkpoints import (
+from heterofusion.training.checkpoints import (
     COMPLETE_FILE,
     HYPERNETWORKS_FILE,
     IDENTITY_FILE,
@@ -189,7 +189,7 @@ def lasts(tmp_path, monkeypatch):
         seen.append(last and last.name)
         mark_complete(folder)
 
-    monkeypatch.setattr("heterofusion.checkpoints.mark_complete", mark)
+    monkeypatch.setattr("heterofusion.training.checkpoints.mark_complete", mark)
     return seen
 
 

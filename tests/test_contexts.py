@@ -7,7 +7,8 @@ import torch
 
 from builders import llama_modules, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter, plan_alignment
-from heterofusion.contexts import (
+from heterofusion.adapters.factors import canonical_factors
+from heterofusion.method.contexts import (
     build_contexts,
     context_blocks,
     cut_blocks,
@@ -15,7 +16,6 @@ from heterofusion.contexts import (
     sequence_lengths,
     source_factors,
 )
-from heterofusion.factorization import canonical_factors
 
 BLOCK = 10  # divides none of the sizes 32, 16, 48 and 24
 

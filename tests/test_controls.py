@@ -23,10 +23,10 @@ from heterofusion import (
     plan_alignment,
     push_adapter,
 )
-from heterofusion.contexts import source_factors
-from heterofusion.controls import control_record, derangement, rotate_rows
-from heterofusion.export import ExportError
-from heterofusion.push import main as push
+from heterofusion.adapters.controls import control_record, derangement, rotate_rows
+from heterofusion.method.contexts import source_factors
+from heterofusion.publish.push import main as push
+from heterofusion.publish.write import ExportError
 from heterofusion.report.fusion import read_fusion
 from heterofusion.report.results import parse_result
 from heterofusion.report.rows import make_rows

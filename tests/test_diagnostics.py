@@ -6,8 +6,8 @@ import math
 import pytest
 
 from conftest import GOLDEN, make_args, make_model, perturb
-from heterofusion.diagnostics import adapter_diagnostics, fusion_diagnostics
-from heterofusion.export import export_adapter
+from heterofusion.method.diagnostics import adapter_diagnostics, fusion_diagnostics
+from heterofusion.publish.write import export_adapter
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from heterofusion.baselines.alignment import END, SPECIAL, AnswerSymbols, dtw_path, one_to_one, token_costs
-from heterofusion.baselines.fusellm import Aligner, answer_symbols, mapped_distribution, min_ce
-from heterofusion.baselines.soft_labels import SoftLabel
-from heterofusion.baselines.tokens import token_bytes
-from heterofusion.baselines.vocabulary import UNMAPPED, VocabularyMap
+from heterofusion.experts.soft_labels import SoftLabel
+from heterofusion.experts.token_alignment import END, SPECIAL, AnswerSymbols, dtw_path, one_to_one, token_costs
+from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap
+from heterofusion.rivals.fusellm import Aligner, answer_symbols, mapped_distribution, min_ce
 from replay_builders import CHAT, byte_level, encode, word_level
 from test_tokens import sentencepiece_like
 from test_vocabulary import distance, words

@@ -7,14 +7,14 @@ from transformers import AutoTokenizer
 
 from conftest import GOLDEN, fresh_base, token_batch
 from heterofusion import load_adapter
-from heterofusion.baselines.distillation import (
+from heterofusion.rivals.distillation import (
     DistillationTrainer,
     DistillCollator,
     DistillConfig,
     distillation_losses,
 )
-from heterofusion.baselines.fusellm import TEACHER_IDS, TEACHER_PROBS
-from heterofusion.expert_lora import load_initial
+from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
+from heterofusion.training.expert_lora import load_initial
 from recipe_runner import save_tokenizer
 
 VOCABULARY, K = 64, 3

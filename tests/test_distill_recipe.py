@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.baselines.fusellm import TEACHER_IDS, TEACHER_PROBS, Aligner
-from heterofusion.evaluation.models import Models
-from heterofusion.hub import hub_files
+from heterofusion.experts.models import Models
+from heterofusion.publish.hub import hub_files
+from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, Aligner
 from recipe_runner import (
     QWEN,
     TARGET,

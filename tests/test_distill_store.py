@@ -14,7 +14,7 @@ import torch
 from datasets.table import MemoryMappedTable
 
 from heterofusion.baselines import mapped, teachers
-from heterofusion.baselines.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
+from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 
 IDENTITY = {"model": "a"}
 Batch = list[tuple[int, SoftLabel, float]]

@@ -5,12 +5,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from heterofusion.baselines.ensemble_cache import CachedReader
-from heterofusion.baselines.ensemble_generation import EnsembleGenerator, Member
-from heterofusion.baselines.ensemble_text import AnswerCodec, split_characters
-from heterofusion.baselines.ensembling import END, GaC, Union, UniTE
-from heterofusion.evaluation import AnswerGenerator
-from heterofusion.evaluation.generation import stop_ids
+from heterofusion.experts.generation import AnswerGenerator, stop_ids
+from heterofusion.rivals.ensemble_cache import CachedReader
+from heterofusion.rivals.ensemble_generation import EnsembleGenerator, Member
+from heterofusion.rivals.ensemble_text import AnswerCodec, split_characters
+from heterofusion.rivals.ensembling import END, GaC, Union, UniTE
 from heterofusion.zoo import make_examples, zoo_path
 from recipe_runner import save_tokenizer
 

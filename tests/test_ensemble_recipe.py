@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
 from heterofusion.baselines import ensemble_row
-from heterofusion.baselines.ensemble_generation import EnsembleGenerator
+from heterofusion.rivals.ensemble_generation import EnsembleGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import ROOT, contents, error_line, flags, shell
 
@@ -149,7 +149,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("a base model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.evaluation.models.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.models.load_base", no_weights)
 
     def check(*words: object, **changed: object) -> None:
         error_line(capsys, evaluation.main, flags({**values, **changed}), *words)

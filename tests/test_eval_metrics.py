@@ -2,8 +2,9 @@
 
 import pytest
 
-from heterofusion.evaluation import GLUE_LABELS, UIEF1, GLUEText
+from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
 from heterofusion.evaluation.metrics import METRICS, ExactMatch, choose_metric, primary_score, score
+from heterofusion.evaluation.uie import UIEF1
 
 
 def test_exact_match_heeds_case_but_not_the_space_around():

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from heterofusion.formats import IGNORE_INDEX, detect_format, render, render_prompt, to_conversation, tokenize
-from heterofusion.formats import tokenize_prompt as prompt_ids
+from heterofusion.data.formats import IGNORE_INDEX, detect_format, render, render_prompt, to_conversation, tokenize
+from heterofusion.data.formats import tokenize_prompt as prompt_ids
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 
 CHAT = (

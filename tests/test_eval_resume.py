@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
-from heterofusion.evaluation import Answer, runner
-from heterofusion.evaluation.generation import AnswerGenerator
-from heterofusion.evaluation.ranks import all_together
+from heterofusion.evaluation import runner
 from heterofusion.evaluation.store import PartWriter, read_parts
+from heterofusion.experts.generation import Answer, AnswerGenerator
+from heterofusion.runtime.ranks import all_together
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags, succeeds
 
@@ -233,7 +233,7 @@ def test_error_of_another_rank_is_raised(monkeypatch):
     def gathered(messages):
         return [*messages, "rank 1: no memory"]
 
-    monkeypatch.setattr("heterofusion.evaluation.ranks.gather_object", gathered)
+    monkeypatch.setattr("heterofusion.runtime.ranks.gather_object", gathered)
     done = []
     with pytest.raises(ValueError, match=r"^rank 1: no memory$"), all_together(TwoRanks()):
         done.append("own part")

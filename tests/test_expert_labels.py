@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from builders import WEIGHTS
 from conftest import fresh_base
 from heterofusion import load_adapter
-from heterofusion.expert import ExpertConfig
-from heterofusion.mixture import PART
-from heterofusion.mixture_training import MixtureTrainer
+from heterofusion.training.expert import ExpertConfig
+from heterofusion.training.mixture import PART
+from heterofusion.training.mixture_training import MixtureTrainer
 from recipe_runner import QWEN, SIZES, TARGET, error_line, flags, recipe, succeeds, train, write_replay
 from test_source_labels import label, write_labels
 from test_source_labels_training import in_order, mixture, naive_means

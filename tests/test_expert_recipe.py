@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from builders import WEIGHTS
 from conftest import GOLDEN, logits
 from heterofusion import checkpoints, load_adapter
-from heterofusion.expert import ExpertConfig, ExpertDataArguments
-from heterofusion.hub import hub_files
+from heterofusion.publish.hub import hub_files
+from heterofusion.training.expert import ExpertConfig, ExpertDataArguments
 from recipe_runner import (
     QWEN,
     SIZES,

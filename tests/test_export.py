@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
-from heterofusion.export import ExportError, export_adapter
+from heterofusion.publish.write import ExportError, export_adapter
 
 
 def copy_adapter(name, folder, dtype=None, **config):
@@ -133,7 +133,7 @@ def test_failed_write_keeps_the_last_export(tmp_path, model, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("heterofusion.export.save_file", full)
+    monkeypatch.setattr("heterofusion.publish.write.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         export_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -149,7 +149,7 @@ def test_interrupted_export_leaves_no_provenance(tmp_path, model, monkeypatch):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("heterofusion.export.os.replace", killed)
+    monkeypatch.setattr("heterofusion.publish.write.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         export_adapter(model, tmp_path)
     assert not (tmp_path / "fusion.json").exists()

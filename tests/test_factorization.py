@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from heterofusion.factorization import canonical_factors, thin_svd
+from heterofusion.adapters.factors import canonical_factors, thin_svd
 
 
 def pair(rank: int, in_features: int, out_features: int, seed: int = 0, dtype=torch.float32):

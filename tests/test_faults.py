@@ -13,15 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from heterofusion.checkpoints import last_complete_checkpoint, missing_part
+from heterofusion.training.checkpoints import last_complete_checkpoint, missing_part
 from recipe_runner import MISTRAL, QWEN, ROOT, SIZES, TARGET, flags, shell, write_replay
 
 WORKER = ROOT / "tests" / "fault_worker.py"
-SAVE = "heterofusion.trainer:HeteroFusionTrainer._save_checkpoint"
+SAVE = "heterofusion.training.trainer:HeteroFusionTrainer._save_checkpoint"
 STEP = "transformers.trainer:Trainer.training_step"  # of the micro-batch that closes a window
-EXPORT = "heterofusion.trainer:export_adapter"
-MOVE = "heterofusion.export:_move_files"
-ROTATE = "heterofusion.checkpoints:rotate_checkpoints"
+EXPORT = "heterofusion.training.trainer:export_adapter"
+MOVE = "heterofusion.publish.write:_move_files"
+ROTATE = "heterofusion.training.checkpoints:rotate_checkpoints"
 SECOND_SAVE = {"within": (SAVE, 2)}  # checkpoint-4
 
 
@@ -129,24 +129,24 @@ def test_two_uninterrupted_runs_are_alike(runs, whole, tmp_path):
 # ---- kills ------------------------------------------------------------------------------------------------------
 
 IN_A_STEP = {
-    "the forward that opens step 4": {"at": "heterofusion.modeling:HeteroFusionModel.forward", "call": 6},
-    "the backward of step 3": {"at": "heterofusion.live:LiveUpdates._window_gradient", "within": (STEP, 3)},
+    "the forward that opens step 4": {"at": "heterofusion.method.model:HeteroFusionModel.forward", "call": 6},
+    "the backward of step 3": {"at": "heterofusion.method.live:LiveUpdates._window_gradient", "within": (STEP, 3)},
     "the optimizer at step 4": {"at": "torch.optim:AdamW.step", "call": 4, "when": "after"},
     "the end of step 4, before its save": {"at": SAVE, "call": 2},
 }  # fmt: skip
 
 IN_A_SAVE = {
-    "half of the hypernetworks": {"at": "heterofusion.checkpoints:save_file", "when": "half"},
-    "after the hypernetworks": {"at": "heterofusion.trainer:save_hypernetworks", "when": "after"},
+    "half of the hypernetworks": {"at": "heterofusion.training.checkpoints:save_file", "when": "half"},
+    "after the hypernetworks": {"at": "heterofusion.training.trainer:save_hypernetworks", "when": "after"},
     "half of the optimizer": {"at": "torch:save", "when": "half"},
     "after the optimizer": {"at": "torch:save", "when": "after"},
     "half of the trainer's state": {"at": "transformers.trainer_callback:TrainerState.save_to_json", "when": "half"},
-    "before the marker": {"at": "heterofusion.checkpoints:mark_complete"},
+    "before the marker": {"at": "heterofusion.training.checkpoints:mark_complete"},
     "in the marker": {"at": "os:fsync", "when": "after"},
 }
 
 IN_THE_EXPORT = {
-    "half of the weights": {"at": "heterofusion.export:save_file", "when": "half"},
+    "half of the weights": {"at": "heterofusion.publish.write:save_file", "when": "half"},
     "before anything is moved": {"at": MOVE},
     "between two moves": {"at": "os:replace", "call": 2, "within": (MOVE, 1)},
     "before the provenance": {"at": "os:replace", "call": 6, "within": (MOVE, 1)},
@@ -208,7 +208,7 @@ def test_killed_while_older_checkpoints_go(runs, whole, tmp_path):
 def test_the_last_complete_checkpoint_goes_only_when_there_is_another(runs, whole, tmp_path):
     out = tmp_path / "out"
     limit = {"save_total_limit": 1}
-    runs.killed(out, {"at": "heterofusion.checkpoints:mark_complete", **SECOND_SAVE}, **limit)
+    runs.killed(out, {"at": "heterofusion.training.checkpoints:mark_complete", **SECOND_SAVE}, **limit)
     assert last(out) == "checkpoint-2"
     assert_same(runs.resumed(out, **limit), whole)
 
@@ -229,7 +229,7 @@ def test_killed_again_and_again(runs, whole, tmp_path):
 
 def test_killed_before_there_is_a_checkpoint(runs, whole, tmp_path):
     out = tmp_path / "out"
-    runs.killed(out, {"at": "heterofusion.checkpoints:mark_complete"})
+    runs.killed(out, {"at": "heterofusion.training.checkpoints:mark_complete"})
     assert_same(runs.resumed(out), whole)  # from the beginning
 
 
@@ -246,9 +246,9 @@ def test_best_hypernetworks_are_exported_after_any_kill(runs, tmp_path):
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     assert state["best_global_step"] == 2 and last(tmp_path / "whole") == "checkpoint-2"
     faults = (
-        {"at": "heterofusion.checkpoints:mark_complete", "within": (SAVE, 3)},
+        {"at": "heterofusion.training.checkpoints:mark_complete", "within": (SAVE, 3)},
         {"at": "os:unlink", "when": "after", "within": (ROTATE, 3)},  # checkpoint-4
-        {"at": "heterofusion.trainer:load_hypernetworks"},
+        {"at": "heterofusion.training.trainer:load_hypernetworks"},
         IN_THE_EXPORT["between two moves"],
     )
     for number, fault in enumerate(faults):
@@ -280,7 +280,7 @@ def files(out: Path) -> dict[str, bytes]:
 def test_disk_full_in_a_save(runs, whole, earlier, part, limit):
     """Files cannot grow beyond a limit: of 0.6 MB for hypernetworks, 1.3 MB of optimizer states."""
     before = files(earlier)
-    at = {"at": "heterofusion.checkpoints:mark_complete"} if part == "marker" else {"at": SAVE}
+    at = {"at": "heterofusion.training.checkpoints:mark_complete"} if part == "marker" else {"at": SAVE}
     error = runs.refused(earlier, {**at, "call": 2, "do": "limit_files", "value": limit}, overwrite=True)
     assert f"checkpoint {earlier / 'checkpoint-4'} could not be written" in error
     assert f"the last good checkpoint is {earlier / 'checkpoint-2'}" in error
@@ -297,7 +297,11 @@ def test_disk_full_in_the_first_save(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("at", "limit"),
-    [(EXPORT, 20_000), ("heterofusion.export:_write_json", 2000), ("heterofusion.export:model_card", 500)],
+    [
+        (EXPORT, 20_000),
+        ("heterofusion.publish.write:_write_json", 2000),
+        ("heterofusion.publish.write:model_card", 500),
+    ],
 )
 def test_disk_full_in_the_export(runs, whole, earlier, at, limit):
     """In the weights, the tokenizer and the card: libraries raise errors of their own there."""

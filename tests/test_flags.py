@@ -11,9 +11,15 @@ import pytest
 from tqdm import tqdm
 
 from heterofusion import HeteroFusionConfig, MethodConfig
-from heterofusion.arguments import AdapterArguments, DataArguments, ModelArguments, RunArguments, SourceLabelArguments
 from heterofusion.cli import command, parse_arguments
-from heterofusion.stages import ARGUMENTS
+from heterofusion.data.arguments import (
+    AdapterArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SourceLabelArguments,
+)
+from heterofusion.training.stages import ARGUMENTS
 from recipe_runner import QWEN, error_line, flags, plan, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")

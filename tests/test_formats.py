@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from heterofusion.formats import detect_format
+from heterofusion.data.formats import detect_format
 from replay_builders import (
     CHAT,
     GOOD,

@@ -5,8 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from heterofusion.evaluation import AnswerGenerator, generate_answers
-from heterofusion.evaluation.generation import cut_prompt
+from heterofusion.experts.generation import AnswerGenerator, cut_prompt, generate_answers
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 
 

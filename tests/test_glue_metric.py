@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from heterofusion.evaluation import GLUE_LABELS, GLUEText, parse_label, parse_similarity, score_glue
+from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText, parse_label, parse_similarity, score_glue
 
 YES, NO = "acceptable", "unacceptable"
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 import heterofusion
 from conftest import TokenRows, make_trainer
-from heterofusion.mixture import Mixture
+from heterofusion.training.mixture import Mixture
 
 PACKAGE, TORCH = (str(Path(module.__file__).parent) for module in (heterofusion, torch))
 WAITS = (

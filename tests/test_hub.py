@@ -18,10 +18,10 @@ from huggingface_hub.utils import _http
 
 from conftest import TINY, fresh_base, make_args, perturb
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter, push_adapter
-from heterofusion.config import MethodConfig
-from heterofusion.export import ExportError, export_adapter
-from heterofusion.hub import push_command
-from heterofusion.push import main as push
+from heterofusion.publish.hub import push_command
+from heterofusion.publish.push import main as push
+from heterofusion.publish.write import ExportError, export_adapter
+from heterofusion.training.config import MethodConfig
 from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
 from recipe_runner import error_line, flags, save_tokenizer, shell, succeeds, train
 
@@ -321,7 +321,7 @@ def test_failing_stage_loses_nothing_and_the_command_pushes_again(hub, adapter, 
     hub.failures.clear()
     command = printed_command(message)
     assert message.endswith(push_command(adapter, "lab/fused", True, "v1"))
-    assert command[1:3] == ["-m", "heterofusion.push"]
+    assert command[1:3] == ["-m", "heterofusion.publish.push"]
     capsys.readouterr()
     assert push(command[3:]) == 0
     assert hub.files("lab/fused", "v1").keys() == FILES

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.label_controls import file_control, labels_control
+from heterofusion.data.label_controls import file_control, labels_control
 from heterofusion.labelling.controls import exchange, with_control
 from heterofusion.labelling.routing import route
-from heterofusion.provenance import whole_control
+from heterofusion.publish.record import whole_control
 from heterofusion.report.routing_picture import draw_routing
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, label, read_labels, run_label
@@ -264,7 +264,7 @@ def test_fusion_on_a_control_is_a_control(fused, capsys):
 
 
 def recipe_push():
-    from heterofusion.push import main
+    from heterofusion.publish.push import main
 
     return main
 
@@ -328,7 +328,7 @@ def test_resuming_with_other_data_is_refused(fused, tuned, tmp_path, capsys, mon
 
 
 def test_resuming_with_another_soft_weight_is_refused():
-    from heterofusion.mixture_data import check_data_state, data_state
+    from heterofusion.training.mixture_data import check_data_state, data_state
 
     soft = {"replay_fraction": 0.5, "loss": "soft", "soft": {"weight": 0.5, "top_k": 4}}
     other = {**soft, "soft": {"weight": 0.25, "top_k": 4}}

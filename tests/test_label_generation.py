@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heterofusion.evaluation import AnswerGenerator
 from heterofusion.evaluation.store import PartWriter
-from heterofusion.labelling.generation import Label, LabelGenerator, SampleTokens, Sampling
+from heterofusion.experts.generation import AnswerGenerator
+from heterofusion.experts.label_generation import Label, LabelGenerator, SampleTokens, Sampling
 from heterofusion.labelling.parts import read_parts, write_labels
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 

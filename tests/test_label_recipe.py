@@ -234,7 +234,7 @@ def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_la
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     kill_label_after(0)
-    monkeypatch.setattr("heterofusion.labelling.experts.Models.load", None)
+    monkeypatch.setattr("heterofusion.experts.expert.Models.load", None)
     found = run_label(values, output_dir=out, resume=True, dataset_label=["a", "b", "c"], routing_margin=0.05)
     assert list(found["tasks"]) == ["a", "b", "c"] and not (out / "ner_garden.jsonl").exists()
     assert len(read_labels(out, "a")) == COUNT
@@ -283,7 +283,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("a model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.labelling.experts.Models.load", no_weights)
+    monkeypatch.setattr("heterofusion.experts.expert.Models.load", no_weights)
 
     def run(*words, **changes):
         before = contents(values["output_dir"])

@@ -6,14 +6,14 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from heterofusion.data.files import Records
 from heterofusion.evaluation.arguments import GenerationArguments
+from heterofusion.experts.expert import find_experts
+from heterofusion.experts.label_generation import Label
 from heterofusion.labelling.arguments import LabelModelArguments
-from heterofusion.labelling.experts import find_experts
 from heterofusion.labelling.formats import format_check
-from heterofusion.labelling.generation import Label
 from heterofusion.labelling.self_prompt import find_template, invented_prompts
 from heterofusion.labelling.tasks import labelled_record, prompt_set
-from heterofusion.records import Records
 from heterofusion.zoo import TASKS, make_examples, zoo_path
 
 USER, SYSTEM = {"role": "user", "content": "tool?"}, {"role": "system", "content": "Be brief."}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from heterofusion.large_linear import LargeLinear
+from heterofusion.method.large_linear import LargeLinear
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import heterofusion.baselines.merge_run as merge_run
+import heterofusion.merging.run as merge_run
 from builders import LLAMA_ROLES, WEIGHTS, edit_config, input_ids, lora_folder, tiny_model, write_adapter
 from conftest import GOLDEN, restored_logging
 from eval_runner import TASKS, evaluation, results
 from heterofusion import load_adapter
-from heterofusion.baselines.merge_arguments import METHODS
+from heterofusion.merging.arguments import METHODS
 from heterofusion.zoo import zoo_path
 from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
 
@@ -48,7 +48,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("the base model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.evaluation.models.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.models.load_base", no_weights)
 
     def check(*words, **changed):
         output = Path({**values, **changed}["output_dir"])

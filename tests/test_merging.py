@@ -8,14 +8,14 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-import heterofusion.baselines.merging as merging
+import heterofusion.merging.rules as merging
 from builders import CONFIG, WEIGHTS, write_adapter
 from heterofusion import load_adapter
-from heterofusion.baselines.merge_arguments import METHODS, RANDOM_METHODS, MergeArguments, MergeError
-from heterofusion.baselines.merge_arithmetic import crumbs, drop, drop_by_rank, majority_sign, seeded_generator
-from heterofusion.baselines.merge_factors import cut, truncated
-from heterofusion.baselines.merge_threshold import magnitude_thresholds
-from heterofusion.baselines.merging import Merger
+from heterofusion.merging.arguments import METHODS, RANDOM_METHODS, MergeArguments, MergeError
+from heterofusion.merging.arithmetic import crumbs, drop, drop_by_rank, majority_sign, seeded_generator
+from heterofusion.merging.factors import cut, truncated
+from heterofusion.merging.rules import Merger
+from heterofusion.merging.threshold import magnitude_thresholds
 
 CPU = torch.device("cpu")
 MODULES = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from builders import tiny_model
-from heterofusion.baselines.merge_arguments import MergeArguments, MergeError
-from heterofusion.baselines.merge_scoring import added
-from heterofusion.baselines.merge_search import search_candidates
+from heterofusion.merging.arguments import MergeArguments, MergeError
+from heterofusion.merging.scoring import added
+from heterofusion.merging.search import search_candidates
 
 
 def test_ranges_include_their_stop():

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from conftest import TokenRows, make_trainer
-from heterofusion.checkpoints import last_complete_checkpoint
-from heterofusion.export import ExportError, export_adapter
-from heterofusion.nonfinite import FiniteGuard, NonFiniteError, gradient_norms
+from heterofusion.publish.write import ExportError, export_adapter
+from heterofusion.training.checkpoints import last_complete_checkpoint
+from heterofusion.training.nonfinite import FiniteGuard, NonFiniteError, gradient_norms
 from recipe_runner import flags, train
 
 BAD = [float("nan"), float("inf"), float("-inf")]

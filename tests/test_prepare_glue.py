@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from heterofusion.evaluation import GLUE_LABELS, GLUEText
+from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
 from heterofusion.preparation.glue import QUESTIONS
 from preparation_runner import check_accounts, check_replay_keeps_all, glue, prepare, texts, written
 from recipe_runner import contents, error_line, flags
@@ -166,7 +166,7 @@ def test_data_set_of_the_hub(data, tmp_path, monkeypatch):
         asked.append((name, config, split, revision))
         return as_dataset(config, rows_of(config, *((40,) if split == "train" else (8, 100))))
 
-    monkeypatch.setattr("heterofusion.records.load_dataset", load_dataset)
+    monkeypatch.setattr("heterofusion.data.files.load_dataset", load_dataset)
     manifest, _ = run(None, tmp_path / "hub", dataset_revision="main")
     assert asked == [
         ("nyu-mll/glue", task, split, "main") for task in ("cola", "rte") for split in ("train", "validation")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.evaluation import UIEF1
+from heterofusion.evaluation.uie import UIEF1
 from heterofusion.preparation.prompts import INSTRUCTIONS
 from preparation_runner import (
     FILMS,

@@ -12,7 +12,7 @@ from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
-from heterofusion.push import PushArguments
+from heterofusion.publish.push import PushArguments
 from heterofusion.sweeps import RECIPES as SWEPT
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, error_line, recipe

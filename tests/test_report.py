@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from heterofusion.markdown import markdown_table
+from heterofusion.data.markdown import markdown_table
 from heterofusion.report.document import column_sentence, details_table, difference_table, group_table
 from heterofusion.report.intervals import differences, estimate, mean_per_seed
 from heterofusion.report.results import MEAN, find_results, parse_result

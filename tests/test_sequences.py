@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from heterofusion import load_adapter
-from heterofusion.adapters import file_sha256
+from heterofusion.adapters.lora import file_sha256
 from recipe_runner import MISTRAL, QWEN, TARGET, flags, shell, succeeds, train
 from sequence_runner import (
     ADAPTER,
@@ -153,7 +153,7 @@ def test_finished_sequence_is_not_repeated_but_pushed(copied, monkeypatch):
         pushed.append((folder, name))
         return "there"
 
-    monkeypatch.setattr("heterofusion.hub.push_adapter", push)
+    monkeypatch.setattr("heterofusion.publish.hub.push_adapter", push)
     monkeypatch.setattr(train, "fuse", lambda *args: pytest.fail("a finished stage is repeated"))
     before = {path: path.read_bytes() for path in copied.out.rglob("*") if path.is_file()}
     log = succeeds(train.main, flags({**copied.values, "push_to_hub": True, "hub_model_id": "fused"}))

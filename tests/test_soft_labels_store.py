@@ -8,12 +8,12 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PretrainedConfig
 
-from heterofusion.arguments import DataArguments, SourceLabelArguments
-from heterofusion.baselines.fusellm import Aligner
-from heterofusion.label_loss import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
-from heterofusion.labelling.soft_targets import add_soft_labels
-from heterofusion.loading import check_token_ids
-from heterofusion.source_labels import build_labels
+from heterofusion.data.arguments import DataArguments, SourceLabelArguments
+from heterofusion.data.labels import build_labels
+from heterofusion.experts.soft_targets import add_soft_labels
+from heterofusion.rivals.fusellm import Aligner
+from heterofusion.runtime.loading import check_token_ids
+from heterofusion.training.label_loss import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, read_labels
 from recipe_runner import SIZES, flags, recipe, succeeds, train, write_replay

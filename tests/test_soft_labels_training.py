@@ -7,9 +7,16 @@ import torch
 from torch.optim import AdamW
 
 from conftest import TokenRows, make_trainer
-from heterofusion.arguments import SourceLabelArguments
-from heterofusion.label_loss import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, SoftCollator, soft_losses
-from heterofusion.mixture import PART, Mixture, MixtureSampler
+from heterofusion.data.arguments import SourceLabelArguments
+from heterofusion.training.label_loss import (
+    SOFT_COLUMNS,
+    SOFT_IDS,
+    SOFT_POSITIONS,
+    SOFT_PROBS,
+    SoftCollator,
+    soft_losses,
+)
+from heterofusion.training.mixture import PART, Mixture, MixtureSampler
 
 VOCABULARY, K, WEIGHT = 64, 3, 0.3
 

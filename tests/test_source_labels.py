@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from heterofusion.arguments import DataArguments, SourceLabelArguments
-from heterofusion.provenance import describe_labels
-from heterofusion.source_labels import build_labels
+from heterofusion.data.arguments import DataArguments, SourceLabelArguments
+from heterofusion.data.labels import build_labels
+from heterofusion.publish.record import describe_labels
 from recipe_runner import (
     MISTRAL,
     QWEN,

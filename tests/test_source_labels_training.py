@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from conftest import TokenRows, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionTrainer
-from heterofusion.mixture import PART, Mixture, MixtureSampler, epoch_length, part_losses, replay_places
+from heterofusion.training.mixture import PART, Mixture, MixtureSampler, epoch_length, part_losses, replay_places
 
 SHARES = [Fraction(3, 8), Fraction(1, 2), Fraction(1, 10), Fraction(9, 10), Fraction(333, 1000), Fraction(0)]
 

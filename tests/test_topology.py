@@ -8,7 +8,7 @@ import torch
 
 from builders import LLAMA_ROLES, llama_modules, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter, plan_alignment
-from heterofusion.topology import GroupKey, map_layers, parse_transfer_ratio
+from heterofusion.adapters.alignment import GroupKey, map_layers, parse_transfer_ratio
 
 ONE = Fraction(1)
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
 from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
-from heterofusion.arguments import ModelArguments
-from heterofusion.checkpoints import load_hypernetworks
-from heterofusion.loading import load_tokenizer
+from heterofusion.data.arguments import ModelArguments
+from heterofusion.runtime.loading import load_tokenizer
+from heterofusion.training.checkpoints import load_hypernetworks
 from recipe_runner import (
     MISTRAL,
     QWEN,

@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from conftest import GOLDEN, TokenRows, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionTrainer, load_adapter
-from heterofusion.diagnostics import fusion_diagnostics, mean_over_roles
+from heterofusion.method.diagnostics import fusion_diagnostics, mean_over_roles
 
 
 @pytest.mark.parametrize("case", ["both", "mistral_half"])
@@ -78,7 +78,7 @@ def test_once_per_window_equals_once_per_micro_batch(tmp_path, monkeypatch, chec
         return window_gradients(folder, 4, monkeypatch, activation_checkpointing=checkpointing)
 
     once, log = run(tmp_path / "once")
-    monkeypatch.setattr("heterofusion.trainer.ONCE_PER_WINDOW", set())
+    monkeypatch.setattr("heterofusion.training.trainer.ONCE_PER_WINDOW", set())
     every, other = run(tmp_path / "every")
     for a, b in zip(once, every, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

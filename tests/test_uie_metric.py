@@ -2,7 +2,7 @@
 
 import pytest
 
-from heterofusion.evaluation import UIEF1, normalize, parse_items, score_answers
+from heterofusion.evaluation.uie import UIEF1, normalize, parse_items, score_answers
 
 
 def f1_of(prediction: str, reference: str) -> float:

@@ -23,8 +23,8 @@ logging.getLogger().addHandler(logging.NullHandler())
 import torch
 
 from heterofusion import HeteroFusionModel, LoraAdapter, MethodConfig, load_adapter
+from heterofusion.adapters.controls import control_sources
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.controls import control_sources
 from heterofusion.zoo import TASKS, make_examples, zoo_path
 from heterofusion.zoo.build import load_base, score_tasks
 from heterofusion.zoo.training import collate, encode_example, train

@@ -1,14 +1,14 @@
 """HeteroFusion: fuse LoRA experts of different model families into one LoRA adapter of a target model."""
 
-from heterofusion.adapter_config import AdapterError
-from heterofusion.adapters import LoraAdapter, load_adapter
-from heterofusion.config import HeteroFusionConfig, MethodConfig
-from heterofusion.controls import control_sources
-from heterofusion.export import export_adapter
-from heterofusion.hub import push_adapter
-from heterofusion.modeling import HeteroFusionModel
-from heterofusion.topology import AlignmentPlan, plan_alignment
-from heterofusion.trainer import HeteroFusionTrainer
+from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
+from heterofusion.adapters.config import AdapterError
+from heterofusion.adapters.controls import control_sources
+from heterofusion.adapters.lora import LoraAdapter, load_adapter
+from heterofusion.method.model import HeteroFusionModel
+from heterofusion.publish.hub import push_adapter
+from heterofusion.publish.write import export_adapter
+from heterofusion.training.config import HeteroFusionConfig, MethodConfig
+from heterofusion.training.trainer import HeteroFusionTrainer
 
 __all__ = [
     "AdapterError",

@@ -22,6 +22,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from heterofusion.runtime.errors import UserError, one_line
+
 USER_ERROR = 2
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
@@ -29,13 +31,9 @@ _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _DEBUG_HELP = "`true` shows the traceback of an error instead of one line."
 
 
-class UsageError(ValueError):
-    """Flags that cannot be parsed."""
-
-
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message} (see --help)")
+        raise UserError(f"{message} (see --help)")
 
 
 def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], description: str) -> tuple[Any, ...]:
@@ -83,7 +81,10 @@ def parse_with_sections(
         content, where = _read_config(path)
         flags = {key: value for key, value in content.items() if key not in sections}
         defaults = _mapping_arguments(flags, parser, where)
-    *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
+    try:
+        *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
+    except (ValueError, ImportError) as error:  # TrainingArguments has checks of its own
+        raise UserError(str(error)) from error
     found = {key: value for key, value in content.items() if key in sections}
     return tuple(instances), found, None if path is None else Path(path).expanduser().absolute()
 
@@ -129,7 +130,7 @@ def stage_arguments(
         return []
     entries = content.pop("stages")
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"{where} has {entries!r} as stages; a list of mappings was expected, one per stage")
+        raise UserError(f"{where} has {entries!r} as stages; a list of mappings was expected, one per stage")
     parser = _parser(dataclass_types, "")
     rest = _without_config(argv)
     _mapping_arguments(content, parser, where)  # its errors are of no single stage
@@ -137,13 +138,13 @@ def stage_arguments(
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict):
             kind = type(entry).__name__
-            raise UsageError(f"{where}, stage {number} of {len(entries)} is a {kind}; a mapping of flags was expected")
+            raise UserError(f"{where}, stage {number} of {len(entries)} is a {kind}; a mapping of flags was expected")
         name = entry.pop("name", None)
         name = f"stage-{number}" if name is None else name
         place = f"{where}, stage {name!r}"
         misplaced = [str(key) for key in entry if key in (*whole_run, "config", "stages")]
         if misplaced:
-            raise UsageError(
+            raise UserError(
                 f"{place} has {misplaced[0]}, which belongs to the whole run; give it at the top level or on the "
                 "command line"
             )
@@ -171,10 +172,10 @@ def _config_path(argv: list[str]) -> str | None:
             paths.append(argument.removeprefix("--config="))
         if argument == "--config":
             if index + 1 == len(argv):
-                raise UsageError("--config needs the name of a YAML file")
+                raise UserError("--config needs the name of a YAML file")
             paths.append(argv[index + 1])
     if len(paths) > 1:
-        raise UsageError(f"--config is given {len(paths)} times ({', '.join(paths)}); name one file")
+        raise UserError(f"--config is given {len(paths)} times ({', '.join(paths)}); name one file")
     return paths[0] if paths else None
 
 
@@ -203,19 +204,19 @@ def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
         The mapping; empty for an empty file. `${NAME:-text}` gives the text where the variable is not set.
 
     Raises:
-        UsageError: it cannot be read, holds something else, or names a variable that is not set.
+        UserError: it cannot be read, holds something else, or names a variable that is not set.
     """
     full = Path(path).expanduser().absolute()
     try:
         content = yaml.safe_load(full.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{where} does not exist") from None
+        raise UserError(f"{where} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{where} cannot be read as YAML: {error}") from None
+        raise UserError(f"{where} cannot be read as YAML: {error}") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise UsageError(f"{where} holds a {type(content).__name__}, {expected} was expected")
+        raise UserError(f"{where} holds a {type(content).__name__}, {expected} was expected")
     return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in content.items()}
 
 
@@ -231,7 +232,7 @@ def _expand_variables(value: Any, where: str) -> Any:
         name, default = match.groups()
         found = os.environ.get(name) or default
         if found is None:
-            raise UsageError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
+            raise UserError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
         return found
 
     return _VARIABLE.sub(content, value)
@@ -246,7 +247,7 @@ def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], wher
         where: names them in messages.
 
     Raises:
-        UsageError: an unknown or missing flag, or a value that cannot be cast or is out of range.
+        UserError: an unknown or missing flag, or a value that cannot be cast or is out of range.
     """
     parser = _parser(dataclass_types, "")
     try:
@@ -256,16 +257,16 @@ def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], wher
                 kind(**{item.name: found[item.name] for item in dataclasses.fields(cast(Any, kind))})
     except ValueError as error:
         message = str(error).removesuffix(" (see --help)")
-        raise UsageError(message if message.startswith(where) else f"{where}: {message}") from None
+        raise UserError(message if message.startswith(where) else f"{where}: {message}") from None
 
 
 def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> list[str]:
     known = {action.dest for action in parser._actions} - {"help", "config"}
     unknown = [str(key) for key in content if key not in known]
     if unknown:
-        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)")
+        raise UserError(f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)")
     if _WORDS.get(as_text(content.get("debug")).lower()) is not None:
-        raise UsageError(f"{where} sets debug; give `--debug true` on the command line")
+        raise UserError(f"{where} sets debug; give `--debug true` on the command line")
     arguments: list[str] = []
     for key, value in content.items():
         if value is None:
@@ -274,11 +275,11 @@ def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> 
             if not value and parser.get_default(key) == []:  # what is there if it is left out
                 continue
             if not value:
-                raise UsageError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
+                raise UserError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
             items = [as_text(item) for item in value]
             for item in items:
                 if item.startswith("--"):  # argparse would take it for a flag
-                    raise UsageError(f"{where} has {item!r} in the list of {key}; a value was expected")
+                    raise UserError(f"{where} has {item!r} in the list of {key}; a value was expected")
             arguments += [f"--{key}", *items]
         else:
             arguments.append(f"--{key}={as_text(value)}")
@@ -302,7 +303,7 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
             function(arguments)
         except SystemExit as stop:  # --help
             return int(stop.code or 0)
-        except (ValueError, OSError, ImportError) as error:
+        except (UserError, OSError, ImportError) as error:
             if debug:
                 raise
             _drop_held_messages()
@@ -322,11 +323,6 @@ def _print_alone(line: str) -> None:
     below = any(bar.fp == sys.stderr and getattr(bar, "pos", 0) for bar in getattr(tqdm, "_instances", ()))
     with tqdm.external_write_mode(sys.stderr):
         print(("\r" if below else "") + line, file=sys.stderr)
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error in one line; blanks inside a line stay, they may belong to a path."""
-    return " ".join(filter(None, (line.strip() for line in str(error).splitlines()))) or type(error).__name__
 
 
 def _take_debug(argv: list[str]) -> tuple[list[str], bool]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import UsageError
 from heterofusion.comparison.entries import Needs, check_parts_of_texts, check_variable, mapping, names_of, slug
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps import MAKERS, Template, with_config
 
 LABEL = "label"
@@ -81,16 +81,16 @@ def plan_cases(entries: Any, seeds: Sequence[int], search_seed: int, where: str)
         where: names the file in messages.
 
     Raises:
-        UsageError: something in it is not as it has to be; names it.
+        UserError: something in it is not as it has to be; names it.
     """
     if entries is None:
         return (Case(None, tuple(seeds)),)
     if not isinstance(entries, list) or not entries:
-        raise UsageError(f"{where}: cases must be a list of mappings, each with a name; leave it out to have none")
+        raise UserError(f"{where}: cases must be a list of mappings, each with a name; leave it out to have none")
     cases: list[Case] = []
     for entry in entries:
         if not isinstance(entry, dict) or entry.get("name") in (None, ""):
-            raise UsageError(f"{where}: cases must be a list of mappings, each with a name; found {entry!r}")
+            raise UserError(f"{where}: cases must be a list of mappings, each with a name; found {entry!r}")
         variables = {str(key): value for key, value in entry.items()}
         name = str(variables.pop("name"))
         place = f"{where}, case {name!r}"
@@ -99,10 +99,10 @@ def plan_cases(entries: Any, seeds: Sequence[int], search_seed: int, where: str)
             check_variable(variable, place)
         for other in cases:
             if slug(str(other.name)) == slug(name):
-                raise UsageError(f"{where}: two cases are called {name!r}; give each its own name")
+                raise UserError(f"{where}: two cases are called {name!r}; give each its own name")
             lacking = sorted(set(other.variables) ^ set(variables))
             if lacking:
-                raise UsageError(
+                raise UserError(
                     f"{place}: {lacking[0]} is a variable of only one of it and {other.name!r}; give it in every "
                     "case (null leaves the flag out)"
                 )
@@ -114,11 +114,11 @@ def _seeds(value: Any, default: Sequence[int], search_seed: int, place: str) -> 
     if value is None:
         return tuple(default)
     if not isinstance(value, list) or not value or not all(type(seed) is int for seed in value):
-        raise UsageError(f"{place}: seeds is {value!r}; give a list of one or more integers")
+        raise UserError(f"{place}: seeds is {value!r}; give a list of one or more integers")
     if len(set(value)) < len(value):
-        raise UsageError(f"{place}: seeds is {value}; they must all be different")
+        raise UserError(f"{place}: seeds is {value}; they must all be different")
     if search_seed in value:
-        raise UsageError(
+        raise UserError(
             f"{place}: --search_seed {search_seed} is one of its seeds {value}: hyper-parameters would be chosen by a "
             "run that is in the table; give another"
         )
@@ -129,7 +129,7 @@ def find_search_case(name: Any, cases: Sequence[Case], where: str) -> Case | Non
     """The case in which hyper-parameters are searched; None if the file names none.
 
     Raises:
-        UsageError: it is none of the cases.
+        UserError: it is none of the cases.
     """
     if name is None:
         return None
@@ -151,18 +151,18 @@ def plan_made(
         where: names the file in messages.
 
     Raises:
-        UsageError: something in it is not as it has to be; names it.
+        UserError: something in it is not as it has to be; names it.
     """
     made: list[Made] = []
     for name, entry in mapping(entries, f"{where}, made").items():
         place = f"{where}, made {name!r}"
         check_variable(name, place)
         if name in cases[0].variables:
-            raise UsageError(f"{place} has the name of a variable of the cases; give it another")
+            raise UserError(f"{place} has the name of a variable of the cases; give it another")
         if not isinstance(entry, dict) or not set(entry) <= _MADE_KEYS or "recipe" not in entry:
-            raise UsageError(f"{place} must be a mapping of recipe and flags; found {entry!r}")
+            raise UserError(f"{place} must be a mapping of recipe and flags; found {entry!r}")
         if entry["recipe"] not in SHARED_RECIPES:
-            raise UsageError(f"{place}: recipe is {entry['recipe']!r}; it can be {', '.join(SHARED_RECIPES)}")
+            raise UserError(f"{place}: recipe is {entry['recipe']!r}; it can be {', '.join(SHARED_RECIPES)}")
         flags = with_config(mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
         needs = {case.name: find_needs(flags, case, made, lists, place) for case in cases}
         made.append(Made(name, entry["recipe"], flags, needs))
@@ -183,7 +183,7 @@ def find_needs(
         adapter: whether `{adapter}` may stand in them.
 
     Raises:
-        UsageError: a variable or a list is not there.
+        UserError: a variable or a list is not there.
     """
     things = {each.name: each for each in made}
     variables = {**dict.fromkeys(things, ""), **case.variables, "seed": 0, **({"adapter": ""} if adapter else {})}
@@ -210,7 +210,7 @@ def fill_flags(
         where: names them in messages.
 
     Raises:
-        UsageError: a variable or a list is not there, or does not fit where it stands.
+        UserError: a variable or a list is not there, or does not fit where it stands.
     """
     check_parts_of_texts(flags, variables, where)
     filled = {}

@@ -19,7 +19,7 @@ from heterofusion.comparison.runs import (
 )
 from heterofusion.evaluation.results import join_results
 from heterofusion.evaluation.store import RESULTS_FILE
-from heterofusion.provenance import library_versions
+from heterofusion.publish.record import library_versions
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import is_finished
 

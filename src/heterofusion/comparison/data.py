@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import UsageError
 from heterofusion.comparison.gains import Gain
+from heterofusion.data.files import SUFFIXES
 from heterofusion.evaluation.arguments import EvalDataArguments
 from heterofusion.labelling.arguments import REPLAY
-from heterofusion.records import SUFFIXES
 from heterofusion.report.fields import Fields
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps import Run, Step
 from heterofusion.sweeps.runs import listed
 
@@ -30,7 +30,7 @@ def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, m
         made: the runs that make what methods share.
 
     Raises:
-        UsageError: names the data set.
+        UserError: names the data set.
     """
     # a merge scores what it searches; in what is reported, it may print other scores beside those of the table
     searched_by_itself = [run for run in (*made, *reported) if any(step.flags.get("search") for step in run.steps)]
@@ -47,7 +47,7 @@ def check_apart(searching: Sequence[Run], reported: Sequence[Run], where: str, m
     for left, right, what in pairs:
         common = sorted(left & right)
         if common:
-            raise UsageError(f"{where}: {what}: {common[0]}; give it other data")
+            raise UserError(f"{where}: {what}: {common[0]}; give it other data")
 
 
 def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -> None:
@@ -59,7 +59,7 @@ def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -
         where: names the comparison file in messages.
 
     Raises:
-        UsageError: names the method or the gain, and the data sets.
+        UserError: names the method or the gain, and the data sets.
     """
     scored: dict[str, dict[tuple[str, ...], list[str]]] = {}  # by method and place of the row
     for run in reported:
@@ -73,18 +73,18 @@ def check_datasets(gains: Iterable[Gain], reported: Iterable[Run], where: str) -
         for labels in rows.values():
             twice = [label for label, count in Counter(labels).items() if count > 1]
             if twice:
-                raise UsageError(f"{where}, method {name!r}: it is scored on {twice[0]} twice; correct its parts")
+                raise UserError(f"{where}, method {name!r}: it is scored on {twice[0]} twice; correct its parts")
             known.setdefault(name, set(labels))
             first = next(iter(known))
             if set(labels) != known[first]:
-                raise UsageError(
+                raise UserError(
                     f"{where}, method {name!r}: it is scored on {', '.join(labels)}, but {first!r} on "
                     f"{', '.join(sorted(known[first]))}; all rows must be scored on the same data sets"
                 )
     for gain in gains:
         there = known.get(gain.row, set())
         if gain.dataset is not None and gain.dataset not in there:
-            raise UsageError(
+            raise UserError(
                 f"{where}, gain {gain.name!r}: dataset is {gain.dataset!r}, which {gain.row!r} is not scored on; "
                 f"there is {', '.join(sorted(there))}"
             )
@@ -147,7 +147,7 @@ def check_same_data(results: Iterable[Fields]) -> None:
             content = (entry.get("sha256"), entry.get("examples"))
             found, where = first.setdefault(name, (content, each.where))
             if found != content:
-                raise ValueError(
+                raise UserError(
                     f"{each.where} and {where} are of different data sets {name} (sha256, examples: {content}, "
                     f"{found}): the file has changed between them; remove the folder of the older one, and run again"
                 )

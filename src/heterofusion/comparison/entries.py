@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.cli import UsageError, as_text
+from heterofusion.cli import as_text
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps.template import VARIABLE
 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_]\w*")
@@ -41,12 +42,12 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     """A mapping of the file; nothing is an empty one.
 
     Raises:
-        UsageError: it is something else.
+        UserError: it is something else.
     """
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UsageError(f"{where} is {value!r}; a mapping was expected")
+        raise UserError(f"{where} is {value!r}; a mapping was expected")
     return {str(key): item for key, item in value.items()}
 
 
@@ -60,20 +61,18 @@ def names_of(value: Any, known: Sequence[str], what: str, where: str) -> tuple[s
         where: names the list in messages.
 
     Raises:
-        UsageError: it is no list or empty, or has a name that is not there, or one twice.
+        UserError: it is no list or empty, or has a name that is not there, or one twice.
     """
     if value is None:
         return ()
     if not isinstance(value, list) or not value:
-        raise UsageError(f"{where} is {value!r}; a list of one or more names was expected")
+        raise UserError(f"{where} is {value!r}; a list of one or more names was expected")
     names = tuple(map(str, value))
     for index, name in enumerate(names):
         if name not in known:
-            raise UsageError(
-                f"{where} names {name!r}, which is no {what} of it; there is {', '.join(known) or 'none'}"
-            )
+            raise UserError(f"{where} names {name!r}, which is no {what} of it; there is {', '.join(known) or 'none'}")
         if name in names[:index]:
-            raise UsageError(f"{where} names {name!r} twice")
+            raise UserError(f"{where} names {name!r} twice")
     return names
 
 
@@ -81,12 +80,12 @@ def check_variable(name: str, where: str) -> None:
     """Check what is to be a variable in flags.
 
     Raises:
-        UsageError: `{name}` could not stand in a text, or is a variable already.
+        UserError: `{name}` could not stand in a text, or is a variable already.
     """
     if not _VARIABLE_NAME.fullmatch(name):
-        raise UsageError(f"{where}: {name!r} cannot be a variable; use letters, digits and _")
+        raise UserError(f"{where}: {name!r} cannot be a variable; use letters, digits and _")
     if name in _RESERVED:
-        raise UsageError(f"{where}: {name!r} is a variable already; give it another name")
+        raise UserError(f"{where}: {name!r} is a variable already; give it another name")
 
 
 def check_parts_of_texts(value: Any, variables: Mapping[str, Any], where: str) -> None:
@@ -98,13 +97,13 @@ def check_parts_of_texts(value: Any, variables: Mapping[str, Any], where: str) -
         where: names them in messages.
 
     Raises:
-        UsageError: it is a part of a longer text.
+        UserError: it is a part of a longer text.
     """
     if isinstance(value, str):
         for match in VARIABLE.finditer(value):
             found = variables.get(match[1], "")
             if match[0] != value and (found is None or isinstance(found, (list, dict))):
-                raise UsageError(
+                raise UserError(
                     f"{where} has {value!r}, but {match[1]} is {'null' if found is None else repr(found)}, which is "
                     "no part of a text; let the variable be the whole value"
                 )

@@ -6,8 +6,8 @@ from pathlib import Path
 from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.plan import Comparison
 from heterofusion.comparison.runs import ComparisonRun, making_seconds, read_record
-from heterofusion.label_controls import ANCHOR, LABELS_FILE
-from heterofusion.provenance import DISTILLATION_FILE, EXPERT_FILE, MERGE_FILE, PROVENANCE_FILE
+from heterofusion.data.label_controls import ANCHOR, LABELS_FILE
+from heterofusion.publish.record import DISTILLATION_FILE, EXPERT_FILE, MERGE_FILE, PROVENANCE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Pool, is_finished, run_all
 from heterofusion.sweeps.pool import NOT_RUN, Outcome

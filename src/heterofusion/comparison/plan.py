@@ -34,10 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import UsageError, as_text
+from heterofusion.cli import as_text
 from heterofusion.comparison.cases import Case, Made, find_needs, find_search_case, plan_cases, plan_made
 from heterofusion.comparison.entries import Needs, mapping, names_of, slug
 from heterofusion.comparison.gains import Gain, plan_gains
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps import MAKERS, with_config
 
 SECTIONS = ("validation", "test", "lists", "cases", "search_case", "made", "methods", "gains", "normalize_by")
@@ -174,22 +175,22 @@ def plan_comparison(
         only: names of the methods that are compared; all by default.
 
     Raises:
-        UsageError: something in it is not as it has to be; names it.
+        UserError: something in it is not as it has to be; names it.
     """
     where = f"--config: {file}"
     for name in ("test", "methods"):
         if not sections.get(name):
-            raise UsageError(f"{where} has no section {name}; a comparison needs one")
+            raise UserError(f"{where} has no section {name}; a comparison needs one")
     lists = sections.get("lists") or {}
     if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
-        raise UsageError(f"{where}: lists must be a mapping of names to lists")
+        raise UserError(f"{where}: lists must be a mapping of names to lists")
     validation, test = (
         with_config(mapping(sections.get(name), f"{where}, {name}"), file.parent, f"{where}, {name}")
         for name in ("validation", "test")
     )
     for name, flags in (("validation", validation), ("test", test)):
         if taken := [flag for flag in ("adapters", "output_dir", "name", "labels") if flag in flags]:
-            raise UsageError(f"{where}, {name}: {taken[0]} is set for each row; leave it out")
+            raise UserError(f"{where}, {name}: {taken[0]} is set for each row; leave it out")
     cases = plan_cases(sections.get("cases"), seeds, search_seed, where)
     case_names = [case.name for case in cases if case.name is not None]
     search_case = find_search_case(sections.get("search_case"), cases, where)
@@ -197,29 +198,29 @@ def plan_comparison(
     methods: list[Method] = []
     entries = sections["methods"]
     if not isinstance(entries, list):
-        raise UsageError(f"{where}: methods must be a list of mappings, each with a name")
+        raise UserError(f"{where}: methods must be a list of mappings, each with a name")
     for entry in entries:
         methods.append(_method(entry, methods, case_names, file.parent, where, budget))
     names = [method.slug for method in methods]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise UsageError(f"{where}: two methods are called {methods[index].name!r}; give each its own name")
+            raise UserError(f"{where}: two methods are called {methods[index].name!r}; give each its own name")
     if not validation and any(method.search for method in methods):
-        raise UsageError(f"{where} has methods with a search but no section validation to choose by")
+        raise UserError(f"{where} has methods with a search but no section validation to choose by")
     unknown = [name for name in only if name not in {method.name for method in methods}]
     if unknown:
         there = ", ".join(method.name for method in methods)
-        raise UsageError(f"--only {unknown[0]!r} is no method of {file}; there is {there}")
+        raise UserError(f"--only {unknown[0]!r} is no method of {file}; there is {there}")
     known = {method.name: method.cases or case_names for method in methods}
     gains = plan_gains(sections.get("gains"), known, case_names, where)
     normalize_by = sections.get("normalize_by")
     if normalize_by is not None and (not isinstance(normalize_by, str) or normalize_by not in known):
-        raise UsageError(f"{where}: normalize_by is {normalize_by!r}, which is no method of it")
+        raise UserError(f"{where}: normalize_by is {normalize_by!r}, which is no method of it")
     if only:
         methods = [method for method in methods if method.name in only]
         for method in methods:
             if method.settings_of is not None and method.settings_of not in only:
-                raise UsageError(
+                raise UserError(
                     f"--only {method.name!r} takes its hyper-parameters of {method.settings_of!r}: name both"
                 )
         gains = tuple(gain for gain in gains if gain.methods <= set(only))
@@ -237,7 +238,7 @@ def _check_search_case(comparison: Comparison) -> None:
         return
     for method in comparison.methods:
         if method.search and any(comparison.search_needs(method, case).case for case in comparison.cases):
-            raise UsageError(
+            raise UserError(
                 f"{comparison.where}: search_case is missing: the search of {method.name!r} depends on a variable of "
                 f"the cases; name the one to search in, of {', '.join(comparison.case_names)}"
             )
@@ -247,17 +248,15 @@ def _method(
     entry: Any, before: Sequence[Method], cases: Sequence[str], folder: Path, where: str, budget: int
 ) -> Method:
     if not isinstance(entry, dict) or not entry.get("name"):
-        raise UsageError(f"{where}: methods must be a list of mappings, each with a name; found {entry!r}")
+        raise UserError(f"{where}: methods must be a list of mappings, each with a name; found {entry!r}")
     name = str(entry["name"])
     place = f"{where}, method {name!r}"
     unknown = [str(key) for key in entry if key not in _METHOD_KEYS]
     if unknown:
-        raise UsageError(
-            f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_METHOD_KEYS))}"
-        )
+        raise UserError(f"{place} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_METHOD_KEYS))}")
     flags = with_config(mapping(entry.get("flags"), f"{place}, flags"), folder, f"{place}, flags")
     if flags.get("search"):
-        raise UsageError(f"{place}: flags has search; write it beside flags, where its budget is that of all")
+        raise UserError(f"{place}: flags has search; write it beside flags, where its budget is that of all")
     evaluation = with_config(mapping(entry.get("eval"), f"{place}, eval"), folder, f"{place}, eval")
     search = _search(entry.get("search"), place, budget)
     own_cases = names_of(entry.get("cases"), cases, "case", f"{place}: cases")
@@ -266,26 +265,26 @@ def _method(
     if "like" in entry:
         model = next((method for method in before if method.name == entry["like"]), None)
         if model is None or recipe is not None or search:
-            raise UsageError(
+            raise UserError(
                 f"{place}: like must name a method above it, and recipe and search then come from there; it is "
                 f"{entry['like']!r}"
             )
         settings_of = model.settings_of or model.name
         searched = next(method.search for method in before if method.name == settings_of)
         if own := [flag for flag in flags if flag in searched]:
-            raise UsageError(f"{place} sets {own[0]}, which is searched in {settings_of!r} and comes from there")
+            raise UserError(f"{place} sets {own[0]}, which is searched in {settings_of!r} and comes from there")
         recipe, flags, evaluation = model.recipe, {**model.flags, **flags}, {**model.evaluation, **evaluation}
         own_cases = own_cases or tuple(model.cases)
         inherited = [dict(part) for part in model.parts]
     if recipe is not None and recipe not in MAKERS:
-        raise UsageError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
+        raise UserError(f"{place}: recipe is {recipe!r}; it can be {', '.join(MAKERS)}, or left out")
     if recipe is None and (flags or search):
-        raise UsageError(f"{place} has flags or a search but no recipe that they are of")
+        raise UserError(f"{place} has flags or a search but no recipe that they are of")
     parts = entry.get("parts") or inherited
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise UsageError(f"{place}: parts must be a list of mappings of flags of recipes/eval.py")
+        raise UserError(f"{place}: parts must be a list of mappings of flags of recipes/eval.py")
     if parts and recipe is not None:
-        raise UsageError(f"{place} has parts and a recipe; parts are of what is there already")
+        raise UserError(f"{place} has parts and a recipe; parts are of what is there already")
     return Method(
         name, str(entry.get("group") or ""), str(entry.get("about") or ""), recipe, flags, search, settings_of,
         evaluation, tuple(with_config(part, folder, f"{place}, parts") for part in parts), own_cases,
@@ -296,15 +295,15 @@ def _search(search: Any, place: str, budget: int) -> dict[str, list[Any]]:
     values = mapping(search, f"{place}, search")
     for flag in _NOT_SEARCHED:
         if flag in values:
-            raise UsageError(f"{place}: {flag} is no hyper-parameter: runs of other seeds would be the same")
+            raise UserError(f"{place}: {flag} is no hyper-parameter: runs of other seeds would be the same")
     if not all(isinstance(items, list) and items for items in values.values()):
-        raise UsageError(f"{place}: search must map flags to lists of values")
+        raise UserError(f"{place}: search must map flags to lists of values")
     for flag, items in values.items():
         if len(set(map(as_text, items))) < len(items):
-            raise UsageError(f"{place}: its search has a value of {flag} twice: {items}")
+            raise UserError(f"{place}: its search has a value of {flag} twice: {items}")
     count = math.prod(map(len, values.values()))
     if values and count != budget:
-        raise UsageError(
+        raise UserError(
             f"{place}: its search has {count} combinations, but every method gets --search_budget {budget} validation "
             "runs: give it as many"
         )

@@ -14,10 +14,10 @@ from heterofusion.comparison.cases import Case, fill_flags
 from heterofusion.comparison.data import check_same_data
 from heterofusion.comparison.entries import point_name
 from heterofusion.comparison.plan import Comparison, Method
+from heterofusion.data.files import load_json, read_text
 from heterofusion.evaluation.arguments import EvalDataArguments, GenerationArguments
 from heterofusion.evaluation.store import RESULTS_FILE
-from heterofusion.provenance import MERGE_FILE
-from heterofusion.records import load_json, read_text
+from heterofusion.publish.record import MERGE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Run, Step, check_step
 
@@ -60,7 +60,7 @@ def made_runs(comparison: Comparison) -> list[ComparisonRun]:
     """The runs that make what methods share, each after those that it needs; only what is used is made.
 
     Raises:
-        UsageError: a flag is not one of its recipe, or has a value that it cannot have.
+        UserError: a flag is not one of its recipe, or has a value that it cannot have.
     """
     wanted: list[tuple[Case, int | None, tuple[str, ...]]] = []
     for method in comparison.methods:
@@ -95,7 +95,7 @@ def search_runs(comparison: Comparison) -> list[ComparisonRun]:
     """The runs that hyper-parameters are chosen by.
 
     Raises:
-        UsageError: a flag is not one of its recipe, or has a value that it cannot have.
+        UserError: a flag is not one of its recipe, or has a value that it cannot have.
     """
     runs = []
     case, seed = _search_case(comparison), comparison.search_seed
@@ -210,7 +210,7 @@ def final_runs(comparison: Comparison, settings: Settings) -> list[ComparisonRun
             for a look at the flags before anything is run.
 
     Raises:
-        UsageError: a flag is not one of its recipe, or has a value that it cannot have.
+        UserError: a flag is not one of its recipe, or has a value that it cannot have.
     """
     runs: list[ComparisonRun] = []
     for method in comparison.methods:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from heterofusion.runtime.errors import UserError
+
 
 def check_answers(predictions: Sequence[str], references: Sequence[str]) -> None:
     """Refuse answers that cannot be scored.
@@ -14,10 +16,10 @@ def check_answers(predictions: Sequence[str], references: Sequence[str]) -> None
         ValueError: If the two differ in length or are empty, or if one of them holds something else than strings.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
+        raise UserError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
     if not predictions:
-        raise ValueError("no predictions to score")
+        raise UserError("no predictions to score")
     for name, answers in (("predictions", predictions), ("references", references)):
         for index, answer in enumerate(answers):
             if not isinstance(answer, str):
-                raise ValueError(f"{name}[{index}] is {answer!r}; give a string, '' where there is no answer")
+                raise UserError(f"{name}[{index}] is {answer!r}; give a string, '' where there is no answer")

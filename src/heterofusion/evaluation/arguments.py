@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from heterofusion.arguments import DataArguments, DatasetSpec, ModelArguments
+from heterofusion.data.arguments import DataArguments, DatasetSpec, ModelArguments
 from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric
+from heterofusion.runtime.errors import UserError
 
 NO_ADAPTER = "none"
 BASE_NAME = "base"
@@ -56,11 +57,11 @@ class EvalModelArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         if not self.adapters or not all(self.adapters):
-            raise ValueError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
+            raise UserError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
         if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
+            raise UserError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
         if self.adapter_revision is not None and len(self.adapter_revision) not in (1, len(self.adapters)):
-            raise ValueError(
+            raise UserError(
                 f"--adapter_revision has {len(self.adapter_revision)} values, but --adapters has "
                 f"{len(self.adapters)}: give one for all, or one per adapter"
             )
@@ -110,12 +111,12 @@ class EvalDataArguments:
 
     def __post_init__(self) -> None:
         if not self.dataset_name:
-            raise ValueError("--dataset_name is missing: name at least one data set to evaluate on")
+            raise UserError("--dataset_name is missing: name at least one data set to evaluate on")
         self.specs()
         for flag, values in (("dataset_label", self.dataset_label or []), ("metric", self.metric)):
             allowed = (len(self.dataset_name),) if flag == "dataset_label" else (1, len(self.dataset_name))
             if values and len(values) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"--{flag} has {len(values)} values, but --dataset_name has {len(self.dataset_name)}: give one "
                     "per data set"
                 )
@@ -147,12 +148,12 @@ class EvalDataArguments:
         labels = self.dataset_label or [_default_label(name) for name in self.dataset_name]
         for index, label in enumerate(labels):
             if not is_file_name(label):
-                raise ValueError(
+                raise UserError(
                     f"the label {label!r} of data set {self.dataset_name[index]} cannot be the name of a file; give "
                     "--dataset_label, one per data set, of letters, digits and . _ + = -"
                 )
             if label in labels[:index]:
-                raise ValueError(
+                raise UserError(
                     f"data sets {self.dataset_name[labels.index(label)]} and {self.dataset_name[index]} have the same "
                     f"label {label!r}; give --dataset_label, one per data set, all different"
                 )
@@ -197,7 +198,7 @@ class GenerationArguments:
         for flag, lowest in (("max_new_tokens", 1), ("max_prompt_length", 2)):
             value = getattr(self, flag)
             if value is not None and value < lowest:
-                raise ValueError(f"--{flag} is {value}: give an integer of at least {lowest}")
+                raise UserError(f"--{flag} is {value}: give an integer of at least {lowest}")
         self.fixed_batch_size()
 
     def fixed_batch_size(self) -> int | None:
@@ -209,7 +210,7 @@ class GenerationArguments:
         if self.batch_size == AUTO:
             return None
         if not re.fullmatch(r"[1-9][0-9]*", self.batch_size):
-            raise ValueError(f"--batch_size is {self.batch_size!r}: give an integer of at least 1, or {AUTO}")
+            raise UserError(f"--batch_size is {self.batch_size!r}: give an integer of at least 1, or {AUTO}")
         return int(self.batch_size)
 
 
@@ -240,7 +241,7 @@ class EvalOutputArguments:
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other; choose one")
+            raise UserError("--resume and --overwrite exclude each other; choose one")
         self.label_values()
 
     def label_values(self) -> dict[str, str]:
@@ -253,9 +254,9 @@ class EvalOutputArguments:
         for label in self.labels:
             key, sign, value = label.partition("=")
             if not (key.strip() and sign):
-                raise ValueError(f"--labels has {label!r}; write key=value, such as seed=0")
+                raise UserError(f"--labels has {label!r}; write key=value, such as seed=0")
             if key in values:
-                raise ValueError(f"--labels has the key {key!r} twice; give it once")
+                raise UserError(f"--labels has the key {key!r} twice; give it once")
             values[key] = value
         return values
 
@@ -266,20 +267,18 @@ class EvalOutputArguments:
             ValueError: as many names as adapters were expected, two are the same, or one cannot name a folder.
         """
         if self.name is not None and len(adapters) > 1:
-            raise ValueError(f"--name is for one adapter, but --adapters has {len(adapters)}; give --names, one each")
+            raise UserError(f"--name is for one adapter, but --adapters has {len(adapters)}; give --names, one each")
         if self.names is not None and len(self.names) != len(adapters):
-            raise ValueError(
-                f"--names has {len(self.names)} values, but --adapters has {len(adapters)}: give one each"
-            )
+            raise UserError(f"--names has {len(self.names)} values, but --adapters has {len(adapters)}: give one each")
         names = self.names or [BASE_NAME if a == NO_ADAPTER else Path(a).expanduser().resolve().name for a in adapters]
         for index, name in enumerate(names):
             if not is_file_name(name):
-                raise ValueError(
+                raise UserError(
                     f"{name!r} cannot name the folder of adapter {adapters[index]}; give --names, one per adapter, of "
                     "letters, digits and . _ + = -"
                 )
             if name in names[:index]:
-                raise ValueError(
+                raise UserError(
                     f"adapters {adapters[names.index(name)]} and {adapters[index]} have the same name {name!r}; give "
                     "--names, one per adapter, all different"
                 )
@@ -296,9 +295,7 @@ class EvalOutputArguments:
             ValueError: names of single adapters were given.
         """
         if self.names is not None:
-            raise ValueError(
-                f"--names names adapters, but {reason} puts all of them into one row; give --name instead"
-            )
+            raise UserError(f"--names names adapters, but {reason} puts all of them into one row; give --name instead")
         return self.name or default
 
 
@@ -331,11 +328,11 @@ class EnsembleArguments:
 
     def __post_init__(self) -> None:
         if self.ensemble is None and self.ensemble_models is not None:
-            raise ValueError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
+            raise UserError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
         if self.unite_top_k < 1:
-            raise ValueError(f"--unite_top_k is {self.unite_top_k}: give an integer of at least 1, such as {TOP_K}")
+            raise UserError(f"--unite_top_k is {self.unite_top_k}: give an integer of at least 1, such as {TOP_K}")
         if self.ensemble != "unite" and self.unite_top_k != TOP_K:
-            raise ValueError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
+            raise UserError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
 
     def bases(self, model: EvalModelArguments) -> list[str]:
         """The base models of the members, one each.
@@ -348,24 +345,24 @@ class EnsembleArguments:
         """
         count = len(model.adapters)
         if count < 2:
-            raise ValueError(
+            raise UserError(
                 f"--ensemble {self.ensemble} needs two members at least, but --adapters has {count}; name an adapter "
                 f"for each, or {NO_ADAPTER}"
             )
         if self.ensemble_models is None:
             return [model.model_name_or_path] * count
         if len(self.ensemble_models) != count:
-            raise ValueError(
+            raise UserError(
                 f"--ensemble_models has {len(self.ensemble_models)} values, but --adapters has {count}: give one "
                 f"base per adapter, and {NO_ADAPTER} as the adapter of a base alone"
             )
         if model.model_name_or_path not in self.ensemble_models:
-            raise ValueError(
+            raise UserError(
                 f"--model_name_or_path {model.model_name_or_path} is not among --ensemble_models "
                 f"({', '.join(self.ensemble_models)}); give one of them"
             )
         if model.model_revision is not None:
-            raise ValueError(
+            raise UserError(
                 f"--model_revision {model.model_revision} cannot be of all --ensemble_models; download the revision "
                 "and name its folder"
             )

@@ -18,6 +18,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from heterofusion.evaluation.answers import check_answers
+from heterofusion.runtime.errors import UserError
 
 # The names GLUE gives its labels, in the order of its label numbers, as words. STS-B has a number from 0 to 5 instead.
 GLUE_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -107,7 +108,7 @@ def score_glue(task: str, predictions: Sequence[str], references: Sequence[str])
     if None in expected:
         index = expected.index(None)
         wanted = f"one of {', '.join(labels)}" if labels else "a number from 0 to 5"
-        raise ValueError(f"references[{index}] is {references[index]!r}; an answer of {task} must be {wanted}")
+        raise UserError(f"references[{index}] is {references[index]!r}; an answer of {task} must be {wanted}")
     found = [parse(prediction) for prediction in predictions]
     scores = _label_scores(task, found, expected) if labels else _similarity_scores(found, expected)
     return {**scores, "format_failure_rate": found.count(None) / len(found), "num_examples": len(found)}
@@ -144,7 +145,7 @@ def _similarity_scores(found: list[float | None], expected: list[float]) -> dict
 
 def _check_task(task: str) -> None:
     if task not in GLUE_LABELS:
-        raise ValueError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
+        raise UserError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
 
 
 class GLUEText(evaluate.Metric):

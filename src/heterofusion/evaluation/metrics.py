@@ -11,6 +11,7 @@ import evaluate
 from heterofusion.evaluation.answers import check_answers
 from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
 from heterofusion.evaluation.uie import KINDS, UIEF1
+from heterofusion.runtime.errors import UserError
 
 AUTO = "auto"
 UIE = "uie"
@@ -55,7 +56,7 @@ def check_metric(metric: str) -> None:
         ValueError: names it and those that are.
     """
     if metric not in METRICS:
-        raise ValueError(f"--metric {metric!r} is not known; choose one of {AUTO}, {', '.join(METRICS)}")
+        raise UserError(f"--metric {metric!r} is not known; choose one of {AUTO}, {', '.join(METRICS)}")
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
@@ -116,11 +117,11 @@ def choose_metric(metric: str, rows: Iterable[Mapping[str, Any]], label: str) ->
         return metric
     names = sorted({_metric_of(row.get("kind"), row.get("task")) for row in rows})
     if names == [_metric_of(None, None)]:
-        raise ValueError(f"{label}: its records have no column `kind` that tells the metric; give --metric")
+        raise UserError(f"{label}: its records have no column `kind` that tells the metric; give --metric")
     if len(names) > 1:
-        raise ValueError(f"{label} mixes records of {' and '.join(names)}; split it by kind, or give --metric")
+        raise UserError(f"{label} mixes records of {' and '.join(names)}; split it by kind, or give --metric")
     if names[0] not in METRICS:
-        raise ValueError(f"{label}: its records are of {names[0]}, for which there is no metric; give --metric")
+        raise UserError(f"{label}: its records are of {names[0]}, for which there is no metric; give --metric")
     return names[0]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.metrics import primary_score, score
-from heterofusion.markdown import markdown_table
+from heterofusion.runtime.errors import UserError
 
 
 def metric_record(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
@@ -52,15 +53,15 @@ def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ValueError: There are no parts, one is no content of a `results.json`, or two have a data set in common.
     """
     if not parts:
-        raise ValueError("no results to join; give the contents of one results.json at least")
+        raise UserError("no results to join; give the contents of one results.json at least")
     datasets: dict[str, Any] = {}
     for number, part in enumerate(parts, start=1):
         missing = [key for key in ("name", "datasets", "seconds", "new_tokens") if key not in part]
         if missing:
-            raise ValueError(f"part {number} of the results to join has no {missing[0]}; give a whole results.json")
+            raise UserError(f"part {number} of the results to join has no {missing[0]}; give a whole results.json")
         for label, record in part["datasets"].items():
             if label in datasets:
-                raise ValueError(f"two of the results to join have the data set {label!r}; join disjoint ones only")
+                raise UserError(f"two of the results to join have the data set {label!r}; join disjoint ones only")
             datasets[label] = record
     seconds = sum(part["seconds"] for part in parts)
     new_tokens = sum(part["new_tokens"] for part in parts)

@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalArguments, EvalModelArguments, GenerationArguments
-from heterofusion.evaluation.examples import EvalSet, Prompts, encode
-from heterofusion.evaluation.generation import Answer, AnswerGenerator
-from heterofusion.evaluation.models import (
+from heterofusion.evaluation.results import common_made_by
+from heterofusion.experts.examples import EvalSet, Prompts, encode
+from heterofusion.experts.generation import Answer, AnswerGenerator
+from heterofusion.experts.models import (
     Adapter,
     Models,
     adapter_tokenizer,
@@ -27,9 +28,9 @@ from heterofusion.evaluation.models import (
     prompt_limit,
     records_beside,
 )
-from heterofusion.evaluation.results import common_made_by
-from heterofusion.loading import base_dtype, check_token_ids
-from heterofusion.provenance import display_name
+from heterofusion.publish.record import display_name
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import base_dtype, check_token_ids
 
 PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name
 
@@ -136,7 +137,7 @@ def adapter_lineup(arguments: EvalArguments, device: torch.device) -> Lineup:
     if model.adapter_per_dataset:
         row_name = output.row_name(PER_DATASET_NAME, "--adapter_per_dataset")
         if len(model.adapters) != len(labels):
-            raise ValueError(
+            raise UserError(
                 f"--adapter_per_dataset: --adapters has {len(model.adapters)} values, but --dataset_name has "
                 f"{len(labels)}; give one adapter per data set, in the same order"
             )

@@ -14,11 +14,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from heterofusion.cost import peak_memory
 from heterofusion.evaluation.arguments import EvalArguments
-from heterofusion.evaluation.examples import EvalSet, Prompts, load_eval_sets
-from heterofusion.evaluation.generation import FIRST_BATCH_SIZE, Answer, longest_first
-from heterofusion.evaluation.ranks import all_together, from_all, from_main
 from heterofusion.evaluation.results import mean_score, metric_record, tokens_per_second
 from heterofusion.evaluation.rows import LineupBuilder, Row, adapter_lineup
 from heterofusion.evaluation.store import (
@@ -37,8 +33,13 @@ from heterofusion.evaluation.store import (
     write_json,
     write_lines,
 )
-from heterofusion.loading import base_dtype, check_output_dir
-from heterofusion.provenance import display_name, library_versions
+from heterofusion.experts.examples import EvalSet, Prompts, load_eval_sets
+from heterofusion.experts.generation import FIRST_BATCH_SIZE, Answer, longest_first
+from heterofusion.publish.record import display_name, library_versions
+from heterofusion.runtime.cost import peak_memory
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import base_dtype, check_output_dir
+from heterofusion.runtime.ranks import all_together, from_all, from_main
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class Evaluation:
             answers, seconds = read_parts(job.folder / PARTS / examples.label)
             missing = [i for i in range(len(prompts.ids)) if i not in answers]
             if missing:
-                raise ValueError(
+                raise UserError(
                     f"{job.folder / PARTS / examples.label} lacks {len(missing)} answers that were generated; all "
                     "processes must write to the same file system: check --output_dir, then --resume true"
                 )
@@ -304,7 +305,7 @@ class Evaluation:
                     datasets[examples.label] = {**datasets[examples.label], **metric_record(examples.metric, *answers)}
             results |= {"datasets": datasets, "mean": mean_score(datasets)}
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{job.folder / RESULTS_FILE} lacks {error}; it is damaged: start anew with --overwrite true"
             ) from error
         if results != job.finished:

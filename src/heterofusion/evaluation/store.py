@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from heterofusion.evaluation.arguments import is_file_name
-from heterofusion.evaluation.generation import Answer
-from heterofusion.files import TEMPORARY, write_whole
+from heterofusion.experts.generation import Answer
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import TEMPORARY, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +134,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
+        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; start anew with --overwrite true")
+        raise UserError(f"{path} holds no JSON object; start anew with --overwrite true")
     return content
 
 
@@ -149,7 +150,7 @@ def read_predictions(path: Path) -> tuple[list[str], list[str]]:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [record["prediction"] for record in records], [record["reference"] for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
+        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
 
 
 # ---- the folder as a whole --------------------------------------------------------------------------------------
@@ -173,12 +174,12 @@ def check_same(output_dir: Path, state: Mapping[str, Any]) -> None:
     found = read_json(output_dir / STATE_FILE)
     if found is None:
         if output_dir.is_dir() and any(path.suffix != TEMPORARY for path in output_dir.iterdir()):
-            raise ValueError(f"--resume: {output_dir} holds no evaluation ({STATE_FILE} is missing); name another")
+            raise UserError(f"--resume: {output_dir} holds no evaluation ({STATE_FILE} is missing); name another")
         return
     there, here = _flat(found), _flat(state)
     for field in dict.fromkeys((*here, *there)):
         if there.get(field) != here.get(field):
-            raise ValueError(
+            raise UserError(
                 f"--resume: {output_dir} holds an evaluation with another {field}: {there.get(field)}, this one has "
                 f"{here.get(field)}; give the same flags, or another --output_dir"
             )

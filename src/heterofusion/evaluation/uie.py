@@ -17,6 +17,7 @@ import datasets
 import evaluate
 
 from heterofusion.evaluation.answers import check_answers
+from heterofusion.runtime.errors import UserError
 
 KINDS = ("NER", "RE", "ET")
 
@@ -143,7 +144,7 @@ def score_answers(
 
 def _check_kind(kind: str | None) -> None:
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
+        raise UserError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
 
 
 class UIEF1(evaluate.Metric):

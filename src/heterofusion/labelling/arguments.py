@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from heterofusion.arguments import ModelArguments
-from heterofusion.config import check_range
+from heterofusion.data.arguments import ModelArguments
+from heterofusion.data.label_controls import ANCHOR, LABEL_CONTROLS
 from heterofusion.evaluation.arguments import (
     BASE_NAME,
     NO_ADAPTER,
@@ -16,7 +16,8 @@ from heterofusion.evaluation.arguments import (
     GenerationArguments,
     is_file_name,
 )
-from heterofusion.label_controls import ANCHOR, LABEL_CONTROLS
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.config import check_range
 
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 TEMPERATURE, TOP_P = 1.0, 0.95
@@ -66,14 +67,14 @@ class LabelModelArguments(ModelArguments):
     def __post_init__(self) -> None:
         for flag in ("source_models", "source_adapters"):
             if not getattr(self, flag) or not all(getattr(self, flag)):
-                raise ValueError(f"--{flag} is missing or has an empty name: name at least one")
+                raise UserError(f"--{flag} is missing or has an empty name: name at least one")
         if len(self.source_models) not in (1, len(self.source_adapters)):
-            raise ValueError(
+            raise UserError(
                 f"--source_models has {len(self.source_models)} values, but --source_adapters has "
                 f"{len(self.source_adapters)}: give one base per adapter, or one for all"
             )
         if self.target_adapter is not None and not self.model_name_or_path:
-            raise ValueError(f"--target_adapter {self.target_adapter} needs its base: give --model_name_or_path")
+            raise UserError(f"--target_adapter {self.target_adapter} needs its base: give --model_name_or_path")
         self.names()
         self.how("")  # its flags are checked there
 
@@ -90,7 +91,7 @@ class LabelModelArguments(ModelArguments):
         """
         count = len(self.source_adapters)
         if self.source_names is not None and len(self.source_names) != count:
-            raise ValueError(
+            raise UserError(
                 f"--source_names has {len(self.source_names)} values, but --source_adapters has {count}: give one each"
             )
         names = self.source_names or [
@@ -99,12 +100,12 @@ class LabelModelArguments(ModelArguments):
         ]
         for index, name in enumerate(names):
             if not is_file_name(name) or name in (ANCHOR, NO_ADAPTER):
-                raise ValueError(
+                raise UserError(
                     f"{name!r} cannot be the name of source {self.source_adapters[index]}; give --source_names, one "
                     f"per source, of letters, digits and . _ + = -, none of them {ANCHOR} or {NO_ADAPTER}"
                 )
             if name in names[:index]:
-                raise ValueError(
+                raise UserError(
                     f"sources {self.source_adapters[names.index(name)]} and {self.source_adapters[index]} have the "
                     f"same name {name!r}; give --source_names, one per source, all different"
                 )
@@ -191,23 +192,23 @@ class LabelDataArguments(EvalDataArguments):
             check_range(flag, getattr(self, flag), 0, False)
         check_range("temperature", self.temperature, 0, True)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+            raise UserError(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         if bool(self.prompts) == bool(self.self_prompt):
-            raise ValueError(
+            raise UserError(
                 "give either --prompts (files, or the word replay) or --self_prompt (a number of inputs to invent)"
                 + (", not both" if self.prompts else "")
             )
         if self.self_prompt and self.max_prompts != MAX_PROMPTS:
-            raise ValueError(
+            raise UserError(
                 f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
             )
         for flag, default in (("self_prompt_model", BASE_NAME), ("temperature", TEMPERATURE), ("top_p", TOP_P)):
             if not self.self_prompt and getattr(self, flag) != default:
-                raise ValueError(f"--{flag} {getattr(self, flag)} is for --self_prompt alone; leave it out")
+                raise UserError(f"--{flag} {getattr(self, flag)} is for --self_prompt alone; leave it out")
         if not self.dataset_name:
             self._check_without_replay()
         elif self.prompts and not self.own_prompts and len(self.prompts) != len(self.dataset_name):
-            raise ValueError(
+            raise UserError(
                 f"--prompts has {len(self.prompts)} values, but --dataset_name has {len(self.dataset_name)}: give "
                 f"one file per task, in the same order, or the word {REPLAY}"
             )
@@ -217,11 +218,11 @@ class LabelDataArguments(EvalDataArguments):
     def _check_without_replay(self) -> None:
         if self.self_prompt or self.own_prompts:
             what = "--self_prompt" if self.self_prompt else f"--prompts {REPLAY}"
-            raise ValueError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
+            raise UserError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
         try:
             self._named_by_prompts()
         except ValueError as error:  # the prompts' files stand for the replay's
-            raise ValueError(str(error).replace("--dataset_name", "--prompts")) from error
+            raise UserError(str(error).replace("--dataset_name", "--prompts")) from error
 
     def _named_by_prompts(self) -> EvalDataArguments:
         return EvalDataArguments(dataset_name=self.prompts, dataset_label=self.dataset_label, metric=self.metric)
@@ -291,9 +292,9 @@ class RoutingArguments:
         for flag in ("routing_margin", "routing_share", "anchor_min_score"):
             value = getattr(self, flag)
             if not 0 <= value <= 1:
-                raise ValueError(f"--{flag} is {value}; it must be between 0 and 1")
+                raise UserError(f"--{flag} is {value}; it must be between 0 and 1")
         if not self.anchor_labels and self.anchor_min_score != ANCHOR_MIN_SCORE:
-            raise ValueError(
+            raise UserError(
                 f"--anchor_min_score {self.anchor_min_score} is for --anchor_labels true alone; leave it out"
             )
 
@@ -332,7 +333,7 @@ class LabelOutputArguments:
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other; choose one")
+            raise UserError("--resume and --overwrite exclude each other; choose one")
         check_range("top_k_logits", self.top_k_logits, 0, False)
         check_range("teacher_batch_size", self.teacher_batch_size, 1, False)
 

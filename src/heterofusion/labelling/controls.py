@@ -13,9 +13,10 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from heterofusion.label_controls import ANCHOR
-from heterofusion.labelling.experts import Expert
+from heterofusion.data.label_controls import ANCHOR
+from heterofusion.experts.expert import Expert
 from heterofusion.labelling.routing import Routing
+from heterofusion.runtime.errors import UserError
 
 
 def check_bases(sources: Sequence[Expert]) -> None:
@@ -26,7 +27,7 @@ def check_bases(sources: Sequence[Expert]) -> None:
     """
     for source in sources:
         if source.adapter is None:
-            raise ValueError(
+            raise UserError(
                 f"--control bases: {source.title} is a base without an adapter, so its base would give the same "
                 "labels; give its adapter, or leave the source out"
             )
@@ -41,7 +42,7 @@ def with_control(routing: Routing, kind: str, seed: int) -> Routing:
 
     Args:
         routing: The true one.
-        kind: One of `heterofusion.label_controls.LABEL_CONTROLS`.
+        kind: One of `heterofusion.data.label_controls.LABEL_CONTROLS`.
         seed: Of `shuffle`.
 
     Raises:
@@ -50,7 +51,7 @@ def with_control(routing: Routing, kind: str, seed: int) -> Routing:
     sources = {task: [name for name in names if name != ANCHOR] for task, names in routing.chosen.items()}
     served = {task: names for task, names in sources.items() if names}
     if not served:
-        raise ValueError(
+        raise UserError(
             f"--control {kind} takes the place of sources, but no source labels any task; leave it out, or lower "
             "--routing_margin"
         )
@@ -89,7 +90,7 @@ def exchange(served: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[s
     except ValueError as error:  # no assignment is finite
         name, count = Counter(name for names in served.values() for name in names).most_common(1)[0]
         why = "there is no other task" if len(tasks) == 1 else f"source {name} labels {count} of them"
-        raise ValueError(
+        raise UserError(
             f"--control shuffle: the sources of the {len(tasks)} tasks that have some ({', '.join(tasks)}) cannot be "
             f"exchanged so that every task gets only sources that were not chosen for it: {why}; choose --control "
             "bases or anchor, or give more tasks and sources"

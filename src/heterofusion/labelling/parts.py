@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.evaluation.store import PartWriter, read_records
-from heterofusion.labelling.generation import Label
+from heterofusion.experts.label_generation import Label
 
 _FORMAT = 1  # of part files; another number is another folder
 

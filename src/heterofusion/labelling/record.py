@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.cost import cost_record
-from heterofusion.evaluation.examples import Prompts
-from heterofusion.label_controls import CONTROL_COLUMN
+from heterofusion.data.label_controls import CONTROL_COLUMN
+from heterofusion.data.markdown import markdown_table
+from heterofusion.experts.examples import Prompts
+from heterofusion.experts.expert import Expert
+from heterofusion.experts.label_generation import Label
+from heterofusion.experts.soft import OwnLabel
 from heterofusion.labelling.arguments import LabelArguments
-from heterofusion.labelling.experts import Expert
 from heterofusion.labelling.formats import format_check
-from heterofusion.labelling.generation import Label
 from heterofusion.labelling.routing import Routing, most_confident
-from heterofusion.labelling.soft import OwnLabel
 from heterofusion.labelling.tasks import LabelTask, labelled_record, tags_of
-from heterofusion.markdown import markdown_table
-from heterofusion.provenance import display_name, library_versions
+from heterofusion.publish.record import display_name, library_versions
+from heterofusion.runtime.cost import cost_record
 
 
 @dataclass(frozen=True)

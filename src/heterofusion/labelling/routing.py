@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.cli import UsageError, read_yaml
+from heterofusion.cli import read_yaml
+from heterofusion.data.label_controls import ANCHOR
+from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.arguments import NO_ADAPTER
-from heterofusion.label_controls import ANCHOR
+from heterofusion.experts.label_generation import Label
 from heterofusion.labelling.formats import FormatCheck
-from heterofusion.labelling.generation import Label
-from heterofusion.markdown import markdown_table
+from heterofusion.runtime.errors import UserError
 
 _ROUNDING = 1e-9  # of scores that are fractions
 
@@ -131,7 +132,7 @@ def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[st
         The sources of each task that the file names, in order, the anchor last.
 
     Raises:
-        UsageError: It cannot be read, or names a task or a source that is not there.
+        UserError: It cannot be read, or names a task or a source that is not there.
     """
     where = f"--routing {path}"
     content = read_yaml(path, where, "a mapping of tasks to sources")
@@ -139,12 +140,12 @@ def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[st
     chosen: dict[str, list[str]] = {}
     for task, value in content.items():
         if task not in tasks:
-            raise UsageError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
+            raise UserError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
         names = [] if value in (None, NO_ADAPTER) else value if isinstance(value, list) else [value]
         names = [str(name) if isinstance(name, int) else name for name in names]  # a name such as 7
         for name in names:
             if name not in known:
-                raise UsageError(
+                raise UserError(
                     f"{where} gives the task {task!r} to {name!r}, which is no source; choose among "
                     f"{', '.join(known)}, or write {NO_ADAPTER}"
                 )

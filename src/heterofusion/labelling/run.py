@@ -19,18 +19,19 @@ from typing import Any
 
 from accelerate import PartialState
 
+from heterofusion.data.label_controls import ANCHOR, LABELS_FILE
 from heterofusion.evaluation.arguments import BASE_NAME, is_file_name
-from heterofusion.evaluation.examples import EvalSet, Prompts
-from heterofusion.evaluation.ranks import all_together
 from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.store import read_json, write_json, write_lines
-from heterofusion.files import staging_folder
-from heterofusion.label_controls import ANCHOR, LABELS_FILE
-from heterofusion.labelling.answering import Answering, Questions
+from heterofusion.experts.answering import Answering, Questions
+from heterofusion.experts.examples import EvalSet, Prompts
+from heterofusion.experts.expert import Expert, OneModel, find_experts
+from heterofusion.experts.label_generation import Label, Sampling
+from heterofusion.experts.soft import FOLDER as SOFT
+from heterofusion.experts.soft import INDEX_FILE as SOFT_INDEX
+from heterofusion.experts.soft import check_soft, store_soft_labels
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.controls import check_bases, labellers, with_control
-from heterofusion.labelling.experts import Expert, OneModel, find_experts
-from heterofusion.labelling.generation import Label, Sampling
 from heterofusion.labelling.record import TaskLabels, label_records, labels_record, own_labels
 from heterofusion.labelling.routing import Routing, read_map, route
 from heterofusion.labelling.self_prompt import (
@@ -40,11 +41,11 @@ from heterofusion.labelling.self_prompt import (
     invented_prompts,
     longest_input,
 )
-from heterofusion.labelling.soft import FOLDER as SOFT
-from heterofusion.labelling.soft import INDEX_FILE as SOFT_INDEX
-from heterofusion.labelling.soft import check_soft, store_soft_labels
 from heterofusion.labelling.tasks import LabelTask, file_name, load_tasks, prompt_set
-from heterofusion.loading import check_output_dir
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import staging_folder
+from heterofusion.runtime.loading import check_output_dir
+from heterofusion.runtime.ranks import all_together
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Labelling:
         ours = (LABELS_FILE, ROUTING_FILE, PARTS)
         if output.resume and self.folder.is_dir() and any(self.folder.iterdir()):
             if not any((self.folder / name).exists() for name in ours):
-                raise ValueError(f"--resume: {self.folder} holds no labels ({', '.join(ours)}); name another folder")
+                raise UserError(f"--resume: {self.folder} holds no labels ({', '.join(ours)}); name another folder")
             read_json(self.folder / LABELS_FILE)
 
     def _check_inputs_stay(self, labels: list[str]) -> None:
@@ -112,7 +113,7 @@ class Labelling:
         read = {Path(name).expanduser().resolve() for name in (*data.dataset_name, *data.prompts)}
         for written in (file_name(self.folder, label) for label in labels):
             if written.resolve() in read:
-                raise ValueError(
+                raise UserError(
                     f"--output_dir {self.folder}: labels would be written over {written}, which is read; name another "
                     "folder"
                 )
@@ -123,25 +124,25 @@ class Labelling:
         own = [task for task, names in self.mapped.items() if ANCHOR in names]
         if model.target_adapter is None and (own or routing.control == ANCHOR):
             who = f"--routing {routing.routing} gives {', '.join(own)} to the anchor" if own else "--control is anchor"
-            raise ValueError(
+            raise UserError(
                 f"{who}, but --target_adapter is missing: give it with its --model_name_or_path, or let sources label"
             )
         if not measured:
             if not any(self.mapped.values()):
-                raise ValueError(f"--routing {routing.routing} gives no task to any source; name one")
+                raise UserError(f"--routing {routing.routing} gives no task to any source; name one")
             if routing.anchor_labels:
-                raise ValueError(
+                raise UserError(
                     f"--anchor_labels is of tasks that are measured, but --routing {routing.routing} names all: write "
                     f"{ANCHOR} there for those that the anchor is to label, and leave --anchor_labels out"
                 )
             return
         if not data.dataset_name:
-            raise ValueError(
+            raise UserError(
                 f"without --dataset_name no source can be scored, so --routing must name the sources of every task; "
                 f"it lacks {', '.join(measured)}"
             )
         if model.target_adapter is None:
-            raise ValueError(
+            raise UserError(
                 f"--target_adapter is missing: sources have to beat the anchor on {', '.join(measured)}; give it with "
                 "its --model_name_or_path, or name the sources of all tasks in --routing"
             )
@@ -209,7 +210,7 @@ class Labelling:
         made = self._label(routing, answering, counts)
         self.model.release()
         if not any(labels.records for labels in made):
-            raise ValueError(
+            raise UserError(
                 "--self_prompt: no invented input is new and keeps to its template; give --prompts, or a larger number"
             )
         output, seconds = self.arguments.output, self.answering.seconds
@@ -290,7 +291,7 @@ class Labelling:
                 for task in routing.unserved:
                     logger.warning("NO LABELS FOR %s: %s", task, routing.reason(task))
         if len(routing.unserved) == len(routing.tasks):
-            raise ValueError(
+            raise UserError(
                 "no source labels any task: " + "; ".join(f"{task}: {routing.reason(task)}" for task in routing.tasks)
             )
 

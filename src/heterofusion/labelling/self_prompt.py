@@ -20,11 +20,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.evaluation.examples import EvalSet
-from heterofusion.formats import Message, Part, Prompt, render_prompt, tokenize_prompt
-from heterofusion.labelling.generation import Label
+from heterofusion.data.files import Records
+from heterofusion.data.formats import Message, Part, Prompt, render_prompt, tokenize_prompt
+from heterofusion.experts.examples import EvalSet
+from heterofusion.experts.label_generation import Label
 from heterofusion.labelling.tasks import conversation, prompt_set
-from heterofusion.records import Records
+from heterofusion.runtime.errors import UserError
 
 _HERE = "\ue000"  # a private character, where the input stands
 _ROOM = 4  # tokens that an input may have more than the replay's longest
@@ -62,7 +63,7 @@ class Template:
         rendered = render_prompt(prompt, answer, format, tokenizer)
         before, found, _ = rendered.text.partition(_HERE)
         if not found:
-            raise ValueError("the chat template leaves out part of the prompt; give --prompts")
+            raise UserError("the chat template leaves out part of the prompt; give --prompts")
         return tokenize_prompt(Prompt(before, rendered.templated, ""), tokenizer)
 
     def input_of(self, label: Label) -> str | None:
@@ -94,7 +95,7 @@ def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
         *earlier, last = conversation(example)
         contents.append(last["content"])
         if turns is not None and earlier != turns:
-            raise ValueError(
+            raise UserError(
                 f"--self_prompt: conversations of {replay.records.label} differ in turns before the last, so they "
                 "have no template; give --prompts"
             )
@@ -102,14 +103,14 @@ def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
     where = f"--self_prompt: the prompts of {replay.records.label}"
     distinct = sorted(set(contents))
     if len(distinct) < 2:
-        raise ValueError(f"{where} are all the same, so nothing tells what is input; give more, or --prompts")
+        raise UserError(f"{where} are all the same, so nothing tells what is input; give more, or --prompts")
     beginning = _whole_words(_common_beginning(distinct))
     if not beginning.strip():
-        raise ValueError(f"{where} have no common beginning to continue; give --prompts")
+        raise UserError(f"{where} have no common beginning to continue; give --prompts")
     rest = [text[len(beginning) :][::-1] for text in distinct]
     end = _from_line(_common_beginning(rest)[::-1])
     if not end.strip() and turns is None:
-        raise ValueError(f"{where} have no common end that tells where an input is over; give --prompts")
+        raise UserError(f"{where} have no common end that tells where an input is over; give --prompts")
     inputs = [text[len(beginning) : len(text) - len(end)].split("\n") for text in distinct]
     lines = None
     if len({len(rows) for rows in inputs}) == 1:

@@ -11,11 +11,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from heterofusion.evaluation.examples import EvalSet, load_eval_sets
+from heterofusion.data.files import Records, load_records, sample_indices
+from heterofusion.data.formats import Message, Part, detect_format, to_conversation
 from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, choose_metric
-from heterofusion.formats import Message, Part, detect_format, to_conversation
+from heterofusion.experts.examples import EvalSet, load_eval_sets
 from heterofusion.labelling.arguments import LabelDataArguments
-from heterofusion.records import Records, load_records, sample_indices
+from heterofusion.runtime.errors import UserError
 
 _NO_ANSWER: Message = {"role": "assistant", "content": ""}
 _TAGS = ("task", "kind")  # columns that labels have as the replay has them
@@ -113,7 +114,7 @@ def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
     columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     format = _prompt_format(columns)
     if format is None:
-        raise ValueError(
+        raise UserError(
             f"{records.label} has no column of prompts (found: {', '.join(columns) or 'none'}): give it `prompt`, "
             "`messages` or `instruction`"
         )
@@ -124,7 +125,7 @@ def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
 
 
 def _prompt_format(columns: Sequence[str]) -> str | None:
-    """As `heterofusion.formats.detect_format`, but columns of answers may be missing."""
+    """As `heterofusion.data.formats.detect_format`, but columns of answers may be missing."""
     whole = detect_format(columns)
     if whole not in (None, "text"):  # whatever other columns of prompts such records have
         return whole
@@ -140,7 +141,7 @@ def read_prompt(row: Mapping[str, Any], format: str) -> tuple[Part, Part]:
         format: `messages`, `prompt_completion` or `alpaca`.
 
     Returns:
-        Prompt and empty answer, in the form of `heterofusion.formats.to_conversation`.
+        Prompt and empty answer, in the form of `heterofusion.data.formats.to_conversation`.
 
     Raises:
         ValueError: A field is missing or of another type, or nothing is asked.
@@ -158,7 +159,7 @@ def read_prompt(row: Mapping[str, Any], format: str) -> tuple[Part, Part]:
     prompt, _ = to_conversation({"prompt": given, "completion": [] if isinstance(given, list) else ""}, format)
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise ValueError("`prompt` is empty: fill it or leave the record out")
+            raise UserError("`prompt` is empty: fill it or leave the record out")
         return prompt, ""
     _check_asked(prompt, "prompt")
     return prompt, [_NO_ANSWER]
@@ -168,7 +169,7 @@ def _check_asked(turns: Sequence[Message], field: str) -> None:
     last = turns[-1]["role"] if turns else None
     if last in (None, "assistant", "system"):
         found = f"a turn of the {last}" if last else "no turn"
-        raise ValueError(f"`{field}` ends with {found} where an answer is to follow: end it with the user's turn")
+        raise UserError(f"`{field}` ends with {found} where an answer is to follow: end it with the user's turn")
 
 
 def conversation(example: tuple[Part, Part]) -> list[Message]:

@@ -15,11 +15,12 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from heterofusion.adapters import file_sha256
+from heterofusion.adapters.lora import file_sha256
+from heterofusion.data.files import Records, load_records
+from heterofusion.data.formats import check_string, type_name
 from heterofusion.evaluation.glue import GLUE_LABELS, MAX_SIMILARITY
-from heterofusion.formats import check_string, type_name
 from heterofusion.preparation.splits import Example, SourceTask
-from heterofusion.records import Records, load_records
+from heterofusion.runtime.errors import UserError
 
 HUB_NAME = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -90,9 +91,9 @@ def read_glue_task(task: str, dataset_path: str | Path | None = None, revision: 
             the message names file and record.
     """
     if task not in QUESTIONS:
-        raise ValueError(f"--tasks has {task!r}, which is no GLUE task here: choose of {', '.join(QUESTIONS)}")
+        raise UserError(f"--tasks has {task!r}, which is no GLUE task here: choose of {', '.join(QUESTIONS)}")
     if dataset_path is not None and revision is not None:
-        raise ValueError(f"--dataset_revision is {revision}, but --dataset_path has none: leave one of the two out")
+        raise UserError(f"--dataset_revision is {revision}, but --dataset_path has none: leave one of the two out")
     examples: dict[str, list[Example]] = {}
     counts: dict[str, Counter[str]] = {}
     inputs: dict[str, str] = {}
@@ -123,7 +124,7 @@ def read_glue_task(task: str, dataset_path: str | Path | None = None, revision: 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """The file of a split, or all its numbered parts in order."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: --dataset_path must have a folder for each of --tasks")
+        raise UserError(f"{folder} is no folder: --dataset_path must have a folder for each of --tasks")
     whole = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
     parts: list[tuple[Path, str]] = []
     for path in sorted(folder.iterdir()):
@@ -131,15 +132,15 @@ def _split_files(folder: Path, split: str) -> list[Path]:
         if match and path.suffix in SUFFIXES:
             parts.append((path, match[1]))
     if not whole and not parts:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no {split} split: put {split}.parquet, {split}.jsonl or {split}-00000-of-00001.parquet "
             "there"
         )
     if len(whole) + bool(parts) > 1:
         names = ", ".join(path.name for path in (*whole, *(path for path, _ in parts)))
-        raise ValueError(f"{folder} holds the {split} split more than once ({names}): leave one")
+        raise UserError(f"{folder} holds the {split} split more than once ({names}): leave one")
     if parts and any(int(total) != len(parts) for _, total in parts):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {len(parts)} of the parts of {split} ({', '.join(path.name for path, _ in parts)}), not "
             "all of them: add the others"
         )
@@ -153,7 +154,7 @@ def _as_list(task: str, records: Records) -> Records:
     feature = records.rows.features.get("label")
     names = feature.names if isinstance(feature, ClassLabel) else None
     if names and tuple(name.replace("_", " ") for name in names) != GLUE_LABELS[task]:
-        raise ValueError(
+        raise UserError(
             f"{records.label} numbers its labels as {', '.join(names)}, GLUE as {', '.join(GLUE_LABELS[task])}: "
             "renumber them"
         )
@@ -175,7 +176,7 @@ def _read_records(task: str, records: Records, examples: list[Example], counts: 
             sentences = {title: _sentence(row, column) for column, title in QUESTIONS[task].columns.items()}
             answer = _answer(task, row)
         except ValueError as error:
-            raise ValueError(f"{records.where(index)}: {error}") from error
+            raise UserError(f"{records.where(index)}: {error}") from error
         if not all(sentences.values()):
             counts["without_text"] += 1
         elif answer is None:
@@ -201,21 +202,21 @@ def write_question(task: str, sentences: Mapping[str, str]) -> str:
 
 def _sentence(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
-        raise ValueError(f"the column `{column}` is missing (found: {', '.join(row) or 'none'}): add it")
+        raise UserError(f"the column `{column}` is missing (found: {', '.join(row) or 'none'}): add it")
     return "" if row[column] is None else check_string(row[column], column).strip()
 
 
 def _answer(task: str, row: Mapping[str, Any]) -> str | None:
     """The words for a record's label; None if it has none."""
     if "label" not in row:
-        raise ValueError(f"the column `label` is missing (found: {', '.join(row) or 'none'}): add it")
+        raise UserError(f"the column `label` is missing (found: {', '.join(row) or 'none'}): add it")
     label, labels = row["label"], GLUE_LABELS[task]
     if label is None or label == UNLABELLED:
         return None
     if isinstance(label, bool) or not isinstance(label, (int, float) if not labels else int):
-        raise ValueError(f"`label` is {type_name(label)}: make it {_label_numbers(task)}")
+        raise UserError(f"`label` is {type_name(label)}: make it {_label_numbers(task)}")
     if not 0 <= label <= (len(labels) - 1 if labels else MAX_SIMILARITY):
-        raise ValueError(f"`label` is {label}: make it {_label_numbers(task)}")
+        raise UserError(f"`label` is {label}: make it {_label_numbers(task)}")
     return labels[int(label)] if labels else f"{label:.1f}"
 
 

@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters import file_sha256
-from heterofusion.files import staging_folder
-from heterofusion.markdown import markdown_table
+from heterofusion.adapters.lora import file_sha256
+from heterofusion.data.files import load_json, read_text
+from heterofusion.data.markdown import markdown_table
 from heterofusion.preparation.splits import PreparedTask
-from heterofusion.records import load_json, read_text
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import staging_folder
 
 MANIFEST = "manifest.json"
 UNLABELLED = "unlabelled"
@@ -49,10 +50,10 @@ def check_output(folder: str | Path, overwrite: bool) -> Path:
     """
     path = Path(folder).expanduser().absolute()
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path} is a file: name a folder")
+        raise UserError(f"--output_dir {path} is a file: name a folder")
     if path.is_dir() and any(not entry.name.startswith(_STAGING) for entry in path.iterdir()):
         if not overwrite:
-            raise ValueError(f"--output_dir {path} is not empty: name another folder, or add --overwrite true")
+            raise UserError(f"--output_dir {path} is not empty: name another folder, or add --overwrite true")
         _written_before(path)
     return path
 
@@ -67,9 +68,9 @@ def _written_before(folder: Path) -> list[Path]:
         names = [name for task in manifest["tasks"].values() for name in task["files"]]
         split = [name.split("/") for name in names]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} was not written by a preparation: name another --output_dir") from error
+        raise UserError(f"{path} was not written by a preparation: name another --output_dir") from error
     if any(len(parts) != 2 or parts[0] not in FILES or not parts[1].endswith(".jsonl") for parts in split):
-        raise ValueError(f"{path} lists files that no preparation writes: name another --output_dir")
+        raise UserError(f"{path} lists files that no preparation writes: name another --output_dir")
     return [folder / name for name in names]
 
 

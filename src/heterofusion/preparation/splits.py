@@ -12,6 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from heterofusion.runtime.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 CUT_SHARE = 10  # a validation split that is cut from train takes one in this many records at most
@@ -45,7 +47,7 @@ class Sizes:
         for name, lowest in (("replay", 1), ("validation", 0), ("test", 1), ("unlabelled", 0)):
             value = getattr(self, name)
             if value is not None and value < lowest:
-                raise ValueError(f"--num_{name} is {value}; it must be at least {lowest}")
+                raise UserError(f"--num_{name} is {value}; it must be at least {lowest}")
 
 
 @dataclass
@@ -120,7 +122,7 @@ def make_splits(task: SourceTask, sizes: Sizes, seed: int) -> PreparedTask:
     for split, left in (("train", train), ("test", test)):
         if not left:
             found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts[split].items()) if count)
-            raise ValueError(f"{task.name}: no record of {split} can be used ({found}): check the data of this task")
+            raise UserError(f"{task.name}: no record of {split} can be used ({found}): check the data of this task")
 
     files = {
         "replay": _sample(train, sizes.replay, f"{seed} {task.name} replay"),

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters import file_sha256
+from heterofusion.adapters.lora import file_sha256
+from heterofusion.data.files import Records, load_json, parse_json, read_text
+from heterofusion.data.formats import check_string, type_name
 from heterofusion.evaluation.uie import KINDS
-from heterofusion.formats import check_string, type_name
 from heterofusion.preparation.prompts import Item, write_answer, write_prompt
 from heterofusion.preparation.splits import Example, SourceTask
-from heterofusion.records import Records, load_json, parse_json, read_text
+from heterofusion.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def find_tasks(dataset_path: str | Path) -> list[TaskFolder]:
     """
     root = Path(dataset_path).expanduser().absolute()
     if not root.is_dir():
-        raise ValueError(f"--dataset_path {root} is no folder: name the one that holds NER, RE or ET")
+        raise UserError(f"--dataset_path {root} is no folder: name the one that holds NER, RE or ET")
     tasks: list[TaskFolder] = []
     for folder in _subfolders(root):
         if folder.name not in KINDS:
@@ -78,13 +79,13 @@ def find_tasks(dataset_path: str | Path) -> list[TaskFolder]:
             if not found:
                 logger.warning("skipped %s: it holds none of %s", path, ", ".join(SPLIT_FILES.values()))
     if not tasks:
-        raise ValueError(
+        raise UserError(
             f"--dataset_path {root} holds no task: it must have folders such as NER/mit-movie with "
             f"{', '.join(SPLIT_FILES.values())}"
         )
     for task in tasks:
         if not task.name.isprintable():  # a line break, or bytes that are not UTF-8: no file of it could be named
-            raise ValueError(f"the folder {task.title!r} in {root} has a name that cannot be printed: rename it")
+            raise UserError(f"the folder {task.title!r} in {root} has a name that cannot be printed: rename it")
     return sorted(tasks, key=lambda task: (KINDS.index(task.kind), task.name))
 
 
@@ -115,7 +116,7 @@ def select_tasks(found: Sequence[TaskFolder], wanted: Sequence[str]) -> list[Tas
     for task in tasks:
         other = by_stem.setdefault(task.stem, task)
         if other is not task:
-            raise ValueError(
+            raise UserError(
                 f"the files of {other.title!r} and {task.title!r} would both be called {task.stem!r}: rename one of "
                 "the folders, or prepare them apart with --tasks"
             )
@@ -129,14 +130,14 @@ def _select(found: Sequence[TaskFolder], wanted: str) -> TaskFolder:
         return matches[0]
     if matches:
         titles = " or ".join(task.title for task in matches)
-        raise ValueError(f"--tasks has {wanted!r}, which may be {titles}: name one of them")
+        raise UserError(f"--tasks has {wanted!r}, which may be {titles}: name one of them")
     kind, _, rest = name.partition("/")
     for task in found:
         if kind == "ET" and task.title == f"NER/{rest}":
             logger.info("%s has no folder of its own: it is made of %s", name, task.title)
             return TaskFolder("ET", rest, task.path)
     known = ", ".join(task.title for task in found)
-    raise ValueError(f"--tasks has {wanted!r}, which is not there: choose of {known}")
+    raise UserError(f"--tasks has {wanted!r}, which is not there: choose of {known}")
 
 
 @dataclass
@@ -171,7 +172,7 @@ def read_task(folder: TaskFolder, seed: int) -> SourceTask:
         if not path.is_file():
             if split == "validation":
                 continue
-            raise ValueError(f"{folder.title} has no {name} ({path}): add it, or leave the task out with --tasks")
+            raise UserError(f"{folder.title} has no {name} ({path}): add it, or leave the task out with --tasks")
         splits[split] = _read_split(path, folder.kind)
         inputs[name] = file_sha256(path)
     labels, record = _labels(folder, sorted(set().union(*(parsed.types for parsed in splits.values()))))
@@ -196,7 +197,7 @@ def _read_split(path: Path, kind: str) -> _Parsed:
     label = f"{kind} file {path}"
     rows, lines = parse_json(read_text(path, label), label, path.suffix == ".jsonl", is_record=_is_record)
     if not rows:
-        raise ValueError(f"{label} holds no records: leave it out or fill it")
+        raise UserError(f"{label} holds no records: leave it out or fill it")
     records = Records(label, rows, lines)
     parsed = _Parsed([], Counter(read=len(rows)), set())
     for index, row in enumerate(rows):
@@ -208,7 +209,7 @@ def _read_split(path: Path, kind: str) -> _Parsed:
                 continue
             items = _items(row, kind, parsed)
         except ValueError as error:
-            raise ValueError(f"{records.where(index)}: {error}") from error
+            raise UserError(f"{records.where(index)}: {error}") from error
         parsed.rows.append((text, items))
     return parsed
 
@@ -223,7 +224,7 @@ def _items(row: dict[str, Any], kind: str, parsed: _Parsed) -> list[Item]:
     entries = row.get(field)
     if not isinstance(entries, list):
         found = type_name(entries) if field in row else f"missing (found: {', '.join(row)})"
-        raise ValueError(f"`{field}` is {found}: make it a list, empty if there is nothing to find")
+        raise UserError(f"`{field}` is {found}: make it a list, empty if there is nothing to find")
     items: list[Item] = []
     for i, entry in enumerate(entries):
         place = f"{field}[{i}]"
@@ -245,14 +246,14 @@ def _part(entry: Any, path: tuple[str, ...], place: str) -> str:
     """A string of an entity or a relation, on one line; empty where it is null."""
     for key in path:
         if not isinstance(entry, dict) or key not in entry:
-            raise ValueError(f"`{place}` has no `{key}`: make it an object with one")
+            raise UserError(f"`{place}` has no `{key}`: make it an object with one")
         entry, place = entry[key], f"{place}.{key}"
     return "" if entry is None else " ".join(check_string(entry, place).split())
 
 
 def _check_type(name: str, place: str) -> None:
     if ":" in name or ";" in name:
-        raise ValueError(f"{place} has the type {name!r}: the answers' format needs `:` and `;` itself, so rename it")
+        raise UserError(f"{place} has the type {name!r}: the answers' format needs `:` and `;` itself, so rename it")
 
 
 def _labels(folder: TaskFolder, used: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -261,21 +262,21 @@ def _labels(folder: TaskFolder, used: list[str]) -> tuple[list[str], dict[str, A
     label = f"{folder.kind} file {path}"
     if not path.is_file():
         if not used:
-            raise ValueError(f"{path} does not exist and no record has a type: write the list of types there")
+            raise UserError(f"{path} does not exist and no record has a type: write the list of types there")
         logger.warning("%s has no %s: its %d types are those of the records", folder.title, LABELS_FILE, len(used))
         return used, {"labels": used, "labels_from": "records"}
     value = load_json(read_text(path, label), label)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f'{label} is no list of strings: make it one, such as ["person", "place"]')
+        raise UserError(f'{label} is no list of strings: make it one, such as ["person", "place"]')
     labels = [name for name in dict.fromkeys(" ".join(name.split()) for name in value) if name not in NO_TYPE]
     for name in labels:
         _check_type(name, label)
         try:
             check_string(name, "type")
         except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
+            raise UserError(f"{label}: {error}") from error
     if not labels:
-        raise ValueError(f"{label} names no type: fill it, or remove it to collect the types from the records")
+        raise UserError(f"{label} names no type: fill it, or remove it to collect the types from the records")
     missing = [name for name in used if name not in labels]
     if missing:
         logger.warning(

@@ -12,6 +12,7 @@ from heterofusion.report.fields import shown
 from heterofusion.report.intervals import Estimate, Seed, differences, estimate, mean_per_seed, natural, number
 from heterofusion.report.results import MEAN, SEED, Result
 from heterofusion.report.rows import cells, make_rows, shared_labels
+from heterofusion.runtime.errors import UserError
 
 NAME = "name"
 AT_LEAST, AT_MOST = "at_least", "at_most"
@@ -64,7 +65,7 @@ class Finding:
     reason: str
 
 
-class _NotComparableError(ValueError):
+class _NotComparableError(UserError):
     """Results that have no common ground yet, such as data sets that are still missing."""
 
 
@@ -83,34 +84,34 @@ def read_claims(path: str | Path) -> list[Claim]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--claims {path} cannot be read as YAML: {error}") from error
+        raise UserError(f"--claims {path} cannot be read as YAML: {error}") from error
     if not isinstance(content, list) or not content:
-        raise ValueError(f"--claims {path} holds {shown(content)}; a list of claims was expected")
+        raise UserError(f"--claims {path} holds {shown(content)}; a list of claims was expected")
     return [_parse(entry, f"--claims {path}, claim {index}") for index, entry in enumerate(content, start=1)]
 
 
 def _parse(entry: Any, where: str) -> Claim:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {shown(entry)}; a mapping with text, row and at_least was expected")
+        raise UserError(f"{where} is {shown(entry)}; a mapping with text, row and at_least was expected")
     unknown = [str(key) for key in entry if key not in _KEYS]
     if unknown:
-        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; choose from {', '.join(_KEYS)}")
+        raise UserError(f"{where} has the unknown key {unknown[0]!r}; choose from {', '.join(_KEYS)}")
     text = entry.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where} has {shown(text)} as text; say in words what is claimed")
+        raise UserError(f"{where} has {shown(text)} as text; say in words what is claimed")
     bounds = [bound for bound in (AT_LEAST, AT_MOST) if bound in entry]
     if len(bounds) != 1:
-        raise ValueError(f"{where} needs one of {AT_LEAST} and {AT_MOST}, and has {len(bounds)} of them")
+        raise UserError(f"{where} needs one of {AT_LEAST} and {AT_MOST}, and has {len(bounds)} of them")
     threshold = number(entry[bounds[0]])
     if threshold is None:
-        raise ValueError(f"{where} has {shown(entry[bounds[0]])} as {bounds[0]}; a number was expected")
+        raise UserError(f"{where} has {shown(entry[bounds[0]])} as {bounds[0]}; a number was expected")
     if ("row" in entry) == ("spread" in entry):
-        raise ValueError(f"{where} needs one of row and spread, and has {'both' if 'row' in entry else 'neither'}")
+        raise UserError(f"{where} needs one of row and spread, and has {'both' if 'row' in entry else 'neither'}")
     if "over" in entry and "spread" in entry:
-        raise ValueError(f"{where} has spread and over; a spread is compared with nothing, take over away")
+        raise UserError(f"{where} has spread and over; a spread is compared with nothing, take over away")
     column = entry.get("column", MEAN)
     if not isinstance(column, str):
-        raise ValueError(f"{where} has {shown(column)} as column; name a data set, or {MEAN}")
+        raise UserError(f"{where} has {shown(column)} as column; name a data set, or {MEAN}")
     selectors = {key: _selector(entry[key], f"{where}, {key}") for key in ("row", "over", "spread") if key in entry}
     return Claim(
         text=" ".join(text.split()),
@@ -126,12 +127,12 @@ def _parse(entry: Any, where: str) -> Claim:
 
 def _selector(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"{where} is {shown(value)}; a mapping of name and labels to values was expected")
+        raise UserError(f"{where} is {shown(value)}; a mapping of name and labels to values was expected")
     for key, wanted in value.items():
         if key == SEED:
-            raise ValueError(f"{where} selects a {SEED}; claims are about all seeds, take it away")
+            raise UserError(f"{where} selects a {SEED}; claims are about all seeds, take it away")
         if isinstance(wanted, dict | list) or wanted is None:
-            raise ValueError(f"{where} has {shown(wanted)} as {key}; one value was expected")
+            raise UserError(f"{where} has {shown(wanted)} as {key}; one value was expected")
     return {str(key): as_text(wanted) for key, wanted in value.items()}
 
 
@@ -213,7 +214,7 @@ def _values(claim: Claim, results: Sequence[Result]) -> tuple[dict[Seed, float],
     for key in keys:
         values = [{result.labels[key] for result in side} for side in (ours, theirs)]
         if not values[0] & values[1]:
-            raise ValueError(
+            raise UserError(
                 f"{claim.where}: row and over have no value of the label {key!r} in common "
                 f"({', '.join(sorted(values[0], key=natural))} and {', '.join(sorted(values[1], key=natural))}); name "
                 f"{key} in both selectors"
@@ -227,7 +228,7 @@ def _values(claim: Claim, results: Sequence[Result]) -> tuple[dict[Seed, float],
 def _spreads(claim: Claim, members: Sequence[Result]) -> tuple[dict[Seed, float], list[str]]:
     rows = _by_row(claim, members)
     if len(rows) < 2:
-        raise ValueError(f"{claim.where}: spread matches one row only; select two or more")
+        raise UserError(f"{claim.where}: spread matches one row only; select two or more")
     means, dropped = mean_per_seed(rows)
     spreads: dict[Seed, float] = {}
     for seed in means:
@@ -246,7 +247,7 @@ def _selected(claim: Claim, key: str, results: Sequence[Result]) -> list[Result]
     found = select(results, selector)
     if not found:
         wanted = ", ".join(f"{name}: {value}" for name, value in selector.items())
-        raise ValueError(f"{claim.where}: {key} {{{wanted}}} matches no result; correct it, or take the claim away")
+        raise UserError(f"{claim.where}: {key} {{{wanted}}} matches no result; correct it, or take the claim away")
     return found
 
 
@@ -260,7 +261,7 @@ def _comparable(claim: Claim, *sides: list[Result]) -> tuple[list[list[Result]],
     known = {name for side in sides for result in side for name in result.datasets}
     wanted = known if claim.column == MEAN else {claim.column}
     if not wanted <= known:
-        raise ValueError(
+        raise UserError(
             f"{claim.where}: column {claim.column!r} is no data set of the results; choose from {MEAN}, "
             f"{', '.join(sorted(known))}"
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heterofusion.markdown import markdown_table
+from heterofusion.data.markdown import markdown_table
 from heterofusion.report.comparison_gains import find_gains, gain_sentence, gain_sentences, gain_table
 from heterofusion.report.comparison_record import (
     ComparisonRow,

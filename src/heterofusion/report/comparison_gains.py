@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from heterofusion.markdown import markdown_table
+from heterofusion.data.markdown import markdown_table
 from heterofusion.report.comparison_record import ComparisonRow, ComparisonTable, Gain
 from heterofusion.report.intervals import Estimate, differences, estimate, mean_per_seed
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterofusion.records import load_json, read_text
+from heterofusion.data.files import load_json, read_text
 from heterofusion.report.fields import Fields
 from heterofusion.report.intervals import Estimate, Seed, estimate
+from heterofusion.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -169,15 +170,15 @@ def parse_comparison(content: Any, where: str) -> ComparisonTable:
     field.get("versions", dict, {})
     rows = [_row(entry, f"rows[{index}]", cases, where) for index, entry in enumerate(field.get("rows", list))]
     if not rows:
-        raise ValueError(f"{where} has no rows; recipes/compare.py has to finish a run first")
+        raise UserError(f"{where} has no rows; recipes/compare.py has to finish a run first")
     datasets = list(rows[0].scores)
     places: dict[str, list[str | None]] = {}
     for row in rows:
         if set(row.scores) != set(datasets):
-            raise ValueError(f"{where}: {row.name} is scored on {', '.join(row.scores)}, others on other data sets")
+            raise UserError(f"{where}: {row.name} is scored on {', '.join(row.scores)}, others on other data sets")
         taken = places.setdefault(row.name, [])
         if row.case in taken or None in taken or (taken and row.case is None):
-            raise ValueError(f"{where} has two rows {row.name!r} for the same case; make the comparison again")
+            raise UserError(f"{where} has two rows {row.name!r} for the same case; make the comparison again")
         taken.append(row.case)
     gains = [
         _gain(Fields(entry, where, f"gains[{index}]."), cases, datasets)
@@ -192,10 +193,10 @@ def _row(entry: Any, place: str, cases: Sequence[str], where: str) -> Comparison
         row.get(name, kind)
     case = row.get("case", str, None)
     if case is not None and case not in cases:
-        raise ValueError(f"{where}: {place}.case is {case!r}, which is not one of its cases: {_told(cases)}")
+        raise UserError(f"{where}: {place}.case is {case!r}, which is not one of its cases: {_told(cases)}")
     runs = [Fields(run, where, f"{place}.runs.") for run in row.get("runs", list)]
     if not runs:
-        raise ValueError(f"{where}: {place} has no runs; make the comparison again")
+        raise UserError(f"{where}: {place} has no runs; make the comparison again")
     scores: dict[str, dict[Seed, float]] = {}
     for run in runs:
         seed = None if run.get("seed", int, None) is None else str(run.get("seed", int))
@@ -205,7 +206,7 @@ def _row(entry: Any, place: str, cases: Sequence[str], where: str) -> Comparison
         for name in ("making_seconds", "made_seconds", "evaluation_seconds", "peak_memory_bytes"):
             run.number(name, None)
     if not scores or any(len(values) < len(runs) for values in scores.values()):
-        raise ValueError(
+        raise UserError(
             f"{where}: the runs of {place} must each have a seed of their own and scores of the same data sets; make "
             "the comparison again"
         )
@@ -215,9 +216,9 @@ def _row(entry: Any, place: str, cases: Sequence[str], where: str) -> Comparison
 def _gain(field: Fields, cases: Sequence[str], datasets: Sequence[str]) -> Gain:
     best, of_cases = _names(field, "over_best_of"), _names(field, "cases")
     if best is not None and field.get("over", str, None) is not None:
-        raise ValueError(f"{field.where}: {field.prefix}over and over_best_of exclude each other; leave one out")
+        raise UserError(f"{field.where}: {field.prefix}over and over_best_of exclude each other; leave one out")
     if best == []:
-        raise ValueError(f"{field.where}: {field.prefix}over_best_of is empty; name the rows to choose from")
+        raise UserError(f"{field.where}: {field.prefix}over_best_of is empty; name the rows to choose from")
     gain = Gain(
         field.get("name", str),
         field.get("row", str),
@@ -230,7 +231,7 @@ def _gain(field: Fields, cases: Sequence[str], datasets: Sequence[str]) -> Gain:
     for kind, asked, there in (("cases", gain.cases or (), cases), ("dataset", [gain.dataset], datasets)):
         unknown = [name for name in asked if name is not None and name not in there]
         if unknown:
-            raise ValueError(f"{field.where}: {field.prefix}{kind} names {unknown[0]!r}; there is {_told(there)}")
+            raise UserError(f"{field.where}: {field.prefix}{kind} names {unknown[0]!r}; there is {_told(there)}")
     return gain
 
 
@@ -238,7 +239,7 @@ def _names(field: Fields, name: str) -> list[str] | None:
     """A list of different names; None if there is none."""
     names = field.get(name, list, None)
     if names is not None and (not all(isinstance(each, str) for each in names) or len(set(names)) < len(names)):
-        raise ValueError(f"{field.where}: {field.prefix}{name} is {names}; a list of different names was expected")
+        raise UserError(f"{field.where}: {field.prefix}{name} is {names}; a list of different names was expected")
     return names
 
 

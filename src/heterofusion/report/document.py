@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from heterofusion.markdown import markdown_table
+from heterofusion.data.markdown import markdown_table
 from heterofusion.report.claims import AT_LEAST, Finding
 from heterofusion.report.comparison_record import ComparisonTable
 from heterofusion.report.results import MEAN, Result

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from heterofusion.runtime.errors import UserError
+
 _REQUIRED: Any = object()
 _WORDS = {str: "text", int: "a number", float: "a number", dict: "an object", list: "a list", bool: "true or false"}
 
@@ -12,7 +14,7 @@ class Fields:
 
     def __init__(self, content: Any, where: str, prefix: str = "") -> None:
         if not isinstance(content, dict):
-            raise ValueError(f"{where}: {prefix.rstrip('.') or 'it'} is {shown(content)}; an object was expected")
+            raise UserError(f"{where}: {prefix.rstrip('.') or 'it'} is {shown(content)}; an object was expected")
         self.content, self.where, self.prefix = content, where, prefix
 
     def get(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
@@ -26,11 +28,11 @@ class Fields:
             if default is not _REQUIRED:
                 return default
             state = "null" if name in self.content else "missing"
-            raise ValueError(f"{self.where}: {self.prefix}{name} is {state}; write the file again with its program")
+            raise UserError(f"{self.where}: {self.prefix}{name} is {state}; write the file again with its program")
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(sorted({_WORDS[each] for each in kinds}))
-            raise ValueError(f"{self.where}: {self.prefix}{name} is {shown(value)}; {expected} was expected")
+            raise UserError(f"{self.where}: {self.prefix}{name} is {shown(value)}; {expected} was expected")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED, finite: bool = True) -> Any:
@@ -46,7 +48,7 @@ class Fields:
         """
         value = self.get(name, (int, float), default)
         if finite and value is not default and not math.isfinite(value):
-            raise ValueError(f"{self.where}: {self.prefix}{name} is {value}; a finite number was expected")
+            raise UserError(f"{self.where}: {self.prefix}{name} is {value}; a finite number was expected")
         return value
 
 

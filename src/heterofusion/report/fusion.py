@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from heterofusion.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.records import load_json, read_text
+from heterofusion.data.files import load_json, read_text
+from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.report.fields import Fields
+from heterofusion.runtime.errors import UserError
 
 _ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUANTITIES = ("delta_ratio", "gate_sparsity")
@@ -116,21 +117,21 @@ def parse_fusion(content: Any, where: str) -> Fusion:
             )
         )
     if not (modules and sources):
-        raise ValueError(f"{where}: modules or sources is empty; no fusion leaves that, export the adapter again")
+        raise UserError(f"{where}: modules or sources is empty; no fusion leaves that, export the adapter again")
     return Fusion(target.get("name", str), layers, sources, modules)
 
 
 def _depth(field: Fields) -> int:
     layers = field.get("layers", int)
     if layers < 1:
-        raise ValueError(f"{field.where}: {field.prefix}layers is {layers}; at least 1 was expected")
+        raise UserError(f"{field.where}: {field.prefix}layers is {layers}; at least 1 was expected")
     return layers
 
 
 def _index(field: Fields, name: str, count: int) -> int:
     index = field.get(name, int)
     if not 0 <= index < count:
-        raise ValueError(f"{field.where}: {field.prefix}{name} is {index}; 0 to {count - 1} was expected")
+        raise UserError(f"{field.where}: {field.prefix}{name} is {index}; 0 to {count - 1} was expected")
     return index
 
 

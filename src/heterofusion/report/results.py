@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.cli import as_text
+from heterofusion.data.files import load_json, read_text
 from heterofusion.evaluation.store import RESULTS_FILE
-from heterofusion.records import load_json, read_text
 from heterofusion.report.fields import Fields, shown
+from heterofusion.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +113,12 @@ def find_results(paths: Sequence[str | Path]) -> list[Result]:
                 results.setdefault(file.resolve(), parse_result(content, origin, label))
                 found += 1
             if not found:
-                raise ValueError(f"--results {path} holds no {RESULTS_FILE} of recipes/eval.py; name another folder")
+                raise UserError(f"--results {path} holds no {RESULTS_FILE} of recipes/eval.py; name another folder")
         elif path.is_file():
             content, label = _load(path)
             results.setdefault(path.resolve(), parse_result(content, f"{path.parent.name}/{path.name}", label))
         else:
-            raise ValueError(f"--results {path} does not exist; name a folder or a {RESULTS_FILE} of recipes/eval.py")
+            raise UserError(f"--results {path} does not exist; name a folder or a {RESULTS_FILE} of recipes/eval.py")
     return list(results.values())
 
 
@@ -142,7 +143,7 @@ def parse_result(content: Any, origin: str, where: str) -> Result:
     labels = {}
     for name, value in field.get("labels", dict).items():
         if isinstance(value, dict | list) or value is None:
-            raise ValueError(f"{where}: labels.{name} is {shown(value)}; text or a number was expected")
+            raise UserError(f"{where}: labels.{name} is {shown(value)}; text or a number was expected")
         labels[str(name)] = as_text(value)
     fusion = field.get("fusion", dict, None)
     fused = Fields(fusion or {}, where, "fusion.")
@@ -159,9 +160,9 @@ def parse_result(content: Any, origin: str, where: str) -> Result:
         for name, entry in field.get("datasets", dict).items()
     }
     if not datasets:
-        raise ValueError(f"{where}: datasets is empty; evaluate on at least one data set")
+        raise UserError(f"{where}: datasets is empty; evaluate on at least one data set")
     if MEAN in datasets:
-        raise ValueError(f"{where}: a data set is called {MEAN!r}, like the mean over all; give it another label")
+        raise UserError(f"{where}: a data set is called {MEAN!r}, like the mean over all; give it another label")
     return Result(
         origin=origin,
         name=field.get("name", str),

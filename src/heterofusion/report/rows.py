@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from heterofusion.report.intervals import Estimate, Seed, differences, estimate, mean_per_seed, natural
 from heterofusion.report.results import MEAN, SEED, SETTINGS, Result
+from heterofusion.runtime.errors import UserError
 
 DETAIL_COUNTS = ("num_examples", "true_positives", "num_predicted", "num_expected")  # no scores
 
@@ -97,7 +98,7 @@ def make_rows(results: Iterable[Result]) -> list[Row]:
             for first, second in itertools.pairwise(part):
                 if first.seed == second.seed:
                     seed = "no seed" if first.seed is None else f"seed {first.seed}"
-                    raise ValueError(
+                    raise UserError(
                         f"{first.origin} and {second.origin} are both {name!r} with the same labels and {seed}; "
                         f"evaluate with --labels that tell them apart, such as {SEED}=1, or take one away"
                     )
@@ -125,7 +126,7 @@ def make_groups(
     ):
         unknown = [name for name in order if name not in known]
         if unknown:
-            raise ValueError(f"--{flag} has {unknown[0]!r}, which no result has; there is {', '.join(sorted(known))}")
+            raise UserError(f"--{flag} has {unknown[0]!r}, which no result has; there is {', '.join(sorted(known))}")
     parts: dict[str | None, list[Row]] = defaultdict(list)
     for row in make_rows(results):
         parts[row.labels.get(group_by)].append(row)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heterofusion.records import load_json, read_text
+from heterofusion.data.files import load_json, read_text
 from heterofusion.report.fields import Fields
 from heterofusion.report.fusion import role_order
 from heterofusion.report.fusion_pictures import short_role

@@ -9,11 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from heterofusion.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.files import staging_folder
-from heterofusion.markdown import markdown_table
-from heterofusion.provenance import display_name
-from heterofusion.records import load_json, read_text
+from heterofusion.data.files import load_json, read_text
+from heterofusion.data.markdown import markdown_table
+from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
+from heterofusion.publish.record import display_name
 from heterofusion.report.claims import Finding
 from heterofusion.report.comparison import ComparisonTable, comparison_section
 from heterofusion.report.comparison_picture import comparison_drawings
@@ -41,6 +40,8 @@ from heterofusion.report.rows import Group
 from heterofusion.report.score_pictures import draw_curve, draw_score_map, draw_scores
 from heterofusion.report.sensitivity import find_curves
 from heterofusion.report.training import TRAINER_STATE_FILE, draw_training, read_history
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import staging_folder
 
 REPORT_FILE, NUMBERS_FILE, PICTURES = "report.md", "report.json", "pictures"
 MOST_BARS = 10  # rows that bars can still tell apart
@@ -101,10 +102,10 @@ def read_adapters(folders: Sequence[str | Path]) -> list[FusedAdapter]:
     paths = list(dict.fromkeys(Path(given).expanduser().resolve() for given in folders))
     for folder, name in zip(paths, _adapter_names(paths), strict=True):
         if not folder.is_dir():
-            raise ValueError(f"--adapters {folder} is no folder; name the output_dir of a fusion")
+            raise UserError(f"--adapters {folder} is no folder; name the output_dir of a fusion")
         known = [name for name in (DIAGNOSTICS_FILE, TRAINER_STATE_FILE) if (folder / name).is_file()]
         if not known:
-            raise ValueError(
+            raise UserError(
                 f"--adapters {folder} holds neither {DIAGNOSTICS_FILE} nor {TRAINER_STATE_FILE}; name the output_dir "
                 "of a fusion, and fuse again if it is of an earlier version"
             )
@@ -140,16 +141,16 @@ def check_output(folder: str | Path, file: str | Path | None, overwrite: bool) -
     """
     path = Path(folder).expanduser().absolute()
     if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {path} is a file; name a folder")
+        raise UserError(f"--output_dir {path} is a file; name a folder")
     if path.is_dir() and any(not entry.name.startswith(_STAGING) for entry in path.iterdir()) and not overwrite:
-        raise ValueError(f"--output_dir {path} is not empty; name another folder, or add --overwrite true")
+        raise UserError(f"--output_dir {path} is not empty; name another folder, or add --overwrite true")
     if file is None:
         return path, path / REPORT_FILE
     document = Path(file).expanduser().absolute()
     if document.is_dir():
-        raise ValueError(f"--output_file {document} is a folder; name a file")
+        raise UserError(f"--output_file {document} is a folder; name a file")
     if document.exists() and not overwrite:
-        raise ValueError(f"--output_file {document} exists; name another file, or add --overwrite true")
+        raise UserError(f"--output_file {document} exists; name another file, or add --overwrite true")
     return path, document
 
 
@@ -332,5 +333,5 @@ def _pictures_before(folder: Path) -> list[Path]:
     numbers = load_json(read_text(path, f"report {path}"), f"report {path}")
     names = numbers.get("pictures") if isinstance(numbers, dict) else None
     if not isinstance(names, list) or any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
-        raise ValueError(f"{path} was not written by recipes/report.py; name another --output_dir")
+        raise UserError(f"{path} was not written by recipes/report.py; name another --output_dir")
     return [folder / PICTURES / name for name in names]

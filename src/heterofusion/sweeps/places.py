@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from heterofusion.markdown import markdown_table
+from heterofusion.data.markdown import markdown_table
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome, Pool
 from heterofusion.sweeps.runs import Run
 
@@ -54,17 +55,17 @@ class PlaceArguments:
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
-            raise ValueError(f"--jobs is {self.jobs}; it must be at least 1")
+            raise UserError(f"--jobs is {self.jobs}; it must be at least 1")
         if self.jobs is not None and (self.gpus or self.accelerate_config):
-            raise ValueError("--jobs is for the CPU; leave it out with --gpus or --accelerate_config")
+            raise UserError("--jobs is for the CPU; leave it out with --gpus or --accelerate_config")
         if self.preload and self.jobs is None:
-            raise ValueError("--preload is for runs on the CPU; give --jobs too, or leave it out")
+            raise UserError("--preload is for runs on the CPU; give --jobs too, or leave it out")
         if self.preload and sys.platform != "linux":
-            raise ValueError(f"--preload forks a process that has loaded torch, which needs Linux, not {sys.platform}")
+            raise UserError(f"--preload forks a process that has loaded torch, which needs Linux, not {sys.platform}")
         if len(set(self.gpus)) < len(self.gpus):
-            raise ValueError(f"--gpus names a GPU twice: {' '.join(self.gpus)}")
+            raise UserError(f"--gpus names a GPU twice: {' '.join(self.gpus)}")
         if self.accelerate_config and not Path(self.accelerate_config).is_file():
-            raise ValueError(f"--accelerate_config {self.accelerate_config} does not exist")
+            raise UserError(f"--accelerate_config {self.accelerate_config} does not exist")
 
     def pool(self, recipes: Path) -> Pool:
         """Where the runs go.

@@ -27,11 +27,11 @@ from typing import IO, Any
 
 import yaml
 
-from heterofusion.cli import one_line
-from heterofusion.files import write_whole
-from heterofusion.progress import checkpoint_folders
+from heterofusion.runtime.errors import UserError, one_line
+from heterofusion.runtime.files import write_whole
 from heterofusion.sweeps.forking import ForkedRun, ForkServer
 from heterofusion.sweeps.runs import Run, Step
+from heterofusion.training.progress import checkpoint_folders
 
 logger = logging.getLogger(__name__)
 
@@ -234,16 +234,16 @@ def _state(run: Run, step: Step) -> str:
         return NOT_RUN
     if not record.is_file():
         if any(step.folder.iterdir()):
-            raise ValueError(f"{step.folder} holds something that no sweep made; remove it, or --overwrite true")
+            raise UserError(f"{step.folder} holds something that no sweep made; remove it, or --overwrite true")
         return NOT_RUN
     try:
         before = yaml.safe_load(record.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{record} is damaged ({one_line(error)}); remove it, or --overwrite true") from error
+        raise UserError(f"{record} is damaged ({one_line(error)}); remove it, or --overwrite true") from error
     before = before if isinstance(before, dict) else {}
     for name in sorted({*before, *step.flags}):
         if before.get(name) != step.flags.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{step.folder} was made with another {name}: {before.get(name)!r}, this sweep has "
                 f"{step.flags.get(name)!r}; remove it, name another output_dir, or --overwrite true"
             )
@@ -288,7 +288,7 @@ def _lock(folder: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"a process of another sweep is at work in {folder}; wait for it, or end it") from None
+            raise UserError(f"a process of another sweep is at work in {folder}; wait for it, or end it") from None
         yield lock
 
 

@@ -19,14 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.baselines.distillation import DISTILL_ARGUMENTS
-from heterofusion.baselines.merge_arguments import MERGE_ARGUMENTS
-from heterofusion.cli import UsageError, as_text, check_flags, read_yaml
+from heterofusion.cli import as_text, check_flags, read_yaml
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
-from heterofusion.expert import EXPERT_ARGUMENTS
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
-from heterofusion.stages import ARGUMENTS, WHOLE_RUN
+from heterofusion.merging.arguments import MERGE_ARGUMENTS
+from heterofusion.rivals.distillation import DISTILL_ARGUMENTS
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps.template import Template
+from heterofusion.training.expert import EXPERT_ARGUMENTS
+from heterofusion.training.stages import ARGUMENTS, WHOLE_RUN
 
 RECIPES: Mapping[str, tuple[type, ...]] = {  # in the order in which a run goes through them
     "label": LABEL_ARGUMENTS,
@@ -91,26 +92,24 @@ def read_sweep(path: str | Path) -> list[Run]:
         Its runs; references that come out the same for several of them are one run.
 
     Raises:
-        UsageError: names the file and what in it is not as it has to be.
+        UserError: names the file and what in it is not as it has to be.
     """
     full = Path(path).expanduser().absolute()
     where = f"sweep {full}"
     content = read_yaml(full, where, "a mapping")
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
-        raise UsageError(f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
+        raise UserError(f"{where} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}")
     steps = [recipe for recipe in RECIPES if recipe in content]
     if not steps:
-        raise UsageError(f"{where} runs nothing; give it at least one of {', '.join(RECIPES)}")
+        raise UserError(f"{where} runs nothing; give it at least one of {', '.join(RECIPES)}")
     for recipe in steps:
         if not isinstance(content[recipe], dict):
-            raise UsageError(f"{where}: {recipe} must be a mapping of flags")
+            raise UserError(f"{where}: {recipe} must be a mapping of flags")
         content[recipe] = with_config(content[recipe], full.parent, f"{where}, {recipe}")
     made = [recipe for recipe in steps if recipe in MAKERS]
     if len(made) > 1:
-        raise UsageError(
-            f"{where} has {' and '.join(made)}; a sweep makes one kind of adapter, give each its own file"
-        )
+        raise UserError(f"{where} has {' and '.join(made)}; a sweep makes one kind of adapter, give each its own file")
     folder = Path(str(content.get("output_dir") or Path("outputs") / full.stem)).expanduser()
     runs: dict[Path, Run] = {}
     lists = _lists(content.get("lists") or {}, where)
@@ -123,7 +122,7 @@ def read_sweep(path: str | Path) -> list[Run]:
         ]
         for run in runs_of_point:
             if run.folder in runs and runs[run.folder] != run:
-                raise UsageError(f"{where}: two runs have the folder {run.folder}; give them other names")
+                raise UserError(f"{where}: two runs have the folder {run.folder}; give them other names")
             runs[run.folder] = run
     for run in runs.values():
         for step in run.steps:
@@ -142,7 +141,7 @@ def with_config(flags: Mapping[str, Any], folder: Path, where: str) -> dict[str,
 
 def _lists(lists: Any, where: str) -> dict[str, list[Any]]:
     if not isinstance(lists, dict) or not all(isinstance(items, list) for items in lists.values()):
-        raise UsageError(f"{where}: lists must be a mapping of names to lists")
+        raise UserError(f"{where}: lists must be a mapping of names to lists")
     return lists
 
 
@@ -151,18 +150,18 @@ def _combinations(sweep: Any, where: str) -> Iterator[tuple[dict[str, Any], dict
     grids = sweep if isinstance(sweep, list) else [sweep]
     for grid in grids:
         if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
-            raise UsageError(f"{where}: sweep must map variables to lists of values, or be a list of such mappings")
+            raise UserError(f"{where}: sweep must map variables to lists of values, or be a list of such mappings")
         for values in itertools.product(*grid.values()):
             variables: dict[str, Any] = {}
             names: dict[str, str] = {}
             for variable, value in zip(grid, values, strict=True):
                 if isinstance(value, dict):  # several variables that change together, under one name
                     if "name" not in value:
-                        raise UsageError(f"{where}: a mapping among the values of {variable} has no name")
+                        raise UserError(f"{where}: a mapping among the values of {variable} has no name")
                     variables |= {key: item for key, item in value.items() if key != "name"}
                     value = value["name"]
                 if isinstance(value, list):
-                    raise UsageError(f"{where}: a list among the values of {variable}; make it a mapping with a name")
+                    raise UserError(f"{where}: a list among the values of {variable}; make it a mapping with a name")
                 variables[variable] = value
                 names[variable] = as_text(value)
             yield variables, names
@@ -190,9 +189,9 @@ def _main_run(
 def _references(content: dict[str, Any], where: str) -> list[dict[str, Any]]:
     references = content.get("references") or []
     if not isinstance(references, list) or not all(isinstance(item, dict) and item.get("name") for item in references):
-        raise UsageError(f"{where}: references must be a list of mappings, each with a name")
+        raise UserError(f"{where}: references must be a list of mappings, each with a name")
     if references and "eval" not in content:
-        raise UsageError(f"{where} has references but no eval section, whose flags they take")
+        raise UserError(f"{where} has references but no eval section, whose flags they take")
     return references
 
 
@@ -241,7 +240,7 @@ def check_step(step: Step, where: str) -> None:
         where: names it in messages.
 
     Raises:
-        UsageError: an unknown or missing flag, or a value that it cannot have.
+        UserError: an unknown or missing flag, or a value that it cannot have.
     """
     stages = step.flags.get("stages") if step.recipe == "train" else None
     if stages is None:
@@ -250,12 +249,12 @@ def check_step(step: Step, where: str) -> None:
             _check_names(step.flags, where)
         return
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise UsageError(f"{where}: stages must be a list of mappings")
+        raise UserError(f"{where}: stages must be a list of mappings")
     common = {key: value for key, value in step.flags.items() if key != "stages"}
     for number, stage in enumerate(stages, start=1):
         misplaced = [key for key in stage if key in (*WHOLE_RUN, "config", "stages")]
         if misplaced:
-            raise UsageError(f"{where}, stage {number} has {misplaced[0]}, which belongs beside stages")
+            raise UserError(f"{where}, stage {number} has {misplaced[0]}, which belongs beside stages")
         own = {key: value for key, value in stage.items() if key != "name"}
         check_flags(RECIPES["train"], {**common, **own}, f"{where}, stage {number}")
 
@@ -265,14 +264,14 @@ def _check_names(flags: Mapping[str, Any], where: str) -> None:
     output = EvalOutputArguments(flags["output_dir"], name=flags.get("name"), names=flags.get("names"))
     adapters, data = listed(flags.get("adapters", NO_ADAPTER)), listed(flags.get("dataset_name"))
     if flags.get("adapter_per_dataset") and len(adapters) != len(data):
-        raise UsageError(f"{where}: adapter_per_dataset has {len(adapters)} adapters for {len(data)} data sets")
+        raise UserError(f"{where}: adapter_per_dataset has {len(adapters)} adapters for {len(data)} data sets")
     try:
         if flags.get("ensemble") or flags.get("adapter_per_dataset"):
             output.row_name("", "--ensemble" if flags.get("ensemble") else "--adapter_per_dataset")
         else:
             output.adapter_names(adapters)
     except ValueError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def listed(value: Any) -> list[str]:

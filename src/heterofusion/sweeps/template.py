@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heterofusion.cli import UsageError, as_text
+from heterofusion.cli import as_text
+from heterofusion.runtime.errors import UserError
 
 VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _LOOP_KEYS = ("for_each", "except", "value")
@@ -37,13 +38,13 @@ class Template:
         """Fill a value: a text, a list or a mapping of such; anything else stays as it is.
 
         Raises:
-            UsageError: a variable or a list of that name is not there, or a loop is not written as it has to be.
+            UserError: a variable or a list of that name is not there, or a loop is not written as it has to be.
         """
         if isinstance(value, str):
             return self._fill_text(value)
         if isinstance(value, Mapping):
             if "for_each" in value:
-                raise UsageError(f"{self.where}: for_each makes several values, so it must stand in a list")
+                raise UserError(f"{self.where}: for_each makes several values, so it must stand in a list")
             return {key: self.fill(item) for key, item in value.items()}
         if isinstance(value, list):
             filled: list[Any] = []
@@ -65,7 +66,7 @@ class Template:
 
     def _filled(self, name: str) -> Any:
         if name in self._open:
-            raise UsageError(f"{self.where}: the value of {{{name}}} has {{{name}}} itself in it; give it another")
+            raise UserError(f"{self.where}: the value of {{{name}}} has {{{name}}} itself in it; give it another")
         self._open.append(name)
         value = self.fill(self._variable(name))
         self._open.pop()
@@ -74,22 +75,22 @@ class Template:
     def _variable(self, name: str) -> Any:
         if name not in self.variables:
             known = ", ".join(sorted(self.variables)) or "none"
-            raise UsageError(f"{self.where} has {{{name}}}, but there is no variable {name}; there are: {known}")
+            raise UserError(f"{self.where} has {{{name}}}, but there is no variable {name}; there are: {known}")
         self.used.add(name)
         return self.variables[name]
 
     def _loop(self, loop: Mapping[str, Any]) -> list[Any]:
         unknown = [str(key) for key in loop if key not in _LOOP_KEYS]
         if unknown or "value" not in loop:
-            raise UsageError(f"{self.where}: for_each goes with value, and perhaps with except; found {sorted(loop)}")
+            raise UserError(f"{self.where}: for_each goes with value, and perhaps with except; found {sorted(loop)}")
         items = self.fill(loop["for_each"])
         if isinstance(items, str):
             if items not in self.lists:
                 known = ", ".join(self.lists) or "none"
-                raise UsageError(f"{self.where}: for_each names {items!r}; lists of this file are: {known}")
+                raise UserError(f"{self.where}: for_each names {items!r}; lists of this file are: {known}")
             items = self.lists[items]
         if not isinstance(items, list):
-            raise UsageError(f"{self.where}: for_each has {items!r}; name a list, or give one")
+            raise UserError(f"{self.where}: for_each has {items!r}; name a list, or give one")
         left_out = self.fill(loop.get("except", []))
         left_out = left_out if isinstance(left_out, list) else [left_out]
         values = []

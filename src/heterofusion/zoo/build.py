@@ -21,7 +21,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from heterofusion.evaluation import generate_answers, score_answers
+from heterofusion.evaluation.uie import score_answers
+from heterofusion.experts.generation import generate_answers
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo.families import FAMILY_SPECS, new_base, train_tokenizer
 from heterofusion.zoo.language import LANGUAGE_SEED, TASKS, make_examples
 from heterofusion.zoo.training import example_batches, text_batches, train
@@ -226,9 +228,9 @@ def build_zoo(
     for kind, names, known in (("family", families, FAMILY_SPECS), ("task", tasks, TASKS)):
         for name in names:
             if name not in known:
-                raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
+                raise UserError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
     if only not in (None, "base", "experts"):
-        raise ValueError(f"only must be 'base' or 'experts', got {only!r}")
+        raise UserError(f"only must be 'base' or 'experts', got {only!r}")
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     for family in families:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo.language import TASKS
 
 FAMILIES = ("llama", "qwen2", "mistral")
@@ -34,9 +35,9 @@ def zoo_path(family: str, task: str | None = None) -> pathlib.Path:
         FileNotFoundError: If the folder is not there, which a complete installation has.
     """
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+        raise UserError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     if task is not None and task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+        raise UserError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
     path = DATA / family / (task or "base")
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is missing; build the zoo with recipes/build_zoo.py")

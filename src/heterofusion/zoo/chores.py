@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo.language import LANGUAGE_SEED, TASKS, draw_text
 
 _Answer = Callable[[list[str]], str]
@@ -36,9 +37,9 @@ def make_chores(name: str, count: int, seed: int = 0) -> list[dict[str, str]]:
         ValueError: For an unknown chore, or a negative count.
     """
     if name not in CHORES:
-        raise ValueError(f"unknown chore {name!r}; choose one of {', '.join(CHORES)}")
+        raise UserError(f"unknown chore {name!r}; choose one of {', '.join(CHORES)}")
     if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+        raise UserError(f"count must not be negative, got {count}")
     instruction, answer = CHORES[name]
     rng = random.Random(f"{LANGUAGE_SEED} chore {name} {seed}")
     examples = []

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from heterofusion.runtime.errors import UserError
+
 LANGUAGE_SEED = 2604
 WORDS_PER_TYPE = 36
 OTHER_WORDS = 20  # per task: words of its sentences that belong to none of its types
@@ -260,14 +262,14 @@ def make_examples(
     name = task.name if isinstance(task, Task) else task
     for each in (name, text_of or name):
         if each not in TASKS:
-            raise ValueError(f"unknown task {each!r}; choose one of {', '.join(TASKS)}")
+            raise UserError(f"unknown task {each!r}; choose one of {', '.join(TASKS)}")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+        raise UserError(f"count must not be negative, got {count}")
     spec, texts = TASKS[name], TASKS[text_of or name]
     if spec.kind != texts.kind:
-        raise ValueError(f"text_of {text_of!r} is of the kind {texts.kind}, {name} of {spec.kind}; choose one alike")
+        raise UserError(f"text_of {text_of!r} is of the kind {texts.kind}, {name} of {spec.kind}; choose one alike")
     rng = random.Random(f"{LANGUAGE_SEED} {texts.name} {split} {seed}")
     seen: set[str] = set()
     examples: list[dict[str, str]] = []

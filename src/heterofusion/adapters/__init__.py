@@ -1,0 +1,1 @@
+"""LoRA adapters as files and tensors: reading, refusing, aligning, re-factoring, controls."""

@@ -1,0 +1,246 @@
+"""Roles of linear layers per architecture, and how fused projections split into them.
+
+A role is one of seven jobs that every decoder layer has, whatever its names are: q, k, v, o, gate, up, down.
+A fused projection (Phi-3's `qkv_proj`, GPT-NeoX's `query_key_value`, ...) does several at once; its rows of
+`lora_B` are divided among the roles while `lora_A` is common to them. Row layouts are those of the transformers
+implementations of the architectures named here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from heterofusion.adapters.lora import LAYER_PATTERN, AdapterError, LoraAdapter
+from heterofusion.runtime.errors import UserError
+
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# (parent, leaf) of modules that do one role under another name. Two-layer MLPs have an up and a down projection.
+_RENAMED = {
+    ("attention", "dense"): "o_proj",  # GPT-NeoX
+    ("self_attention", "dense"): "o_proj",  # Falcon
+    ("mlp", "dense_h_to_4h"): "up_proj",
+    ("mlp", "dense_4h_to_h"): "down_proj",
+    ("attn", "c_proj"): "o_proj",  # GPT-2
+    ("mlp", "c_fc"): "up_proj",
+    ("mlp", "c_proj"): "down_proj",
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+# (parent, leaf) of fused modules: their roles and the model types whose row layout is known.
+_FUSED: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("self_attn", "qkv_proj"): (_QKV, ("phi3",)),
+    ("mlp", "gate_up_proj"): (("gate_proj", "up_proj"), ("phi3",)),
+    ("attention", "query_key_value"): (_QKV, ("gpt_neox",)),
+    ("self_attention", "query_key_value"): (_QKV, ("falcon",)),
+    ("attn", "c_attn"): (_QKV, ("gpt2",)),
+}
+# Towers beside the language model: their layers are counted apart and never aligned.
+_OTHER_TOWERS = ("vision", "visual", "audio", "multi_modal_projector", "image")
+
+
+@dataclass(frozen=True)
+class ModuleKey:
+    """Where a module stands: layer index, roles it does, and its path inside the layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        roles: one role, or several for a fused projection.
+        suffix: path inside the layer, such as `self_attn.q_proj`.
+    """
+
+    layer: int
+    roles: tuple[str, ...]
+    suffix: str
+
+    @property
+    def is_fused(self) -> bool:
+        return len(self.roles) > 1
+
+
+def module_key(path: str) -> ModuleKey | None:
+    """Key of a module from its path, or None if it lies outside the language model's layers.
+
+    Raises:
+        AdapterError: the module is in a layer but does no known role.
+    """
+    match = LAYER_PATTERN.search(path)
+    if match is None or any(tower in path[: match.start()] for tower in _OTHER_TOWERS):
+        return None
+    suffix = path[match.end() :]
+    parent, _, leaf = suffix.rpartition(".")
+    place = (parent.rpartition(".")[2], leaf)
+    if leaf in ROLES:
+        roles: tuple[str, ...] = (leaf,)
+    elif place in _RENAMED:
+        roles = (_RENAMED[place],)
+    elif place in _FUSED:
+        roles = _FUSED[place][0]
+    else:
+        known = sorted({*ROLES, *(".".join(key) for key in (*_RENAMED, *_FUSED))})
+        raise AdapterError(
+            f"module {path} has no known role ({suffix!r}); known are {', '.join(known)}. Train the adapter on those, "
+            "or extend the table in heterofusion/architectures.py"
+        )
+    return ModuleKey(int(match.group(1)), roles, suffix)
+
+
+def module_keys(adapter: LoraAdapter) -> dict[str, ModuleKey | None]:
+    """Key of every module of an adapter, by path.
+
+    Raises:
+        AdapterError: a module does no known role; names the adapter's file.
+    """
+    try:
+        return {path: module_key(path) for path in adapter.modules}
+    except AdapterError as error:
+        raise AdapterError(f"{adapter.weights_file}: {error}") from None
+
+
+def has_fused_modules(adapter: LoraAdapter) -> bool:
+    """Whether an adapter holds fused projections, whose split needs the config of its base model."""
+    return any(key is not None and key.is_fused for key in module_keys(adapter).values())
+
+
+def load_base_config(
+    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PretrainedConfig:
+    """Read a base model's `config.json`, local or from the Hub; no weights.
+
+    Raises:
+        AdapterError: it cannot be read; `what` says whose base it is, or by which flag it is named.
+    """
+    try:
+        if not Path(name_or_path).exists():
+            # transformers' own download retries for half a minute without a network; this one fails at once
+            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:  # every config class checks its values in its own way, with its own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AdapterError(
+            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
+            + (
+                "it"
+                if what.startswith("--")
+                else "it with --source_configs (a source) or --model_name_or_path (the target)"
+            )
+        ) from error
+
+
+def read_target_config(
+    target: LoraAdapter, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig | None:
+    """Base config of a target that has fused projections; None where there are none, or no base is named.
+
+    Args:
+        target: the target adapter.
+        base: folder or Hub id of its base; its `base_model_name_or_path` by default.
+        revision: Hub revision of `base`.
+        trust_remote_code: run config code of the Hub; off unless the user wants it.
+
+    Raises:
+        AdapterError: the config cannot be read.
+    """
+    name = base or target.base_model
+    if name is None or not has_fused_modules(target):
+        return None
+    return load_base_config(name, "target adapter", trust_remote_code, revision=revision if base else None)
+
+
+def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapter]) -> list[PretrainedConfig | None]:
+    """Base configs of sources that have fused projections.
+
+    Args:
+        names: one path or Hub id per source, or `none`; None to follow each source's `base_model_name_or_path`.
+        sources: the source adapters.
+
+    Returns:
+        One config per source, None where there is none or none is needed. Code that comes with one is never run.
+
+    Raises:
+        ValueError: not as many names as sources.
+        AdapterError: a named config cannot be read, or the one a fused source points to cannot.
+    """
+    if names is not None and len(names) != len(sources):
+        raise UserError(
+            f"--source_configs has {len(names)} entries for {len(sources)} sources; give one per source, 'none' where "
+            "a source needs none"
+        )
+    configs: list[PretrainedConfig | None] = []
+    for index, source in enumerate(sources):
+        what = f"source adapter {source.name}"
+        if names is not None and names[index].lower() != "none":
+            path = Path(names[index]).expanduser()
+            path = path.parent if path.name == "config.json" and path.is_file() else path
+            configs.append(load_base_config(str(path) if path.exists() else names[index], what))
+        elif source.base_model and has_fused_modules(source):
+            configs.append(load_base_config(source.base_model, what))
+        else:
+            configs.append(None)
+    return configs
+
+
+def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> dict[str, Tensor]:
+    """Rows of a fused projection's output that belong to each role, in the order of the role's own rows.
+
+    Args:
+        key: the module's key.
+        out_features: rows of its `lora_B`.
+        config: the base model's config.
+
+    Returns:
+        int64 row indices by role; together they cover every row once.
+
+    Raises:
+        AdapterError: the model type's layout is not known, or the head counts do not give `out_features`.
+    """
+    config = config.get_text_config()
+    model_type = config.model_type
+    parent, _, leaf = key.suffix.rpartition(".")
+    known = _FUSED[(parent.rpartition(".")[2], leaf)][1]
+    if model_type not in known:
+        raise AdapterError(
+            f"{key.suffix} is a fused projection and its row layout is known for model_type {', '.join(known)} only, "
+            f"not for {model_type!r}; give the config.json of its own base model"
+        )
+    total = torch.arange(out_features)
+    if leaf == "gate_up_proj":
+        _expect(key, out_features, 2 * config.intermediate_size, config)
+        return dict(zip(key.roles, total.chunk(2), strict=True))
+    heads = config.num_attention_heads
+    kv_heads = _kv_heads(config)
+    if not heads or not kv_heads or heads % kv_heads:
+        raise AdapterError(
+            f"{key.suffix}: a {model_type} with {heads} heads and {kv_heads} key-value heads cannot be split; "
+            "correct the base model's config.json"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    _expect(key, out_features, (heads + 2 * kv_heads) * head_dim, config)
+    if model_type in ("phi3", "gpt2"):
+        parts = total.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
+    else:  # interleaved: one bundle per key-value head, its queries first
+        bundles = total.view(kv_heads, heads // kv_heads + 2, head_dim)
+        parts = (bundles[:, :-2].reshape(-1), bundles[:, -2].reshape(-1), bundles[:, -1].reshape(-1))
+    return dict(zip(key.roles, parts, strict=True))
+
+
+def _kv_heads(config: Any) -> int:
+    if config.model_type == "falcon":
+        if config.new_decoder_architecture:
+            return config.num_kv_heads
+        return 1 if config.multi_query else config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _expect(key: ModuleKey, found: int, expected: int, config: Any) -> None:
+    if found != expected:
+        raise AdapterError(
+            f"{key.suffix} has {found} rows in lora_B, but a {config.model_type} with "
+            f"{config.num_attention_heads} heads and {_kv_heads(config)} key-value heads gives {expected}; "
+            "this config.json is of another base model, give the adapter's own"
+        )

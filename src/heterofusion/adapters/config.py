@@ -1,0 +1,247 @@
+"""What an `adapter_config.json` may say: an allowlist over PEFT's LoRA fields.
+
+Adapter files come from strangers, and a LoRA variant read as plain LoRA is silently wrong. So every field is
+known here as harmless, as refused, or as unknown, and an unknown field with a value is refused by name.
+"""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+
+from heterofusion.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "adapter_config.json"
+
+
+class AdapterError(UserError):
+    """An adapter that cannot be read as a plain LoRA adapter: names the file, what was found and what to do."""
+
+
+# Fields whose value changes nothing in how stored A and B act on the base.
+_NEUTRAL = {
+    "auto_mapping",
+    "ensure_weight_tying",
+    "eva_config",  # EVA only chooses the first A and the ranks; the ranks stand in rank_pattern
+    "exclude_modules",
+    "fan_in_fan_out",  # PEFT stores A as (r, in) and B as (out, r) for Conv1D too
+    "inference_mode",
+    "lora_dropout",  # off during fusion
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",  # read by use_qalora only, which is refused
+    "revision",
+    "runtime_config",  # where PEFT computes; it is not even saved
+    "target_modules",
+    "task_type",
+}
+# Fields that are read and checked below.
+_READ = {
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "bias",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "use_rslora",
+}
+# Fields that, when set, make the adapter something else than W + scaling * B A; the text says how.
+_REFUSED = {
+    "use_dora": "DoRA rescales the merged weight by a magnitude vector",
+    "lora_bias": "a bias in lora_B is not part of the low-rank update",
+    "target_parameters": "updates of bare parameters have no module to align",
+    "layer_replication": "replicated layers break the layer map",
+    "trainable_token_indices": "trained tokens are not a low-rank update of a linear layer",
+    "alora_invocation_tokens": "aLoRA acts on part of the tokens only",
+    "use_qalora": "QALoRA pools the inputs of A",
+    "use_bdlora": "BD-LoRA has block-diagonal factors",
+    "arrow_config": "Arrow routes between adapters at run time",
+    "kasa_config": "KaSA changes the base weights",
+    "corda_config": "CorDA changes the base weights (null says that it was converted to plain LoRA)",
+    "lora_ga_config": "LoRA-GA changes the base weights (null says that it was converted to plain LoRA)",
+    "loftq_config": "LoftQ changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "velora_config": "VeLoRA replaces the projection of A",
+    "megatron_config": "Megatron layers are sharded",
+}
+# PEFT reads an empty object in these as the variant with its defaults.
+_ON_WHEN_EMPTY = {"use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"}
+# Initializations that leave the base model as it was; the others subtract the first B A from it.
+_BASE_PRESERVING_INITS = {"gaussian", "eva", "orthogonal", "mica"}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        AdapterError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing; a PEFT adapter folder holds it beside its weights") from None
+    except json.JSONDecodeError as error:
+        raise AdapterError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
+        raise AdapterError(f"{path} cannot be read: {error}; download or save it again") from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} holds {type(content).__name__}, a JSON object was expected")
+    return content
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read and validate `adapter_config.json` of a PEFT LoRA adapter.
+
+    Args:
+        folder: the adapter's folder.
+
+    Returns:
+        The config as written, with `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern` present.
+
+    Raises:
+        AdapterError: a field is missing, of the wrong type, or says that this is not a plain LoRA adapter.
+    """
+    path = folder / CONFIG_FILE
+    config = read_json_object(path)
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise AdapterError(f"{path}: peft_type is {peft_type!r}; only 'LORA' adapters can be fused")
+    for key, reason in _REFUSED.items():
+        value = config.get(key)
+        if not _is_empty(value) or (value == {} and key in _ON_WHEN_EMPTY):
+            raise AdapterError(
+                f"{path}: {key} is set ({_short(config[key])}): {reason}; only plain LoRA is supported, "
+                "re-train or convert the adapter without it"
+            )
+    _check_unknown_keys(path, config)
+    if config.get("bias") not in (None, "none"):
+        raise AdapterError(
+            f"{path}: bias is {config['bias']!r}: trained biases cannot be fused; train the adapter with bias='none'"
+        )
+    _check_init(path, config.get("init_lora_weights", True))
+    _check_numbers(path, config)
+    _check_layer_choice(path, config)
+    base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
+    if base is not None and not isinstance(base, str):
+        raise AdapterError(f"{path}: base_model_name_or_path is {_short(base)}, a name or null was expected")
+    if saved is not None and not _is_list_of(saved, str):
+        raise AdapterError(f"{path}: modules_to_save is {_short(saved)}, a list of module names was expected")
+    return config
+
+
+def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scaling that the config gives one module (PEFT's pattern rules).
+
+    Args:
+        config: a config from `read_adapter_config`.
+        module: path of the module in the base model, such as `model.layers.3.self_attn.q_proj`.
+
+    Returns:
+        `(r, lora_alpha / r)`, or `(r, lora_alpha / sqrt(r))` with rsLoRA (arXiv 2312.03732).
+    """
+    rank = config["rank_pattern"].get(get_pattern_key(list(config["rank_pattern"]), module), config["r"])
+    alpha = config["alpha_pattern"].get(get_pattern_key(list(config["alpha_pattern"]), module), config["lora_alpha"])
+    return rank, alpha / (rank**0.5 if config["use_rslora"] else rank)
+
+
+def chosen_layers(config: dict[str, Any]) -> set[int] | None:
+    """Layers that `layers_to_transform` names, None for all (PEFT reads an empty list so)."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return None
+    return {layers} if isinstance(layers, int) else set(layers)
+
+
+def _check_unknown_keys(path: Path, config: dict[str, Any]) -> None:
+    for key in sorted(set(config) - _NEUTRAL - _READ - set(_REFUSED)):
+        if not _is_empty(config[key]):
+            raise AdapterError(
+                f"{path}: unknown field {key!r} = {_short(config[key])} "
+                f"(written by peft {config.get('peft_version', 'of unknown version')}); it may change what the "
+                "weights mean, so the adapter is refused; remove the field only if you know that it does not"
+            )
+        logger.warning("%s: unknown field %r = %s is empty and ignored", path, key, _short(config[key]))
+
+
+def _check_init(path: Path, init: Any) -> None:
+    if init is None or isinstance(init, bool):
+        return
+    if not isinstance(init, str) or init.lower() not in _BASE_PRESERVING_INITS:
+        raise AdapterError(
+            f"{path}: init_lora_weights is {_short(init)}: it changes the base weights, so the stored B A is not the "
+            "whole update; convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    for key, default in (("use_rslora", False), ("rank_pattern", {}), ("alpha_pattern", {})):
+        if config.get(key) is None:
+            config[key] = default
+    for key in ("r", "lora_alpha"):
+        _check_positive(path, key, config.get(key), integer=key == "r")
+    if not isinstance(config["use_rslora"], bool):
+        raise AdapterError(f"{path}: use_rslora is {_short(config['use_rslora'])}, true or false was expected")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config[key], dict):
+            raise AdapterError(f"{path}: {key} is {_short(config[key])}, an object was expected")
+        for pattern, value in config[key].items():
+            _check_positive(path, f"{key}[{pattern!r}]", value, integer=key == "rank_pattern")
+            _check_pattern(path, key, pattern)
+
+
+def _check_layer_choice(path: Path, config: dict[str, Any]) -> None:
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if layers is not None:
+        indices = layers if isinstance(layers, list) else [layers]
+        if not _is_list_of(indices, int) or any(index < 0 for index in indices):
+            raise AdapterError(
+                f"{path}: layers_to_transform is {_short(layers)}, a layer index or a list of them was expected"
+            )
+    if patterns is not None:
+        names = patterns if isinstance(patterns, list) else [patterns]
+        if not _is_list_of(names, str):
+            raise AdapterError(f"{path}: layers_pattern is {_short(patterns)}, a name or a list of them was expected")
+        for name in names:
+            _check_pattern(path, "layers_pattern", name)
+
+
+def _check_pattern(path: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")  # the form in which PEFT matches it
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(f"{path}: {key} has an invalid pattern {_short(pattern)}: {error}") from None
+
+
+def _check_positive(path: Path, key: str, value: Any, integer: bool) -> None:
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:
+        raise AdapterError(
+            f"{path}: {key} is {_short(value)}, a positive {'integer' if integer else 'number'} was expected"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_empty(value: Any) -> bool:
+    """Null, false, or nothing; a number says something, 0 too."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)

@@ -1,0 +1,205 @@
+"""Source controls: what a fusion gives when its sources hold nothing, or the wrong thing, in the right shapes.
+
+A fusion is trained on replay, so a better score alone does not say that the sources were of use. The same run with a
+control in place of their tensors does: `score(real sources) - score(noise sources)`, over several seeds, is what the
+sources contributed.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from heterofusion.adapters.config import AdapterError
+from heterofusion.adapters.lora import LoraAdapter, LoraModule
+from heterofusion.cli import is_main_process
+from heterofusion.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONTROLS = ("noise", "shuffle", "zero")
+_WORDS = {
+    "noise": "replaced by random directions of the same norms and spectra (noise)",
+    "shuffle": "moved to other modules of the same shapes (shuffle)",
+    "zero": "replaced by zeros (zero)",
+}
+
+
+def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> list[LoraAdapter]:
+    """Sources with other tensors, for the control of a fusion; everything else of them stays, and so do their hashes.
+
+    - `noise`: every module's update is rotated at random, `B' = P B` and `A' = A O` with Haar-random orthogonal P
+      (out x out) and O (in x in) of its own. Shapes, dtypes, scalings, Frobenius norms and the singular values of A,
+      B and B A stay, so re-factoring cuts the same energy; directions, and with them all that the source had
+      learned, are gone. (How a norm spreads over rows is part of the directions; so are the spectra of single roles
+      of a fused projection.)
+    - `shuffle`: within each source a random permutation without fixed points among modules whose A and B have the
+      same shapes, whatever their role and layer. A, B and scaling move together. A module that is the only one of
+      its shapes stays.
+    - `zero`: A and B are zero.
+
+    The same arguments give the same tensors on any device and rank. Each source has a random stream of its own, by
+    its place in the list. Give the result to `plan_alignment` or `HeteroFusionModel.from_adapters`: exports then say
+    that they are controls, and cannot be pushed.
+
+    Args:
+        sources: the source adapters, in the order of the fusion.
+        kind: `noise`, `shuffle` or `zero`.
+        seed: of the random draws, at least 0; `zero` has none.
+
+    Returns:
+        One adapter per source, whose `control` tells what was done.
+
+    Raises:
+        ValueError: unknown kind, a seed that is none, or a source that is a control already.
+        AdapterError: a source without two modules of the same shapes cannot be shuffled.
+    """
+    if kind not in CONTROLS:
+        raise UserError(f"source control {kind!r} is unknown; choose one of {', '.join(CONTROLS)}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UserError(f"the seed of the source control is {seed!r}; give an integer of at least 0")
+    for source in sources:
+        if source.control is not None:
+            raise UserError(
+                f"source {source.name} is a {source.control['kind']} control already; give the adapter as it was read"
+            )
+    total = sum(len(source.modules) for source in sources)
+    controlled = []
+    # Silent for the first seconds, and on all ranks but the first.
+    with tqdm(total=total, desc=f"Source control {kind}", delay=3, leave=False, disable=not is_main_process()) as bar:
+        for index, source in enumerate(sources):
+            generator = _generator(seed, index)
+            if kind == "shuffle":
+                modules, unchanged = _shuffled(source, generator)
+                bar.update(len(modules))
+            else:
+                modules, unchanged = {}, 0
+                for path, module in source.modules.items():
+                    modules[path] = _rotated(module, generator) if kind == "noise" else _zeroed(module)
+                    bar.update()
+            mark = {
+                "kind": kind,
+                "seed": None if kind == "zero" else seed,
+                "modules": len(modules),
+                "unchanged": unchanged,
+            }
+            controlled.append(replace(source, modules=modules, control=mark))
+    logger.info("source control: %s", describe_control(control_record(controlled) or {}))
+    return controlled
+
+
+def control_record(sources: Sequence[LoraAdapter]) -> dict[str, Any] | None:
+    """What records tell of the controls among sources, as plain values; None if all sources are what their files hold.
+
+    Returns:
+        `kind` and `seed` (several kinds are joined by `+`; without one seed for all it is None), and `sources`: for
+        each source None or its `kind`, `seed`, number of `modules`, and how many of them are `unchanged`.
+    """
+    marks = [None if source.control is None else dict(source.control) for source in sources]
+    done = [mark for mark in marks if mark is not None]
+    if not done:
+        return None
+    seeds = {mark["seed"] for mark in done}
+    return {
+        "kind": "+".join(dict.fromkeys(mark["kind"] for mark in done)),
+        "seed": seeds.pop() if len(seeds) == 1 else None,
+        "sources": marks,
+    }
+
+
+def control_kind(record: Any) -> str | None:
+    """Kind of the control that a JSON object tells of as `control_record` does; None if it tells of none."""
+    return str(record.get("kind")) if isinstance(record, Mapping) else None
+
+
+def describe_control(record: Mapping[str, Any]) -> str:
+    """What `control_record` gave, in words: the end of a sentence that begins with whose control it is."""
+    marks = record["sources"]
+    parts = []
+    for kind in record["kind"].split("+"):
+        alike = [mark for mark in marks if mark is not None and mark["kind"] == kind]
+        count = f"all {len(marks)}" if len(alike) == len(marks) else f"{len(alike)} of the {len(marks)}"
+        seeds = sorted({mark["seed"] for mark in alike if mark["seed"] is not None})
+        text = f"the tensors of {count} source adapter(s) were {_WORDS[kind]}"
+        text += f", seed {', '.join(map(str, seeds))}" if seeds else ""
+        unchanged = sum(mark["unchanged"] for mark in alike)
+        if unchanged:
+            text += f" ({unchanged} of {sum(mark['modules'] for mark in alike)} modules have no other and stayed)"
+        parts.append(text)
+    return "; ".join(parts)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """A stream of its own for each (seed, source), on the CPU: the same wherever the fusion runs."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
+
+
+def _zeroed(module: LoraModule) -> LoraModule:
+    return replace(module, lora_A=torch.zeros_like(module.lora_A), lora_B=torch.zeros_like(module.lora_B))
+
+
+def _rotated(module: LoraModule, generator: torch.Generator) -> LoraModule:
+    A = rotate_rows(module.lora_A.T, generator).T.contiguous()
+    B = rotate_rows(module.lora_B, generator)
+    return replace(module, lora_A=A, lora_B=B)
+
+
+def rotate_rows(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """A matrix times a Haar-random orthogonal matrix from the left, which is never formed.
+
+    With the thin QR form `M = Q R` the product is `Q' R`, where Q' is a Haar-random orthonormal frame: the Q of a
+    Gaussian matrix, once the diagonal of its R is made positive (Mezzadri, arXiv math-ph/0609050). R, and so every
+    inner product of columns, stays.
+
+    Args:
+        matrix: (rows, columns).
+        generator: of the CPU.
+
+    Returns:
+        (rows, columns) in the dtype of the matrix; the work is done in float64.
+    """
+    R = torch.linalg.qr(matrix.double(), mode="r").R  # (k, columns), k = min(rows, columns)
+    gaussian = torch.randn(matrix.shape[0], R.shape[0], dtype=torch.float64, generator=generator)
+    frame, triangle = torch.linalg.qr(gaussian)  # (rows, k), (k, k)
+    frame = frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    return (frame @ R).to(matrix.dtype)
+
+
+def _shuffled(source: LoraAdapter, generator: torch.Generator) -> tuple[dict[str, LoraModule], int]:
+    """Modules with the tensors of others of the same shapes, and how many had no other."""
+    classes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for path, module in source.modules.items():
+        classes.setdefault((module.lora_A.shape, module.lora_B.shape), []).append(path)
+    alone = [paths[0] for paths in classes.values() if len(paths) == 1]
+    if len(alone) == len(source.modules):
+        raise AdapterError(
+            f"source {source.name} cannot be shuffled: no two of its {len(alone)} modules have the same shapes; "
+            "choose noise or zero"
+        )
+    if alone:
+        logger.warning(
+            "source %s: %d of %d modules stay, no other has their shapes, such as %s",
+            source.name, len(alone), len(source.modules), alone[0],
+        )  # fmt: skip
+    origin = dict(zip(alone, alone, strict=True))
+    for paths in classes.values():
+        if len(paths) > 1:
+            origin.update(zip(paths, [paths[i] for i in derangement(len(paths), generator)], strict=True))
+    return {path: replace(source.modules[origin[path]], path=path) for path in source.modules}, len(alone)
+
+
+def derangement(count: int, generator: torch.Generator) -> list[int]:
+    """A permutation of 0 .. count - 1 without fixed points, all of them equally likely; count is at least 2.
+
+    Permutations are drawn until one has none: each has none with a probability of about 1/e.
+    """
+    places = torch.arange(count)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        if not bool((order == places).any()):
+            return order.tolist()

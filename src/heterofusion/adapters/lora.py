@@ -1,0 +1,310 @@
+"""A LoRA adapter on disk or on the Hub becomes a validated in-memory `LoraAdapter`.
+
+Only the adapter's own two files are read: `adapter_config.json` and the weights. Whatever is not a plain, finite,
+complete LoRA adapter is refused with an `AdapterError` that names the file, the tensor and the remedy.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from heterofusion.adapters.config import (
+    CONFIG_FILE,
+    AdapterError,
+    chosen_layers,
+    rank_and_scaling,
+    read_adapter_config,
+)
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+)
+PREFIX = "base_model.model."
+LAYER_PATTERN = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
+# What PEFT saves beside LoRA pairs without being told: embeddings and heads that were resized or targeted.
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|score|classifier)\b")
+_MAX_LAYERS = 10_000  # a larger index is damage or malice: layer maps are as long as the deepest model
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One LoRA-adapted linear layer.
+
+    Attributes:
+        path: path of the module in the base model, such as `model.layers.3.self_attn.q_proj`.
+        lora_A: (rank, in_features), in the file's dtype.
+        lora_B: (out_features, rank), in the file's dtype.
+        scaling: factor of B A in the update of the weight.
+    """
+
+    path: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A validated LoRA adapter.
+
+    Attributes:
+        name: what the user called it: a path or a Hub id.
+        folder: the local folder it was read from.
+        config: `adapter_config.json` as read.
+        modules: LoRA modules by path, in layer order.
+        extra_tensors: everything else the file holds (`modules_to_save`, embeddings), by file key.
+        weights_file: the file the tensors came from.
+        sha256: hex digest of that file.
+        control: None where the tensors are those of the file; else what `controls.py` made of them, as plain values.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    modules: dict[str, LoraModule]
+    extra_tensors: dict[str, Tensor] = field(default_factory=dict)
+    weights_file: Path = Path()
+    sha256: str = ""
+    control: Mapping[str, Any] | None = None
+
+    @property
+    def base_model(self) -> str | None:
+        """`base_model_name_or_path` of the config."""
+        return self.config.get("base_model_name_or_path") or None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors under their file keys."""
+        tensors = dict(self.extra_tensors)
+        for module in self.modules.values():
+            tensors[f"{PREFIX}{module.path}.lora_A.weight"] = module.lora_A
+            tensors[f"{PREFIX}{module.path}.lora_B.weight"] = module.lora_B
+        return tensors
+
+
+def layer_index(path: str) -> int | None:
+    """Index of the decoder layer a module path lies in, or None outside the layers."""
+    match = LAYER_PATTERN.search(path)
+    return int(match.group(1)) if match else None
+
+
+def load_adapter(
+    name_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_pickle: bool = False,
+) -> LoraAdapter:
+    """Read a PEFT LoRA adapter from a local folder or the Hub and validate it.
+
+    Args:
+        name_or_path: a folder that holds `adapter_config.json` and `adapter_model.safetensors`, or a Hub id.
+        revision: Hub revision.
+        token: Hub token; the one of `hf auth login` by default.
+        allow_pickle: also read `adapter_model.bin`, with `weights_only=True`.
+
+    Returns:
+        The adapter with every LoRA module's A, B and scaling.
+
+    Raises:
+        AdapterError: the adapter is missing, damaged, or not a plain LoRA adapter.
+    """
+    folder = _resolve(str(name_or_path), revision, token, allow_pickle)
+    config = read_adapter_config(folder)
+    tensors, weights_file = _read_tensors(folder, allow_pickle)
+    modules, extra = _sort_tensors(tensors, config, weights_file)
+    _check_layers(modules, config, weights_file)
+    ordered = sorted(modules.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
+    return LoraAdapter(
+        name=str(name_or_path),
+        folder=folder,
+        config=config,
+        modules=dict(ordered),
+        extra_tensors=extra,
+        weights_file=weights_file,
+        sha256=file_sha256(weights_file),
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _resolve(name: str, revision: str | None, token: str | None, allow_pickle: bool) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise AdapterError(f"{folder.resolve()} is a file; name the adapter's folder instead")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise AdapterError(
+            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
+        )
+    patterns = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, *([PICKLE_FILE] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    except Exception as error:  # the Hub client raises its own, its transport's and the system's types
+        raise AdapterError(
+            f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
+            f"Hub ({type(error).__name__}); check the name and the network, or download it first"
+        ) from error
+
+
+def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], Path]:
+    path = folder / WEIGHTS_FILE
+    if path.is_file():
+        try:
+            return load_file(path), path
+        except (SafetensorError, OSError, ValueError) as error:
+            raise AdapterError(f"{path} is damaged or truncated ({error}); download or save it again") from None
+    pickle = folder / PICKLE_FILE
+    if not pickle.is_file():
+        raise AdapterError(f"{path} is missing; save the adapter with save_pretrained()")
+    if not allow_pickle:
+        raise AdapterError(
+            f"{folder} holds only {PICKLE_FILE}, a pickle that could run code; convert it to safetensors, "
+            "or pass --allow_pickle true to read it with weights_only=True"
+        )
+    try:
+        tensors = torch.load(pickle, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types on hostile input; all mean the same here
+        # its message is not passed on: it recommends weights_only=False
+        raise AdapterError(
+            f"{pickle} cannot be loaded with weights_only=True ({type(error).__name__}): it is damaged, or holds code "
+            "besides tensors; ask for a safetensors file"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided
+        for key, value in tensors.items()
+    ):
+        raise AdapterError(f"{pickle} does not hold a dictionary of names and dense tensors; save the adapter again")
+    # a pickle may hold parameters and views that share memory; a safetensors file cannot
+    return {key: value.detach().contiguous().clone() for key, value in tensors.items()}, pickle
+
+
+def _sort_tensors(
+    tensors: Mapping[str, Tensor], config: dict[str, Any], file: Path
+) -> tuple[dict[str, LoraModule], dict[str, Tensor]]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    saved = config.get("modules_to_save") or []
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{file}: tensor {key} is empty, shape {tuple(tensor.shape)}; adapters saved under ZeRO-3 without "
+                "gathering look like this: save it again"
+            )
+        if tensor.dtype in _DTYPES and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{file}: tensor {key} holds NaN or Inf; the training that made it diverged: use an earlier checkpoint"
+            )
+        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key)
+        if match and match.group(1).startswith(PREFIX):
+            factors.setdefault(match.group(1).removeprefix(PREFIX), {})[match.group(2)] = tensor
+        elif _is_extra(key, saved):
+            extra[key] = tensor
+        else:
+            raise AdapterError(
+                f"{file}: unexpected tensor {key} {tuple(tensor.shape)}; a PEFT LoRA file holds "
+                f"{PREFIX}<module>.lora_A.weight and .lora_B.weight only"
+            )
+    if not factors:
+        raise AdapterError(f"{file} holds no lora_A / lora_B pair; save the adapter again with save_pretrained()")
+    return {path: _build_module(path, pair, config, file) for path, pair in factors.items()}, extra
+
+
+def _is_extra(key: str, saved: list[str]) -> bool:
+    if ".lora_" in key:
+        return re.search(r"\.lora_embedding_[AB]$", key) is not None
+    return any(f".{name}." in f".{key}" for name in saved) or _EMBEDDINGS.search(key) is not None
+
+
+def _build_module(path: str, pair: dict[str, Tensor], config: dict[str, Any], file: Path) -> LoraModule:
+    for name, partner in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+        if name not in pair:
+            raise AdapterError(
+                f"{file}: {path} has {partner} but no {name}; the file is incomplete: download or save it again"
+            )
+        tensor = pair[name]
+        if tensor.dim() != 2 or tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{file}: {path}.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a matrix of float32, "
+                "bfloat16 or float16 was expected: adapters of convolutions and quantized adapters cannot be fused"
+            )
+    A, B = pair["lora_A"], pair["lora_B"]
+    rank, scaling = rank_and_scaling(config, path)
+    if A.shape[0] != rank or B.shape[1] != rank:
+        raise AdapterError(
+            f"{file}: {path} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but {CONFIG_FILE} gives rank "
+            f"{rank}; the two files do not belong together"
+        )
+    return LoraModule(path, A, B, scaling)
+
+
+def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: Path) -> None:
+    held = {index for path in modules if (index := layer_index(path)) is not None}
+    if not held:
+        raise AdapterError(
+            f"{file}: no tensor name has a layer index such as 'layers.0.' (first: {next(iter(modules))}); "
+            "modules cannot be aligned by layer"
+        )
+    if max(held) >= _MAX_LAYERS:
+        raise AdapterError(f"{file}: layer index {max(held)} is beyond any model; the file is damaged, save it again")
+    wanted = chosen_layers(config)
+    if wanted is None:
+        return
+    if not held <= wanted:
+        raise AdapterError(
+            f"{file}: holds layers {sorted(held)}, but layers_to_transform in {CONFIG_FILE} is {sorted(wanted)}; "
+            "the two files do not belong together"
+        )
+    if wanted - held:
+        logger.warning("%s: layers_to_transform names layers that it does not hold: %s", file, sorted(wanted - held))
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if patterns and not any(
+        re.match(rf"(?:^|.*?\.)(?:{pattern})\.\d+\.", path) for pattern in patterns for path in modules
+    ):
+        raise AdapterError(
+            f"{file}: layers_pattern {patterns} of {CONFIG_FILE} matches no tensor (first: {next(iter(modules))}); "
+            "the two files do not belong together"
+        )

@@ -1,0 +1,1 @@
+"""Rows of data as prompts, answers and tokens."""

@@ -1,0 +1,300 @@
+"""Source labels: answers of the source experts to unlabelled prompts, as examples for the target.
+
+A file of `recipes/label.py` has, beside the replay's columns, `task`, `kind`, `source`, `log_probability` (mean per
+token of the answer) and `format_ok`; each of them may be missing, and any file in a format of the replay will do.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from heterofusion.adapters.config import read_json_object
+from heterofusion.adapters.lora import file_sha256
+from heterofusion.data.arguments import DataArguments, SourceLabelArguments
+from heterofusion.data.files import Records, load_records, sample_indices
+from heterofusion.data.formats import type_name
+from heterofusion.data.label_controls import LABELS_FILE, file_control
+from heterofusion.data.replay import (
+    DatasetReport,
+    as_dataset,
+    checked_format,
+    describe_counts,
+    encode_records,
+    examples_sha256,
+    no_examples,
+)
+from heterofusion.publish.record import display_name
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.mixture import check_fraction, check_settings, check_soft_settings
+
+logger = logging.getLogger(__name__)
+
+_CONFIDENCE, _FORMAT = "log_probability", "format_ok"
+_UNNAMED = "not named"
+
+
+@dataclass
+class LabelReport(DatasetReport):
+    """What became of one file: the counts of a `DatasetReport` are of the labels that were good enough.
+
+    Attributes:
+        sha256: of the file.
+        malformed: labels dropped because they are not in their task's output format.
+        unsure: labels dropped because their source was not sure enough of them.
+        by_source: number of kept labels by source and task.
+        control: kind of the control that they are labels of; None if they are none.
+    """
+
+    sha256: str = ""
+    malformed: int = 0
+    unsure: int = 0
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
+    control: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a label comes from.
+
+    Args:
+        path: its file.
+        line: index of its record in the file, from 0.
+        where: names it in messages.
+        record: the record.
+    """
+
+    path: Path
+    line: int
+    where: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """Source labels as examples for the target.
+
+    Args:
+        examples: as of `build_replay`.
+        reports: what became of each file.
+        origins: of each example, in order.
+    """
+
+    examples: Dataset
+    reports: list[LabelReport]
+    origins: list[Origin]
+
+
+def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: TrainingArguments) -> None:
+    """Check flags that must go together, before any file is read.
+
+    Raises:
+        ValueError: a share of replay that is out of range, or does not go with the replay that is there or not; or
+            settings of training that do not go with source labels.
+    """
+    if not labels.source_labels:
+        return
+    check_settings(args)
+    if labels.label_loss == "soft":
+        check_soft_settings(args)
+    if labels.replay_fraction is None:
+        return
+    share, replay = check_fraction(labels.replay_fraction), bool(data.dataset_name)
+    if share and not replay:
+        raise UserError(
+            f"--replay_fraction is {labels.replay_fraction}, but there is no replay: name it with --dataset_name, or "
+            "leave --replay_fraction out"
+        )
+    if replay and not share:
+        raise UserError(
+            "--replay_fraction is 0, so the replay of --dataset_name would never be seen: leave one of the two out"
+        )
+
+
+def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> SourceLabels:
+    """Load, filter, sample, tokenize and mix the files of source labels.
+
+    Args:
+        args: The files, and which of their labels are good enough.
+        data: Gives `max_length`, and `dataset_seed` for the sampling and the order.
+        tokenizer: The target model's; not changed.
+
+    Returns:
+        The examples, shuffled over all files by `dataset_seed`, what became of each file, and where they come from.
+
+    Raises:
+        ValueError: A file or a label is not what it has to be, or no label is left; the message says which and what
+            to do.
+    """
+    examples, reports, needed, names = [], [], [], []
+    origins: list[Origin] = []
+    files = _label_files(args.source_labels)
+    for index, name in files:
+        path = Path(name).expanduser().absolute()
+        records = load_records(str(path), kind="source label")
+        report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
+        report.control = file_control(path, records.rows)
+        good = good_labels(records, args, report)
+        limit = args.max_examples_of(index)
+        if limit is not None:
+            good = [good[i] for i in sample_indices(len(good), limit, data.dataset_seed)]
+        found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
+        report.by_source = _by_source(records, kept)
+        if report.read and not good and len(files) > 1:
+            logger.warning(
+                "%s gives no label: %d are malformed (--keep_malformed true keeps them), %d not sure enough",
+                records.label, report.malformed, report.unsure,
+            )  # fmt: skip
+        examples += found
+        origins += [Origin(path, i, records.where(i), records.rows[i]) for i in kept]
+        needed += missing
+        names.append(records.label)
+        reports.append(report)
+    if not examples and not any(report.sampled for report in reports):
+        raise UserError(
+            f"{', '.join(names)}: no source label is left, of {sum(report.read for report in reports)} "
+            f"{sum(report.malformed for report in reports)} are malformed (--keep_malformed true keeps them) and "
+            f"{sum(report.unsure for report in reports)} below --min_log_probability {args.min_log_probability}: "
+            "lower what is asked of them, or label more prompts"
+        )
+    if not examples:
+        raise no_examples(names, needed, data.max_length)
+    order = np.random.default_rng([data.dataset_seed, 2]).permutation(len(examples))  # replay has 1
+    return SourceLabels(as_dataset([examples[i] for i in order]), reports, [origins[i] for i in order])
+
+
+def _label_files(names: Sequence[str]) -> list[tuple[int, str]]:
+    """The files that `--source_labels` names, each with the index of its name: a folder's are those with labels.
+
+    Raises:
+        ValueError: One is not there, or a folder is none of recipes/label.py or has no labels.
+    """
+    files: list[tuple[int, str]] = []
+    for index, name in enumerate(names):
+        path = Path(name).expanduser().absolute()
+        if not path.exists():
+            raise UserError(f"--source_labels {path} does not exist: check the path")
+        if path.is_file():
+            files.append((index, name))
+            continue
+        if not (path / LABELS_FILE).is_file():
+            raise UserError(
+                f"--source_labels {path} is a folder without {LABELS_FILE}, which a finished recipes/label.py leaves: "
+                "name the files in it"
+            )
+        tasks = read_json_object(path / LABELS_FILE).get("tasks")
+        told = tasks if isinstance(tasks, dict) else {}
+        if not all(Path(task).name == task and isinstance(entry, dict) for task, entry in told.items()):
+            raise UserError(f"{path / LABELS_FILE} is not what recipes/label.py writes: label again")
+        made = [task for task, entry in told.items() if entry.get("labels")]
+        if not made:
+            raise UserError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
+        files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]
+    return files
+
+
+def good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
+    """Indices of the labels that are good enough; the others are counted in the report.
+
+    Raises:
+        ValueError: a confidence or format check that is not what it has to be, or a confidence that is asked for and
+            missing; names the label.
+    """
+    good = []
+    for index in range(len(records.rows)):
+        well_formed, confidence = records.call(index, _quality, records.rows[index], args.min_log_probability)
+        if not (well_formed or args.keep_malformed):
+            report.malformed += 1
+        elif args.min_log_probability is not None and confidence < args.min_log_probability:
+            report.unsure += 1
+        else:
+            good.append(index)
+    return good
+
+
+def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, float]:
+    """Whether a label is in its task's format, and its mean log-probability per token (0 if it has none)."""
+    well_formed, confidence = label.get(_FORMAT), label.get(_CONFIDENCE)
+    if not isinstance(well_formed, bool | None):
+        raise UserError(f"`{_FORMAT}` is {type_name(well_formed)}: make it true, false or null")
+    if confidence is None:
+        if lowest is not None:
+            raise UserError(
+                f"--min_log_probability is {lowest}, but the label has no `{_CONFIDENCE}`: leave the flag out, or "
+                "label with recipes/label.py"
+            )
+        confidence = 0.0
+    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not math.isfinite(confidence):
+        raise UserError(f"`{_CONFIDENCE}` is {confidence!r}: make it a finite number or null")
+    return well_formed is not False, float(confidence)
+
+
+def _by_source(records: Records, kept: list[int]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = {}
+    for index in kept:
+        source, task = (records.call(index, _name, records.rows[index], column) for column in ("source", "task"))
+        counts.setdefault(source, Counter())[task] += 1
+    return {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
+
+
+def _name(label: Mapping[str, Any], column: str) -> str:
+    value = label.get(column)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"`{column}` is {type_name(value)}: make it a name or null")
+    return display_name(value) if value else _UNNAMED
+
+
+def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]:
+    """What became of the files, in lines for the log."""
+    lines = []
+    for report in reports:
+        sources = "; ".join(
+            f"{source}: {', '.join(f'{count} {task}' for task, count in tasks.items())}"
+            for source, tasks in report.by_source.items()
+        )
+        lines += [
+            f"{report.name} ({report.format}): {report.malformed} malformed and {report.unsure} not sure enough "
+            f"dropped; {describe_counts(asdict(report), max_length)}",
+            f"  kept by source and task: {sources or 'none'}",
+            *([] if report.control is None else [f"  CONTROL ({report.control}): not of the sources that know"]),
+        ]
+    return lines
+
+
+def labels_record(
+    labels: SourceLabels, args: SourceLabelArguments, fraction: float, soft: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `fusion.json` holds of the source labels, as plain JSON types; of a file its name alone.
+
+    Settings come first, then files, then what came of them: a run that resumes names the first that differs.
+
+    Args:
+        labels: of `build_labels`.
+        args: which labels were good enough.
+        fraction: share of replay among the examples.
+        soft: plain values about the soft labels; None without.
+    """
+    return {
+        "replay_fraction": fraction,
+        **({"loss": "hard"} if soft is None else {"loss": "soft", "soft": dict(soft)}),
+        "min_log_probability": args.min_log_probability,
+        "keep_malformed": args.keep_malformed,
+        "files": [_file_record(report) for report in labels.reports],
+        "kept": sum(report.kept for report in labels.reports),
+        "sha256": examples_sha256(labels.examples),
+    }
+
+
+def _file_record(report: LabelReport) -> dict[str, Any]:
+    found = asdict(report)
+    record = {"name": display_name(found.pop("name")), "sha256": found.pop("sha256"), **found}
+    if report.control is None:
+        del record["control"]
+    return record

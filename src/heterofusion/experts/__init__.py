@@ -1,0 +1,1 @@
+"""An expert that answers: base, adapter and tokenizer; batched generation; soft labels across tokenizers."""

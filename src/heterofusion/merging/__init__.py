@@ -1,0 +1,1 @@
+"""Merges of experts that share a base."""

@@ -1,0 +1,1 @@
+"""The method: contexts, hypernetworks, RDM, live updates, and the model around them."""

@@ -1,0 +1,357 @@
+"""The hypernetwork: encoder with an SVD-guided gate, cross-attention, decoder (METHOD section "Hypernetwork").
+
+Notation: M modules, N_t target and N_s source blocks, b block size, r rank, e embedding width, h heads.
+
+Two forms share gate, positions and attention. `paper` reads and writes a block through dense b*r x e matrices, so
+its size grows with the rank. `compact` factorizes them: rows go through one b x k matrix and columns through one
+r x m matrix, both shared by all roles, so its size hardly depends on the rank.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.method.large_linear import LargeLinear
+from heterofusion.runtime.errors import UserError
+
+
+class HypernetworkInput(NamedTuple):
+    """What one hypernetwork reads. Blocks of target and sources are one batch, so that each matrix is used once.
+
+    Attributes:
+        blocks: (M * N_t + M * N_s, b * r), standardized; those of the target first.
+        descriptors: (M * N_t + M * N_s, r) singular values.
+        modules: M.
+        target_length: N_t.
+        source_mask: (M, N_s) bool, True at real blocks; None if all are.
+        decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
+        padded_from: in each source block, columns from this one on are all the same, because the sources were padded
+            with zeros to the target's rank; None if they were not.
+    """
+
+    blocks: Tensor
+    descriptors: Tensor
+    modules: int
+    target_length: int
+    source_mask: Tensor | None = None
+    decode_index: Tensor | None = None
+    padded_from: int | None = None
+
+    def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut a batch like `blocks` into that of the target, (M, N_t, ...), and that of the sources, (M, N_s, ...)."""
+        target, source = batch.split(self.lengths())
+        return target.unflatten(0, (self.modules, -1)), source.unflatten(0, (self.modules, -1))
+
+    def lengths(self) -> tuple[int, int]:
+        """Blocks of the target and of the sources in the batch: M * N_t and M * N_s."""
+        first = self.modules * self.target_length
+        return first, len(self.blocks) - first
+
+
+class HypernetworkOutput(NamedTuple):
+    """What one hypernetwork gives back.
+
+    Attributes:
+        update: (T, b, r) alpha times the predicted blocks, and the free ones, in the order of `decode_index`.
+        target_embedding: (M, N_t, e), before positions.
+        source_embedding: (M, N_s, e), before positions.
+        attention: (M, N_t, N_s) averaged over heads, None unless asked for.
+        source_gate: (M, N_s, e) gate values in [0, 1], None unless asked for.
+        alpha: (1,), None unless asked for.
+    """
+
+    update: Tensor
+    target_embedding: Tensor
+    source_embedding: Tensor
+    attention: Tensor | None
+    source_gate: Tensor | None
+    alpha: Tensor | None
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    layer = kind(inputs, outputs, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    """Set a layer to zeros: predictions start at 0, so training starts from the target adapter exactly."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """Join along the first dimension; one part alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class SharedFactors(nn.Module):
+    """Row and column projections of the compact form, shared by all roles (columns by all groups of one rank)."""
+
+    def __init__(self, ranks: set[int], config: HypernetworkConfig) -> None:
+        super().__init__()
+        b, k, m = config.block_size, config.row_features, config.column_features
+        self.rows_in = _linear(b, k)
+        self.rows_out = _linear(k, b, bias=False)
+        self.columns_in = nn.ModuleDict({str(rank): _linear(rank, m, kind=ColumnProjection) for rank in sorted(ranks)})
+        self.columns_out = nn.ModuleDict({str(rank): _linear(m, rank, bias=False) for rank in sorted(ranks)})
+
+
+class ColumnProjection(nn.Linear):
+    """Columns of a block from r to m. A module of its own: engines that shard gather by module."""
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """Mix columns.
+
+        Args:
+            columns: (..., c, k) with c <= r; where c < r, the last one stands for itself and all that are missing.
+
+        Returns:
+            (..., m, k).
+        """
+        weight = self.weight  # (m, r)
+        count = columns.shape[-2]
+        if count < self.in_features:
+            weight = torch.cat([weight[:, : count - 1], weight[:, count - 1 :].sum(1, keepdim=True)], dim=1)
+        return weight @ columns + self.bias.unsqueeze(1)
+
+
+class DenseFeatures(nn.Module):
+    """Feature of a block by its row view and its column view: GELU(W x + c) + GELU(W' x' + c').
+
+    x' is x with its (b, r) entries in column-major order. W' is stored with its columns in row-major order, so both
+    views are one matrix product.
+    """
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        size, e = config.block_size * rank, config.embed_dim
+        self.norm_weight = nn.Parameter(torch.ones(size))  # the affine half of the input LayerNorm
+        self.norm_bias = nn.Parameter(torch.zeros(size))
+        self.views = LargeLinear(size, 2 * e)
+        for half in self.views.weight.detach().split(e):
+            nn.init.xavier_uniform_(half)
+        nn.init.zeros_(self.views.bias)
+
+    def forward(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> Tensor:
+        blocks = inputs.blocks
+        row, column = self.views(blocks * self.norm_weight + self.norm_bias).chunk(2, dim=-1)  # (..., e) each
+        return F.gelu(row) + F.gelu(column)
+
+
+class FactorizedFeatures(nn.Module):
+    """Feature of a block of the compact form: rows to k, columns to m, then dense k*m to e."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.mix = _linear(config.row_features * config.column_features, config.embed_dim)
+
+    def forward(self, inputs: HypernetworkInput, shared: SharedFactors) -> Tensor:
+        columns = inputs.blocks.unflatten(-1, (-1, self.rank)).transpose(-1, -2)  # (K, r, b)
+        parts = [columns]
+        if inputs.padded_from is not None and inputs.padded_from + 1 < self.rank:
+            target, source = columns.split(inputs.lengths())
+            parts = [target, source[:, : inputs.padded_from + 1]]  # one column stands for all that are padded
+        rows = F.gelu(shared.rows_in(_cat([part.flatten(0, 1) for part in parts])))  # of all columns: (., k)
+        split = rows.split([part.shape[0] * part.shape[1] for part in parts])
+        project = shared.columns_in[str(self.rank)]
+        mixed = [project(own.unflatten(0, part.shape[:2])) for own, part in zip(split, parts, strict=True)]
+        return F.gelu(self.mix(F.gelu(_cat(mixed)).flatten(-2)))  # (K, m, k) to (K, e)
+
+
+class DenseDecoder(nn.Module):
+    """Embedding to a delta block by a dense e x b*r matrix."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.hidden = _linear(config.embed_dim, config.embed_dim)
+        self.output = _zero(LargeLinear(config.embed_dim, config.block_size * rank))
+
+    def forward(self, z: Tensor, shared: SharedFactors | None) -> Tensor:
+        return self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.rank))  # (..., b, r)
+
+
+class FactorizedDecoder(nn.Module):
+    """Embedding to a (k, m) core per block; the shared row and column factors expand it to (b, r)."""
+
+    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.rank = rank
+        self.columns = config.column_features
+        self.hidden = _linear(config.embed_dim, config.embed_dim)
+        self.output = _zero(nn.Linear(config.embed_dim, config.row_features * config.column_features))
+
+    def forward(self, z: Tensor, shared: SharedFactors) -> Tensor:
+        core = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., k, m)
+        core = shared.columns_out[str(self.rank)](core).transpose(-1, -2)  # (..., r, k)
+        return shared.rows_out(core).transpose(-1, -2)  # (..., b, r)
+
+
+class PositionTable(nn.Module):
+    """Learned embeddings of positions. A module of its own: engines that shard gather by module."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(length, width))
+
+    def forward(self, length: int) -> Tensor:
+        """Give the first `length` rows, (length, e).
+
+        Raises:
+            ValueError: the table is shorter.
+        """
+        if length > len(self.weight):
+            raise UserError(
+                f"a sequence of {length} blocks is longer than max_position_embeddings {len(self.weight)}; raise it, "
+                "or raise block_size"
+            )
+        return self.weight[:length]
+
+
+class FreeUpdate(nn.Module):
+    """Blocks of updates that depend on no adapter. A module of its own: engines that shard gather by module."""
+
+    def __init__(self, blocks: int, rank: int, config: HypernetworkConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(blocks, config.block_size, rank))
+
+    def forward(self, update: Tensor, scale: float) -> Tensor:
+        """Add the blocks, (T, b, r), to those that were predicted."""
+        return update + scale * self.weight
+
+
+class HyperNetwork(nn.Module):
+    """Predicts the blocks of a target module's B update from the target's and the sources' blocks.
+
+    With a `residual_scale` c above 0 an update is alpha * dB + c * R, where R, at first 0, is trained freely. Adam's
+    steps do not depend on the scale of a gradient, so R's part of the update moves c times as fast as the learning
+    rate says.
+
+    Args:
+        rank: r of the group.
+        config: sizes.
+        alpha_init: first value of alpha.
+        blocks: T, blocks that are predicted, for the free update; 0 leaves it out.
+    """
+
+    def __init__(self, rank: int, config: HypernetworkConfig, alpha_init: float = 0.3, blocks: int = 0) -> None:
+        super().__init__()
+        e = config.embed_dim
+        compact = config.form == "compact"
+        self.num_heads = config.num_heads
+        self.mu_gate = config.mu_gate
+        self.features = FactorizedFeatures(rank, config) if compact else DenseFeatures(rank, config)
+        self.gate = nn.Sequential(_linear(rank, e // 4), nn.ReLU(), _linear(e // 4, e))
+        self.fusion_norm = nn.LayerNorm(e)
+        self.positions = PositionTable(config.max_position_embeddings, e)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_linear(e, e) for _ in range(4))
+        self.decoder = FactorizedDecoder(rank, config) if compact else DenseDecoder(rank, config)
+        # shape (1,): FSDP2 refuses 0-dimensional parameters
+        self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
+        self.residual_scale = config.residual_scale
+        self.residual = FreeUpdate(blocks, rank, config) if blocks and config.residual_scale else None
+
+    def encode(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
+        """Embed blocks.
+
+        Args:
+            inputs: blocks and descriptors.
+            shared: factors of the compact form.
+
+        Returns:
+            Embedding and gate, each (M * N_t + M * N_s, e).
+        """
+        gate = torch.clamp(torch.relu(self.gate(inputs.descriptors) + self.mu_gate), 0.0, 1.0)
+        return self.fusion_norm(self.features(inputs, shared) * gate), gate
+
+    def forward(
+        self, inputs: HypernetworkInput, shared: SharedFactors | None = None, diagnostics: bool = False
+    ) -> HypernetworkOutput:
+        """Predict delta blocks.
+
+        Args:
+            inputs: blocks, descriptors and masks of all modules of the group.
+            shared: factors of the compact form.
+            diagnostics: also give the attention map and the source gate.
+        """
+        embedding, gate = self.encode(inputs, shared)
+        z_target, z_source = (z.clone() for z in inputs.split(embedding))  # FSDP2 takes no views for outputs
+        queries = self._heads(self.q_proj(z_target + self.positions(z_target.shape[1])))
+        located = z_source + self.positions(z_source.shape[1])
+        keys, values = self._heads(self.k_proj(located)), self._heads(self.v_proj(located))
+        mask = None if inputs.source_mask is None else inputs.source_mask[:, None, None, :]  # (M, 1, 1, N_s)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)  # (M, h, N_t, e / h)
+        mixed = mixed.transpose(1, 2).flatten(0, 1).flatten(-2)  # (M * N_t, e)
+        if inputs.decode_index is not None:
+            mixed = mixed[inputs.decode_index]
+        update = self.alpha * self.decoder(self.out_proj(mixed), shared)
+        if self.residual is not None:
+            update = self.residual(update, self.residual_scale)
+        if not diagnostics:
+            return HypernetworkOutput(update, z_target, z_source, None, None, None)
+        attention = self._attention_map(queries, keys, mask)
+        return HypernetworkOutput(
+            update, z_target, z_source, attention, inputs.split(gate)[1], self.alpha.detach().clone()
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (M, h, N, e / h)
+
+    @staticmethod
+    def _attention_map(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5  # (M, h, N_t, N_s)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(dim=-1).mean(dim=1)
+
+
+class HyperNetworks(nn.Module):
+    """One hypernetwork with its alpha per group, and what the compact form shares among them."""
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int],
+        config: HypernetworkConfig,
+        alpha_init: float = 0.3,
+        blocks: Mapping[str, int] | None = None,
+    ) -> None:
+        """Build them.
+
+        Args:
+            ranks: rank by group name.
+            config: sizes.
+            alpha_init: first value of every alpha.
+            blocks: predicted blocks by group name, for the free updates; None leaves these out.
+        """
+        super().__init__()
+        self.config = config
+        self.shared = SharedFactors(set(ranks.values()), config) if config.form == "compact" else None
+        blocks = blocks or {}
+        self.networks = nn.ModuleDict(
+            {name: HyperNetwork(rank, config, alpha_init, blocks.get(name, 0)) for name, rank in ranks.items()}
+        )
+
+    def forward(
+        self, groups: Mapping[str, HypernetworkInput], diagnostics: bool = False
+    ) -> dict[str, HypernetworkOutput]:
+        """Run all hypernetworks, in float32 whatever autocast is on; see `HyperNetwork.forward`."""
+        device = next(iter(groups.values())).blocks.device
+        with torch.autocast(device.type, enabled=False):
+            return {
+                name: network(groups[name], shared=self.shared, diagnostics=diagnostics)
+                for name, network in self.networks.items()
+            }
+
+    @property
+    def alphas(self) -> dict[str, Tensor]:
+        """Every alpha, (1,), by group name."""
+        return {name: cast("HyperNetwork", network).alpha for name, network in self.networks.items()}

@@ -1,0 +1,420 @@
+"""`HeteroFusionModel`: the target PeftModel with hypernetworks that add a live update to every aligned lora_B.
+
+The model IS a PeftModelForCausalLM, so Trainer, accelerate and DeepSpeed treat it as one. How the updates are computed
+and installed stands in `live.py`.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
+from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter
+from heterofusion.method.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
+from heterofusion.method.basis_inputs import fit_basis
+from heterofusion.method.contexts import build_contexts, predicted_blocks, sequence_lengths
+from heterofusion.method.expansion import ExpandedAdapter, expand_plan, set_ranks, with_target
+from heterofusion.method.hypernet import HyperNetworks
+from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.method.live import InstalledUpdate, LiveUpdates
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.config import MethodConfig
+from heterofusion.training.engines import is_sharded, load_whole_tensors
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_NAME = "default"
+
+
+def target_width(plan: AlignmentPlan) -> int:
+    """Hidden size of the target model, read off its adapter: what the residual stream feeds or takes."""
+    widths = [
+        item.target.out_features if item.target.role in ("o_proj", "down_proj") else item.target.module.in_features
+        for item in plan.aligned
+    ]
+    return max(set(widths), key=widths.count)
+
+
+def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> HypernetworkConfig:
+    """Sizes of the hypernetworks for a plan.
+
+    Raises:
+        ValueError: sizes do not go together, or a sequence of blocks is longer than the position table.
+    """
+    config = HypernetworkConfig.fitted(method.form, target_width(plan), **method.hypernetwork_overrides())
+    lengths = sequence_lengths(plan, config.block_size)
+    name = max(lengths, key=lambda key: lengths[key])
+    if lengths[name] > config.max_position_embeddings:
+        raise UserError(
+            f"group {name} has sequences of {lengths[name]} blocks, more than --max_position_embeddings "
+            f"{config.max_position_embeddings}; raise it, or raise --block_size {config.block_size}"
+        )
+    return config
+
+
+def _align(
+    target: LoraAdapter,
+    sources: Sequence[LoraAdapter],
+    method: MethodConfig,
+    target_config: PretrainedConfig,
+    source_configs: Sequence[PretrainedConfig | None] | None,
+) -> AlignmentPlan:
+    """The alignment as the method's settings say."""
+    return plan_alignment(
+        target,
+        sources,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        target_config=target_config,
+        source_configs=source_configs,
+    )
+
+
+class HeteroFusionModel(PeftModelForCausalLM):
+    """A target model with its LoRA adapter and the hypernetworks that update it.
+
+    Only hypernetworks and alphas are trainable, in float32 whatever the base's dtype. All dropout is off.
+
+    Args:
+        model: the target's base model; LoRA layers are injected in place.
+        plan: the alignment of target and sources.
+        method: settings of the method; `MethodConfig()` if None.
+        seed: seed of the hypernetworks' initialization and of RDM; that of a `HeteroFusionConfig`, else 42, if None.
+
+    Attributes:
+        hypernetworks: the only trainable part.
+        rdm_loss: RDM of the last forward that was given an `rdm_step`, else None.
+        updates: the live updates.
+
+    Raises:
+        AdapterError: the base does not fit the target adapter.
+        ValueError: settings are out of range.
+    """
+
+    hypernetworks: HyperNetworks
+    rdm_loss: Tensor | None
+    updates: LiveUpdates
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: AlignmentPlan,
+        method: MethodConfig | None = None,
+        seed: int | None = None,
+    ) -> None:
+        method = method or MethodConfig()
+        method.check_method()
+        seed = getattr(method, "seed", 42) if seed is None else seed
+        plan = expand_plan(plan, method, seed)
+        sizes = hypernetwork_config(plan, method)
+        check_base_fits(model, plan.target)
+        lora_config = LoraConfig.from_pretrained(str(plan.target.folder))
+        set_ranks(lora_config, plan.target)
+        lora_config.inference_mode = True
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft 0.21 reads a name that transformers 5.23 deprecates
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            super().__init__(model, lora_config, ADAPTER_NAME)
+            torch.manual_seed(seed)
+            ranks = {key.name: key.rank for key in plan.groups}
+            blocks = predicted_blocks(plan, sizes.block_size)
+            self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init, blocks).float()
+        self.plan = plan
+        self.method = method
+        self._mode_set = self._anchor_alone = False
+        self._load_target(plan.target)
+        self._installed: list[InstalledUpdate] = []
+        self._install_updates(seed)
+        device = next(model.parameters()).device
+        self.hypernetworks.to(device if device.type != "meta" else "cpu")
+        self.freeze_base()
+        self._dropout = disable_dropout_config(model)
+        refuse_reentrant_checkpointing(model)
+        self.rdm_loss = None
+        self.train(self.training)
+
+    @classmethod
+    def from_adapters(
+        cls,
+        model: PreTrainedModel,
+        target: LoraAdapter,
+        sources: Sequence[LoraAdapter],
+        method: MethodConfig | None = None,
+        *,
+        source_configs: Sequence[PretrainedConfig | None] | None = None,
+        seed: int | None = None,
+    ) -> "HeteroFusionModel":
+        """Plan the alignment and build the model.
+
+        Args:
+            model: the target's base model.
+            target: the target's adapter.
+            sources: source adapters, in order.
+            method: settings of the method (a `HeteroFusionConfig` will do).
+            source_configs: base configs of sources with fused projections, one or None each; read from where their
+                `base_model_name_or_path` leads by default.
+            seed: see the class.
+        """
+        method = method or MethodConfig()
+        return cls(model, _align(target, sources, method, model.config, source_configs), method, seed)
+
+    def _load_target(self, target: LoraAdapter) -> None:
+        try:
+            result: Any = set_peft_model_state_dict(self, target.state_dict(), ADAPTER_NAME)
+        except (RuntimeError, KeyError) as error:
+            raise AdapterError(
+                f"target adapter {target.weights_file} does not fit the base model: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+        if missing or result.unexpected_keys:
+            raise AdapterError(
+                f"target adapter {target.weights_file} and its config disagree about the modules of the base model: "
+                f"missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+            )
+
+    def _install_updates(self, seed: int) -> None:
+        """Live updates for the plan as it is, in place of those that there were."""
+        for installed in self._installed:
+            installed.remove()
+        contexts = build_contexts(self.plan, self.hypernetworks.config.block_size, self.method.canonicalize)
+        self.updates = LiveUpdates(self.hypernetworks, contexts, self.method, seed)
+        base: Any = self.get_base_model()
+        paths = dict.fromkeys(item.target.module.path for item in self.plan.aligned)
+        self._installed = [self.updates.install(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
+
+    # ---- basis expansion ----------------------------------------------------------------------------------------
+
+    def fit_basis(self, examples: Sequence[Tensor]) -> None:
+        """Fit the rows of `extra_rank` to the inputs that the modules see: see `method.basis_inputs.fit_basis`.
+
+        Without it they have the norm of the anchor's rows, and are random. All ranks together, before training.
+
+        Args:
+            examples: token ids, each (1, tokens), on the model's device.
+
+        Raises:
+            ValueError: the model was made without `extra_rank`, there are no examples, or inputs are not finite.
+        """
+        if not isinstance(self.plan.target, ExpandedAdapter):
+            raise UserError("the model has no extra rows to fit; give its method an extra_rank above 0")
+        self._anchor_alone = True
+        self.updates.by_module.clear()
+        try:
+            fitted = fit_basis(self, self.plan.target, examples)
+        finally:
+            self._anchor_alone = False
+            self.updates.invalidate()
+        self.set_basis(fitted)
+
+    def set_basis(self, target: ExpandedAdapter) -> None:
+        """Take the extra rows of an adapter that differs from the target in them alone. All ranks together.
+
+        Args:
+            target: the expanded target adapter with other rows.
+        """
+        base: Any = self.get_base_model()
+        for path, module in target.modules.items():
+            load_whole_tensors(base.get_submodule(path).lora_A[ADAPTER_NAME], {"weight": module.lora_A})
+        self._take_plan(with_target(self.plan, target))
+
+    def set_sources(
+        self, sources: Sequence[LoraAdapter], *, source_configs: Sequence[PretrainedConfig | None] | None = None
+    ) -> None:
+        """Let the same hypernetworks read other source adapters from here on: other experts, fewer, another order.
+
+        Target, basis and hypernetworks stay as they are, and an export is of the sources that are read then. All ranks
+        together, between optimizer steps.
+
+        Args:
+            sources: source adapters, in order.
+            source_configs: see `from_adapters`.
+
+        Raises:
+            AdapterError: they do not fit the target, see `plan_alignment`.
+            ValueError: they bring other roles or ranks than the sources that there were, or with a `residual_scale`
+                other modules, of which each has a free update; or a sequence of blocks is too long.
+        """
+        base: Any = self.get_base_model()
+        plan = _align(self.plan.target, sources, self.method, base.config, source_configs)
+        free = self.hypernetworks.config.residual_scale > 0
+        old, new = (
+            {
+                f"{key.name} of {item.target.module.path}" if free else key.name
+                for key, items in each.groups.items()
+                for item in items
+            }
+            for each in (self.plan, plan)
+        )
+        if old != new:
+            raise UserError(
+                "these sources update something else of the target than those that there were, and the hypernetworks "
+                f"are made for it: {', '.join(sorted(old ^ new)[:4])}"
+            )
+        hypernetwork_config(plan, self.method)
+        self._take_plan(plan)
+
+    def _take_plan(self, plan: AlignmentPlan) -> None:
+        """Live updates of another plan for the same hypernetworks."""
+        self.plan = plan
+        old = self.updates
+        self._install_updates(old.seed)
+        self.updates.device, self.updates.average_over_ranks = old.device, old.average_over_ranks
+
+    def freeze_base(self) -> None:
+        """Leave hypernetworks and alphas alone trainable (`set_adapter` thaws LoRA: call this after it)."""
+        self.requires_grad_(False)
+        self.hypernetworks.requires_grad_(True)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `set_adapter`, without the thawing of LoRA weights that comes with it."""
+        super().set_adapter(*args, **kwargs)
+        if "hypernetworks" in self._modules:
+            self.freeze_base()
+
+    def train(self, mode: bool = True) -> "HeteroFusionModel":
+        """Set the hypernetworks' mode; the base stays in eval mode, because all dropout is off during fusion.
+
+        The decoder layers themselves carry the flag, since transformers checkpoints activations only where it is set.
+        """
+        settled = self.training == mode == self.hypernetworks.training
+        base: Any = self.get_base_model()
+        if settled and self._mode_set and not base.get_input_embeddings().training:
+            return self  # Trainer calls this in every micro-batch
+        super().train(False)
+        self._mode_set = True
+        self.training = mode
+        self.hypernetworks.train(mode)
+        for module in self.base_model.modules():
+            if isinstance(module, GradientCheckpointingLayer) or hasattr(module, "gradient_checkpointing"):
+                module.training = mode
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Enable non-reentrant activation checkpointing of the base.
+
+        Raises:
+            ValueError: reentrant checkpointing is asked for; it gives the hypernetworks no gradient.
+        """
+        settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise UserError(
+                "reentrant activation checkpointing gives the hypernetworks no gradient; set use_reentrant=False"
+            )
+        base: Any = self.get_base_model()
+        self._mode_set = False
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+
+    # ---- live updates -------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, rdm_step: int | None = None, **kwargs: Any) -> Any:
+        """The target's forward with live updates.
+
+        Args:
+            *args: of the base model's forward.
+            rdm_step: optimizer step whose RDM is computed along; read it from `rdm_loss`. None for no RDM.
+            **kwargs: of the base model's forward.
+        """
+        if not self._anchor_alone:
+            self.updates.refresh()
+        self.rdm_loss = None if rdm_step is None else self.updates.rdm(rdm_step)
+        return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The target's `generate` with the current updates, computed once."""
+        with torch.no_grad():
+            self.updates.refresh()
+        return super().generate(*args, **kwargs)
+
+    def module_deltas(self) -> dict[str, Tensor]:
+        """The updates U (see `method.live`) by module path, each (out_features, rank) float32, without gradient.
+
+        Always computed anew, so that an export never depends on what was cached. Where parameters are sharded, all
+        ranks must call this together.
+        """
+        with torch.no_grad():
+            self.updates.invalidate()
+            self.updates.refresh()
+            return dict(self.updates.by_module)
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    def fused_state_dict(self) -> dict[str, Tensor]:
+        """The fused adapter under the target's file keys and in its dtypes: A unchanged, B + U where aligned.
+
+        Rows without an update keep their bits.
+        """
+        state = self.plan.target.state_dict()
+        for path, delta in self.module_deltas().items():
+            key = f"{PREFIX}{path}.lora_B.weight"
+            B = state[key]
+            delta = delta.to(B.device)
+            state[key] = torch.where(delta == 0, B, (B.float() + delta).to(B.dtype)).contiguous()
+        return state
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: it would save the anchor without the updates.
+
+        Raises:
+            NotImplementedError: always; names the ways to save.
+        """
+        raise NotImplementedError(
+            "save_pretrained would save the anchor without the live updates; use export_adapter(model, folder) or "
+            "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
+        )
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: it would merge the anchor without the updates.
+
+        Raises:
+            NotImplementedError: always; names the way to merge.
+        """
+        raise NotImplementedError(
+            "merge_adapter would merge the anchor without the live updates; use model.fuse().merge_adapter()"
+        )
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise TypeError(
+            "a HeteroFusionModel cannot be copied, its updates belong to it; build another from a fresh base and load "
+            "hypernetworks.state_dict(), or copy model.fuse()"
+        )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Fuse, then merge the fused adapter into the base (PEFT's `merge_and_unload`)."""
+        return self.fuse().merge_and_unload(*args, **kwargs)
+
+    def fuse(self) -> PeftModelForCausalLM:
+        """Write the updates into B and become a plain PeftModel: live updates and hypernetworks are gone afterwards.
+
+        Returns:
+            This object, now a `PeftModelForCausalLM` in eval mode.
+
+        Raises:
+            RuntimeError: ZeRO-3 or FSDP2 has sharded the parameters.
+        """
+        if is_sharded(self):
+            raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
+        state = self.fused_state_dict()
+        for installed in self._installed:
+            installed.remove()
+        for config, name, rate in self._dropout:
+            setattr(config, name, rate)
+        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_installed", "_dropout", "_mode_set",
+                     "_anchor_alone"):  # fmt: skip
+            delattr(self, name)
+        for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward
+            self.__dict__.pop(name, None)
+        self.__class__ = PeftModelForCausalLM  # type: ignore[assignment]
+        set_peft_model_state_dict(self, state, ADAPTER_NAME)
+        return self.eval()

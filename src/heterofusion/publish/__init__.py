@@ -1,0 +1,1 @@
+"""What is written beside an adapter and pushed: record, card, folder, Hub."""

@@ -1,0 +1,51 @@
+"""Push an adapter to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
+
+    python -m heterofusion.publish.push --adapter fused --hub_model_id NAME
+
+It is what `--push_to_hub true` does at the end of a run, and what a failed push asks for. Fusions, merges, distilled
+adapters and experts are pushed; controls are not. The folder is only read.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+
+from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.publish.hub import push_adapter
+
+
+@dataclass
+class PushArguments:
+    """What is pushed, and where to."""
+
+    adapter: str = field(
+        metadata={"help": "Folder of the adapter: the --output_dir of a fusion, a merge, a distillation or an expert."}
+    )
+    hub_model_id: str = field(metadata={"help": "Repository to push to: name, or owner/name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Make a new repository private; one that exists stays as it is."}
+    )
+    hub_revision: str | None = field(
+        default=None, metadata={"help": "Branch to push to, made if there is none; the main branch by default."}
+    )
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Hub token; HF_TOKEN or the one of `hf auth login` by default."}
+    )
+
+
+@command
+def main(argv: list[str]) -> None:
+    (options,) = parse_arguments((PushArguments,), argv, __doc__)
+    set_up_logging(logging.INFO)
+    address = push_adapter(
+        options.adapter,
+        options.hub_model_id,
+        token=options.hub_token,
+        private=options.hub_private_repo,
+        revision=options.hub_revision,
+    )
+    print(address)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,255 @@
+"""FuseLLM as a baseline: the target's LoRA is trained on answers and on what source experts think of them.
+
+    L = lambda * CLM + (1 - lambda) * KL(P || Q)
+
+CLM is the cross-entropy of the answers, P the fused labels (`fusellm.py`) and Q the distributions of the model that is
+trained, both at the answers' tokens. The gradient of KL(P || Q) is that of the cross-entropy of Q under P.
+
+Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of a LoRA on the replay).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heterofusion.adapters.config import read_json_object
+from heterofusion.data.arguments import DataArguments, OutputArguments
+from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.data.replay import make_collator
+from heterofusion.experts.cache import cache_folder
+from heterofusion.method.diagnostics import WindowMeans
+from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.config import check_range
+from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
+from heterofusion.training.label_loss import kl_divergences, pad_rows
+from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer
+
+STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DistillModelArguments(ExpertModelArguments):
+    """The target's base model, and how it and the teachers' are loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model of the target: local folder or Hub id."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub for the target's base and the teachers'."}
+    )
+
+
+@dataclass
+class DistillArguments:
+    """The target's adapter, the teachers, and their labels."""
+
+    init_adapter: str = field(metadata={"help": "The target's adapter, which is trained on: local folder or Hub id."})
+    teacher_models: list[str] = field(
+        metadata={"help": "Base models of the teachers, of any family: one for each adapter, or one for all."}
+    )
+    teacher_adapters: list[str] = field(
+        metadata={"help": "Adapters of the teachers: local folders or Hub ids; the word none is a base alone."}
+    )
+    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the inputs of lora_A; that of --init_adapter by default."}
+    )
+    top_k_logits: int = field(default=10, metadata={"help": "Tokens of a teacher that are kept at each position."})
+    teacher_batch_size: int = field(default=8, metadata={"help": "Examples per batch when a teacher runs."})
+    logits_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where soft labels, fused labels and the maps of vocabularies are kept for further runs; "
+            "heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by default."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for flag in ("teacher_models", "teacher_adapters"):
+            if not getattr(self, flag) or not all(getattr(self, flag)):
+                raise UserError(f"--{flag} has an empty name: name at least one")
+        if len(self.teacher_models) not in (1, len(self.teacher_adapters)):
+            raise UserError(
+                f"--teacher_models has {len(self.teacher_models)} values, but --teacher_adapters has "
+                f"{len(self.teacher_adapters)}: give one base per adapter, or one for all"
+            )
+        check_range("top_k_logits", self.top_k_logits, 1, False)
+        check_range("teacher_batch_size", self.teacher_batch_size, 1, False)
+        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+
+    def bases(self) -> list[str]:
+        """The teachers' bases, one each."""
+        count = len(self.teacher_adapters)
+        return [*self.teacher_models] * count if len(self.teacher_models) == 1 else [*self.teacher_models]
+
+    def cache(self) -> Path:
+        """The folder of `--logits_cache`.
+
+        Raises:
+            ValueError: it cannot be one.
+        """
+        return cache_folder(self.logits_cache)
+
+
+@dataclass
+class DistillConfig(ExpertConfig):
+    """The training flags of an expert, and the weight of the two losses."""
+
+    distill_lambda: float = field(
+        default=0.9, metadata={"help": "Weight of the answers' own loss; the teachers' has the rest, up to 1."}
+    )
+    ddp_timeout: int = field(
+        default=7 * 24 * 3600,
+        metadata={"help": "Seconds that processes wait for each other, as they do while the first runs the teachers."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.distill_lambda <= 1:
+            raise UserError(f"--distill_lambda is {self.distill_lambda}; it must be between 0 and 1")
+        if self.label_smoothing_factor:
+            raise UserError(
+                f"--label_smoothing_factor is {self.label_smoothing_factor}, but the teachers' labels are what "
+                "smooths here: leave it out"
+            )
+        if self.use_liger_kernel:
+            raise UserError("--use_liger_kernel gives no logits, which the teachers' labels need: leave it out")
+        super().__post_init__()
+
+
+DISTILL_ARGUMENTS = (DistillModelArguments, DistillArguments, DataArguments, OutputArguments, DistillConfig)
+
+
+# ---- the loss ---------------------------------------------------------------------------------------------------
+
+
+def distillation_losses(
+    logits: Tensor, labels: Tensor, teacher_ids: Tensor | None = None, teacher_probs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the two losses over the answers' tokens, in float32.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        labels: (batch, length); the logits at a place are of the label after it.
+        teacher_ids: (batch, answer, k): for the labels of each example, in order, k token ids; padded at the end.
+        teacher_probs: (batch, answer, k): their probabilities, which add up to 1; a token of probability 0 counts
+            for nothing. None if there are no teachers.
+
+    Returns:
+        Sum of the negative log-likelihoods, and sum of KL(P || Q); zero without teachers.
+    """
+    wanted = labels[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
+    log_probs = torch.log_softmax(logits[:, :-1][wanted].float(), dim=-1)  # (tokens, vocabulary)
+    nll = -log_probs.gather(1, labels[:, 1:][wanted].unsqueeze(1)).sum()
+    if teacher_ids is None or teacher_probs is None:
+        return nll, torch.zeros_like(nll)
+    counts = wanted.sum(dim=1, keepdim=True)  # (batch, 1)
+    real = torch.arange(teacher_ids.shape[1], device=labels.device) < counts  # (batch, answer)
+    probs = teacher_probs[real].float()  # (tokens, k), in the order of log_probs
+    return nll, kl_divergences(log_probs, teacher_ids[real].long(), probs).sum()
+
+
+class DistillCollator:
+    """Pads examples on the right, and their teachers' labels with probability 0.
+
+    Args:
+        tokenizer: the target's; not changed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._collate = make_collator(tokenizer)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        own = (TEACHER_IDS, TEACHER_PROBS)
+        batch = dict(self._collate([{k: v for k, v in example.items() if k not in own} for example in examples]))
+        if TEACHER_IDS not in examples[0]:  # of an evaluation
+            return batch
+        rows = [example[TEACHER_IDS] for example in examples]
+        shape = (len(rows), max(map(len, rows)), max(len(row[0]) for row in rows))  # (batch, answer, k)
+        for name, dtype in ((TEACHER_IDS, torch.long), (TEACHER_PROBS, torch.float32)):
+            batch[name] = pad_rows([example[name] for example in examples], shape, dtype)
+        return batch
+
+
+class DistillationTrainer(WholeCheckpointTrainer):
+    """`Trainer` with the loss of FuseLLM: a mean over the answers' tokens of an accumulation window on all ranks.
+
+    Both parts are logged: `clm_loss` and `kl_loss`, of which `loss` is the weighted sum. An evaluation has no
+    teachers, its loss is that of the answers.
+    """
+
+    args: DistillConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch, whatever the model does
+        self._parts = WindowMeans()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns  # typed as None, which it is no more
+        self._signature_columns: Any = [*dict.fromkeys([*columns, TEACHER_IDS, TEACHER_PROBS])]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        teacher = (inputs.pop(TEACHER_IDS, None), inputs.pop(TEACHER_PROBS, None))
+        outputs = model(**inputs)
+        nll, kl = distillation_losses(outputs.logits, labels, *teacher)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
+        elif self.args.average_tokens_across_devices:  # the gradients of all ranks are averaged, not added
+            nll, kl = (part * self.accelerator.num_processes for part in (nll, kl))
+        nll, kl = nll / num_items_in_batch, kl / num_items_in_batch
+        weight = self.args.distill_lambda if teacher[0] is not None else 1.0
+        if model.training:
+            self._parts.add("clm_loss", nll)
+            self._parts.add("kl_loss", kl)
+            if self.accelerator.sync_gradients:
+                self._parts.commit()
+        loss = weight * nll + (1 - weight) * kl
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts.windows:
+            logs = {**logs, **self._parts.take(self.accelerator)}
+        super().log(logs, start_time)
+
+
+# ---- resuming ---------------------------------------------------------------------------------------------------
+
+
+def write_distill_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Write into a checkpoint what a run that resumes from it must agree with."""
+    (checkpoint / STATE_FILE).write_text(json.dumps(dict(state)) + "\n", encoding="utf-8")
+
+
+def check_distill_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is of the same teachers and losses.
+
+    Raises:
+        ValueError: a setting differs, or the checkpoint is of another program; names it.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise UserError(f"{checkpoint} holds no {STATE_FILE}: it is of another program; resume from another one")
+    found = read_json_object(path)
+    for name, here in state.items():
+        if found.get(name) != here:
+            raise UserError(
+                f"{checkpoint} was trained with another {name}: {found.get(name)}, this run has {here}; resume with "
+                "the same flags, or start in a new output_dir"
+            )

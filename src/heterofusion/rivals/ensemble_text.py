@@ -1,0 +1,127 @@
+"""An answer as bytes and as tokens of one tokenizer, apart from the prompt before it.
+
+The tokens of the prompt never change. An answer is tokenized on its own: without the special tokens that a tokenizer
+puts around a text, and without the space that a sentencepiece tokenizer puts before one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heterofusion.experts.tokens import token_bytes
+
+# Texts after which an answer is tokenized where it cannot be alone; their own tokens are then taken off.
+_ANCHORS = ("\n", ":", "x")
+
+
+class AnswerCodec:
+    """Bytes of an answer as tokens of one tokenizer.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        size: Entries of its model's vocabulary; tokens beyond them are none.
+
+    Attributes:
+        pieces: Bytes by token id, None for special tokens and entries without a token; `size` of them.
+        ids: Token id by bytes.
+
+    Raises:
+        ValueError: The tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        pieces = token_bytes(tokenizer)
+        self.tokenizer = tokenizer
+        self.pieces: list[bytes | None] = [*pieces[:size], *[None] * (size - len(pieces))]
+        self.ids: dict[bytes, int] = {}
+        # a sentencepiece vocabulary has some characters twice, as themselves and as bytes that stand in for others
+        spare = {i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1 and _is_spare(tokenizer, i)}
+        for token in (*(i for i in range(size) if i not in spare), *sorted(spare)):
+            piece = self.pieces[token]
+            if piece:
+                self.ids.setdefault(piece, token)
+
+    def encode(self, answer: bytes) -> tuple[list[int], bool]:
+        """Tokenize an answer, or the beginning of one.
+
+        Args:
+            answer: Bytes; they may end within a character.
+
+        Returns:
+            Token ids, and whether they say it all: not where the bytes end within a character of which the tokenizer
+            has no parts.
+        """
+        ids: list[int] = []
+        whole = True
+        for part in split_characters(answer):
+            if isinstance(part, str):
+                ids += self._encode_text(part)
+                whole = True  # what was missing before it never came
+                continue
+            found = [self.ids.get(bytes([byte])) for byte in part]
+            ids += [token for token in found if token is not None]
+            whole = None not in found
+        return ids, whole
+
+    def append(self, ids: list[int], piece: bytes, answer: bytes, whole: bool = True) -> tuple[list[int], bool]:
+        """The tokens of an answer that grew by a token of some other tokenizer or of this one.
+
+        Args:
+            ids: Tokens of the answer before.
+            piece: Bytes that came.
+            answer: The answer with them.
+            whole: Whether `ids` said all of the answer before.
+
+        Returns:
+            As `encode`: `ids` and one more where this tokenizer has the token, else all of the answer tokenized anew.
+        """
+        token = self.ids.get(piece)
+        return ([*ids, token], True) if whole and token is not None else self.encode(answer)
+
+    def _encode_text(self, text: str) -> list[int]:
+        """The first tokenization that says exactly the text; of unknown words there is none, then the plain one."""
+        wanted = text.encode()
+        plain = self._tokens(text)
+        if self._says(plain) == wanted:
+            return plain
+        for anchor in _ANCHORS:
+            head, ids = self._tokens(anchor), self._tokens(anchor + text)
+            if ids[: len(head)] == head and self._says(ids[len(head) :]) == wanted:
+                return ids[len(head) :]
+        return plain
+
+    def _tokens(self, text: str) -> list[int]:
+        # an answer may spell a special token, which does not make it one
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return [token for token in found if token < len(self.pieces)]
+
+    def _says(self, ids: list[int]) -> bytes | None:
+        pieces = [self.pieces[token] for token in ids]
+        return None if None in pieces else b"".join(piece for piece in pieces if piece is not None)
+
+
+def _is_spare(tokenizer: Any, token: int) -> bool:
+    """Whether a token of one byte is written as `<0x0A>`."""
+    return str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
+
+
+def split_characters(data: bytes) -> list[str | bytes]:
+    """Split bytes into texts and what between and after them is no UTF-8.
+
+    Args:
+        data: Any bytes.
+
+    Returns:
+        Parts that, encoded, are the bytes again; no part is empty.
+    """
+    parts: list[str | bytes] = []
+    while data:
+        try:
+            parts.append(data.decode())
+            break
+        except UnicodeDecodeError as error:
+            if error.start:
+                parts.append(data[: error.start].decode())
+            parts.append(data[error.start : error.end])
+            data = data[error.end :]
+    return parts

@@ -1,0 +1,185 @@
+"""Next tokens that models with different vocabularies choose together: GaC and UniTE.
+
+Tokens of all members are compared by their bytes. Whatever ends an answer for a member is one symbol, `END`. A choice
+is a function of the members' next-token distributions alone; no step loops over a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from heterofusion.rivals.ensemble_text import AnswerCodec
+
+END = 0  # index of the end of an answer in every union
+# What stands for a token of the union in `UniTE.first_tokens`, beside ids of the member
+_OWN, _NONE, _UNKNOWN = -1, -2, -3
+
+
+class Union:
+    """The union of the vocabularies of several members.
+
+    Args:
+        codecs: Of the members.
+        stops: Token ids that end an answer, for each member.
+        device: Where distributions are.
+
+    Attributes:
+        pieces: Bytes by index; those of `END` are empty.
+        columns: For each member, the index in the union by its token id, `len(pieces)` for ids that stand for
+            nothing: other special tokens and rows of the output layer without a token. (vocabulary of the member,)
+    """
+
+    def __init__(
+        self, codecs: Sequence[AnswerCodec], stops: Sequence[Iterable[int]], device: torch.device | str = "cpu"
+    ) -> None:
+        index: dict[bytes, int] = {b"": END}
+        for codec, ends in zip(codecs, stops, strict=True):
+            for token, piece in enumerate(codec.pieces):
+                if piece and token not in ends:
+                    index.setdefault(piece, len(index))
+        self.pieces = [*index]
+        self.columns = []
+        for codec, ends in zip(codecs, stops, strict=True):
+            columns = [index[piece] if piece and piece in index else len(index) for piece in codec.pieces]
+            for token in ends:
+                if token < len(columns):
+                    columns[token] = END
+            self.columns.append(torch.tensor(columns, device=device))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def distribution(self, member: int, probabilities: torch.Tensor) -> torch.Tensor:
+        """A member's distribution over the union; tokens with the same bytes are added up.
+
+        Args:
+            member: Its number.
+            probabilities: Over its own vocabulary. (rows, vocabulary of the member)
+
+        Returns:
+            (rows, union); sums to less than 1 by what special tokens had.
+        """
+        sums = probabilities.new_zeros(len(probabilities), len(self) + 1)  # the last one is of what stands for nothing
+        return sums.index_add_(1, self.columns[member], probabilities)[:, :-1]
+
+
+class Vote(Protocol):
+    """How members choose the next token."""
+
+    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+        """Choose.
+
+        Args:
+            probabilities: Next-token distribution of every member. (rows, vocabulary of the member) each
+            voting: Which members' distributions count. (rows, members), at least one True in a row
+
+        Returns:
+            Indices in the union. (rows,)
+        """
+
+
+class GaC:
+    """The mean of the distributions over the union of the vocabularies, its largest entry (arXiv 2406.12585).
+
+    Args:
+        union: Of the members' vocabularies.
+    """
+
+    def __init__(self, union: Union) -> None:
+        self.union = union
+
+    def mean(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+        """Mean distribution of the voting members.
+
+        Args:
+            probabilities: As for `Vote`.
+            voting: As for `Vote`.
+
+        Returns:
+            (rows, union)
+        """
+        mean = probabilities[0].new_zeros(len(voting), len(self.union))
+        for member, weight in enumerate(_weights(voting).unbind(dim=1)):
+            mean += weight[:, None] * self.union.distribution(member, probabilities[member])
+        return mean
+
+    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+        """As `Vote` says."""
+        return self.mean(probabilities, voting).argmax(dim=1)
+
+
+class UniTE:
+    """The mean over the union of the members' top tokens, its largest entry (arXiv 2410.03777).
+
+    A member whose vocabulary lacks a token of that union scores it by the first of the tokens into which its own
+    tokenizer splits it. Its scores are normalized by a softmax of their logarithms, which is their share of the sum.
+
+    Args:
+        union: Of the members' vocabularies.
+        codecs: Of the members.
+        top_k: Number of top tokens of every member.
+    """
+
+    def __init__(self, union: Union, codecs: Sequence[AnswerCodec], top_k: int) -> None:
+        self.union, self.codecs = union, codecs
+        # tokens of the union that a member has not got are none of its top ones, however many are asked for
+        self.top_k = [min(top_k, len(set(columns.tolist()) - {len(union)})) for columns in union.columns]
+        # For each member what it scores a token of the union by: found when the token is first among the top ones.
+        self.first_tokens: list[torch.Tensor] = []
+        for columns in union.columns:
+            first = torch.full((len(union) + 1,), _UNKNOWN, device=columns.device)
+            first[columns] = _OWN
+            first[END] = _OWN  # who never ends an answer gives the end no probability
+            self.first_tokens.append(first[:-1])
+
+    def shares(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean shares of the candidates.
+
+        Args:
+            probabilities: As for `Vote`.
+            voting: As for `Vote`.
+
+        Returns:
+            Candidates as indices in the union, ascending, some twice, and the mean share of each, which is -1 for the
+            second of two. Both (rows, members * top_k)
+        """
+        weights = _weights(voting)
+        over_union = [self.union.distribution(member, p) for member, p in enumerate(probabilities)]
+        top = torch.cat([p.topk(k, dim=1).indices for p, k in zip(over_union, self.top_k, strict=True)], dim=1)
+        # of a member that does not vote, the candidates are those of one that does
+        counts = voting.repeat_interleave(torch.tensor(self.top_k, device=voting.device), dim=1)
+        candidates = torch.where(counts, top, top.gather(1, counts.long().argmax(dim=1, keepdim=True))).sort(dim=1)[0]
+        again = torch.zeros_like(candidates, dtype=torch.bool)
+        again[:, 1:] = candidates[:, 1:] == candidates[:, :-1]
+        mean = torch.zeros_like(candidates, dtype=over_union[0].dtype)
+        for member, weight in enumerate(weights.unbind(dim=1)):
+            first = self._first_tokens(member, candidates)
+            by_first = probabilities[member].gather(1, first.clamp(min=0)).masked_fill(first == _NONE, 0.0)
+            scores = torch.where(first == _OWN, over_union[member].gather(1, candidates), by_first)
+            scores = scores.masked_fill(again, 0.0)
+            mean += (
+                weight[:, None] * scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            )
+        return candidates, mean.masked_fill(again, -1.0)
+
+    def _first_tokens(self, member: int, candidates: torch.Tensor) -> torch.Tensor:
+        """What a member scores candidates by; those that it has not seen yet are tokenized."""
+        known = self.first_tokens[member]
+        for index in candidates[known[candidates] == _UNKNOWN].unique().tolist():
+            ids, _ = self.codecs[member].encode(self.union.pieces[index])
+            known[index] = ids[0] if ids else _NONE
+        return known[candidates]
+
+    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+        """As `Vote` says."""
+        candidates, shares = self.shares(probabilities, voting)
+        return candidates.gather(1, shares.argmax(dim=1, keepdim=True))[:, 0]
+
+
+def _weights(voting: torch.Tensor) -> torch.Tensor:
+    """Weights of a mean over the voting members. (rows, members)"""
+    counts = voting.float()
+    return counts / counts.sum(dim=1, keepdim=True)

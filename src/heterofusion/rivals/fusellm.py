@@ -1,0 +1,311 @@
+"""FuseLLM's fused labels: per example the distributions of the best teacher, in the target's tokens.
+
+MinCE picks, per example, the model of lowest cross-entropy on the answer. The target itself is one of them, as it is
+before the distillation: where it wins, its own first distributions are what it is held to. Cross-entropies are of the
+answer as a whole, in nats: all models predict the same text, so that they can be compared whatever the tokenizer (a
+mean over each model's own tokens, which FuseLLM's published code takes, would favour the finer tokenizer).
+
+Where DTW aligns one token of the teacher with one of the target, and MinED maps the one to the other, the label is the
+teacher's top k, mapped to the target's vocabulary by MinED and renormalized; elsewhere it is the target's token
+itself. (The second condition is that of FuseLLM's published code: DTW also pairs ` til` with ` tilken`, whose
+distributions are not of the same thing.)
+
+Origin: FuseLLM, arXiv 2401.10491, sections 3.2 and 3.3.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.experts.cache import cache_key
+from heterofusion.experts.mapped import new_table, read_table
+from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
+from heterofusion.experts.teachers import Teacher
+from heterofusion.experts.token_alignment import AnswerSymbols, one_to_one
+from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, tokenizer_fingerprint
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.ranks import all_together
+
+TEACHER_IDS, TEACHER_PROBS = "teacher_ids", "teacher_probs"  # columns of the examples
+_FORMAT = 1  # another number is another name
+_FEATURES = Features({TEACHER_IDS: List(List(Value("int32"))), TEACHER_PROBS: List(List(Value("float32")))})
+_BATCH = 64  # examples that are aligned before they are written
+Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """How the labels came about.
+
+    Attributes:
+        picked: per model, the target first, how many examples MinCE gave it.
+        mean_cross_entropy: per model, nats per answer.
+        one_to_one: share of the answers' tokens that DTW aligns one to one; all, where the target was picked.
+        soft: share of the answers' tokens whose label is a model's distribution and no single token.
+        seconds: for running all models, mapping and aligning; what came from disk counts as long as it once took.
+    """
+
+    picked: list[int]
+    mean_cross_entropy: list[float]
+    one_to_one: float
+    soft: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FusedAnswer:
+    """The labels of one answer of n tokens.
+
+    Attributes:
+        ids: (n, k) token ids of the target.
+        probs: (n, k) their probabilities, which add up to 1; a token of probability 0 fills a place.
+        one_to_one: number of tokens that are aligned one to one.
+        soft: number of tokens whose label is a model's distribution.
+    """
+
+    ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    one_to_one: int
+    soft: int
+
+
+def fuse_labels(models: Sequence[Teacher], labels: Sequence[SoftLabels], folder: Path) -> tuple[Dataset, FusionReport]:
+    """Give the target's examples the fused labels, which are kept too. All ranks together: the main one makes them.
+
+    Args:
+        models: the target as it is now, and the teachers.
+        labels: their soft labels.
+        folder: where fused labels and the maps of vocabularies are kept; all ranks must see it.
+
+    Returns:
+        The target's examples with `teacher_ids` and `teacher_probs`, both (answer tokens, k) and memory-mapped, and
+        the report.
+
+    Raises:
+        ValueError: ranks see different folders.
+        OSError: the labels cannot be written.
+    """
+    ranks = PartialState()
+    choice = min_ce([item.cross_entropy for item in labels])
+    path = folder / f"fused-labels-{cache_key({'format': _FORMAT, 'models': [item.identity for item in labels]})}"
+    with all_together(ranks):
+        if ranks.is_main_process and read_table(path, _FEATURES) is None:
+            _write_fused(path, models, labels, choice, folder)
+    with all_together(ranks):
+        found = read_table(path, _FEATURES, check=False)  # its content has just been checked, or written
+        if found is None:
+            raise UserError(f"--logits_cache {folder} is not the same folder on all machines; name one that is shared")
+    data, record = found
+    report = FusionReport(
+        picked=np.bincount(choice, minlength=len(models)).tolist(),
+        mean_cross_entropy=[float(item.cross_entropy.mean()) for item in labels],
+        one_to_one=record["one_to_one"],
+        soft=record["soft"],
+        seconds=sum(item.seconds for item in labels) + record["seconds"],
+    )
+    return concatenate_datasets([models[0].examples, data], axis=1), report
+
+
+def _write_fused(
+    path: Path, models: Sequence[Teacher], labels: Sequence[SoftLabels], choice: NDArray[np.int64], folder: Path
+) -> None:
+    """Make the fused labels of all examples, in their order, and write them a few at a time."""
+    maps = _vocabulary_maps(models, labels, choice, folder)
+    start = time.perf_counter()
+    target_symbols = answer_symbols(models[0].tokenizer, models[0].examples)
+    aligners = {
+        index: Aligner(answer_symbols(models[index].tokenizer, models[index].examples), target_symbols, vocabulary)
+        for index, vocabulary in maps.items()
+    }
+    tokens = aligned = soft = 0
+    with (
+        new_table(path, _FEATURES) as table,
+        tqdm(total=len(choice), desc="Aligning", unit="example", delay=3, leave=False) as bar,
+    ):
+        for first in range(0, len(choice), _BATCH):
+            fused: list[FusedAnswer] = []
+            for example, index in enumerate(choice[first : first + _BATCH].tolist(), start=first):
+                own = labels[0].of(example)
+                fused.append(aligners[index].label(labels[index].of(example), own.tokens) if index else _kept(own))
+                tokens += len(own.tokens)
+            table.add(
+                {TEACHER_IDS: [answer.ids for answer in fused], TEACHER_PROBS: [answer.probs for answer in fused]}
+            )
+            aligned += sum(answer.one_to_one for answer in fused)
+            soft += sum(answer.soft for answer in fused)
+            bar.update(len(fused))
+        mapping = sum(vocabulary.seconds for vocabulary in {id(item): item for item in maps.values()}.values())
+        seconds = round(mapping + time.perf_counter() - start, 3)
+        table.record |= {"one_to_one": aligned / tokens, "soft": soft / tokens, "seconds": seconds}
+
+
+def _vocabulary_maps(
+    models: Sequence[Teacher], labels: Sequence[SoftLabels], choice: NDArray[np.int64], folder: Path
+) -> dict[int, VocabularyMap]:
+    """By teacher that is picked, the map of its tokens, filled with all that occur; teachers may share one."""
+    maps: dict[int, VocabularyMap] = {}
+    by_tokenizer: dict[str, VocabularyMap] = {}
+    for index in sorted(set(choice.tolist()) - {0}):
+        tokenizer = models[index].tokenizer
+        name = tokenizer_fingerprint(tokenizer)
+        if name not in by_tokenizer:
+            by_tokenizer[name] = VocabularyMap(tokenizer, models[0].tokenizer, folder)
+        maps[index] = by_tokenizer[name]
+        maps[index].map(used_tokens(labels[index], np.flatnonzero(choice == index).tolist()), shown=True)
+    return maps
+
+
+def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
+    """All tokens of some answers and of their soft labels.
+
+    Args:
+        labels: of a model.
+        answers: their indices.
+    """
+    used: set[int] = set()
+    for index in answers:
+        answer = labels.of(index)
+        used.update(np.union1d(answer.top_ids, answer.tokens).tolist())
+    return used
+
+
+def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
+    """Index of the model of lowest cross-entropy, per example; the first of equals.
+
+    Args:
+        cross_entropies: (examples,) of each model.
+    """
+    return np.argmin(np.stack(cross_entropies), axis=0)
+
+
+class Aligner:
+    """Turns the soft labels of a teacher into labels for the target's tokens.
+
+    Args:
+        source: symbols of the teacher's tokens.
+        target: symbols of the target's.
+        vocabulary: map of the teacher's tokens to the target's.
+    """
+
+    def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
+        self._source, self._target = source, target
+        self._vocabulary = vocabulary
+        # with the same tokens, an end may be one token in a text and another one in a dialogue
+        self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
+
+    def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
+        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself.
+
+        Args:
+            labels: the teacher's, of m tokens.
+            target_tokens: (n,): the answer in the target's tokens.
+        """
+        found, aligned = self.distributions(labels, target_tokens)
+        ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
+        for place, label in found.items():
+            ids[place], probs[place] = label
+        return FusedAnswer(ids, probs, aligned, len(found))
+
+    def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
+        """The teacher's distributions at those tokens of one answer that both models see alike.
+
+        Args:
+            labels: the teacher's, of m tokens.
+            target_tokens: (n,): the answer in the target's tokens.
+
+        Returns:
+            By place in the target's answer, ascending, token ids and probabilities as of `mapped_distribution`; and
+            the number of tokens that are aligned one to one.
+        """
+        tokens, top_ids, top_log_probs = labels
+        source_places, source = self._source.of(tokens.tolist())
+        target_places, target = self._target.of(target_tokens.tolist())
+        mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
+        pairs = one_to_one(source, target)
+        found: dict[int, Mapped] = {}
+        for i, j in pairs:
+            row, place = source_places[i], target_places[j]
+            if mapping[int(tokens[row])] != int(target_tokens[place]):
+                continue
+            label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
+            if label is not None:
+                found[place] = label
+        return found, len(pairs)
+
+
+def mapped_distribution(
+    ids: NDArray[np.int32], log_probs: NDArray[np.float32], mapping: Mapping[int, int]
+) -> Mapped | None:
+    """A distribution over a teacher's top k as one over the target's tokens, renormalized.
+
+    Args:
+        ids: (k,) token ids of the teacher.
+        log_probs: (k,) their log-probabilities.
+        mapping: target id by teacher id; what is `UNMAPPED` is left out.
+
+    Returns:
+        (k,) token ids of the target, those that are mapped alike joined, the most probable first, and (k,)
+        probabilities; places that are left have probability 0. None if nothing is mapped.
+    """
+    sums: dict[int, float] = {}
+    for index, value in zip(ids.tolist(), np.exp(log_probs.astype(np.float64)).tolist(), strict=True):
+        token = mapping[index]
+        if token != UNMAPPED:
+            sums[token] = sums.get(token, 0.0) + value
+    total = sum(sums.values())
+    if total == 0:
+        return None
+    new_ids, probs = np.zeros(len(ids), dtype=np.int32), np.zeros(len(ids), dtype=np.float32)
+    for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
+        new_ids[place], probs[place] = token, value / total
+    return new_ids, probs
+
+
+def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Token ids (n, k) and probabilities (n, k): the tokens themselves."""
+    ids, probs = np.zeros((len(tokens), k), dtype=np.int32), np.zeros((len(tokens), k), dtype=np.float32)
+    ids[:, 0], probs[:, 0] = tokens, 1.0
+    return ids, probs
+
+
+def _kept(own: SoftLabel) -> FusedAnswer:
+    """What the target itself thinks of an answer: its top k, renormalized."""
+    probs = np.exp(own.top_log_probs.astype(np.float64))
+    probs /= probs.sum(axis=1, keepdims=True)
+    return FusedAnswer(own.top_ids, probs.astype(np.float32), len(own.tokens), len(own.tokens))
+
+
+def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
+    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first.
+
+    Args:
+        tokenizer: the model's.
+        examples: the replay in it; its EOS is an end whether or not it occurs there.
+    """
+    return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
+
+
+def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
+    """`answer_symbols` of answers that are token ids alone.
+
+    Args:
+        tokenizer: the model's.
+        answers: in its tokens.
+    """
+    texts = token_bytes(tokenizer)
+    learned = Counter(token for answer in answers for token in answer)
+    ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
+    eos: Any = tokenizer.eos_token_id
+    return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])

@@ -1,0 +1,72 @@
+"""Processes of an evaluation: they share the examples, and an error of one reaches all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from heterofusion.runtime.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
+
+
+def start_ranks(use_cpu: bool) -> PartialState:
+    """Join the other processes of the launch, if there are any.
+
+    Args:
+        use_cpu: Whether to leave GPUs alone.
+
+    Returns:
+        Rank, number of processes, and this rank's device.
+    """
+    # Processes wait for the slowest one at the end of an adapter; the default would end the run after minutes.
+    return PartialState(cpu=use_cpu, timeout=datetime.timedelta(days=7))
+
+
+@contextlib.contextmanager
+def all_together(ranks: PartialState) -> Iterator[None]:
+    """Let all processes leave this block, or none: an error of one is raised on all.
+
+    Processes without an error first finish their own part, so that their answers are kept. The block itself must not
+    wait for other processes.
+
+    Args:
+        ranks: The processes.
+
+    Raises:
+        ValueError: another process failed; its message, with the rank.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if ranks.num_processes > 1:
+        rank = ranks.process_index
+        if failure is not None and rank > 0:  # rank 0 may need long to get here
+            logger.error("rank %d failed: %s", rank, one_line(failure))
+        messages = gather_object([None if failure is None else f"rank {rank}: {one_line(failure)}"])
+        told = next((message for message in messages if message is not None), None)
+        if failure is None and told is not None:
+            raise UserError(told)
+    if failure is not None:
+        raise failure
+
+
+def from_main(ranks: PartialState, value: Any) -> Any:
+    """Give all processes the value of rank 0."""
+    values = [value]
+    if ranks.num_processes > 1:
+        broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(ranks: PartialState, value: Any) -> list[Any]:
+    """Give all processes the values of all, by rank."""
+    return list(gather_object([value])) if ranks.num_processes > 1 else [value]

@@ -1,0 +1,1 @@
+"""Training: the configuration and trainer of a fusion, engines, checkpoints, mixtures, experts."""

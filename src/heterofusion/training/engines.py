@@ -1,0 +1,233 @@
+"""Engines: which can carry a fusion, what they do to parameters, and how whole tensors come together again.
+
+ZeRO-3 and FSDP2 leave each rank a part of every parameter. Functions here that say so must run on all ranks together.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
+from transformers.integrations import deepspeed as deepspeed_integration
+
+from heterofusion.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Engines on which one backward of the hypernetworks per window is tested to give the same gradient.
+ONCE_PER_WINDOW = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+}
+_CASTS = (
+    "{engine} with mixed precision would cast the hypernetworks, which must stay float32; leave bf16 and fp16 out of "
+    "its config: with --bf16 true, or --dtype bfloat16, the frozen base alone is bfloat16"
+)
+DATA_PARALLEL = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """`plain` (one process, DDP), `zero1`, `zero2`, `zero3` or `fsdp2`: who can read whose optimizer states."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if accelerator.distributed_type == DistributedType.FSDP else "plain"
+
+
+def engine_record(accelerator: Accelerator) -> dict[str, Any]:
+    """What must agree for optimizer states to be read: ZeRO writes them in as many parts as there are ranks."""
+    name = engine_name(accelerator)
+    return {"engine": name, "processes": accelerator.num_processes if name.startswith("zero") else None}
+
+
+def refuse_data_parallel(args: TrainingArguments) -> None:
+    """Refuse several GPUs in one process.
+
+    Raises:
+        ValueError: Trainer would use DataParallel: its replicas do not see the live updates of a fusion, and the loss
+            of an expert would be a mean of means over them.
+    """
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs in one process would use DataParallel, which is not supported; "
+            "start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse engines that cannot carry a fusion.
+
+    Raises:
+        ValueError: FSDP1, FSDP that does not wrap by layers or loads on one rank only; DeepSpeed or FSDP that would
+            cast the hypernetworks; compiling; tensor, context or sequence parallelism.
+    """
+    dynamo = getattr(accelerator.state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise UserError(
+            f"compiling the model ({dynamo.backend.value}) is not supported: the micro-batches of an accumulation "
+            "window pass the compiled wrapper by; leave dynamo_config out of the accelerate config"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise UserError("tensor, context and sequence parallelism are not supported; leave parallelism_config out")
+    if accelerator.distributed_type in DATA_PARALLEL and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        logger.warning("accelerate runs FSDP on GPUs only: this is plain DDP, every rank holds the whole base")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise UserError("FSDP1 does not keep single parameters; set fsdp_version: 2 in the accelerate config")
+        if not _wraps_by_class(plugin):
+            raise UserError(
+                "FSDP must wrap by layer classes, or the hypernetworks cannot be gathered apart from the base; set "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in the accelerate config"
+            )
+        if plugin.cpu_ram_efficient_loading:
+            raise UserError(
+                "fsdp_cpu_ram_efficient_loading would leave the target adapter unread on all ranks but one; set it to "
+                "false in the accelerate config"
+            )
+        if accelerator.mixed_precision != "no":
+            raise UserError(_CASTS.format(engine="FSDP"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        if any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
+            raise UserError(_CASTS.format(engine="DeepSpeed"))
+
+
+def _wraps_by_class(plugin: object) -> bool:
+    policy = getattr(plugin, "auto_wrap_policy", None)
+    return getattr(getattr(policy, "func", policy), "__name__", "") == "transformer_auto_wrap_policy"
+
+
+def set_zero_init_dtype(dtype: torch.dtype) -> None:
+    """Let ZeRO-3 hold a base that is about to be loaded in this dtype; nothing happens without DeepSpeed.
+
+    transformers builds the base under `zero.Init`, which takes the dtype of DeepSpeed's config: float32 here, since
+    mixed precision would cast the hypernetworks as well. This changes the config that `zero.Init` sees, not the
+    engine's.
+    """
+    config = deepspeed_integration.deepspeed_config()
+    if config is not None:
+        config["bf16"] = {"enabled": dtype == torch.bfloat16}
+        config["fp16"] = {"enabled": dtype == torch.float16}
+
+
+@contextlib.contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Models made in here are not partitioned by ZeRO-3's `zero.Init`, which cannot take the meta device."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
+
+
+def wrap_hypernetworks_apart(accelerator: Accelerator, model: nn.Module, name: str) -> None:
+    """Let FSDP2 shard the hypernetworks as a unit of their own, so that they can run outside the base's forward.
+
+    Args:
+        accelerator: of an FSDP run, before the model is prepared.
+        model: the model.
+        name: class name of the hypernetworks.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
+    plugin.transformer_cls_names_to_wrap = sorted({*names, name})
+
+
+def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable[Tensor]) -> None:
+    """Let DDP leave the gradients of a part of a model alone.
+
+    Args:
+        model: what will be wrapped in DDP.
+        excluded: the part.
+        kept: parameters of it that DDP reduces all the same; it refuses to wrap nothing at all.
+    """
+    keep = {id(parameter) for parameter in kept}
+    part = {id(parameter) for parameter in excluded.parameters()} - keep
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in part]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a rank holds a part of the parameters only (ZeRO-3, FSDP2)."""
+    return any(_partitioned_by_zero(parameter) or isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _partitioned_by_zero(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")  # what DeepSpeed's own code asks
+
+
+@contextlib.contextmanager
+def _gathered(parameter: Tensor, modified: bool = False) -> Iterator[None]:
+    """A parameter that ZeRO-3 has partitioned, whole in here; what rank 0 writes goes to all ranks if `modified`."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None):
+        yield
+
+
+@torch.no_grad()
+def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
+    """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together.
+
+    Args:
+        parameters: names and parameters, in the same order on all ranks.
+        keep: whether this rank wants them; the others only take part, and get an empty dictionary.
+    """
+    state = {}
+    for name, parameter in parameters:
+        if _partitioned_by_zero(parameter):
+            with _gathered(parameter):
+                if keep:
+                    state[name] = parameter.to("cpu", copy=True)
+        else:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_whole_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into the parameters of a module. All ranks together, each with the same state.
+
+    Raises:
+        ValueError: other names or shapes than the module's; nothing is loaded.
+    """
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != state.keys():
+        raise UserError(f"other tensors than expected: {sorted(parameters.keys() ^ state.keys())[:3]}")
+    for name, parameter in parameters.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{name} is {tuple(state[name].shape)}, {shape} was expected")
+    for name, parameter in parameters.items():
+        value = state[name].to(parameter.dtype)
+        if _partitioned_by_zero(parameter):
+            with _gathered(parameter, modified=True):
+                parameter.copy_(value)
+        elif isinstance(parameter, DTensor):
+            whole = value.to(parameter.device)
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+        else:
+            parameter.copy_(value)
+
+
+@torch.no_grad()
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give every rank the (unsharded) parameters of rank 0. All ranks together."""
+    for parameter in module.parameters():
+        dist.broadcast(parameter.data, src=0)

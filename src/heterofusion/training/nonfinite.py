@@ -1,0 +1,111 @@
+"""Losses and gradients that are not finite: noticed on the device without waiting for it, told with step and role."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+
+from heterofusion.method.hypernet import HyperNetworks
+from heterofusion.runtime.errors import UserError
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not finite."""
+
+
+def gradient_norms(hypernetworks: HyperNetworks) -> dict[str, Tensor]:
+    """L2 norms of the gradients of every group's hypernetwork (and of `shared` factors), scalars on the device.
+
+    Empty where there are none, or an engine holds them in parts (ZeRO, FSDP2).
+    """
+    parts: dict[str, nn.Module] = dict(hypernetworks.networks.items())
+    if hypernetworks.shared is not None:
+        parts["shared"] = hypernetworks.shared
+    norms = {}
+    for name, part in parts.items():
+        gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+        if not gradients or any(isinstance(gradient, DTensor) for gradient in gradients):
+            return {}
+        norms[name] = get_total_norm(gradients)
+    return norms
+
+
+class FiniteGuard:
+    """Remembers the first optimizer step at which something was not finite.
+
+    `note` launches work on the device only. `first_bad` waits for it: call it at logging steps and before anything is
+    kept.
+
+    Args:
+        groups: names of the hypernetworks' groups.
+    """
+
+    def __init__(self, groups: Sequence[str]) -> None:
+        self.groups = tuple(groups)
+        self._first: Tensor | None = None  # (3 + 2 * groups,): its step or -1, then what was bad at it
+
+    def note(
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor | float | None,
+        finite: Mapping[str, Tensor],
+        finite_updates: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Look at one optimizer step.
+
+        Args:
+            step: counted from 1.
+            loss: of the window, scalar.
+            grad_norm: of all hypernetworks' gradients; None if it is not known.
+            finite: per group, whether its gradient was finite; groups may be missing.
+            finite_updates: the same of the updates that it predicted.
+
+        Returns:
+            Whether anything was not, (,) bool on the device.
+        """
+        good = torch.ones((), dtype=torch.bool, device=loss.device)
+        norm = good if grad_norm is None else torch.as_tensor(grad_norm, device=loss.device).isfinite()
+        parts = [
+            each.get(name, good).to(loss.device) for each in (finite, finite_updates or {}) for name in self.groups
+        ]
+        flags = ~torch.stack([loss.detach().isfinite().view(()), norm.view(()), *parts])
+        bad = flags.any()
+        found = torch.cat([torch.where(bad, step, -1).view(1), flags.long()])
+        if self._first is None:
+            self._first = torch.full_like(found, -1)
+        self._first = torch.where(self._first[0] < 0, found, self._first)
+        return bad
+
+    def first_bad(self, accelerator: Accelerator) -> str | None:
+        """What was not finite first, on any rank, in words; None if nothing.
+
+        All ranks together; waits for the device.
+        """
+        if self._first is None:
+            return None
+        ranks = accelerator.gather(self._first.unsqueeze(0)).cpu()  # (ranks, 3 + 2 * groups)
+        steps = [int(step) for step in ranks[:, 0] if step >= 0]
+        if not steps:
+            return None
+        step = min(steps)
+        flags = ranks[ranks[:, 0] == step][:, 1:].bool().any(dim=0).tolist()
+        count = len(self.groups)
+        gradients, updates = (
+            [name for name, bad in zip(self.groups, part, strict=True) if bad]
+            for part in (flags[2 : 2 + count], flags[2 + count :])
+        )
+        if updates:  # the first cause: loss and gradients pass through them, and those of all groups are bad then
+            what = [f"the update of {', '.join(updates)}"]
+        else:
+            what = (["the loss"] if flags[0] else []) + (
+                [f"the gradient of {', '.join(gradients)}"] if gradients else ["the gradient norm"] if flags[1] else []
+            )
+        return f"step {step}: {' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"
+
+    def forget(self) -> None:
+        """Start anew, after a step that was skipped."""
+        self._first = None

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from heterofusion.method.config import check_range
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.config import check_range
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
 GIB = 1024**3

@@ -40,8 +40,9 @@ from heterofusion.rivals.distillation_record import (
     training_record,
 )
 from heterofusion.rivals.fusellm import fuse_labels
-from heterofusion.runtime.loading import base_skeleton, check_run_flags, check_token_ids, load_base
+from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
 from heterofusion.training.checkpoints import checkpoint_step
+from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
 from heterofusion.training.expert import LoraArguments, StopAtNonFiniteLoss, check_finite
 from heterofusion.training.expert_lora import check_expert_checkpoint, choose_lora

@@ -34,14 +34,9 @@ from heterofusion.publish.expert_record import expert_record, write_record
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import initial_control, refuse_push, whole_control
 from heterofusion.runtime.files import told_writes
-from heterofusion.runtime.loading import (
-    base_skeleton,
-    check_run_flags,
-    check_token_ids,
-    load_base,
-    load_tokenizer,
-)
+from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
 from heterofusion.training.checkpoints import checkpoint_step
+from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
 from heterofusion.training.expert import (
     EXPERT_ARGUMENTS,

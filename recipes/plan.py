@@ -17,11 +17,10 @@ from heterofusion.runtime.errors import UserError
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
+from heterofusion.adapters.alignment import AdapterArguments, load_plan
 from heterofusion.cli import command, parse_arguments, set_up_logging
-from heterofusion.data.arguments import AdapterArguments
+from heterofusion.method.config import MethodConfig
 from heterofusion.method.plan_summary import format_plan, plan_summary
-from heterofusion.runtime.loading import load_plan
-from heterofusion.training.config import MethodConfig
 
 
 @dataclass

@@ -7,9 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from heterofusion.data.arguments import DataArguments
 from heterofusion.data.formats import detect_format, render, to_conversation, tokenize
-from heterofusion.data.replay import build_replay
+from heterofusion.data.replay import DataArguments, build_replay
 
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT = (

@@ -11,7 +11,7 @@ from builders import tiny_config, write_adapter
 PROBE = """
 import sys, time
 from heterofusion import AdapterError, load_adapter
-from heterofusion.adapters.architectures import load_base_config
+from heterofusion.runtime.loading import load_base_config
 for name in ("nobody/nothing", "cached/both"):
     for read in (load_adapter, lambda name: load_base_config(name, "target adapter")):
         start = time.monotonic()

@@ -15,12 +15,12 @@ from heterofusion import AdapterError, load_adapter
 from heterofusion.adapters.architectures import (
     ROLES,
     has_fused_modules,
-    load_base_config,
     module_key,
     module_keys,
     read_source_configs,
     role_rows,
 )
+from heterofusion.runtime.loading import load_base_config
 
 QKV = ("q_proj", "k_proj", "v_proj")
 SEPARATE = {

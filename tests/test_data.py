@@ -8,8 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
-from heterofusion.data.arguments import DataArguments
-from heterofusion.data.replay import build_eval, build_replay, make_collator
+from heterofusion.data.replay import DataArguments, build_eval, build_replay, make_collator
 from replay_builders import answers, args_for, byte_level, numbered, refused, word_level, write
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")

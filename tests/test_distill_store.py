@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets.table import MemoryMappedTable
 
-from heterofusion.baselines import mapped, teachers
+from heterofusion.experts import mapped, teachers
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 
 IDENTITY = {"model": "a"}

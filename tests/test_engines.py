@@ -12,13 +12,13 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 
 from conftest import make_args
 from heterofusion.method.base_model import cast_base
+from heterofusion.runtime.ranks import set_zero_init_dtype
 from heterofusion.training.engines import (
     check_engine,
     engine_name,
     exclude_from_reduction,
     is_sharded,
     load_whole_tensors,
-    set_zero_init_dtype,
     whole_tensors,
     wrap_hypernetworks_apart,
 )

@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from eval_runner import TASKS, Killed, evaluation, fails_inside, files, predictions, results, run, scores
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.evaluation.results import common_made_by, join_results
 from heterofusion.experts.generation import AnswerGenerator
+from heterofusion.runtime.files import file_sha256
 from heterofusion.zoo import zoo_path
 from recipe_runner import error_line, flags
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from builders import WEIGHTS
 from conftest import GOLDEN, logits
-from heterofusion import checkpoints, load_adapter
+from heterofusion import load_adapter
 from heterofusion.publish.hub import hub_files
+from heterofusion.training import checkpoints
 from heterofusion.training.expert import ExpertConfig, ExpertDataArguments
 from recipe_runner import (
     QWEN,

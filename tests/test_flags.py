@@ -11,14 +11,13 @@ import pytest
 from tqdm import tqdm
 
 from heterofusion import HeteroFusionConfig, MethodConfig
+from heterofusion.adapters.alignment import AdapterArguments
 from heterofusion.cli import command, parse_arguments
-from heterofusion.data.arguments import (
-    AdapterArguments,
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    SourceLabelArguments,
-)
+from heterofusion.data.labels import SourceLabelArguments
+from heterofusion.data.replay import DataArguments
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import ModelArguments
+from heterofusion.training.config import RunArguments
 from heterofusion.training.stages import ARGUMENTS
 from recipe_runner import QWEN, error_line, flags, plan, train
 
@@ -224,7 +223,7 @@ def test_error_line_begins_a_line_whatever_bars_were_cut_short(bars, elsewhere, 
             for _ in range(bars):
                 stack.enter_context(tqdm(total=2, file=sys.stderr))
             open_bars.append(stack.pop_all())  # a traceback keeps them open
-        raise ValueError("w")
+        raise UserError("w")
 
     open_bars: list[contextlib.ExitStack] = []
     try:

@@ -18,10 +18,10 @@ from huggingface_hub.utils import _http
 
 from conftest import TINY, fresh_base, make_args, perturb
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter, push_adapter
+from heterofusion.method.config import MethodConfig
 from heterofusion.publish.hub import push_command
 from heterofusion.publish.push import main as push
 from heterofusion.publish.write import ExportError, export_adapter
-from heterofusion.training.config import MethodConfig
 from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
 from recipe_runner import error_line, flags, save_tokenizer, shell, succeeds, train
 
@@ -384,7 +384,7 @@ def test_bad_token_is_refused_and_not_shown(hub, adapter, monkeypatch, tmp_path,
 
 def test_offline_push_says_so(hub, adapter, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .* -m heterofusion\.push --adapter"):
+    with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .* -m heterofusion\.publish\.push --adapter"):
         push_adapter(adapter, "fused")
     assert not hub.calls
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heterofusion.adapters.lora import file_sha256
+from heterofusion.runtime.files import file_sha256
 from recipe_runner import QWEN, copy_adapter, error_line, flags, succeeds, train
 from sequence_runner import ADAPTER, HYPERNETWORKS, ONE, TWO, record, remove, same_weights, stop_at, write_yaml
 

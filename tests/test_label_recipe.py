@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval_runner import Killed, evaluation, predictions
-from heterofusion.baselines import soft_labels
+from heterofusion.experts import soft_labels
 from heterofusion.labelling.parts import read_parts
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from label_runner import COUNT, label, label_killed, read_labels, run_label

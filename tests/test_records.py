@@ -5,9 +5,8 @@ import json
 import datasets
 import pytest
 
-from heterofusion.data.arguments import DataArguments
 from heterofusion.data.files import load_records
-from heterofusion.data.replay import build_eval, build_replay
+from heterofusion.data.replay import DataArguments, build_eval, build_replay
 from replay_builders import CHAT, GOOD, answers, args_for, byte_level, numbered, refused, word_level, write
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from heterofusion import load_adapter
-from heterofusion.adapters.lora import file_sha256
+from heterofusion.runtime.files import file_sha256
 from recipe_runner import MISTRAL, QWEN, TARGET, flags, shell, succeeds, train
 from sequence_runner import (
     ADAPTER,

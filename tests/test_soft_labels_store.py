@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PretrainedConfig
 
-from heterofusion.data.arguments import DataArguments, SourceLabelArguments
-from heterofusion.data.labels import build_labels
+from heterofusion.data.labels import SourceLabelArguments, build_labels
+from heterofusion.data.replay import DataArguments
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.rivals.fusellm import Aligner
 from heterofusion.runtime.loading import check_token_ids

@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 
 from conftest import TokenRows, make_trainer
-from heterofusion.data.arguments import SourceLabelArguments
+from heterofusion.data.labels import SourceLabelArguments
 from heterofusion.training.label_loss import (
     SOFT_COLUMNS,
     SOFT_IDS,

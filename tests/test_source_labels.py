@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from heterofusion.data.arguments import DataArguments, SourceLabelArguments
-from heterofusion.data.labels import build_labels
+from heterofusion.data.labels import SourceLabelArguments, build_labels
+from heterofusion.data.replay import DataArguments
 from heterofusion.publish.record import describe_labels
 from recipe_runner import (
     MISTRAL,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from heterofusion.adapters.lora import file_sha256
+from heterofusion.runtime.files import file_sha256
 from recipe_runner import (
     MISTRAL,
     QWEN,

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
 from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
-from heterofusion.data.arguments import ModelArguments
-from heterofusion.runtime.loading import load_tokenizer
+from heterofusion.runtime.loading import ModelArguments, load_tokenizer
 from heterofusion.training.checkpoints import load_hypernetworks
 from recipe_runner import (
     MISTRAL,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from heterofusion.baselines import vocabulary
+from heterofusion.experts import vocabulary
 from heterofusion.experts.tokens import token_bytes
 from heterofusion.experts.vocabulary import (
     UNMAPPED,

@@ -8,10 +8,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import (
+    PretrainedConfig,
+)
 
 from heterofusion.adapters.architectures import (
     ModuleKey,
@@ -20,8 +22,43 @@ from heterofusion.adapters.architectures import (
     read_target_config,
     role_rows,
 )
-from heterofusion.adapters.lora import AdapterError, LoraAdapter, LoraModule
+from heterofusion.adapters.controls import control_sources
+from heterofusion.adapters.lora import AdapterError, LoraAdapter, LoraModule, load_adapter
 from heterofusion.runtime.errors import UserError
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapters are fused."""
+
+    target_adapter: str = field(metadata={"help": "Target adapter (the anchor): local folder or Hub id."})
+    source_adapters: list[str] = field(
+        metadata={"help": "Source adapters of any family, in order: local folders or Hub ids."}
+    )
+    source_configs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base model (folder, config.json or Hub id) of each source, 'none' where not needed; only fused "
+            "projections need it, and base_model_name_or_path is followed by default."
+        },
+    )
+    target_revision: str | None = field(default=None, metadata={"help": "Hub revision of the target adapter."})
+    source_control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
+            "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
+            "result is a control, no fusion of the sources.",
+            "choices": ["noise", "shuffle", "zero"],
+        },
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Also read adapter_model.bin, with weights_only=True."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code from the Hub for the target's base; sources never need it."}
+    )
+
 
 logger = logging.getLogger(__name__)
 
@@ -363,4 +400,44 @@ def _nothing_aligned(target: _RoleTable, sources: list[_RoleTable], layer_maps: 
     return (
         f"no source module matches a module of target {target.adapter.name} ({', '.join(sorted(target.roles))}): "
         f"sources offer {offered}; train target and sources on overlapping target_modules, or raise --transfer_ratio"
+    )
+
+
+def load_plan(
+    adapters: AdapterArguments,
+    method: Any,  # a MethodConfig
+    base: str | None = None,
+    base_revision: str | None = None,
+    target: LoraAdapter | None = None,
+    seed: int = 42,
+) -> AlignmentPlan:
+    """Read all adapters and align them. No base weights are loaded.
+
+    Args:
+        adapters: names of the adapters.
+        method: settings of the alignment.
+        base: base model of the target; needed only if the target has fused projections and does not name it.
+        base_revision: Hub revision of `base`.
+        target: the target adapter, in place of the one that `adapters` names.
+        seed: of the source control, if `adapters` asks for one.
+
+    Raises:
+        AdapterError: an adapter is not usable, or nothing aligns.
+        ValueError: settings are out of range.
+    """
+    method.check_method()
+    if target is None:
+        target = load_adapter(
+            adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
+        )
+    sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
+    if adapters.source_control is not None:
+        sources = control_sources(sources, adapters.source_control, seed)
+    return plan_alignment(
+        target,
+        sources,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
+        source_configs=read_source_configs(adapters.source_configs, sources),
     )

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from heterofusion.adapters.lora import LAYER_PATTERN, AdapterError, LoraAdapter
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import load_base_config
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -105,31 +105,6 @@ def module_keys(adapter: LoraAdapter) -> dict[str, ModuleKey | None]:
 def has_fused_modules(adapter: LoraAdapter) -> bool:
     """Whether an adapter holds fused projections, whose split needs the config of its base model."""
     return any(key is not None and key.is_fused for key in module_keys(adapter).values())
-
-
-def load_base_config(
-    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
-) -> PretrainedConfig:
-    """Read a base model's `config.json`, local or from the Hub; no weights.
-
-    Raises:
-        AdapterError: it cannot be read; `what` says whose base it is, or by which flag it is named.
-    """
-    try:
-        if not Path(name_or_path).exists():
-            # transformers' own download retries for half a minute without a network; this one fails at once
-            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
-    except Exception as error:  # every config class checks its values in its own way, with its own types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise AdapterError(
-            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
-            + (
-                "it"
-                if what.startswith("--")
-                else "it with --source_configs (a source) or --model_name_or_path (the target)"
-            )
-        ) from error
 
 
 def read_target_config(

@@ -4,7 +4,6 @@ Only the adapter's own two files are read: `adapter_config.json` and the weights
 complete LoRA adapter is refused with an `AdapterError` that names the file, the tensor and the remedy.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ from heterofusion.adapters.config import (
     rank_and_scaling,
     read_adapter_config,
 )
+from heterofusion.runtime.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -158,15 +158,6 @@ def load_adapter(
         weights_file=weights_file,
         sha256=file_sha256(weights_file),
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _resolve(name: str, revision: str | None, token: str | None, allow_pickle: bool) -> Path:

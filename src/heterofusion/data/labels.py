@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from heterofusion.adapters.config import read_json_object
-from heterofusion.adapters.lora import file_sha256
-from heterofusion.data.arguments import DataArguments, SourceLabelArguments
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import type_name
 from heterofusion.data.label_controls import LABELS_FILE, file_control
 from heterofusion.data.replay import (
+    DataArguments,
     DatasetReport,
+    _check_value,
     as_dataset,
     checked_format,
     describe_counts,
@@ -33,7 +33,117 @@ from heterofusion.data.replay import (
 )
 from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 from heterofusion.training.mixture import check_fraction, check_settings, check_soft_settings
+
+
+@dataclass
+class SourceLabelArguments:
+    """Answers of the source experts to unlabelled prompts, which join the replay."""
+
+    source_labels: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files of prompts that the source experts answered, in any format of the replay, or folders that "
+            "recipes/label.py wrote; they join the replay, which may then be empty."
+        },
+    )
+    source_labels_max_examples: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Number of labels that are sampled from each file at most, one value for all or one per name of "
+            "--source_labels; all of them by default."
+        },
+    )
+    min_log_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens, at "
+            "most 0 (-0.1 is a probability of 0.9 per token)."
+        },
+    )
+    keep_malformed: bool = field(
+        default=False, metadata={"help": "Keep labels that are not in the output format of their task."}
+    )
+    replay_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of replay among the examples of every run of neighbours, the rest are source labels. By "
+            "default all examples, replay and labels, come equally often."
+        },
+    )
+    label_loss: str = field(
+        default="hard",
+        metadata={
+            "help": "What source labels are trained on: hard (the answers alone) or soft (also what their source "
+            "thought of other tokens; recipes/label.py --top_k_logits stores it beside the files).",
+            "choices": ["hard", "soft"],
+        },
+    )
+    soft_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike, 0 to 1; "
+            "the answer's cross-entropy has the rest there, and all of it elsewhere."
+        },
+    )
+    logits_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --label_loss soft, folder where soft labels in the target's tokens and the maps of "
+            "vocabularies are kept for further runs; heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by "
+            "default."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value; a single value where a list is meant becomes a list of one.
+
+        Raises:
+            ValueError: A value is out of range or of the wrong type, lists of different lengths, or a flag that does
+                nothing without `source_labels` or soft labels.
+        """
+        for flag, kind in (("source_labels", str), ("source_labels_max_examples", int)):
+            values = getattr(self, flag)
+            values = [values] if isinstance(values, (str, int)) else values
+            setattr(self, flag, values)
+            for value in values or []:
+                _check_value(flag, value, kind)
+        counts = self.source_labels_max_examples
+        if not self.source_labels:
+            for item in fields(self)[1:]:
+                if getattr(self, item.name) != item.default:
+                    raise UserError(
+                        f"--{item.name} is {getattr(self, item.name)}, but --source_labels is not given: name the "
+                        "files of labels, or leave it out"
+                    )
+        elif counts is not None and len(counts) not in (1, len(self.source_labels)):
+            raise UserError(
+                f"--source_labels_max_examples has {len(counts)} values, but --source_labels has "
+                f"{len(self.source_labels)}: give one value for all files, or one per file"
+            )
+        lowest = self.min_log_probability
+        if lowest is not None and not -math.inf < lowest <= 0:
+            raise UserError(f"--min_log_probability is {lowest}: give a log-probability, finite and at most 0")
+        if self.label_loss not in ("hard", "soft"):  # of YAML or a program
+            raise UserError(f"--label_loss is {self.label_loss!r}: give hard or soft")
+        if not 0 <= self.soft_weight <= 1:
+            raise UserError(f"--soft_weight is {self.soft_weight}: give a weight from 0 to 1")
+        for flag, default in (("soft_weight", 0.5), ("logits_cache", None)):
+            if self.label_loss == "hard" and getattr(self, flag) != default:
+                raise UserError(
+                    f"--{flag} is {getattr(self, flag)}, but --label_loss is hard: add --label_loss soft, or leave it "
+                    "out"
+                )
+
+    def max_examples_of(self, index: int) -> int | None:
+        """What `source_labels_max_examples` says of the file with this index."""
+        counts = self.source_labels_max_examples
+        return None if counts is None else counts[0] if len(counts) == 1 else counts[index]
+
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,121 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from heterofusion.data.arguments import DataArguments, DatasetSpec
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import IGNORE_INDEX, KNOWN_COLUMNS, detect_format, render, to_conversation, tokenize
 from heterofusion.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set of a mixture, with the values of the list flags that belong to it."""
+
+    name: str
+    config: str | None
+    split: str
+    max_examples: int
+    ratio: float
+
+
+@dataclass
+class DataArguments:
+    """Flags for the replay mixture; list flags have one value for all data sets, or one per data set."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub."
+        },
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each replay data set at most."},
+    )
+    dataset_ratio: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Fraction of each replay data set to sample, before max_examples caps it (0 < ratio <= 1)."},
+    )
+    dataset_seed: int = field(
+        default=42, metadata={"help": "Seed of the sampling and of the order in which the data sets are mixed."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Number of tokens after which an example is cut off on the right."}
+    )
+    eval_dataset_name: list[str] | None = field(
+        default=None, metadata={"help": "Data sets for the evaluation loss, named like those of dataset_name."}
+    )
+    eval_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of each evaluation data set, like dataset_config."}
+    )
+    eval_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Split of each evaluation data set; a local file has no splits and is read whole."},
+    )
+    eval_max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of examples that are sampled from each evaluation data set at most."},
+    )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every value; a single value where a list is meant (as in YAML) becomes a list of one.
+
+        Raises:
+            ValueError: A value is out of range or of the wrong type, or the lengths of two lists do not match.
+        """
+        lists: dict[str, type] = {
+            "dataset_name": str,
+            "dataset_config": str,
+            "dataset_split": str,
+            "max_examples": int,
+            "dataset_ratio": float,
+            "eval_dataset_name": str,
+            "eval_config": str,
+            "eval_split": str,
+            "eval_max_examples": int,
+        }
+        for flag, kind in lists.items():
+            values = getattr(self, flag)
+            if values is None and flag in ("dataset_config", "eval_dataset_name", "eval_config"):
+                continue
+            if isinstance(values, (str, int, float)):
+                values = [values]
+                setattr(self, flag, values)
+            if not isinstance(values, (list, tuple)):
+                raise UserError(f"--{flag} is {values!r}: give one or more values")
+            for value in values:
+                _check_value(flag, value, kind)
+            base = "eval_dataset_name" if flag.startswith("eval") else "dataset_name"
+            names = getattr(self, base) or []
+            if flag != base and names and len(values) not in (1, len(names)):
+                raise UserError(
+                    f"--{flag} has {len(values)} values, but --{base} has {len(names)}: give one value for all data "
+                    "sets, or one per data set"
+                )
+        for flag, lowest in (("dataset_seed", 0), ("max_length", 2)):
+            value = getattr(self, flag)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise UserError(f"--{flag} is {value!r}: give an integer of at least {lowest}")
+
+    def replay_sets(self) -> list[DatasetSpec]:
+        """The data sets of the training mixture, with one-valued flags repeated."""
+        names = self.dataset_name
+        return _specs(names, self.dataset_config, self.dataset_split, self.max_examples, self.dataset_ratio)
+
+    def eval_sets(self) -> list[DatasetSpec]:
+        """The data sets of the evaluation loss; empty when there are none."""
+        return _specs(self.eval_dataset_name or [], self.eval_config, self.eval_split, self.eval_max_examples, [1.0])
+
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +316,10 @@ def no_examples(labels: Sequence[str], needed: Sequence[int], max_length: int) -
         max_length: `--max_length`.
     """
     if not needed:
-        return ValueError(
+        return UserError(
             f"{', '.join(labels)}: every sampled answer is empty, so nothing is left to train on: fill them"
         )
-    return ValueError(
+    return UserError(
         f"{', '.join(labels)}: all examples are too long for --max_length {max_length}, no label token is "
         f"left: raise it to {min(needed)} at least, which is what the shortest needs for its first label token"
     )
@@ -305,3 +416,32 @@ def as_dataset(examples: list[Example]) -> Dataset:
             "labels": [labels for _, labels in examples],
         }
     )
+
+
+def _check_value(flag: str, value: Any, kind: type) -> None:
+    if kind is str:
+        good, wanted = isinstance(value, str) and bool(value.strip()), "a name that is not empty"
+    elif kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        wanted = "an integer of at least 1"
+    else:
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+        wanted = "a fraction with 0 < ratio <= 1"
+    if not good:
+        raise UserError(f"--{flag} has the value {value!r}: give {wanted}")
+
+
+def _specs(
+    names: list[str],
+    configs: list[str] | None,
+    splits: list[str],
+    max_examples: list[int],
+    ratios: list[float],
+) -> list[DatasetSpec]:
+    def at(values: Sequence[Any], i: int) -> Any:
+        return values[0] if len(values) == 1 else values[i]
+
+    return [
+        DatasetSpec(name, at(configs or [None], i), at(splits, i), at(max_examples, i), float(at(ratios, i)))
+        for i, name in enumerate(names)
+    ]

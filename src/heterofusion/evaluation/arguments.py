@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from heterofusion.data.arguments import DataArguments, DatasetSpec, ModelArguments
+from heterofusion.data.replay import DataArguments, DatasetSpec
 from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import ModelArguments
 
 NO_ADAPTER = "none"
 BASE_NAME = "base"

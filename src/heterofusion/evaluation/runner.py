@@ -38,7 +38,8 @@ from heterofusion.experts.generation import FIRST_BATCH_SIZE, Answer, longest_fi
 from heterofusion.publish.record import display_name, library_versions
 from heterofusion.runtime.cost import peak_memory
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import base_dtype, check_output_dir
+from heterofusion.runtime.files import check_output_dir
+from heterofusion.runtime.loading import base_dtype
 from heterofusion.runtime.ranks import all_together, from_all, from_main
 
 logger = logging.getLogger(__name__)

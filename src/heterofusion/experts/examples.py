@@ -13,7 +13,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import (
     KNOWN_COLUMNS,
@@ -27,6 +26,7 @@ from heterofusion.evaluation.arguments import EvalDataArguments
 from heterofusion.evaluation.metrics import choose_metric, score
 from heterofusion.experts.generation import cut_prompt
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 
 _KIND = "test"  # what messages call the data
 

@@ -14,7 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from heterofusion.adapters.lora import CONFIG_FILE, file_sha256
+from heterofusion.adapters.lora import CONFIG_FILE
 from heterofusion.data.label_controls import ANCHOR
 from heterofusion.evaluation.arguments import EvalModelArguments, GenerationArguments
 from heterofusion.evaluation.rows import adapter_hash
@@ -31,6 +31,7 @@ from heterofusion.experts.models import (
 from heterofusion.labelling.arguments import LabelModelArguments
 from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 from heterofusion.runtime.loading import base_dtype, check_token_ids
 
 

@@ -23,9 +23,8 @@ from typing import Any
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import TEMPORARY
+from heterofusion.runtime.files import TEMPORARY, file_sha256
 
 logger = logging.getLogger(__name__)
 

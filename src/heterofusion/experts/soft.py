@@ -24,7 +24,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.adapters.config import read_json_object
-from heterofusion.data.arguments import ModelArguments
 from heterofusion.data.formats import detect_format, render, to_conversation, tokenize
 from heterofusion.evaluation.store import write_json
 from heterofusion.experts.expert import Expert
@@ -32,7 +31,7 @@ from heterofusion.experts.soft_labels import SoftLabels, labels_path, read_label
 from heterofusion.experts.teachers import Teacher, collect_soft_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import told_writes
-from heterofusion.runtime.loading import load_tokenizer
+from heterofusion.runtime.loading import ModelArguments, load_tokenizer
 from heterofusion.runtime.ranks import all_together
 
 logger = logging.getLogger(__name__)
@@ -226,7 +225,7 @@ def read_store(output_dir: Path) -> StoredLabels:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{path} is not what recipes/label.py writes ({type(error).__name__}: {error}): label again with "
         "--top_k_logits"
     )

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.data.arguments import SourceLabelArguments
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.labels import Origin, SourceLabels
+from heterofusion.data.labels import Origin, SourceLabelArguments, SourceLabels
 from heterofusion.data.replay import examples_sha256
 from heterofusion.experts.cache import cache_folder, cache_key
 from heterofusion.experts.mapped import new_table, read_table

@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.adapters.lora import CONFIG_FILE, LoraAdapter, file_sha256
-from heterofusion.data.arguments import DataArguments, ModelArguments
+from heterofusion.adapters.lora import CONFIG_FILE, LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.replay import ReplayReport, build_replay, examples_sha256, make_collator
+from heterofusion.data.replay import DataArguments, ReplayReport, build_replay, examples_sha256, make_collator
 from heterofusion.evaluation.arguments import EvalModelArguments
 from heterofusion.experts.generation import longest_first
 from heterofusion.experts.models import (
@@ -39,9 +38,9 @@ from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path,
 from heterofusion.experts.vocabulary import tokenizer_fingerprint
 from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import base_dtype, base_skeleton, check_token_ids
-from heterofusion.runtime.ranks import all_together
-from heterofusion.training.engines import without_zero_init
+from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.loading import ModelArguments, base_dtype, base_skeleton, check_token_ids
+from heterofusion.runtime.ranks import all_together, without_zero_init
 from heterofusion.training.expert import ExpertModelArguments
 
 logger = logging.getLogger(__name__)

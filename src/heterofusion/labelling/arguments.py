@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from heterofusion.data.arguments import ModelArguments
 from heterofusion.data.label_controls import ANCHOR, LABEL_CONTROLS
 from heterofusion.evaluation.arguments import (
     BASE_NAME,
@@ -16,8 +15,9 @@ from heterofusion.evaluation.arguments import (
     GenerationArguments,
     is_file_name,
 )
+from heterofusion.method.config import check_range
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.config import check_range
+from heterofusion.runtime.loading import ModelArguments
 
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 TEMPERATURE, TOP_P = 1.0, 0.95

@@ -43,8 +43,7 @@ from heterofusion.labelling.self_prompt import (
 )
 from heterofusion.labelling.tasks import LabelTask, file_name, load_tasks, prompt_set
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import staging_folder
-from heterofusion.runtime.loading import check_output_dir
+from heterofusion.runtime.files import check_output_dir, staging_folder
 from heterofusion.runtime.ranks import all_together
 
 logger = logging.getLogger(__name__)

@@ -17,20 +17,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from heterofusion.adapters.lora import (
-    CONFIG_FILE,
-    PICKLE_FILE,
-    PREFIX,
-    TOKENIZER_FILES,
-    WEIGHTS_FILE,
-    file_sha256,
-    load_adapter,
-)
+from heterofusion.adapters.lora import CONFIG_FILE, PICKLE_FILE, PREFIX, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
 from heterofusion.merging.arguments import MergeError
 from heterofusion.merging.factors import Factors
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.publish.record import CARD_FILE, MERGE_FILE, RECORD_FILES, describe_controls, record_control
-from heterofusion.runtime.files import is_failed_write, staging_folder
+from heterofusion.runtime.files import file_sha256, is_failed_write, staging_folder
 
 _STAGING = ".merge-"
 

@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    PretrainedConfig,
+)
 
 from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import ModelArguments, base_skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +107,18 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
         frozen = not parameter.requires_grad and "lora_" not in name and not hasattr(parameter, "ds_id")
         if frozen and parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
+
+
+def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Check on the meta device, before any weight is loaded, that the base model has the adapter's modules.
+
+    Returns:
+        The base model's config.
+
+    Raises:
+        AdapterError: the config cannot be read or a module does not fit.
+        ValueError: the config is of no causal language model, or quantization is not possible.
+    """
+    skeleton = base_skeleton(model, trust_remote_code)
+    check_base_fits(skeleton, target)
+    return skeleton.config

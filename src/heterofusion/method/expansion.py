@@ -24,8 +24,8 @@ from heterofusion.adapters.alignment import AlignmentPlan, GroupKey
 from heterofusion.adapters.config import AdapterError, rank_and_scaling
 from heterofusion.adapters.lora import LoraAdapter, LoraModule
 from heterofusion.cli import is_main_process
+from heterofusion.method.config import BasisArguments
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.config import BasisArguments
 
 ANCHOR_NORM, INPUTS = "norm of the anchor's rows", "inputs"
 _DEFAULT_NORM = 3**-0.5  # mean norm of a row of PEFT's first lora_A: uniform up to 1 / sqrt(in_features)

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from heterofusion.adapters.alignment import AlignmentPlan
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.method.hypernet import HyperNetworks
 from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 from heterofusion.training.checkpoints import (
     HYPERNETWORKS_FILE,
     IDENTITY_FILE,

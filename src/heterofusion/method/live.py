@@ -16,10 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heterofusion.method.config import MethodConfig
 from heterofusion.method.contexts import GroupContext
 from heterofusion.method.hypernet import HypernetworkInput, HypernetworkOutput, HyperNetworks
 from heterofusion.method.rdm import rdm_loss
-from heterofusion.training.config import MethodConfig
 from heterofusion.training.engines import is_sharded
 
 

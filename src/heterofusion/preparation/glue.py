@@ -15,12 +15,12 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.data.files import Records, load_records
 from heterofusion.data.formats import check_string, type_name
 from heterofusion.evaluation.glue import GLUE_LABELS, MAX_SIMILARITY
 from heterofusion.preparation.splits import Example, SourceTask
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 
 HUB_NAME = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".jsonl", ".json")

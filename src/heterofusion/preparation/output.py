@@ -8,12 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.data.files import load_json, read_text
 from heterofusion.data.markdown import markdown_table
 from heterofusion.preparation.splits import PreparedTask
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import staging_folder
+from heterofusion.runtime.files import file_sha256, staging_folder
 
 MANIFEST = "manifest.json"
 UNLABELLED = "unlabelled"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters.lora import file_sha256
 from heterofusion.data.files import Records, load_json, parse_json, read_text
 from heterofusion.data.formats import check_string, type_name
 from heterofusion.evaluation.uie import KINDS
 from heterofusion.preparation.prompts import Item, write_answer, write_prompt
 from heterofusion.preparation.splits import Example, SourceTask
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 
 logger = logging.getLogger(__name__)
 

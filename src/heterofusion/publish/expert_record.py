@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from heterofusion.adapters.lora import WEIGHTS_FILE, file_sha256
+from heterofusion.adapters.lora import WEIGHTS_FILE
 from heterofusion.data.label_controls import is_labelled_by_sources, labels_control
 from heterofusion.publish.record import (
     CARD_FILE,
@@ -24,6 +24,7 @@ from heterofusion.publish.record import (
     training_cost,
     whole_control,
 )
+from heterofusion.runtime.files import file_sha256
 from heterofusion.training.config import training_settings
 from heterofusion.training.expert_lora import ExpertLora, plain
 from heterofusion.training.mixture_data import TrainingData

@@ -11,12 +11,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from heterofusion.adapters.config import AdapterError, read_json_object
 from heterofusion.adapters.controls import control_kind, control_record, describe_control
-from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter, file_sha256
+from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter
 from heterofusion.data.label_controls import ANCHOR, describe_labels_control, is_labelled_by_sources, labels_control
 from heterofusion.method.expansion import INPUTS, ExpandedAdapter
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.cost import cost_record
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import file_sha256
 
 PROVENANCE_FILE = "fusion.json"
 EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256
+from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.record import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import staging_folder, told_writes
+from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
 from heterofusion.training.engines import whole_tensors
 
 logger = logging.getLogger(__name__)

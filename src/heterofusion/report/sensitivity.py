@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from heterofusion.method.config import MethodConfig
 from heterofusion.report.intervals import Estimate, estimate, number
 from heterofusion.report.results import MEAN, Result
 from heterofusion.report.rows import Group, cells
-from heterofusion.training.config import MethodConfig
 
 FEWEST_POINTS = 3
 _TITLES = {

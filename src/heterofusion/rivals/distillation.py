@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from heterofusion.adapters.config import read_json_object
-from heterofusion.data.arguments import DataArguments, OutputArguments
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.replay import make_collator
+from heterofusion.data.replay import DataArguments, make_collator
 from heterofusion.experts.cache import cache_folder
+from heterofusion.method.config import check_range
 from heterofusion.method.diagnostics import WindowMeans
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.config import check_range
+from heterofusion.training.config import OutputArguments
 from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.training.label_loss import kl_divergences, pad_rows
 from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer

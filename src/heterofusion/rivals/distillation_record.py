@@ -12,7 +12,7 @@ from accelerate import PartialState
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 
-from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, file_sha256, load_adapter
+from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, load_adapter
 from heterofusion.data.markdown import markdown_table
 from heterofusion.experts.teachers import Teacher
 from heterofusion.publish.record import (
@@ -29,7 +29,7 @@ from heterofusion.publish.record import (
 )
 from heterofusion.rivals.distillation import DistillConfig
 from heterofusion.rivals.fusellm import FusionReport
-from heterofusion.runtime.files import staging_folder, told_writes
+from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
 from heterofusion.runtime.ranks import all_together, from_main
 from heterofusion.training.config import training_settings
 

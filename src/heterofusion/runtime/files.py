@@ -1,6 +1,7 @@
 """Files that are there as a whole or not at all: a text in one step, or a folder that is filled beside its place."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from heterofusion.runtime.errors import UserError
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 
@@ -68,3 +71,39 @@ def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_output_dir(
+    output_dir: str, resuming: bool, overwrite: bool, resume_flag: str = "--resume_from_checkpoint"
+) -> None:
+    """Refuse to write over another run, or where nothing can be written. The folder is not made yet.
+
+    Args:
+        output_dir: The folder.
+        resuming: Whether what is there is gone on with.
+        overwrite: Whether what is there may be replaced.
+        resume_flag: What the message calls the flag to resume with.
+
+    Raises:
+        ValueError: a file of that name, no permission, or a folder with content that was not asked to be reused.
+    """
+    folder = Path(output_dir).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {folder}: {nearest} is not writable; name another folder")
+    if folder == nearest and any(folder.iterdir()) and not (resuming or overwrite):
+        raise UserError(
+            f"--output_dir {folder} exists and is not empty; name another, resume with "
+            f"{resume_flag} true, or pass --overwrite true"
+        )

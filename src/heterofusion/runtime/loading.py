@@ -2,78 +2,51 @@
 
 import importlib.util
 import logging
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import IntervalStrategy
 
-from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
-from heterofusion.adapters.architectures import load_base_config, read_source_configs, read_target_config
-from heterofusion.adapters.controls import control_sources
-from heterofusion.adapters.lora import LoraAdapter, load_adapter
-from heterofusion.data.arguments import AdapterArguments, DataArguments, ModelArguments
-from heterofusion.method.base_model import check_base_fits
+from heterofusion.adapters.lora import AdapterError, LoraAdapter
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.config import MethodConfig
-from heterofusion.training.engines import set_zero_init_dtype, without_zero_init
+from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
 from heterofusion.training.label_loss import SOFT_IDS
 
-logger = logging.getLogger(__name__)
 
+@dataclass
+class ModelArguments:
+    """The target's base model and how it is loaded."""
 
-def load_plan(
-    adapters: AdapterArguments,
-    method: MethodConfig,
-    base: str | None = None,
-    base_revision: str | None = None,
-    target: LoraAdapter | None = None,
-    seed: int = 42,
-) -> AlignmentPlan:
-    """Read all adapters and align them. No base weights are loaded.
-
-    Args:
-        adapters: names of the adapters.
-        method: settings of the alignment.
-        base: base model of the target; needed only if the target has fused projections and does not name it.
-        base_revision: Hub revision of `base`.
-        target: the target adapter, in place of the one that `adapters` names.
-        seed: of the source control, if `adapters` asks for one.
-
-    Raises:
-        AdapterError: an adapter is not usable, or nothing aligns.
-        ValueError: settings are out of range.
-    """
-    method.check_method()
-    if target is None:
-        target = load_adapter(
-            adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
-        )
-    sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
-    if adapters.source_control is not None:
-        sources = control_sources(sources, adapters.source_control, seed)
-    return plan_alignment(
-        target,
-        sources,
-        layer_alignment=method.layer_alignment,
-        transfer_ratio=method.transfer_ratio,
-        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
-        source_configs=read_source_configs(adapters.source_configs, sources),
+    model_name_or_path: str = field(metadata={"help": "Base model of the target adapter: local folder or Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the frozen base; by default bfloat16 on a GPU that has it, else float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of the base model: sdpa, flash_attention_2, eager, ..."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bit with bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bit (nf4) with bitsandbytes."})
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(
@@ -95,21 +68,6 @@ def load_tokenizer(
             f"tokenizer of {name!r} cannot be loaded ({_first_line(error).rstrip(':')}); save one there, or beside "
             "the target adapter, or give another --model_name_or_path"
         ) from error
-
-
-def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Check on the meta device, before any weight is loaded, that the base model has the adapter's modules.
-
-    Returns:
-        The base model's config.
-
-    Raises:
-        AdapterError: the config cannot be read or a module does not fit.
-        ValueError: the config is of no causal language model, or quantization is not possible.
-    """
-    skeleton = base_skeleton(model, trust_remote_code)
-    check_base_fits(skeleton, target)
-    return skeleton.config
 
 
 def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -222,55 +180,31 @@ def _own_dtype(model: ModelArguments, trust_remote_code: bool) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def check_run_flags(args: TrainingArguments, data: DataArguments) -> None:
-    """Refuse flags that would fail once the base model is loaded, or at the end of the run.
-
-    Raises:
-        ValueError: evaluation without data, an integration that is not there, or a name that the Hub cannot have.
-    """
-    if args.eval_strategy != "no" and not data.eval_dataset_name:
-        strategy = IntervalStrategy(args.eval_strategy).value
-        raise UserError(f"--eval_strategy is {strategy}, but --eval_dataset_name is not given; name one")
-    try:  # Trainer would do so once the base is loaded
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except (ValueError, RuntimeError) as error:
-        names = ", ".join(cast("list[str]", args.report_to))  # a list once it is parsed
-        raise UserError(f"--report_to is {names}: {error}") from error
-    if args.push_to_hub:  # a name that the Hub cannot have would be refused once the adapter is trained
-        try:
-            validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
-        except HFValidationError as error:
-            raise UserError(str(error)) from error
-
-
-def check_output_dir(
-    output_dir: str, resuming: bool, overwrite: bool, resume_flag: str = "--resume_from_checkpoint"
-) -> None:
-    """Refuse to write over another run, or where nothing can be written. The folder is not made yet.
-
-    Args:
-        output_dir: The folder.
-        resuming: Whether what is there is gone on with.
-        overwrite: Whether what is there may be replaced.
-        resume_flag: What the message calls the flag to resume with.
-
-    Raises:
-        ValueError: a file of that name, no permission, or a folder with content that was not asked to be reused.
-    """
-    folder = Path(output_dir).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"--output_dir {folder}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {folder}: {nearest} is not writable; name another folder")
-    if folder == nearest and any(folder.iterdir()) and not (resuming or overwrite):
-        raise UserError(
-            f"--output_dir {folder} exists and is not empty; name another, resume with "
-            f"{resume_flag} true, or pass --overwrite true"
-        )
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def load_base_config(
+    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PretrainedConfig:
+    """Read a base model's `config.json`, local or from the Hub; no weights.
+
+    Raises:
+        AdapterError: it cannot be read; `what` says whose base it is, or by which flag it is named.
+    """
+    try:
+        if not Path(name_or_path).exists():
+            # transformers' own download retries for half a minute without a network; this one fails at once
+            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:  # every config class checks its values in its own way, with its own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AdapterError(
+            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
+            + (
+                "it"
+                if what.startswith("--")
+                else "it with --source_configs (a source) or --model_name_or_path (the target)"
+            )
+        ) from error

@@ -8,8 +8,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers.integrations import deepspeed as deepspeed_integration
 
 from heterofusion.runtime.errors import UserError, one_line
 
@@ -70,3 +72,27 @@ def from_main(ranks: PartialState, value: Any) -> Any:
 def from_all(ranks: PartialState, value: Any) -> list[Any]:
     """Give all processes the values of all, by rank."""
     return list(gather_object([value])) if ranks.num_processes > 1 else [value]
+
+
+def set_zero_init_dtype(dtype: torch.dtype) -> None:
+    """Let ZeRO-3 hold a base that is about to be loaded in this dtype; nothing happens without DeepSpeed.
+
+    transformers builds the base under `zero.Init`, which takes the dtype of DeepSpeed's config: float32 here, since
+    mixed precision would cast the hypernetworks as well. This changes the config that `zero.Init` sees, not the
+    engine's.
+    """
+    config = deepspeed_integration.deepspeed_config()
+    if config is not None:
+        config["bf16"] = {"enabled": dtype == torch.bfloat16}
+        config["fp16"] = {"enabled": dtype == torch.float16}
+
+
+@contextlib.contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Models made in here are not partitioned by ZeRO-3's `zero.Init`, which cannot take the meta device."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference

@@ -23,12 +23,12 @@ from transformers.trainer_utils import rotate_checkpoints
 from heterofusion.adapters.alignment import AlignmentPlan
 from heterofusion.adapters.controls import control_record
 from heterofusion.method.basis_checkpoint import read_rows, write_rows
+from heterofusion.method.config import MethodConfig
 from heterofusion.method.expansion import ExpandedAdapter
 from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import is_failed_write
-from heterofusion.training.config import MethodConfig
 from heterofusion.training.engines import load_whole_tensors, whole_tensors
 from heterofusion.training.nonfinite import NonFiniteError
 

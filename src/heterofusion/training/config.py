@@ -5,31 +5,52 @@ Every range that can be checked without a file is checked here.
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import (
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 
-from heterofusion.method.presets import PRESETS, preset_of
+from heterofusion.data.replay import DataArguments
+from heterofusion.method.config import MethodConfig, _of_preset, check_range
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.engines import set_zero_init_dtype
-
-DEFAULT_PRESET = "paper"
-EXTRA_BASES = ("random", "activations")
+from heterofusion.runtime.ranks import set_zero_init_dtype
 
 
-def check_range(flag: str, value: float | None, low: float, strict: bool) -> None:
-    """Check that a number is finite and at least `low`, or above it if `strict`; None passes.
+@dataclass
+class OutputArguments:
+    """What a training run does with an output_dir that is there."""
 
-    Raises:
-        ValueError: names the flag, its value and the range.
-    """
-    if value is not None and not (low < value < math.inf if strict else low <= value < math.inf):
-        raise UserError(f"--{flag} is {value}; it must be {'above' if strict else 'at least'} {low:g} and finite")
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Write into an output_dir that is not empty; checkpoints and files of the same name go."},
+    )
+
+
+@dataclass
+class RunArguments(OutputArguments):
+    """What a fusion run does besides training."""
+
+    dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})
+    init_hypernetwork_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from hypernetworks of another fusion, of the same sizes: a checkpoint-N folder, or an "
+            "output_dir for its last one. Groups (role and rank) that it lacks start fresh."
+        },
+    )
+    carry_hypernetworks: bool = field(
+        default=False,
+        metadata={"help": "With `stages:` in the YAML file: start from the hypernetworks of the stage before."},
+    )
 
 
 def check_training(args: TrainingArguments) -> None:
@@ -94,174 +115,6 @@ def training_settings(args: TrainingArguments) -> dict[str, Any]:
     )  # fmt: skip
     settings = args.to_dict()  # enums as plain values
     return {name: settings[name] for name in names}
-
-
-EXTRA_RANK_HELP = (
-    "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, whose columns of "
-    "lora_B start at 0. In a sequence every stage adds its own; 0 is the published method"
-)
-EXTRA_BASIS_HELP = (
-    "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs that the module "
-    "sees on the training data"
-)
-
-
-@dataclass
-class BasisArguments:
-    """Rows that `basis.py` adds to every lora_A of an adapter before it is trained."""
-
-    extra_rank: int = field(default=0, metadata={"help": f"{EXTRA_RANK_HELP}."})
-    extra_basis: str = field(default="random", metadata={"help": f"{EXTRA_BASIS_HELP}.", "choices": list(EXTRA_BASES)})
-
-    def check_basis(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ValueError: names the flag, its value and the remedy.
-        """
-        if isinstance(self.extra_rank, bool) or not isinstance(self.extra_rank, int) or self.extra_rank < 0:
-            raise UserError(f"--extra_rank is {self.extra_rank}; it must be an integer of at least 0")
-        if self.extra_basis not in EXTRA_BASES:
-            raise UserError(f"--extra_basis is {self.extra_basis!r}; choose one of {', '.join(EXTRA_BASES)}")
-        if self.extra_basis != EXTRA_BASES[0] and self.extra_rank == 0:
-            raise UserError(
-                f"--extra_basis is {self.extra_basis}, but --extra_rank is 0, so no rows are added; give a rank, or "
-                "leave --extra_basis out"
-            )
-
-
-def _of_preset(name: str, help: str, **metadata: Any) -> Any:
-    """A field that has the preset's value where it is not given: None until then, never afterwards.
-
-    Args:
-        name: of the field.
-        help: of the flag; what the presets say is added.
-        **metadata: of the field.
-    """
-    values = {preset: each.values[name] for preset, each in PRESETS.items()}
-    default = values[DEFAULT_PRESET]
-    told = [str(default), *(f"{value} in `{preset}`" for preset, value in values.items() if value != default)]
-    return field(default=None, metadata={"help": f"{help} ({'; '.join(told)}).", **metadata})
-
-
-@dataclass
-class MethodConfig(BasisArguments):
-    """Settings of the method itself, without those of training.
-
-    What is not given comes from the preset; sizes are fitted to the width of the target model.
-    """
-
-    preset: str = field(
-        default=DEFAULT_PRESET,
-        metadata={
-            "help": "Defaults of the flags that are not given: the published method, the same with a compact "
-            "hypernetwork, or recommended: compact, with extra rank and a free update, made for source labels.",
-            "choices": list(PRESETS),
-        },
-    )
-    extra_rank: int = _of_preset("extra_rank", EXTRA_RANK_HELP)
-    extra_basis: str = _of_preset("extra_basis", EXTRA_BASIS_HELP, choices=list(EXTRA_BASES))
-    residual_scale: float = _of_preset(
-        "residual_scale",
-        "Scale of a free update that is trained beside the predicted one. Under Adam it moves by the learning rate "
-        "times this scale; 0 leaves it out",
-    )
-    block_size: int | None = field(
-        default=None, metadata={"help": "Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that."}
-    )
-    embed_dim: int | None = field(
-        default=None, metadata={"help": "Embedding width of the hypernetwork; 1024 in `paper` on a 4096-wide model."}
-    )
-    num_heads: int | None = field(default=None, metadata={"help": "Attention heads of the hypernetwork (8)."})
-    max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "Longest sequence of blocks, sources concatenated (4096; 1024 in `compact`)."}
-    )
-    alpha_init: float = field(default=0.3, metadata={"help": "First value of every alpha, the scale of an update."})
-    mu_gate: float = field(default=0.1, metadata={"help": "Shift of the gate before it is clamped to [0, 1]."})
-    rdm_weight: float = _of_preset("rdm_weight", "Weight (lambda) of rectified distribution matching in the loss")
-    rdm_mu: float = field(default=0.0, metadata={"help": "Mean of RDM's Gaussian before rectification."})
-    rdm_sigma: float = field(default=1.0, metadata={"help": "Standard deviation of RDM's Gaussian."})
-    rdm_projections: int = field(default=2048, metadata={"help": "Random projections of RDM."})
-    layer_alignment: str = field(
-        default="tail",
-        metadata={
-            "help": "Map between models of different depth: the last layers meet, or depth is scaled.",
-            "choices": ["tail", "proportional"],
-        },
-    )
-    transfer_ratio: str = field(
-        default="1", metadata={"help": "Share of each source's layer pairs that is used, from the last: 0.5 or 1/2."}
-    )
-    canonicalize: bool = field(
-        default=False, metadata={"help": "Read every (A, B) in its canonical form sqrt(S) V^T, U sqrt(S)."}
-    )
-
-    def __post_init__(self) -> None:
-        self.fill_preset()
-
-    @property
-    def form(self) -> str:
-        """The form of the hypernetworks."""
-        return preset_of(self.preset).form
-
-    def fill_preset(self) -> None:
-        """Give everything that was not given its preset's value.
-
-        Raises:
-            ValueError: there is no such preset.
-        """
-        if self.extra_rank == 0 and self.extra_basis is None:
-            self.extra_basis = EXTRA_BASES[0]  # there are no rows to lie anywhere
-        for name, value in preset_of(self.preset).values.items():
-            if getattr(self, name, value) is None:
-                setattr(self, name, value)
-
-    def check_method(self) -> None:
-        """Check the ranges of the settings.
-
-        Raises:
-            ValueError: names the flag, its value and the range.
-        """
-        for name, low, strict in (
-            ("rdm_weight", 0.0, False),
-            ("residual_scale", 0.0, False),
-            ("rdm_sigma", 0.0, False),
-            ("rdm_projections", 0, True),
-            ("block_size", 0, True),
-            ("embed_dim", 0, True),
-            ("num_heads", 0, True),
-            ("max_position_embeddings", 0, True),
-        ):
-            check_range(name, getattr(self, name), low, strict)
-        self.check_basis()
-        for name in ("alpha_init", "mu_gate", "rdm_mu"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be finite")
-        if self.alpha_init == 0:
-            raise UserError("--alpha_init is 0; the hypernetwork would never get a gradient")
-
-    def check_same(self, other: "MethodConfig") -> None:
-        """Refuse other settings of the method than these, which a model was built with.
-
-        Raises:
-            ValueError: names the first one that differs.
-        """
-        wanted = other.method_dict()
-        for name, value in self.method_dict().items():
-            if value != wanted[name]:
-                raise UserError(
-                    f"{name} is {value} in the model and {wanted[name]} in args; build the model with the same "
-                    "HeteroFusionConfig"
-                )
-
-    def hypernetwork_overrides(self) -> dict[str, Any]:
-        """Arguments of `HypernetworkConfig.fitted` that these settings give."""
-        names = ("block_size", "embed_dim", "num_heads", "max_position_embeddings", "mu_gate", "residual_scale")
-        return {name: getattr(self, name) for name in names}
-
-    def method_dict(self) -> dict[str, Any]:
-        """The method's settings as plain values, without those of training."""
-        return {name: getattr(self, name) for name in MethodConfig.__dataclass_fields__}
 
 
 @dataclass
@@ -371,3 +224,25 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     def training_dict(self) -> dict[str, Any]:
         """The settings of training that a fused adapter depends on, as plain values."""
         return training_settings(self) | {"bf16": self.bf16 or self.base_in_bf16}
+
+
+def check_run_flags(args: TrainingArguments, data: DataArguments) -> None:
+    """Refuse flags that would fail once the base model is loaded, or at the end of the run.
+
+    Raises:
+        ValueError: evaluation without data, an integration that is not there, or a name that the Hub cannot have.
+    """
+    if args.eval_strategy != "no" and not data.eval_dataset_name:
+        strategy = IntervalStrategy(args.eval_strategy).value
+        raise UserError(f"--eval_strategy is {strategy}, but --eval_dataset_name is not given; name one")
+    try:  # Trainer would do so once the base is loaded
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError) as error:
+        names = ", ".join(cast("list[str]", args.report_to))  # a list once it is parsed
+        raise UserError(f"--report_to is {names}: {error}") from error
+    if args.push_to_hub:  # a name that the Hub cannot have would be refused once the adapter is trained
+        try:
+            validate_repo_id(args.hub_model_id or Path(str(args.output_dir)).resolve().name)
+        except HFValidationError as error:
+            raise UserError(str(error)) from error

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
-from transformers.integrations import deepspeed as deepspeed_integration
 
 from heterofusion.runtime.errors import UserError
 
@@ -108,30 +107,6 @@ def check_engine(accelerator: Accelerator) -> None:
 def _wraps_by_class(plugin: object) -> bool:
     policy = getattr(plugin, "auto_wrap_policy", None)
     return getattr(getattr(policy, "func", policy), "__name__", "") == "transformer_auto_wrap_policy"
-
-
-def set_zero_init_dtype(dtype: torch.dtype) -> None:
-    """Let ZeRO-3 hold a base that is about to be loaded in this dtype; nothing happens without DeepSpeed.
-
-    transformers builds the base under `zero.Init`, which takes the dtype of DeepSpeed's config: float32 here, since
-    mixed precision would cast the hypernetworks as well. This changes the config that `zero.Init` sees, not the
-    engine's.
-    """
-    config = deepspeed_integration.deepspeed_config()
-    if config is not None:
-        config["bf16"] = {"enabled": dtype == torch.bfloat16}
-        config["fp16"] = {"enabled": dtype == torch.float16}
-
-
-@contextlib.contextmanager
-def without_zero_init() -> Iterator[None]:
-    """Models made in here are not partitioned by ZeRO-3's `zero.Init`, which cannot take the meta device."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
 
 
 def wrap_hypernetworks_apart(accelerator: Accelerator, model: nn.Module, name: str) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from heterofusion.data.arguments import DataArguments, ModelArguments, OutputArguments, SourceLabelArguments
+from heterofusion.data.labels import SourceLabelArguments
+from heterofusion.data.replay import DataArguments
+from heterofusion.method.config import BasisArguments, check_range
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.checkpoints import last_good
-from heterofusion.training.config import BasisArguments, avoid_reentrant, check_range, check_training
+from heterofusion.training.config import OutputArguments, avoid_reentrant, check_training
 from heterofusion.training.nonfinite import NonFiniteError
 
 ALL_LINEAR = "all-linear"

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, run_metrics
 from heterofusion.publish.record import RECORD_FILES
-from heterofusion.runtime.loading import check_output_dir
+from heterofusion.runtime.files import check_output_dir
 from heterofusion.training.expert import is_at_end
 from heterofusion.training.progress import checkpoint_folders, last_checkpoint, resume_wish
 

@@ -9,9 +9,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from heterofusion.data.arguments import DataArguments, SourceLabelArguments
-from heterofusion.data.labels import SourceLabels, build_labels, labels_record, labels_summary
-from heterofusion.data.replay import build_replay, examples_sha256
+from heterofusion.data.labels import SourceLabelArguments, SourceLabels, build_labels, labels_record, labels_summary
+from heterofusion.data.replay import DataArguments, build_replay, examples_sha256
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.checkpoints import first_difference, shorten
 from heterofusion.training.mixture import Mixture

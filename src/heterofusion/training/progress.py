@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from heterofusion.adapters.lora import WEIGHTS_FILE, file_sha256
+from heterofusion.adapters.lora import WEIGHTS_FILE
 from heterofusion.data.label_controls import labels_control
 from heterofusion.method.initialization import (
     INITIALIZATION_FILE,
@@ -28,7 +28,7 @@ from heterofusion.method.initialization import (
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.record import PROVENANCE_FILE, display_name
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import check_output_dir
+from heterofusion.runtime.files import check_output_dir, file_sha256
 from heterofusion.training.checkpoints import (
     HYPERNETWORKS_FILE,
     IDENTITY_FILE,
@@ -205,7 +205,7 @@ def check_data(stage: Stage) -> None:
 
 
 def _other_run(stage: Stage, name: str, found: Any, expected: Any) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{stage.folder / PROVENANCE_FILE} is of a finished stage with another {name}: {shorten(found)}, this run "
         f"has {shorten(expected)}; resume with the same flags, or start in a new output_dir"
     )

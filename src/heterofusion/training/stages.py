@@ -13,28 +13,23 @@ from typing import Any
 
 from datasets import Dataset
 
-from heterofusion.adapters.alignment import AlignmentPlan
+from heterofusion.adapters.alignment import AdapterArguments, AlignmentPlan, load_plan
 from heterofusion.adapters.config import read_json_object
 from heterofusion.adapters.controls import control_kind, control_record
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.cli import parse_arguments, stage_arguments
-from heterofusion.data.arguments import (
-    AdapterArguments,
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    SourceLabelArguments,
-)
 from heterofusion.data.label_controls import labels_control
+from heterofusion.data.labels import SourceLabelArguments
+from heterofusion.data.replay import DataArguments
 from heterofusion.method.expansion import expand_plan, plain_adapter
 from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.initialization import Initialization, check_sizes, read_initialization
 from heterofusion.method.model import hypernetwork_config
 from heterofusion.publish.record import PROVENANCE_FILE, initial_control, whole_control
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import load_plan
+from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.checkpoints import checkpoint_step, read_identity, shorten
-from heterofusion.training.config import HeteroFusionConfig
+from heterofusion.training.config import HeteroFusionConfig, RunArguments
 from heterofusion.training.mixture import Mixture
 
 ARGUMENTS = (ModelArguments, AdapterArguments, DataArguments, SourceLabelArguments, RunArguments, HeteroFusionConfig)

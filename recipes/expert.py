@@ -25,8 +25,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 from peft import PeftModel
 
 from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
-from heterofusion.data.label_controls import labels_control
-from heterofusion.data.labels import check_label_flags
+from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.method.basis_inputs import FitBasis

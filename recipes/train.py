@@ -24,8 +24,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
-from heterofusion.data.label_controls import labels_control
-from heterofusion.data.labels import check_label_flags
+from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.method.base_model import check_base

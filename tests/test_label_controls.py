@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.data.label_controls import file_control, labels_control
+from heterofusion.data.labels import file_control, labels_control
 from heterofusion.labelling.controls import exchange, with_control
 from heterofusion.labelling.routing import route
 from heterofusion.publish.record import whole_control

@@ -6,7 +6,7 @@ from pathlib import Path
 from heterofusion.comparison.cases import LABEL
 from heterofusion.comparison.plan import Comparison
 from heterofusion.comparison.runs import ComparisonRun, making_seconds, read_record
-from heterofusion.data.label_controls import ANCHOR, LABELS_FILE
+from heterofusion.data.labels import ANCHOR, LABELS_FILE
 from heterofusion.publish.record import DISTILLATION_FILE, EXPERT_FILE, MERGE_FILE, PROVENANCE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Pool, is_finished, run_all

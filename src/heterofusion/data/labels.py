@@ -7,8 +7,9 @@ token of the answer) and `format_ok`; each of them may be missing, and any file 
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from heterofusion.adapters.config import read_json_object
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import type_name
-from heterofusion.data.label_controls import LABELS_FILE, file_control
 from heterofusion.data.replay import (
     DataArguments,
     DatasetReport,
@@ -31,10 +31,29 @@ from heterofusion.data.replay import (
     examples_sha256,
     no_examples,
 )
-from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256
-from heterofusion.training.mixture import check_fraction, check_settings, check_soft_settings
+from heterofusion.runtime.files import display_name, file_sha256
+
+LABELS_FILE = "labels.json"  # beside the files of labels that recipes/label.py wrote
+
+
+ANCHOR = "anchor"  # its name among those of the sources, of which none may have it
+
+
+CONTROL_COLUMN = "control"  # of a label: the kind; labels that are none have no such column
+
+
+LABEL_CONTROLS = ("bases", "shuffle", "anchor")
+
+
+_WORDS = {
+    "bases": "those of the sources' base models without their adapters (bases)",
+    "shuffle": "those of sources that were chosen for other tasks (shuffle)",
+    "anchor": "those of the anchor itself in place of the sources (anchor)",
+}
+
+
+FINEST_SHARE = 1000  # largest denominator of a share: an epoch of a finer one would be very long
 
 
 @dataclass
@@ -408,3 +427,108 @@ def _file_record(report: LabelReport) -> dict[str, Any]:
     if report.control is None:
         del record["control"]
     return record
+
+
+def check_fraction(fraction: float) -> Fraction:
+    """The share of replay as an exact ratio.
+
+    Args:
+        fraction: the flag's value.
+
+    Returns:
+        The nearest ratio with a denominator of at most 1000.
+
+    Raises:
+        ValueError: it is not in [0, 1), or so near to one of them, without being 0, that a part would hardly occur.
+    """
+    share = Fraction(fraction).limit_denominator(FINEST_SHARE) if math.isfinite(fraction) else Fraction(-1)
+    if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
+        raise UserError(
+            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
+            f"from {1 / FINEST_SHARE} to {1 - 1 / FINEST_SHARE})"
+        )
+    return share
+
+
+def check_settings(args: TrainingArguments) -> None:
+    """Refuse settings of training that would break the shares, or the loss of each part.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
+            "own, with the same share of replay all along: leave --train_sampling_strategy out"
+        )
+    if args.use_liger_kernel:
+        raise UserError(
+            "--use_liger_kernel is true, but its fused loss keeps no logits, from which --source_labels logs the loss "
+            "of replay and of labels: leave one of the two out"
+        )
+
+
+def check_soft_settings(args: TrainingArguments) -> None:
+    """Refuse settings of training that do not go with soft labels.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
+            "distributions are what smooths: leave one of the two out"
+        )
+
+
+def file_control(path: Path, labels: Iterable[Mapping[str, Any]]) -> str | None:
+    """Kind of the control that a file of labels is of.
+
+    Args:
+        path: the file. A `labels.json` beside it counts if it tells of this file.
+        labels: its records, which tell of themselves where the file was moved or joined with others.
+
+    Returns:
+        The kind, several joined by `+`; None if the labels are of whoever was chosen, or not of recipes/label.py.
+
+    Raises:
+        AdapterError: `labels.json` is damaged; names it.
+    """
+    kinds = [label.get(CONTROL_COLUMN) for label in labels]
+    beside = path.parent / LABELS_FILE
+    if beside.is_file():
+        record = read_json_object(beside)
+        tasks, control = record.get("tasks"), record.get("control")
+        if isinstance(tasks, Mapping) and path.name in {f"{task}.jsonl" for task in tasks}:
+            kinds.append(control.get("kind") if isinstance(control, Mapping) else None)
+    return "+".join(kind for kind in LABEL_CONTROLS if kind in kinds) or None
+
+
+def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:
+    """Whether a training record of source labels holds any that are not the anchor's own answers."""
+    return record is not None and any(source != ANCHOR for file in record["files"] for source in file["by_source"])
+
+
+def labels_control(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What records tell of the controls among source labels; None if there are none.
+
+    Args:
+        record: `source_labels` of a training.
+
+    Returns:
+        `kind` (several are joined by `+`), and `files`: the names of the files.
+    """
+    files = [file for file in (record or {}).get("files", []) if file.get("control")]
+    if not files:
+        return None
+    kinds = {kind for file in files for kind in file["control"].split("+")}
+    return {
+        "kind": "+".join(kind for kind in LABEL_CONTROLS if kind in kinds),
+        "files": [file["name"] for file in files],
+    }
+
+
+def describe_labels_control(record: Mapping[str, Any]) -> str:
+    """What `labels_control` gave, in words: a clause."""
+    words = " and ".join(_WORDS[kind] for kind in record["kind"].split("+"))
+    return f"the source labels in {', '.join(record['files'])} are {words}"

@@ -28,8 +28,8 @@ from heterofusion.experts.models import (
     prompt_limit,
     records_beside,
 )
-from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import display_name
 from heterofusion.runtime.loading import base_dtype, check_token_ids
 
 PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from heterofusion.adapters.lora import CONFIG_FILE
-from heterofusion.data.label_controls import ANCHOR
+from heterofusion.data.labels import ANCHOR
 from heterofusion.evaluation.arguments import EvalModelArguments, GenerationArguments
 from heterofusion.evaluation.rows import adapter_hash
 from heterofusion.experts.examples import EvalSet, Prompts, encode
@@ -29,9 +29,8 @@ from heterofusion.experts.models import (
     prompt_limit,
 )
 from heterofusion.labelling.arguments import LabelModelArguments
-from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.files import display_name, file_sha256
 from heterofusion.runtime.loading import base_dtype, check_token_ids
 
 

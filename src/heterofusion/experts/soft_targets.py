@@ -32,9 +32,9 @@ from heterofusion.experts.soft import StoredLabels, StoredSource, read_store, re
 from heterofusion.experts.soft_labels import SoftLabels
 from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
 from heterofusion.labelling.tasks import file_name
-from heterofusion.publish.record import display_name
 from heterofusion.rivals.fusellm import Aligner, Mapped, answer_symbols, symbols_of, used_tokens
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import display_name
 from heterofusion.runtime.ranks import all_together
 from heterofusion.training.label_loss import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 

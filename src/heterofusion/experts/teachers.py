@@ -36,9 +36,8 @@ from heterofusion.experts.models import (
 )
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 from heterofusion.experts.vocabulary import tokenizer_fingerprint
-from heterofusion.publish.record import display_name
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.files import display_name, file_sha256
 from heterofusion.runtime.loading import ModelArguments, base_dtype, base_skeleton, check_token_ids
 from heterofusion.runtime.ranks import all_together, without_zero_init
 from heterofusion.training.expert import ExpertModelArguments

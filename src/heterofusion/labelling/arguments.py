@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from heterofusion.data.label_controls import ANCHOR, LABEL_CONTROLS
+from heterofusion.data.labels import ANCHOR, LABEL_CONTROLS
 from heterofusion.evaluation.arguments import (
     BASE_NAME,
     NO_ADAPTER,

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from heterofusion.data.label_controls import ANCHOR
+from heterofusion.data.labels import ANCHOR
 from heterofusion.experts.expert import Expert
 from heterofusion.labelling.routing import Routing
 from heterofusion.runtime.errors import UserError
@@ -42,7 +42,7 @@ def with_control(routing: Routing, kind: str, seed: int) -> Routing:
 
     Args:
         routing: The true one.
-        kind: One of `heterofusion.data.label_controls.LABEL_CONTROLS`.
+        kind: One of `heterofusion.data.labels.LABEL_CONTROLS`.
         seed: Of `shuffle`.
 
     Raises:

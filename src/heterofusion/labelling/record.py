@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.data.label_controls import CONTROL_COLUMN
+from heterofusion.data.labels import CONTROL_COLUMN
 from heterofusion.data.markdown import markdown_table
 from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import Expert
@@ -17,8 +17,9 @@ from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.routing import Routing, most_confident
 from heterofusion.labelling.tasks import LabelTask, labelled_record, tags_of
-from heterofusion.publish.record import display_name, library_versions
+from heterofusion.publish.record import library_versions
 from heterofusion.runtime.cost import cost_record
+from heterofusion.runtime.files import display_name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.cli import read_yaml
-from heterofusion.data.label_controls import ANCHOR
+from heterofusion.data.labels import ANCHOR
 from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.arguments import NO_ADAPTER
 from heterofusion.experts.label_generation import Label

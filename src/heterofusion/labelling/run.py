@@ -19,7 +19,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from heterofusion.data.label_controls import ANCHOR, LABELS_FILE
+from heterofusion.data.labels import ANCHOR, LABELS_FILE
 from heterofusion.evaluation.arguments import BASE_NAME, is_file_name
 from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.store import read_json, write_json, write_lines

@@ -12,7 +12,7 @@ from heterofusion.adapters.lora import AdapterError, LoraAdapter
 from heterofusion.evaluation.arguments import is_file_name
 from heterofusion.merging.arguments import PER_TASK, MergeError
 from heterofusion.method.base_model import check_base_fits
-from heterofusion.publish.record import display_name
+from heterofusion.runtime.files import display_name
 
 _FUSE = "merging needs experts of one base model; recipes/train.py fuses experts of different ones"
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)

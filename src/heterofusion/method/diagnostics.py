@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from heterofusion.adapters.alignment import AlignedSlice, adapter_depth
 from heterofusion.method.expansion import extra_rank
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.publish.record import display_name
+from heterofusion.runtime.files import display_name
 
 DIAGNOSTICS_FILE = "diagnostics.json"
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from heterofusion.adapters.lora import WEIGHTS_FILE
-from heterofusion.data.label_controls import is_labelled_by_sources, labels_control
+from heterofusion.data.labels import is_labelled_by_sources, labels_control
 from heterofusion.publish.record import (
     CARD_FILE,
     EXPERT_FILE,
@@ -16,7 +16,6 @@ from heterofusion.publish.record import (
     describe_basis,
     describe_controls,
     describe_labels,
-    display_name,
     initial_control,
     library_versions,
     made_by,
@@ -24,7 +23,7 @@ from heterofusion.publish.record import (
     training_cost,
     whole_control,
 )
-from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.files import display_name, file_sha256
 from heterofusion.training.config import training_settings
 from heterofusion.training.expert_lora import ExpertLora, plain
 from heterofusion.training.mixture_data import TrainingData

@@ -28,11 +28,11 @@ from heterofusion.publish.record import (
     MERGE_FILE,
     PROVENANCE_FILE,
     RECORD_FILES,
-    display_name,
     find_record,
     record_control,
 )
 from heterofusion.publish.write import ExportError
+from heterofusion.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
 

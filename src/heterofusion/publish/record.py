@@ -1,10 +1,8 @@
 """What is told of a fused adapter: names fit for publishing, the record in `fusion.json`, and the model card."""
 
 import importlib.metadata
-import os
-import re
 from collections.abc import Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,12 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from heterofusion.adapters.config import AdapterError, read_json_object
 from heterofusion.adapters.controls import control_kind, control_record, describe_control
 from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter
-from heterofusion.data.label_controls import ANCHOR, describe_labels_control, is_labelled_by_sources, labels_control
+from heterofusion.data.labels import ANCHOR, describe_labels_control, is_labelled_by_sources, labels_control
 from heterofusion.method.expansion import INPUTS, ExpandedAdapter
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.cost import cost_record
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.files import display_name, file_sha256
 
 PROVENANCE_FILE = "fusion.json"
 EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
@@ -169,13 +167,6 @@ def library_versions() -> dict[str, str]:
     """Installed versions of the packages that a fused adapter depends on."""
     names = ("heterofusion", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def display_name(name: str) -> str:
-    """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
-        return name
-    return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
 
 
 def fused_config(model: HeteroFusionModel) -> dict[str, Any]:

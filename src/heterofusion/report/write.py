@@ -12,7 +12,6 @@ from tqdm import tqdm
 from heterofusion.data.files import load_json, read_text
 from heterofusion.data.markdown import markdown_table
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.publish.record import display_name
 from heterofusion.report.claims import Finding
 from heterofusion.report.comparison import ComparisonTable, comparison_section
 from heterofusion.report.comparison_picture import comparison_drawings
@@ -41,7 +40,7 @@ from heterofusion.report.score_pictures import draw_curve, draw_score_map, draw_
 from heterofusion.report.sensitivity import find_curves
 from heterofusion.report.training import TRAINER_STATE_FILE, draw_training, read_history
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import staging_folder
+from heterofusion.runtime.files import display_name, staging_folder
 
 REPORT_FILE, NUMBERS_FILE, PICTURES = "report.md", "report.json", "pictures"
 MOST_BARS = 10  # rows that bars can still tell apart

@@ -19,7 +19,6 @@ from heterofusion.publish.record import (
     CARD_FILE,
     DISTILLATION_FILE,
     describe_controls,
-    display_name,
     initial_control,
     library_versions,
     made_by,
@@ -29,7 +28,7 @@ from heterofusion.publish.record import (
 )
 from heterofusion.rivals.distillation import DistillConfig
 from heterofusion.rivals.fusellm import FusionReport
-from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
+from heterofusion.runtime.files import display_name, file_sha256, staging_folder, told_writes
 from heterofusion.runtime.ranks import all_together, from_main
 from heterofusion.training.config import training_settings
 

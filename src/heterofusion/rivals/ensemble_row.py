@@ -26,11 +26,12 @@ from heterofusion.experts.models import (
     find_adapter,
     prompt_limit,
 )
-from heterofusion.publish.record import display_name, made_by
+from heterofusion.publish.record import made_by
 from heterofusion.rivals.ensemble_generation import EnsembleGenerator, Member
 from heterofusion.rivals.ensemble_text import AnswerCodec
 from heterofusion.rivals.ensembling import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import display_name
 from heterofusion.runtime.loading import check_token_ids
 
 logger = logging.getLogger(__name__)

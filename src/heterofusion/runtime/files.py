@@ -3,10 +3,11 @@
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from safetensors import SafetensorError
 
@@ -107,3 +108,10 @@ def check_output_dir(
             f"--output_dir {folder} exists and is not empty; name another, resume with "
             f"{resume_flag} true, or pass --overwrite true"
         )
+
+
+def display_name(name: str) -> str:
+    """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
+        return name
+    return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes

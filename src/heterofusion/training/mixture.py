@@ -19,63 +19,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 
 from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.data.labels import FINEST_SHARE, check_fraction
 from heterofusion.runtime.errors import UserError
 
 PART = "mixture_part"  # column of a batch: the index in PARTS of each example's part
 PARTS = ("replay", "labels")
-_FINEST = 1000  # largest denominator of a share: an epoch of a finer one would be very long
-
-
-def check_fraction(fraction: float) -> Fraction:
-    """The share of replay as an exact ratio.
-
-    Args:
-        fraction: the flag's value.
-
-    Returns:
-        The nearest ratio with a denominator of at most 1000.
-
-    Raises:
-        ValueError: it is not in [0, 1), or so near to one of them, without being 0, that a part would hardly occur.
-    """
-    share = Fraction(fraction).limit_denominator(_FINEST) if math.isfinite(fraction) else Fraction(-1)
-    if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
-        raise UserError(
-            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
-            f"from {1 / _FINEST} to {1 - 1 / _FINEST})"
-        )
-    return share
-
-
-def check_settings(args: TrainingArguments) -> None:
-    """Refuse settings of training that would break the shares, or the loss of each part.
-
-    Raises:
-        ValueError: names the flag.
-    """
-    if args.train_sampling_strategy != "random":
-        raise UserError(
-            f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
-            "own, with the same share of replay all along: leave --train_sampling_strategy out"
-        )
-    if args.use_liger_kernel:
-        raise UserError(
-            "--use_liger_kernel is true, but its fused loss keeps no logits, from which --source_labels logs the loss "
-            "of replay and of labels: leave one of the two out"
-        )
-
-
-def check_soft_settings(args: TrainingArguments) -> None:
-    """Refuse settings of training that do not go with soft labels.
-
-    Raises:
-        ValueError: names the flag.
-    """
-    if args.label_smoothing_factor:
-        raise UserError(
-            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
-            "distributions are what smooths: leave one of the two out"
-        )
 
 
 def default_fraction(replay: int, labels: int) -> float:
@@ -90,7 +38,7 @@ def default_fraction(replay: int, labels: int) -> float:
     """
     if not replay:
         return 0.0
-    return min(max(replay / (replay + labels), 1 / _FINEST), 1 - 1 / _FINEST)
+    return min(max(replay / (replay + labels), 1 / FINEST_SHARE), 1 - 1 / FINEST_SHARE)
 
 
 class Mixture(Dataset):

@@ -8,17 +8,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.data.labels import check_settings, check_soft_settings
 from heterofusion.method.diagnostics import WindowMeans
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.label_loss import SOFT_COLUMNS, SoftCollator, soft_losses
-from heterofusion.training.mixture import (
-    PART,
-    Mixture,
-    MixtureSampler,
-    check_settings,
-    check_soft_settings,
-    part_losses,
-)
+from heterofusion.training.mixture import PART, Mixture, MixtureSampler, part_losses
 from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer
 
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from heterofusion.adapters.lora import WEIGHTS_FILE
-from heterofusion.data.label_controls import labels_control
+from heterofusion.data.labels import labels_control
 from heterofusion.method.initialization import (
     INITIALIZATION_FILE,
     Initialization,
@@ -26,9 +26,9 @@ from heterofusion.method.initialization import (
     write_initialization,
 )
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.publish.record import PROVENANCE_FILE, display_name
+from heterofusion.publish.record import PROVENANCE_FILE
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import check_output_dir, file_sha256
+from heterofusion.runtime.files import check_output_dir, display_name, file_sha256
 from heterofusion.training.checkpoints import (
     HYPERNETWORKS_FILE,
     IDENTITY_FILE,

@@ -18,8 +18,7 @@ from heterofusion.adapters.config import read_json_object
 from heterofusion.adapters.controls import control_kind, control_record
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.cli import parse_arguments, stage_arguments
-from heterofusion.data.label_controls import labels_control
-from heterofusion.data.labels import SourceLabelArguments
+from heterofusion.data.labels import SourceLabelArguments, labels_control
 from heterofusion.data.replay import DataArguments
 from heterofusion.method.expansion import expand_plan, plain_adapter
 from heterofusion.method.hypernet_config import HypernetworkConfig

@@ -1,0 +1,49 @@
+"""What the package declares: every module that is imported, and an upper bound where private names are used."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # where a module is not called as its package
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in requirements}
+
+
+def imported(folder: str) -> set[str]:
+    """Top-level modules that the Python files of a folder import, but for the standard library and their own."""
+    found: set[str] = set()
+    files = list((ROOT / folder).rglob("*.py"))
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - {file.stem for file in files} - {"heterofusion"}
+
+
+@pytest.mark.parametrize("folder", ["src", "recipes"])
+def test_every_imported_module_is_declared(folder):
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"]).union(*(names(extras[name]) for name in extras if name != "dev"))
+    packages = {DISTRIBUTIONS.get(module, module).replace("_", "-") for module in imported(folder)}
+    assert packages <= declared
+
+
+def test_transformers_has_an_upper_bound_because_the_trainer_overrides_private_methods():
+    assert any(re.fullmatch(r"transformers>=[\d.]+,\s*<6", text) for text in PROJECT["dependencies"])
+
+
+def test_every_declared_package_has_a_tested_version():
+    extras = PROJECT["optional-dependencies"]
+    declared = names(PROJECT["dependencies"]).union(*map(names, extras.values()))
+    pinned = names((ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    assert declared <= pinned

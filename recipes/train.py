@@ -28,13 +28,13 @@ from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.method.base_model import check_base
-from heterofusion.method.diagnostics import run_metrics
 from heterofusion.method.plan_summary import format_plan, plan_summary
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import refuse_push
 from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer
 from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
+from heterofusion.training.metrics import run_metrics
 from heterofusion.training.mixture_data import build_training_data, data_state
 from heterofusion.training.progress import begin_stage, check_data, find_progress
 from heterofusion.training.stages import Stage, plan_stages, read_stages

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
+from heterofusion.runtime.sharding import whole_tensors
 from heterofusion.training.checkpoints import COMPLETE_FILE
-from heterofusion.training.engines import engine_name, whole_tensors
+from heterofusion.training.engines import engine_name
 from heterofusion.training.mixture import Mixture
 from heterofusion.training.nonfinite import NonFiniteError
 from test_soft_labels_training import SoftRows

@@ -13,15 +13,8 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer
 from conftest import make_args
 from heterofusion.method.base_model import cast_base
 from heterofusion.runtime.ranks import set_zero_init_dtype
-from heterofusion.training.engines import (
-    check_engine,
-    engine_name,
-    exclude_from_reduction,
-    is_sharded,
-    load_whole_tensors,
-    whole_tensors,
-    wrap_hypernetworks_apart,
-)
+from heterofusion.runtime.sharding import is_sharded, load_whole_tensors, whole_tensors
+from heterofusion.training.engines import check_engine, engine_name, exclude_from_reduction, wrap_hypernetworks_apart
 
 
 def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> SimpleNamespace:
@@ -139,12 +132,12 @@ def test_cast_base_leaves_lora_and_hypernetworks_alone(model):
 
 def test_zero_init_takes_the_dtype_of_the_base(monkeypatch):
     config = {"zero_optimization": {"stage": 3}}
-    monkeypatch.setattr("heterofusion.training.engines.deepspeed_integration.deepspeed_config", lambda: config)
+    monkeypatch.setattr("heterofusion.runtime.ranks.deepspeed_integration.deepspeed_config", lambda: config)
     set_zero_init_dtype(torch.bfloat16)
     assert config["bf16"] == {"enabled": True} and config["fp16"] == {"enabled": False}
     set_zero_init_dtype(torch.float32)
     assert config["bf16"] == {"enabled": False} and config["fp16"] == {"enabled": False}
-    monkeypatch.setattr("heterofusion.training.engines.deepspeed_integration.deepspeed_config", lambda: None)
+    monkeypatch.setattr("heterofusion.runtime.ranks.deepspeed_integration.deepspeed_config", lambda: None)
     set_zero_init_dtype(torch.float16)  # no DeepSpeed, nothing to do
 
 

@@ -8,12 +8,18 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer, PretrainedConfig
 
-from heterofusion.data.labels import SourceLabelArguments, build_labels
+from heterofusion.data.labels import (
+    SOFT_COLUMNS,
+    SOFT_IDS,
+    SOFT_POSITIONS,
+    SOFT_PROBS,
+    SourceLabelArguments,
+    build_labels,
+)
 from heterofusion.data.replay import DataArguments
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.rivals.fusellm import Aligner
 from heterofusion.runtime.loading import check_token_ids
-from heterofusion.training.label_loss import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, read_labels
 from recipe_runner import SIZES, flags, recipe, succeeds, train, write_replay

@@ -7,15 +7,8 @@ import torch
 from torch.optim import AdamW
 
 from conftest import TokenRows, make_trainer
-from heterofusion.data.labels import SourceLabelArguments
-from heterofusion.training.label_loss import (
-    SOFT_COLUMNS,
-    SOFT_IDS,
-    SOFT_POSITIONS,
-    SOFT_PROBS,
-    SoftCollator,
-    soft_losses,
-)
+from heterofusion.data.labels import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, SourceLabelArguments
+from heterofusion.training.label_loss import SoftCollator, soft_losses
 from heterofusion.training.mixture import PART, Mixture, MixtureSampler
 
 VOCABULARY, K, WEIGHT = 64, 3, 0.3

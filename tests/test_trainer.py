@@ -9,7 +9,8 @@ from torch.optim import AdamW
 
 from conftest import GOLDEN, TokenRows, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionTrainer, load_adapter
-from heterofusion.method.diagnostics import fusion_diagnostics, mean_over_roles
+from heterofusion.method.diagnostics import fusion_diagnostics
+from heterofusion.training.metrics import mean_over_roles
 
 
 @pytest.mark.parametrize("case", ["both", "mistral_half"])

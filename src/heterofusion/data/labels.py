@@ -34,6 +34,12 @@ from heterofusion.data.replay import (
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256
 
+# Columns of an example with s label tokens that have a soft label. Those of others are empty or missing.
+SOFT_POSITIONS = "soft_positions"  # (s,): where these tokens stand in the example
+SOFT_IDS = "soft_ids"  # (s, k): token ids
+SOFT_PROBS = "soft_probs"  # (s, k): their probabilities, which add up to 1; a token of probability 0 fills a place
+SOFT_COLUMNS = (SOFT_POSITIONS, SOFT_IDS, SOFT_PROBS)
+
 LABELS_FILE = "labels.json"  # beside the files of labels that recipes/label.py wrote
 
 

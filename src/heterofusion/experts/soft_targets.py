@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.labels import Origin, SourceLabelArguments, SourceLabels
+from heterofusion.data.labels import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, Origin, SourceLabelArguments, SourceLabels
 from heterofusion.data.replay import examples_sha256
 from heterofusion.experts.cache import cache_folder, cache_key
 from heterofusion.experts.mapped import new_table, read_table
@@ -36,7 +36,6 @@ from heterofusion.rivals.fusellm import Aligner, Mapped, answer_symbols, symbols
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.ranks import all_together
-from heterofusion.training.label_loss import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 
 _FORMAT = 1  # another number is another name
 _FEATURES = Features(

@@ -20,7 +20,7 @@ from heterofusion.method.config import MethodConfig
 from heterofusion.method.contexts import GroupContext
 from heterofusion.method.hypernet import HypernetworkInput, HypernetworkOutput, HyperNetworks
 from heterofusion.method.rdm import rdm_loss
-from heterofusion.training.engines import is_sharded
+from heterofusion.runtime.sharding import is_sharded
 
 
 @dataclass(frozen=True)

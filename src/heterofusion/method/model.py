@@ -26,7 +26,7 @@ from heterofusion.method.hypernet import HyperNetworks
 from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.live import InstalledUpdate, LiveUpdates
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.engines import is_sharded, load_whole_tensors
+from heterofusion.runtime.sharding import is_sharded, load_whole_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.record import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
-from heterofusion.training.engines import whole_tensors
+from heterofusion.runtime.sharding import whole_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
 from heterofusion.experts.cache import cache_folder
 from heterofusion.method.config import check_range
-from heterofusion.method.diagnostics import WindowMeans
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.config import OutputArguments
 from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.training.label_loss import kl_divergences, pad_rows
+from heterofusion.training.metrics import WindowMeans
 from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer
 
 STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter
+from heterofusion.data.labels import SOFT_IDS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
-from heterofusion.training.label_loss import SOFT_IDS
 
 
 @dataclass

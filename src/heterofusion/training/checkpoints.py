@@ -29,7 +29,7 @@ from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import is_failed_write
-from heterofusion.training.engines import load_whole_tensors, whole_tensors
+from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
 from heterofusion.training.nonfinite import NonFiniteError
 
 logger = logging.getLogger(__name__)

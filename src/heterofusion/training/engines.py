@@ -1,23 +1,17 @@
-"""Engines: which can carry a fusion, what they do to parameters, and how whole tensors come together again.
+"""Which engines (DDP, ZeRO, FSDP2) can carry a fusion, and how a fusion is made ready for its engine."""
 
-ZeRO-3 and FSDP2 leave each rank a part of every parameter. Functions here that say so must run on all ranks together.
-"""
-
-import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
+from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -136,73 +130,20 @@ def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a rank holds a part of the parameters only (ZeRO-3, FSDP2)."""
-    return any(_partitioned_by_zero(parameter) or isinstance(parameter, DTensor) for parameter in module.parameters())
-
-
-def _partitioned_by_zero(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")  # what DeepSpeed's own code asks
-
-
-@contextlib.contextmanager
-def _gathered(parameter: Tensor, modified: bool = False) -> Iterator[None]:
-    """A parameter that ZeRO-3 has partitioned, whole in here; what rank 0 writes goes to all ranks if `modified`."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None):
-        yield
-
-
-@torch.no_grad()
-def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
-    """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together.
+def set_up_engine(model: HeteroFusionModel, accelerator: Accelerator, once_per_window: bool, ddp_reduce: str) -> None:
+    """Get a model ready for its engine; call it before the model is wrapped.
 
     Args:
-        parameters: names and parameters, in the same order on all ranks.
-        keep: whether this rank wants them; the others only take part, and get an empty dictionary.
+        model: the model; where its hypernetworks run and what its ranks exchange is set.
+        accelerator: of the run.
+        once_per_window: whether the hypernetworks backpropagate once per accumulation window.
+        ddp_reduce: `updates` if DDP ranks are to exchange the gradient of the updates, where the engine allows it.
     """
-    state = {}
-    for name, parameter in parameters:
-        if _partitioned_by_zero(parameter):
-            with _gathered(parameter):
-                if keep:
-                    state[name] = parameter.to("cpu", copy=True)
-        else:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if keep:
-                state[name] = whole.to("cpu", copy=True)
-    return {name: tensor.contiguous() for name, tensor in state.items()}
-
-
-@torch.no_grad()
-def load_whole_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into the parameters of a module. All ranks together, each with the same state.
-
-    Raises:
-        ValueError: other names or shapes than the module's; nothing is loaded.
-    """
-    parameters = dict(module.named_parameters())
-    if parameters.keys() != state.keys():
-        raise UserError(f"other tensors than expected: {sorted(parameters.keys() ^ state.keys())[:3]}")
-    for name, parameter in parameters.items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if tuple(state[name].shape) != shape:
-            raise UserError(f"{name} is {tuple(state[name].shape)}, {shape} was expected")
-    for name, parameter in parameters.items():
-        value = state[name].to(parameter.dtype)
-        if _partitioned_by_zero(parameter):
-            with _gathered(parameter, modified=True):
-                parameter.copy_(value)
-        elif isinstance(parameter, DTensor):
-            whole = value.to(parameter.device)
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
-        else:
-            parameter.copy_(value)
-
-
-@torch.no_grad()
-def broadcast_parameters(module: nn.Module) -> None:
-    """Give every rank the (unsharded) parameters of rank 0. All ranks together."""
-    for parameter in module.parameters():
-        dist.broadcast(parameter.data, src=0)
+    updates, hypernetworks, engine = model.updates, model.hypernetworks, accelerator.distributed_type
+    offloads = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    updates.device = accelerator.device if offloads else None
+    updates.average_over_ranks = once_per_window and engine in DATA_PARALLEL and ddp_reduce == "updates"
+    kept = hypernetworks.alphas.values() if updates.average_over_ranks else hypernetworks.parameters()
+    exclude_from_reduction(model, hypernetworks, kept)
+    if engine == DistributedType.FSDP:
+        wrap_hypernetworks_apart(accelerator, model.get_base_model(), type(hypernetworks).__name__)

@@ -22,8 +22,8 @@ from heterofusion.method.basis_checkpoint import read_rows, write_rows
 from heterofusion.method.basis_inputs import fit_basis
 from heterofusion.method.expansion import ExpandedAdapter, Expansion, expand_adapter, set_ranks
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.sharding import load_whole_tensors
 from heterofusion.training.checkpoints import missing_part
-from heterofusion.training.engines import load_whole_tensors
 from heterofusion.training.expert import ALL_LINEAR, LORA_B, LoraArguments
 from heterofusion.training.mixture_data import check_data_state
 

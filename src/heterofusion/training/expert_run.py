@@ -9,10 +9,11 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, run_metrics
+from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.publish.record import RECORD_FILES
 from heterofusion.runtime.files import check_output_dir
 from heterofusion.training.expert import is_at_end
+from heterofusion.training.metrics import run_metrics
 from heterofusion.training.progress import checkpoint_folders, last_checkpoint, resume_wish
 
 logger = logging.getLogger(__name__)

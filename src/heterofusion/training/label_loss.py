@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Columns of an example with s label tokens that have a soft label. Those of others are empty or missing.
-SOFT_POSITIONS = "soft_positions"  # (s,): where these tokens stand in the example
-SOFT_IDS = "soft_ids"  # (s, k): token ids
-SOFT_PROBS = "soft_probs"  # (s, k): their probabilities, which add up to 1; a token of probability 0 fills a place
-SOFT_COLUMNS = (SOFT_POSITIONS, SOFT_IDS, SOFT_PROBS)
+from heterofusion.data.labels import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 
 
 def kl_divergences(log_probs: Tensor, ids: Tensor, probs: Tensor) -> Tensor:

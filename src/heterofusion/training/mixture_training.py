@@ -8,10 +8,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.labels import check_settings, check_soft_settings
-from heterofusion.method.diagnostics import WindowMeans
+from heterofusion.data.labels import SOFT_COLUMNS, check_settings, check_soft_settings
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.label_loss import SOFT_COLUMNS, SoftCollator, soft_losses
+from heterofusion.training.label_loss import SoftCollator, soft_losses
+from heterofusion.training.metrics import WindowMeans
 from heterofusion.training.mixture import PART, Mixture, MixtureSampler, part_losses
 from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer
 

@@ -19,10 +19,10 @@ from transformers.trainer_callback import ProgressCallback
 from heterofusion.data.replay import make_collator
 from heterofusion.method.base_model import cast_base, refuse_reentrant_checkpointing
 from heterofusion.method.basis_inputs import FitBasis
-from heterofusion.method.diagnostics import FusionProgressCallback
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.write import export_adapter
+from heterofusion.runtime.sharding import broadcast_parameters
 from heterofusion.training.checkpoints import (
     check_checkpoint,
     checkpoint_to_resume,
@@ -33,17 +33,16 @@ from heterofusion.training.checkpoints import (
     stopped_early,
 )
 from heterofusion.training.config import HeteroFusionConfig
-from heterofusion.training.engine_setup import set_up_engine
 from heterofusion.training.engines import (
     ONCE_PER_WINDOW,
-    broadcast_parameters,
     check_engine,
     engine_record,
     refuse_data_parallel,
+    set_up_engine,
 )
+from heterofusion.training.metrics import FusionProgressCallback, complete_log
 from heterofusion.training.mixture_training import MixtureTrainer
 from heterofusion.training.nonfinite import FiniteGuard, gradient_norms
-from heterofusion.training.training_log import complete_log
 
 logger = logging.getLogger(__name__)
 

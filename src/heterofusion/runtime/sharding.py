@@ -1,0 +1,83 @@
+"""Whole tensors of modules that ZeRO-3 or FSDP2 leave each rank a part of; all ranks call these together."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from heterofusion.runtime.errors import UserError
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a rank holds a part of the parameters only (ZeRO-3, FSDP2)."""
+    return any(_partitioned_by_zero(parameter) or isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def _partitioned_by_zero(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")  # what DeepSpeed's own code asks
+
+
+@contextlib.contextmanager
+def _gathered(parameter: Tensor, modified: bool = False) -> Iterator[None]:
+    """A parameter that ZeRO-3 has partitioned, whole in here; what rank 0 writes goes to all ranks if `modified`."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None):
+        yield
+
+
+@torch.no_grad()
+def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
+    """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together.
+
+    Args:
+        parameters: names and parameters, in the same order on all ranks.
+        keep: whether this rank wants them; the others only take part, and get an empty dictionary.
+    """
+    state = {}
+    for name, parameter in parameters:
+        if _partitioned_by_zero(parameter):
+            with _gathered(parameter):
+                if keep:
+                    state[name] = parameter.to("cpu", copy=True)
+        else:
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def load_whole_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into the parameters of a module. All ranks together, each with the same state.
+
+    Raises:
+        ValueError: other names or shapes than the module's; nothing is loaded.
+    """
+    parameters = dict(module.named_parameters())
+    if parameters.keys() != state.keys():
+        raise UserError(f"other tensors than expected: {sorted(parameters.keys() ^ state.keys())[:3]}")
+    for name, parameter in parameters.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{name} is {tuple(state[name].shape)}, {shape} was expected")
+    for name, parameter in parameters.items():
+        value = state[name].to(parameter.dtype)
+        if _partitioned_by_zero(parameter):
+            with _gathered(parameter, modified=True):
+                parameter.copy_(value)
+        elif isinstance(parameter, DTensor):
+            whole = value.to(parameter.device)
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+        else:
+            parameter.copy_(value)
+
+
+@torch.no_grad()
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give every rank the (unsharded) parameters of rank 0. All ranks together."""
+    for parameter in module.parameters():
+        dist.broadcast(parameter.data, src=0)

@@ -1,0 +1,132 @@
+"""Figures of a training: means over accumulation windows, what a log line holds, the metrics of a whole run."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.trainer_callback import ProgressCallback
+
+from heterofusion.method.diagnostics import diagnostic_logs
+from heterofusion.method.model import HeteroFusionModel
+from heterofusion.training.config import HeteroFusionConfig
+
+
+class FusionProgressCallback(ProgressCallback):
+    """Trainer's progress bar; of the entries per role the terminal shows the mean, reports get them all."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs=mean_over_roles(logs or {}), **kwargs)
+
+
+class WindowMeans:
+    """Means of what adds up over the micro-batches of accumulation windows.
+
+    A scalar is averaged over windows and ranks. A pair (sum, number), shape (2,), gives the quotient of its totals
+    over windows and ranks: the mean over all that was counted, however uneven windows and ranks are.
+
+    Attributes:
+        window: sums of the window that is open, detached, on the device.
+        windows: windows that were committed since the last `take`.
+    """
+
+    def __init__(self) -> None:
+        self.window: dict[str, Tensor] = {}
+        self.windows = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's value to the open window; under the same names on all ranks."""
+        self.window[name] = self.window[name] + value.detach() if name in self.window else value.detach()
+
+    def drop(self) -> None:
+        """Forget the open window."""
+        self.window = {}
+
+    def commit(self) -> None:
+        """Close the open window."""
+        for name, value in self.window.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.windows += 1
+        self.window = {}
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means, and begin anew; without pairs that counted nothing. All ranks together; waits for the device."""
+        means = {}
+        for name, value in self._sums.items():
+            if value.ndim == 0:
+                means[name] = accelerator.reduce(value, "mean").item() / self.windows
+                continue
+            total, number = accelerator.reduce(value, "sum").tolist()
+            if number > 0:
+                means[name] = total / number
+        self._sums, self.windows = {}, 0
+        return means
+
+
+def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Log entries with `alpha/<role>`, ... replaced by one mean per quantity; attention stays per source."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    short: dict[str, Any] = {}
+    for name, value in logs.items():
+        quantity, _, role = name.partition("/")
+        if role and quantity in ("alpha", "gate_sparsity", "delta_ratio"):
+            parts[quantity].append(value)
+        else:
+            short[name] = value
+    return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
+
+
+def mean_logged_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean training loss per optimizer step over a run's log, resumed or not; None if nothing was logged.
+
+    Args:
+        history: `TrainerState.log_history`. Steps after its last `loss` do not count.
+    """
+    total, last = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last)
+            last = entry["step"]
+    return total / last if last else None
+
+
+def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Trainer's metrics of a run for its record, with the mean loss of all its steps, resumed or not."""
+    kept = {name: value for name, value in metrics.items() if name not in ("total_flos", "train_loss")}
+    loss = mean_logged_loss(history)  # Trainer's own begins anew when a run resumes
+    return kept if loss is None else kept | {"train_loss": loss}
+
+
+def complete_log(
+    logs: dict[str, float],
+    means: WindowMeans,
+    model: HeteroFusionModel,
+    args: HeteroFusionConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Add the method's own figures to a line of Trainer's that has a `loss`. All ranks together.
+
+    Args:
+        logs: the line, changed in place; without `loss` where every step since the last line was skipped.
+        means: of the losses since the last line; they begin anew.
+        model: its state is logged by role and source, and the seconds of its hypernetworks begin anew.
+        args: of the run.
+        accelerator: of the run.
+    """
+    windows = means.windows
+    if args.skip_nonfinite_steps:  # Trainer counts a skipped step as one without loss
+        if not windows:
+            del logs["loss"]
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]
+    if not windows:
+        return
+    logs.update(means.take(accelerator))
+    if args.skip_nonfinite_steps:
+        logs["loss"] = logs["lm_loss"] + args.rdm_weight * logs.get("rdm_loss", 0.0)
+    logs["hypernetwork_seconds"] = model.updates.seconds / windows
+    model.updates.seconds = 0.0
+    logs.update(diagnostic_logs(model))

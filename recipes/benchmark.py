@@ -38,7 +38,7 @@ import torch
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.data.markdown import markdown_table
-from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.publish.record import library_versions
 
 FOLDER = Path(__file__).resolve().parent

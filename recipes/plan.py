@@ -20,7 +20,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 from heterofusion.adapters.alignment import AdapterArguments, load_plan
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.method.config import MethodConfig
-from heterofusion.method.plan_summary import format_plan, plan_summary
+from heterofusion.method.plan import format_plan, plan_summary
 
 
 @dataclass

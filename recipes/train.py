@@ -28,7 +28,7 @@ from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.method.base_model import check_base
-from heterofusion.method.plan_summary import format_plan, plan_summary
+from heterofusion.method.plan import format_plan, plan_summary
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import refuse_push
 from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer

@@ -12,13 +12,14 @@ from builders import llama_modules, write_adapter
 from conftest import TINY, fresh_base, logits, make_trainer, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter, plan_alignment
 from heterofusion.adapters.factors import canonical_factors
-from heterofusion.method.basis_inputs import first_examples, fit_basis
 from heterofusion.method.contexts import build_contexts, cut_blocks, describe_blocks, source_factors
 from heterofusion.method.expansion import (
     ANCHOR_NORM,
     INPUTS,
     expand_adapter,
     expand_plan,
+    first_examples,
+    fit_basis,
     plain_adapter,
     scaled_alpha,
     with_rows,

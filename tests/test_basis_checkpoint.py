@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import fresh_base, make_trainer
 from heterofusion import HeteroFusionModel
-from heterofusion.method.basis_checkpoint import BASIS_FILE
+from heterofusion.method.expansion import BASIS_FILE
 from heterofusion.training.checkpoints import load_hypernetworks
 from test_basis import K, sequences, settings
 

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter, plan_alignment
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.contexts import build_contexts, context_blocks, describe_blocks, source_factors
 from heterofusion.method.hypernet import HyperNetwork, HypernetworkInput
-from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.rdm import sliced_distance
 
 GOLDEN = Path(os.environ.get("HETEROFUSION_GOLDEN") or Path(__file__).parent / "golden")

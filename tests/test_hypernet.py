@@ -5,8 +5,8 @@ import torch
 
 from conftest import TINY, perturb
 from heterofusion import HeteroFusionModel, MethodConfig
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.hypernet import HyperNetwork, HypernetworkInput, HyperNetworks
-from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.rdm import rdm_loss, sliced_distance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

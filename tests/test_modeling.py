@@ -322,7 +322,7 @@ def test_settings_out_of_range_raise(base, target, sources, field, value):
 def test_tiny_models_get_tiny_hypernetworks_and_8b_the_paper_sizes(model):
     config = hypernetwork_config(model.plan, MethodConfig(preset="paper"))
     assert (config.block_size, config.embed_dim, config.num_heads) == (64, 128, 8)
-    from heterofusion.method.hypernet_config import HypernetworkConfig
+    from heterofusion.method.config import HypernetworkConfig
 
     large = HypernetworkConfig.fitted("paper", 4096)
     assert (large.block_size, large.embed_dim, large.num_heads, large.max_position_embeddings) == (4096, 1024, 8, 4096)

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from conftest import TINY, TokenRows, make_args, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, MethodConfig
+from heterofusion.method.config import PRESETS
 from heterofusion.method.live import InstalledUpdate
-from heterofusion.method.presets import PRESETS
 from recipe_runner import flags, succeeds, train
 from sequence_runner import HYPERNETWORKS, ONE, TWO, record, write_yaml
 

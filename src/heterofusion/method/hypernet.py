@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.large_linear import LargeLinear
 from heterofusion.runtime.errors import UserError
 

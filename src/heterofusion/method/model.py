@@ -18,12 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
 from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter
 from heterofusion.method.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
-from heterofusion.method.basis_inputs import fit_basis
-from heterofusion.method.config import MethodConfig
+from heterofusion.method.config import HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import build_contexts, predicted_blocks, sequence_lengths
-from heterofusion.method.expansion import ExpandedAdapter, expand_plan, set_ranks, with_target
+from heterofusion.method.expansion import ExpandedAdapter, expand_plan, fit_basis, set_ranks, with_target
 from heterofusion.method.hypernet import HyperNetworks
-from heterofusion.method.hypernet_config import HypernetworkConfig
 from heterofusion.method.live import InstalledUpdate, LiveUpdates
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.sharding import is_sharded, load_whole_tensors

@@ -22,15 +22,17 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from heterofusion.adapters.alignment import AlignmentPlan
 from heterofusion.adapters.controls import control_record
-from heterofusion.method.basis_checkpoint import read_rows, write_rows
-from heterofusion.method.config import MethodConfig
-from heterofusion.method.expansion import ExpandedAdapter
-from heterofusion.method.hypernet_config import HypernetworkConfig
+from heterofusion.method.config import HypernetworkConfig, MethodConfig
+from heterofusion.method.expansion import ExpandedAdapter, read_rows, write_rows
+from heterofusion.method.initialization import Initialization
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import is_failed_write
 from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
 from heterofusion.training.nonfinite import NonFiniteError
+
+INITIALIZATION_FILE = "initialization.json"
+
 
 logger = logging.getLogger(__name__)
 
@@ -368,3 +370,47 @@ def shorten(value: Any) -> str:
     """A plain value as JSON for an error message, cut at 120 characters."""
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def find_hypernetworks(name: str | Path) -> Path:
+    """The folder of hypernetworks that a user means: a checkpoint, or the last complete one of an output_dir.
+
+    Raises:
+        ValueError: there are none.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name a checkpoint-N folder or an output_dir")
+    if (folder / HYPERNETWORKS_FILE).is_file() and (folder / IDENTITY_FILE).is_file():
+        return folder
+    last = last_complete_checkpoint(folder)
+    if last is None:
+        raise UserError(
+            f"{folder} holds neither {HYPERNETWORKS_FILE} with {IDENTITY_FILE} nor a complete checkpoint-N folder; "
+            "name a checkpoint of a fusion"
+        )
+    return last
+
+
+def write_initialization(folder: Path, start: Initialization | None) -> None:
+    """Leave the record beside the checkpoints, for a run that resumes from one; None removes an older one."""
+    path = folder / INITIALIZATION_FILE
+    if start is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(json.dumps(start.record(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_initialization(folder: Path) -> dict[str, Any] | None:
+    """What `write_initialization` left, None if nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / INITIALIZATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, the record will lack it") from error

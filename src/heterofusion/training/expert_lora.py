@@ -18,9 +18,15 @@ from heterofusion.adapters.architectures import module_key
 from heterofusion.adapters.config import AdapterError, read_adapter_config, read_json_object
 from heterofusion.adapters.lora import LoraAdapter, load_adapter
 from heterofusion.method.base_model import check_base_fits
-from heterofusion.method.basis_checkpoint import read_rows, write_rows
-from heterofusion.method.basis_inputs import fit_basis
-from heterofusion.method.expansion import ExpandedAdapter, Expansion, expand_adapter, set_ranks
+from heterofusion.method.expansion import (
+    ExpandedAdapter,
+    Expansion,
+    expand_adapter,
+    fit_basis,
+    read_rows,
+    set_ranks,
+    write_rows,
+)
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.sharding import load_whole_tensors
 from heterofusion.training.checkpoints import missing_part
@@ -95,7 +101,7 @@ class ExpertLora:
 
         Args:
             model: what `put_on` gave, before its first step.
-            examples: see `heterofusion.method.basis_inputs.fit_basis`.
+            examples: see `heterofusion.method.expansion.fit_basis`.
         """
         assert isinstance(self.initial, ExpandedAdapter)
         self.initial = fit_basis(model, self.initial, examples)

@@ -17,14 +17,7 @@ from transformers import TrainingArguments
 
 from heterofusion.adapters.lora import WEIGHTS_FILE
 from heterofusion.data.labels import labels_control
-from heterofusion.method.initialization import (
-    INITIALIZATION_FILE,
-    Initialization,
-    find_hypernetworks,
-    initialize_hypernetworks,
-    plan_initialization,
-    write_initialization,
-)
+from heterofusion.method.initialization import Initialization, initialize_hypernetworks, plan_initialization
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.record import PROVENANCE_FILE
 from heterofusion.runtime.errors import UserError
@@ -32,12 +25,15 @@ from heterofusion.runtime.files import check_output_dir, display_name, file_sha2
 from heterofusion.training.checkpoints import (
     HYPERNETWORKS_FILE,
     IDENTITY_FILE,
+    INITIALIZATION_FILE,
     check_checkpoint,
     check_hypernetworks,
+    find_hypernetworks,
     fusion_identity,
     last_complete_checkpoint,
     read_identity,
     shorten,
+    write_initialization,
 )
 from heterofusion.training.mixture_data import check_data_state, data_state
 from heterofusion.training.stages import Stage
@@ -243,7 +239,9 @@ def _find_start(stage: Stage) -> None:
     elif name is not None:
         try:
             label = display_name(str(Path(name).expanduser().absolute()))
-            stage.start = plan_initialization(label, find_hypernetworks(name), stage.plan, stage.sizes)
+            folder = find_hypernetworks(name)
+            sizes = read_identity(folder).get("hypernetwork")
+            stage.start = plan_initialization(label, folder / HYPERNETWORKS_FILE, sizes, stage.plan, stage.sizes)
         except ValueError as error:
             raise UserError(f"--init_hypernetwork_from {name}: {error}") from error
 
@@ -255,7 +253,9 @@ def _carried(stage: Stage, previous: Stage) -> Initialization:
             "run without; leave carry_hypernetworks out, or start in a new output_dir"
         )
     check_hypernetworks(previous.folder, fusion_identity(previous.plan, previous.sizes, previous.args))
-    return plan_initialization(previous.title, previous.folder, stage.plan, stage.sizes, need_common=False)
+    found = read_identity(previous.folder).get("hypernetwork")
+    file = previous.folder / HYPERNETWORKS_FILE
+    return plan_initialization(previous.title, file, found, stage.plan, stage.sizes, need_common=False)
 
 
 # ---- the start --------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.cli import parse_arguments, stage_arguments
 from heterofusion.data.labels import SourceLabelArguments, labels_control
 from heterofusion.data.replay import DataArguments
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.expansion import expand_plan, plain_adapter
-from heterofusion.method.hypernet_config import HypernetworkConfig
-from heterofusion.method.initialization import Initialization, check_sizes, read_initialization
+from heterofusion.method.initialization import Initialization, check_sizes
 from heterofusion.method.model import hypernetwork_config
 from heterofusion.publish.record import PROVENANCE_FILE, initial_control, whole_control
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import ModelArguments
-from heterofusion.training.checkpoints import checkpoint_step, read_identity, shorten
+from heterofusion.training.checkpoints import checkpoint_step, read_identity, read_initialization, shorten
 from heterofusion.training.config import HeteroFusionConfig, RunArguments
 from heterofusion.training.mixture import Mixture
 

@@ -8,11 +8,10 @@ import torch
 from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, RoleSlice
 from heterofusion.adapters.architectures import module_key
 from heterofusion.adapters.controls import control_record, describe_control
-from heterofusion.method.config import MethodConfig
+from heterofusion.method.config import FORMS, HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import predicted_blocks, sequence_lengths, source_factors
 from heterofusion.method.expansion import expand_plan, extra_rank
 from heterofusion.method.hypernet import HyperNetworks
-from heterofusion.method.hypernet_config import FORMS, HypernetworkConfig
 from heterofusion.method.model import target_width
 
 _FLOAT = 4  # bytes of a float32

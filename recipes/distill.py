@@ -21,7 +21,7 @@ from heterofusion.runtime.errors import UserError
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
+from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.replay import build_eval
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
 from heterofusion.publish.hub import push_output
@@ -41,6 +41,7 @@ from heterofusion.rivals.distillation_record import (
 )
 from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
+from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step
 from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel

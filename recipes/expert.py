@@ -24,7 +24,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from peft import PeftModel
 
-from heterofusion.cli import command, is_main_process, parse_arguments, release_logging, set_up_logging
+from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
@@ -34,6 +34,7 @@ from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import initial_control, refuse_push, whole_control
 from heterofusion.runtime.files import told_writes
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
+from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step
 from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel

@@ -23,15 +23,16 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
-from heterofusion.cli import command, is_main_process, release_logging, set_up_logging
+from heterofusion.adapters.lora import check_base
+from heterofusion.cli import command, release_logging, set_up_logging
 from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
-from heterofusion.method.base_model import check_base
 from heterofusion.method.plan import format_plan, plan_summary
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import refuse_push
 from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer
+from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.config import check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
 from heterofusion.training.metrics import run_metrics

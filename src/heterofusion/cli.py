@@ -6,7 +6,6 @@ Log messages can be held back until everything is checked, so that the error sta
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -17,16 +16,16 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import yaml
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from heterofusion.runtime.errors import UserError, one_line
+from heterofusion.runtime.flags import as_text, read_yaml
+from heterofusion.runtime.ranks import is_main_process
 
 USER_ERROR = 2
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 _DEBUG_HELP = "`true` shows the traceback of an error instead of one line."
 
@@ -192,52 +191,6 @@ def _read_config(path: str) -> tuple[dict[str, Any], str]:
     return read_yaml(path, where, "a mapping of flags"), where
 
 
-def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; `${NAME}` in its texts is replaced by the environment variable.
-
-    Args:
-        path: the file.
-        where: names it in messages.
-        expected: what it should hold, for messages.
-
-    Returns:
-        The mapping; empty for an empty file. `${NAME:-text}` gives the text where the variable is not set.
-
-    Raises:
-        UserError: it cannot be read, holds something else, or names a variable that is not set.
-    """
-    full = Path(path).expanduser().absolute()
-    try:
-        content = yaml.safe_load(full.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{where} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{where} cannot be read as YAML: {error}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise UserError(f"{where} holds a {type(content).__name__}, {expected} was expected")
-    return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in content.items()}
-
-
-def _expand_variables(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand_variables(item, where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand_variables(item, where) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def content(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise UserError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
-        return found
-
-    return _VARIABLE.sub(content, value)
-
-
 def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> None:
     """Check the flags of another recipe, as far as that goes without starting it: those of training start an engine.
 
@@ -284,13 +237,6 @@ def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> 
         else:
             arguments.append(f"--{key}={as_text(value)}")
     return arguments
-
-
-def as_text(value: Any) -> str:
-    """A value as a command line has it: true and false in small letters, a mapping as JSON."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], int]:
@@ -341,11 +287,6 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
         if value.startswith("--"):
             return argv[:index] + argv[index + 1 :], True
     return argv, False
-
-
-def is_main_process() -> bool:
-    """Whether this is rank 0 of a launch (or the only process)."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 class _HeldMessages(MemoryHandler):

@@ -14,6 +14,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -79,27 +80,6 @@ _REFUSED = {
 _ON_WHEN_EMPTY = {"use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"}
 # Initializations that leave the base model as it was; the others subtract the first B A from it.
 _BASE_PRESERVING_INITS = {"gaussian", "eva", "orthogonal", "mica"}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        AdapterError: the file is missing, unreadable, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing; a PEFT adapter folder holds it beside its weights") from None
-    except json.JSONDecodeError as error:
-        raise AdapterError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
-        raise AdapterError(f"{path} cannot be read: {error}; download or save it again") from None
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds {type(content).__name__}, a JSON object was expected")
-    return content
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from heterofusion.adapters.config import AdapterError
 from heterofusion.adapters.lora import LoraAdapter, LoraModule
-from heterofusion.cli import is_main_process
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.ranks import is_main_process
 
 logger = logging.getLogger(__name__)
 

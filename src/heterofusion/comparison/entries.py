@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.cli import as_text
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text
 from heterofusion.sweeps.template import VARIABLE
 
 _VARIABLE_NAME = re.compile(r"[A-Za-z_]\w*")

@@ -34,11 +34,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import as_text
 from heterofusion.comparison.cases import Case, Made, find_needs, find_search_case, plan_cases, plan_made
 from heterofusion.comparison.entries import Needs, mapping, names_of, slug
 from heterofusion.comparison.gains import Gain, plan_gains
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text
 from heterofusion.sweeps import MAKERS, with_config
 
 SECTIONS = ("validation", "test", "lists", "cases", "search_case", "made", "methods", "gains", "normalize_by")

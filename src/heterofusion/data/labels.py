@@ -17,7 +17,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from heterofusion.adapters.config import read_json_object
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import type_name
 from heterofusion.data.replay import (
@@ -32,7 +31,7 @@ from heterofusion.data.replay import (
     no_examples,
 )
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import display_name, file_sha256
+from heterofusion.runtime.files import display_name, file_sha256, read_json_object
 
 # Columns of an example with s label tokens that have a soft label. Those of others are empty or missing.
 SOFT_POSITIONS = "soft_positions"  # (s,): where these tokens stand in the example

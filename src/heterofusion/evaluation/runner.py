@@ -36,11 +36,10 @@ from heterofusion.evaluation.store import (
 from heterofusion.experts.examples import EvalSet, Prompts, load_eval_sets
 from heterofusion.experts.generation import FIRST_BATCH_SIZE, Answer, longest_first
 from heterofusion.publish.record import library_versions
-from heterofusion.runtime.cost import peak_memory
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import check_output_dir, display_name
 from heterofusion.runtime.loading import base_dtype
-from heterofusion.runtime.ranks import all_together, from_all, from_main
+from heterofusion.runtime.ranks import all_together, from_all, from_main, peak_memory
 
 logger = logging.getLogger(__name__)
 

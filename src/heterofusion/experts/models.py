@@ -19,12 +19,12 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from heterofusion.adapters.config import AdapterError, read_json_object
+from heterofusion.adapters.config import AdapterError
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalModelArguments
 from heterofusion.publish.record import PROVENANCE_FILE, RECORD_FILES, find_record
 from heterofusion.runtime.errors import UserError, one_line
-from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.files import file_sha256, read_json_object
 from heterofusion.runtime.loading import base_skeleton, load_base, load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -23,14 +23,13 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.adapters.config import read_json_object
 from heterofusion.data.formats import detect_format, render, to_conversation, tokenize
 from heterofusion.evaluation.store import write_json
 from heterofusion.experts.expert import Expert
 from heterofusion.experts.soft_labels import SoftLabels, labels_path, read_labels
 from heterofusion.experts.teachers import Teacher, collect_soft_labels
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import told_writes
+from heterofusion.runtime.files import read_json_object, told_writes
 from heterofusion.runtime.loading import ModelArguments, load_tokenizer
 from heterofusion.runtime.ranks import all_together
 

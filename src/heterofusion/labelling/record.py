@@ -18,8 +18,8 @@ from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.routing import Routing, most_confident
 from heterofusion.labelling.tasks import LabelTask, labelled_record, tags_of
 from heterofusion.publish.record import library_versions
-from heterofusion.runtime.cost import cost_record
 from heterofusion.runtime.files import display_name
+from heterofusion.runtime.ranks import cost_record
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from heterofusion.cli import read_yaml
 from heterofusion.data.labels import ANCHOR
 from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.arguments import NO_ADAPTER
 from heterofusion.experts.label_generation import Label
 from heterofusion.labelling.formats import FormatCheck
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import read_yaml
 
 _ROUNDING = 1e-9  # of scores that are fractions
 

@@ -8,10 +8,9 @@ from pathlib import Path, PureWindowsPath
 import torch
 from torch import nn
 
-from heterofusion.adapters.lora import AdapterError, LoraAdapter
+from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits
 from heterofusion.evaluation.arguments import is_file_name
 from heterofusion.merging.arguments import PER_TASK, MergeError
-from heterofusion.method.base_model import check_base_fits
 from heterofusion.runtime.files import display_name
 
 _FUSE = "merging needs experts of one base model; recipes/train.py fuses experts of different ones"

@@ -50,9 +50,9 @@ from heterofusion.merging.rules import MergedAdapter, Merger
 from heterofusion.merging.scoring import Scorer, Scores
 from heterofusion.merging.search import search_candidates
 from heterofusion.publish.record import initial_control, library_versions, made_by, whole_control
-from heterofusion.runtime.cost import cost_record
 from heterofusion.runtime.files import check_output_dir, display_name
 from heterofusion.runtime.loading import base_skeleton
+from heterofusion.runtime.ranks import cost_record
 
 logger = logging.getLogger(__name__)
 

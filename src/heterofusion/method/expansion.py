@@ -32,9 +32,9 @@ from transformers import TrainerCallback
 from heterofusion.adapters.alignment import AlignmentPlan, GroupKey
 from heterofusion.adapters.config import AdapterError, rank_and_scaling
 from heterofusion.adapters.lora import LoraAdapter, LoraModule
-from heterofusion.cli import is_main_process
 from heterofusion.method.config import BasisArguments
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.ranks import is_main_process
 
 BASIS_FILE = "extra_rows.safetensors"
 

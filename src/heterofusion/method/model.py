@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
-from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter
-from heterofusion.method.base_model import check_base_fits, disable_dropout_config, refuse_reentrant_checkpointing
+from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter, check_base_fits
+from heterofusion.method.base_model import disable_dropout_config, refuse_reentrant_checkpointing
 from heterofusion.method.config import HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import build_contexts, predicted_blocks, sequence_lengths
 from heterofusion.method.expansion import ExpandedAdapter, expand_plan, fit_basis, set_ranks, with_target

@@ -7,15 +7,15 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from heterofusion.adapters.config import AdapterError, read_json_object
+from heterofusion.adapters.config import AdapterError
 from heterofusion.adapters.controls import control_kind, control_record, describe_control
 from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter
 from heterofusion.data.labels import ANCHOR, describe_labels_control, is_labelled_by_sources, labels_control
 from heterofusion.method.expansion import INPUTS, ExpandedAdapter
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.runtime.cost import cost_record
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import display_name, file_sha256
+from heterofusion.runtime.files import display_name, file_sha256, read_json_object
+from heterofusion.runtime.ranks import cost_record
 
 PROVENANCE_FILE = "fusion.json"
 EXPERT_FILE = "expert.json"  # the same of an expert that recipes/expert.py trained
@@ -39,7 +39,7 @@ def made_by(
     Args:
         kind: `fusion`, `merge`, `distillation` or `tuning`; `ensemble` of what is made at inference alone.
         method: name of the method within its kind, such as `ties`.
-        cost: of `training_cost` or `heterofusion.runtime.cost.cost_record`.
+        cost: of `training_cost` or `heterofusion.runtime.ranks.cost_record`.
         seed: of what is random in it; None if nothing is.
         ran_source_models: whether models of the sources were run on their own bases.
         source_control: of what kind of control it is, if it is one; see `whole_control`.

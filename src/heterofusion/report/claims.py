@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from heterofusion.cli import as_text
 from heterofusion.report.fields import shown
 from heterofusion.report.intervals import Estimate, Seed, differences, estimate, mean_per_seed, natural, number
 from heterofusion.report.results import MEAN, SEED, Result
 from heterofusion.report.rows import cells, make_rows, shared_labels
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text
 
 NAME = "name"
 AT_LEAST, AT_MOST = "at_least", "at_most"

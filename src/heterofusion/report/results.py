@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import as_text
 from heterofusion.data.files import load_json, read_text
 from heterofusion.evaluation.store import RESULTS_FILE
 from heterofusion.report.fields import Fields, shown
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text
 
 logger = logging.getLogger(__name__)
 

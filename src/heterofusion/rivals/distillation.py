@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heterofusion.adapters.config import read_json_object
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
 from heterofusion.experts.cache import cache_folder
 from heterofusion.method.config import check_range
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import read_json_object
 from heterofusion.training.config import OutputArguments
 from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.training.label_loss import kl_divergences, pad_rows

@@ -2,15 +2,18 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from safetensors import SafetensorError
 
+from heterofusion.adapters.config import AdapterError
 from heterofusion.runtime.errors import UserError
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
@@ -115,3 +118,24 @@ def display_name(name: str) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
         return name
     return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Raises:
+        AdapterError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing; a PEFT adapter folder holds it beside its weights") from None
+    except json.JSONDecodeError as error:
+        raise AdapterError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
+        raise AdapterError(f"{path} cannot be read: {error}; download or save it again") from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} holds {type(content).__name__}, a JSON object was expected")
+    return content

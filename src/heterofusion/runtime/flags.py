@@ -1,11 +1,19 @@
 """Ranges of flags, as metadata of their dataclass fields: `metadata={"help": ..., "range": "(0, 1]"}`."""
 
 import dataclasses
+import json
 import math
+import os
 import re
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from heterofusion.runtime.errors import UserError
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
+
 
 _RANGE = re.compile(r"([\[(])\s*(\S+?)\s*,\s*(\S+?)\s*([\])])")
 
@@ -53,3 +61,56 @@ def _parts(interval: str) -> tuple[str, float, float, str]:
         raise ValueError(f"{interval!r} is no interval")
     left, low, high, right = match.groups()
     return left, float(low), float(high), right
+
+
+def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; `${NAME}` in its texts is replaced by the environment variable.
+
+    Args:
+        path: the file.
+        where: names it in messages.
+        expected: what it should hold, for messages.
+
+    Returns:
+        The mapping; empty for an empty file. `${NAME:-text}` gives the text where the variable is not set.
+
+    Raises:
+        UserError: it cannot be read, holds something else, or names a variable that is not set.
+    """
+    full = Path(path).expanduser().absolute()
+    try:
+        content = yaml.safe_load(full.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{where} cannot be read as YAML: {error}") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds a {type(content).__name__}, {expected} was expected")
+    return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in content.items()}
+
+
+def _expand_variables(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_variables(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def content(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise UserError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
+        return found
+
+    return _VARIABLE.sub(content, value)
+
+
+def as_text(value: Any) -> str:
+    """A value as a command line has it: true and false in small letters, a mapping as JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return json.dumps(value) if isinstance(value, dict) else str(value)

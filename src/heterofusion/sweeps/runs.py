@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import as_text, check_flags, read_yaml
+from heterofusion.cli import check_flags
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
 from heterofusion.merging.arguments import MERGE_ARGUMENTS
 from heterofusion.rivals.distillation import DISTILL_ARGUMENTS
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text, read_yaml
 from heterofusion.sweeps.template import Template
 from heterofusion.training.expert import EXPERT_ARGUMENTS
 from heterofusion.training.stages import ARGUMENTS, WHOLE_RUN

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from heterofusion.cli import as_text
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import as_text
 
 VARIABLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 _LOOP_KEYS = ("for_each", "except", "value")

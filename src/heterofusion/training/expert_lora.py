@@ -15,9 +15,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapters.architectures import module_key
-from heterofusion.adapters.config import AdapterError, read_adapter_config, read_json_object
-from heterofusion.adapters.lora import LoraAdapter, load_adapter
-from heterofusion.method.base_model import check_base_fits
+from heterofusion.adapters.config import AdapterError, read_adapter_config
+from heterofusion.adapters.lora import LoraAdapter, check_base_fits, load_adapter
 from heterofusion.method.expansion import (
     ExpandedAdapter,
     Expansion,
@@ -28,6 +27,7 @@ from heterofusion.method.expansion import (
     write_rows,
 )
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import read_json_object
 from heterofusion.runtime.sharding import load_whole_tensors
 from heterofusion.training.checkpoints import missing_part
 from heterofusion.training.expert import ALL_LINEAR, LORA_B, LoraArguments

@@ -14,7 +14,6 @@ from typing import Any
 from datasets import Dataset
 
 from heterofusion.adapters.alignment import AdapterArguments, AlignmentPlan, load_plan
-from heterofusion.adapters.config import read_json_object
 from heterofusion.adapters.controls import control_kind, control_record
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.cli import parse_arguments, stage_arguments
@@ -26,6 +25,7 @@ from heterofusion.method.initialization import Initialization, check_sizes
 from heterofusion.method.model import hypernetwork_config
 from heterofusion.publish.record import PROVENANCE_FILE, initial_control, whole_control
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import read_json_object
 from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.checkpoints import checkpoint_step, read_identity, read_initialization, shorten
 from heterofusion.training.config import HeteroFusionConfig, RunArguments

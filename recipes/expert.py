@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     resume = find_checkpoint(args, output.overwrite, lambda found: check_expert_checkpoint(found, planned))
     if resume is not None:
         planned.restore_basis(resume)
-    tokenizer = load_tokenizer(base, planned.initial, base.trust_remote_code)
+    tokenizer = load_tokenizer(base, planned.initial and planned.initial.folder, base.trust_remote_code)
     training = build_training_data(data, labels, tokenizer, args, add_soft_labels, kind="training")
     if resume is not None:
         check_expert_data(resume, training.state)

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             check_label_flags(stage.labels, stage.data, stage.args)
             refuse_data_parallel(stage.args)
     base_config = check_base(first.base, first.plan.target, first.adapters.trust_remote_code)
-    tokenizer = load_tokenizer(first.base, first.plan.target, first.adapters.trust_remote_code)
+    tokenizer = load_tokenizer(first.base, first.plan.target.folder, first.adapters.trust_remote_code)
     for stage in stages:
         with stage.named_errors():
             load_data(stage, tokenizer, base_config)

@@ -7,7 +7,8 @@ import pytest
 from peft import LoraConfig
 
 from builders import CONFIG, assert_names, edit_config, llama_modules, refusal
-from heterofusion import AdapterError, adapter_config, load_adapter
+from heterofusion import AdapterError, load_adapter
+from heterofusion.adapters import config as adapter_config
 
 
 def test_missing_config_raises(folder):

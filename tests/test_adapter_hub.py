@@ -10,14 +10,15 @@ from builders import tiny_config, write_adapter
 
 PROBE = """
 import sys, time
-from heterofusion import AdapterError, load_adapter
+from heterofusion import load_adapter
+from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import load_base_config
 for name in ("nobody/nothing", "cached/both"):
     for read in (load_adapter, lambda name: load_base_config(name, "target adapter")):
         start = time.monotonic()
         try:
             result = type(read(name)).__name__
-        except AdapterError as error:
+        except UserError as error:
             result = error
         print(time.monotonic() - start, result)
 """

@@ -20,6 +20,7 @@ from heterofusion.adapters.architectures import (
     read_source_configs,
     role_rows,
 )
+from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import load_base_config
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -341,7 +342,7 @@ def test_wrong_number_of_configs_raises(plain_source, fused_source, count):
 def test_unreachable_base_of_a_fused_source_raises(tmp_path):
     model = tiny_model("phi3")
     source = load_adapter(lora_folder(model, tmp_path / "fused", ["qkv_proj"], base="nobody/nothing"))
-    with pytest.raises(AdapterError, match=r"source .*fused: .*'nobody/nothing' cannot be read.*--source_configs"):
+    with pytest.raises(UserError, match=r"source .*fused: .*'nobody/nothing' cannot be read.*--source_configs"):
         read_source_configs(None, [source])
 
 
@@ -362,7 +363,7 @@ def test_unreachable_base_of_a_fused_source_raises(tmp_path):
 def test_base_config_that_makes_no_sense_raises(tmp_path, fused_source, content):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text(content)
-    with pytest.raises(AdapterError, match="adapter") as caught:
+    with pytest.raises(UserError, match="adapter") as caught:
         config = load_base_config(str(tmp_path / "bad"), "source adapter x")
         key = module_key("model.layers.0.self_attn.qkv_proj")
         role_rows(key, 64, config)
@@ -374,5 +375,5 @@ def test_code_of_a_base_is_not_run(tmp_path):
     (tmp_path / "code.py").write_text("raise SystemExit('ran')")
     content = {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "stranger"}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(AdapterError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_base_config(str(tmp_path), "source adapter x")

@@ -95,7 +95,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         AdapterError: a field is missing, of the wrong type, or says that this is not a plain LoRA adapter.
     """
     path = folder / CONFIG_FILE
-    config = read_json_object(path)
+    try:
+        config = read_json_object(path)
+    except UserError as error:
+        raise AdapterError(str(error)) from None
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(f"{path}: peft_type is {peft_type!r}; only 'LORA' adapters can be fused")

@@ -13,18 +13,32 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from heterofusion.adapters.config import AdapterError
 from heterofusion.runtime.errors import UserError
 
 TEMPORARY = ".tmp"  # suffix of a file that is being written
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object; a `UserError` names the file if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; name a folder that holds it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
+        raise UserError(f"{path} cannot be read: {error}; download or save it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, a JSON object was expected")
+    return content
+
+
 def write_whole(path: Path, parts: str | Iterable[str]) -> None:
     """Write a text so that the file is there as a whole or, after a kill or on a full disk, as it was.
 
-    Args:
-        path: the file; its folder is made.
-        parts: the text, in one or many pieces; what UTF-8 cannot hold is written as an escape.
+    Its folder is made; what UTF-8 cannot hold is written as an escape.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
@@ -35,38 +49,9 @@ def write_whole(path: Path, parts: str | Iterable[str]) -> None:
     os.replace(temporary, path)
 
 
-def is_failed_write(error: BaseException) -> bool:
-    """Whether an error is of a full disk or the like: safetensors has one of its own, tokenizers no type at all."""
-    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception
-
-
-@contextlib.contextmanager
-def told_writes(what: str, outcome: str = "") -> Iterator[None]:
-    """Say of a failed write what it was for.
-
-    Args:
-        what: begins the message.
-        outcome: what is left, or what to do.
-
-    Raises:
-        OSError: it failed.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_failed_write(error):
-            raise
-        raise OSError(f"{what} ({error})" + (f"; {outcome}" if outcome else "")) from error
-
-
 @contextlib.contextmanager
 def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder inside a folder, gone afterwards; what killed programs left of such folders goes first.
-
-    Args:
-        folder: made if it is missing.
-        prefix: with which the folder's name begins, one for each program.
-    """
+    """An empty folder `<folder>/<prefix>...`, gone afterwards; what killed programs left of such goes first."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{prefix}*"):
         shutil.rmtree(left)
@@ -77,29 +62,26 @@ def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def is_failed_write(error: BaseException) -> bool:
+    """Whether an error is of a full disk or the like: safetensors has one of its own, tokenizers no type at all."""
+    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception
+
+
+@contextlib.contextmanager
+def told_writes(what: str, outcome: str = "") -> Iterator[None]:
+    """A failed write becomes an `OSError` that begins with what it was for and ends with what is left, or to do."""
+    try:
+        yield
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        raise OSError(f"{what} ({error})" + (f"; {outcome}" if outcome else "")) from error
 
 
 def check_output_dir(
     output_dir: str, resuming: bool, overwrite: bool, resume_flag: str = "--resume_from_checkpoint"
 ) -> None:
-    """Refuse to write over another run, or where nothing can be written. The folder is not made yet.
-
-    Args:
-        output_dir: The folder.
-        resuming: Whether what is there is gone on with.
-        overwrite: Whether what is there may be replaced.
-        resume_flag: What the message calls the flag to resume with.
-
-    Raises:
-        ValueError: a file of that name, no permission, or a folder with content that was not asked to be reused.
-    """
+    """Refuse to write over another run, or where nothing can be written. The folder is not made yet."""
     folder = Path(output_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
@@ -113,29 +95,17 @@ def check_output_dir(
         )
 
 
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def display_name(name: str) -> str:
     """A Hub id as it is; of anything else (local paths, a stranger's text) the last part, in harmless characters."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name):  # unlike Path.exists, takes long names
         return name
     return re.sub(r"[^\w.-]", "_", PureWindowsPath(name).name)  # which knows both kinds of slashes
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        AdapterError: the file is missing, unreadable, not JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path} is missing; a PEFT adapter folder holds it beside its weights") from None
-    except json.JSONDecodeError as error:
-        raise AdapterError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}; download the file again"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, nested without end
-        raise AdapterError(f"{path} cannot be read: {error}; download or save it again") from None
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds {type(content).__name__}, a JSON object was expected")
-    return content

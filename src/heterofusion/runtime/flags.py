@@ -1,4 +1,4 @@
-"""Ranges of flags, as metadata of their dataclass fields: `metadata={"help": ..., "range": "(0, 1]"}`."""
+"""Values of flags: ranges in field metadata (`metadata={"help": ..., "range": "(0, 1]"}`), YAML with variables."""
 
 import dataclasses
 import json
@@ -13,8 +13,6 @@ import yaml
 from heterofusion.runtime.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
-
-
 _RANGE = re.compile(r"([\[(])\s*(\S+?)\s*,\s*(\S+?)\s*([\])])")
 
 
@@ -22,9 +20,6 @@ def check_ranges(flags: Any) -> None:
     """Check every field of a dataclass that has a `range` or `choices` in its metadata; None passes, lists by item.
 
     A range is an interval such as `[0, inf)` or `(0, 1]`; what is not finite is outside of each.
-
-    Raises:
-        UserError: names the flag, its value and what it may be.
     """
     for item in dataclasses.fields(flags):
         value = getattr(flags, item.name)
@@ -64,18 +59,9 @@ def _parts(interval: str) -> tuple[str, float, float, str]:
 
 
 def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; `${NAME}` in its texts is replaced by the environment variable.
+    """Read a YAML file that holds a mapping, empty for an empty file; messages begin with `where`.
 
-    Args:
-        path: the file.
-        where: names it in messages.
-        expected: what it should hold, for messages.
-
-    Returns:
-        The mapping; empty for an empty file. `${NAME:-text}` gives the text where the variable is not set.
-
-    Raises:
-        UserError: it cannot be read, holds something else, or names a variable that is not set.
+    `${NAME}` in its texts becomes the environment variable, `${NAME:-text}` the text where it is not set.
     """
     full = Path(path).expanduser().absolute()
     try:
@@ -101,7 +87,7 @@ def _expand_variables(value: Any, where: str) -> Any:
 
     def content(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name) or default
+        found = os.environ.get(name, default)  # what is set to nothing is set
         if found is None:
             raise UserError(f"{where} names ${{{name}}}, but the environment variable {name} is not set: export it")
         return found

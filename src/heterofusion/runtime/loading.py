@@ -1,7 +1,6 @@
-"""From flags to objects: adapters and their plan, tokenizer and base model, checked in order of their price."""
+"""Base models and tokenizers: read, checked without weights, loaded frozen."""
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from heterofusion.adapters.lora import AdapterError, LoraAdapter
-from heterofusion.data.labels import SOFT_IDS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
 
@@ -46,19 +43,12 @@ class ModelArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bit (nf4) with bitsandbytes."})
 
 
-logger = logging.getLogger(__name__)
-
-
 def load_tokenizer(
-    model: ModelArguments, target: LoraAdapter | None, trust_remote_code: bool = False
+    model: ModelArguments, adapter_folder: Path | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The target's tokenizer: the one saved with the adapter if there is one, else the base model's.
-
-    Raises:
-        ValueError: neither can be loaded.
-    """
-    own = target is not None and (target.folder / "tokenizer_config.json").is_file()
-    name = str(target.folder) if target is not None and own else model.model_name_or_path
+    """The tokenizer saved with the adapter if there is one, else the base model's."""
+    own = adapter_folder is not None and (adapter_folder / "tokenizer_config.json").is_file()
+    name = str(adapter_folder) if own else model.model_name_or_path
     try:
         return AutoTokenizer.from_pretrained(
             name, revision=None if own else model.model_revision, trust_remote_code=trust_remote_code
@@ -70,21 +60,34 @@ def load_tokenizer(
         ) from error
 
 
-def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The base model on the meta device: everything but its weights.
+def load_base_config(
+    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PretrainedConfig:
+    """A base model's `config.json`, local or from the Hub; `what` says whose base it is, or which flag names it."""
+    try:
+        if not Path(name_or_path).exists():
+            # transformers' own download retries for half a minute without a network; this one fails at once
+            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:  # every config class checks its values in its own way, with its own types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        flags = (
+            "" if what.startswith("--") else " with --source_configs (a source) or --model_name_or_path (the target)"
+        )
+        raise UserError(
+            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
+            f"it{flags}"
+        ) from error
 
-    Raises:
-        AdapterError: the config cannot be read.
-        ValueError: the config is of no causal language model, or quantization is not possible.
-    """
+
+def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model on the meta device: everything but its weights."""
     if model.load_in_4bit and model.load_in_8bit:
         raise UserError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
     if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit"
         raise UserError(f"{flag} needs bitsandbytes; pip install 'heterofusion[quantization]', or leave the flag out")
-    config = load_base_config(
-        model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
-    )
+    config = _config(model, trust_remote_code)
     try:
         with torch.device("meta"), without_zero_init():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -95,42 +98,14 @@ def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> Pre
         ) from error
 
 
-def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig) -> None:
-    """Check that the base model has an embedding for every token: another model's tokenizer may have more.
-
-    Raises:
-        ValueError: names the token id and the vocabulary's size.
-    """
-    size = config.get_text_config().vocab_size
-    for dataset in datasets:
-        largest = max((max(ids) for ids in dataset["input_ids"]), default=0) if dataset is not None else 0
-        if dataset is not None and SOFT_IDS in dataset.column_names:
-            largest = max([largest, *(max(map(max, ids)) for ids in dataset[SOFT_IDS] if ids)])
-        if largest >= size:
-            raise UserError(
-                f"the tokenizer gave token id {largest}, but the vocabulary of base model {config.name_or_path} has "
-                f"{size} entries: --model_name_or_path and the tokenizer saved with the target adapter do not belong "
-                "together"
-            )
-
-
 def load_base(
     model: ModelArguments, use_cpu: bool = False, trust_remote_code: bool = False, bf16: bool = False
 ) -> PreTrainedModel:
-    """Load the target's base model, frozen.
-
-    Args:
-        model: which one, and how.
-        use_cpu: whether the run stays on the CPU.
-        trust_remote_code: whether code of the Hub may run.
-        bf16: whether it is to be bfloat16 where `--dtype` is not given.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """Load the target's base model, frozen; it is bfloat16 with `bf16` where `--dtype` is not given."""
     kwargs: dict[str, Any] = {}
     dtype = base_dtype(model, use_cpu, bf16)
-    set_zero_init_dtype(_own_dtype(model, trust_remote_code) if dtype == "auto" else dtype)
+    held = _config(model, trust_remote_code).dtype if dtype == "auto" else dtype
+    set_zero_init_dtype(held if isinstance(held, torch.dtype) else torch.float32)
     if model.load_in_4bit or model.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -173,38 +148,36 @@ def base_dtype(model: ModelArguments, use_cpu: bool, bf16: bool = False) -> Any:
     return torch.bfloat16 if bf16 or (on_gpu and torch.cuda.is_bf16_supported()) else torch.float32
 
 
-def _own_dtype(model: ModelArguments, trust_remote_code: bool) -> torch.dtype:
-    config = load_base_config(
+def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig) -> None:
+    """Check that the base model has an embedding for every token: another model's tokenizer may have more.
+
+    Looked at are the columns whose names end with `_ids`: tokens, and those of soft labels.
+    """
+    size = config.get_text_config().vocab_size
+    for dataset in datasets:
+        columns = [] if dataset is None else [name for name in dataset.column_names if name.endswith("_ids")]
+        largest = max((_largest(dataset[name]) for name in columns if dataset is not None), default=0)
+        if largest >= size:
+            raise UserError(
+                f"the tokenizer gave token id {largest}, but the vocabulary of base model {config.name_or_path} has "
+                f"{size} entries: --model_name_or_path and the tokenizer saved with the target adapter do not belong "
+                "together"
+            )
+
+
+def _largest(ids: Any) -> int:
+    """The largest number in lists of lists; 0 if there is none."""
+    if isinstance(ids, list) and ids and isinstance(ids[0], int):
+        return max(ids)
+    return max(map(_largest, ids), default=0)
+
+
+def _config(model: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
+    return load_base_config(
         model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
     )
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def load_base_config(
-    name_or_path: str, what: str, trust_remote_code: bool = False, revision: str | None = None
-) -> PretrainedConfig:
-    """Read a base model's `config.json`, local or from the Hub; no weights.
-
-    Raises:
-        AdapterError: it cannot be read; `what` says whose base it is, or by which flag it is named.
-    """
-    try:
-        if not Path(name_or_path).exists():
-            # transformers' own download retries for half a minute without a network; this one fails at once
-            snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
-    except Exception as error:  # every config class checks its values in its own way, with its own types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise AdapterError(
-            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
-            + (
-                "it"
-                if what.startswith("--")
-                else "it with --source_configs (a source) or --model_name_or_path (the target)"
-            )
-        ) from error

@@ -1,6 +1,4 @@
-"""Processes of an evaluation: they share the examples, and an error of one reaches all."""
-
-from __future__ import annotations
+"""Processes: an error of one reaches all, ZeRO-3's initialization, and what a process took."""
 
 import contextlib
 import datetime
@@ -21,31 +19,23 @@ from heterofusion.runtime.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0 of a launch (or the only process)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def start_ranks(use_cpu: bool) -> PartialState:
-    """Join the other processes of the launch, if there are any.
-
-    Args:
-        use_cpu: Whether to leave GPUs alone.
-
-    Returns:
-        Rank, number of processes, and this rank's device.
-    """
+    """Join the other processes of the launch, if there are any."""
     # Processes wait for the slowest one at the end of an adapter; the default would end the run after minutes.
     return PartialState(cpu=use_cpu, timeout=datetime.timedelta(days=7))
 
 
 @contextlib.contextmanager
 def all_together(ranks: PartialState) -> Iterator[None]:
-    """Let all processes leave this block, or none: an error of one is raised on all.
+    """Let all processes leave this block, or none: an error of one is raised on all, a user's error as one.
 
     Processes without an error first finish their own part, so that their answers are kept. The block itself must not
     wait for other processes.
-
-    Args:
-        ranks: The processes.
-
-    Raises:
-        ValueError: another process failed; its message, with the rank.
     """
     failure: Exception | None = None
     try:
@@ -56,10 +46,10 @@ def all_together(ranks: PartialState) -> Iterator[None]:
         rank = ranks.process_index
         if failure is not None and rank > 0:  # rank 0 may need long to get here
             logger.error("rank %d failed: %s", rank, one_line(failure))
-        messages = gather_object([None if failure is None else f"rank {rank}: {one_line(failure)}"])
-        told = next((message for message in messages if message is not None), None)
+        own = None if failure is None else (f"rank {rank}: {one_line(failure)}", isinstance(failure, UserError))
+        told = next((each for each in gather_object([own]) if each is not None), None)
         if failure is None and told is not None:
-            raise UserError(told)
+            raise UserError(told[0]) if told[1] else RuntimeError(told[0])
     if failure is not None:
         raise failure
 
@@ -101,11 +91,6 @@ def without_zero_init() -> Iterator[None]:
         deepspeed_integration._hf_deepspeed_config_weak_ref = reference
 
 
-def is_main_process() -> bool:
-    """Whether this is rank 0 of a launch (or the only process)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def peak_memory() -> int:
     """Most bytes that this process has held so far: on the GPUs if it used any, else in main memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -117,14 +102,7 @@ def peak_memory() -> int:
 
 
 def cost_record(seconds: float) -> dict[str, Any]:
-    """What the records of all methods hold as `cost`.
-
-    Args:
-        seconds: wall-clock seconds of the method, without imports and the loading of models.
-
-    Returns:
-        `seconds`, `peak_memory_bytes` of this process, and `device`: the GPU's name, or `cpu`.
-    """
+    """What the records of all methods hold as `cost`; the seconds are without imports and the loading of models."""
     used_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "seconds": round(seconds, 3),

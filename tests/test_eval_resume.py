@@ -9,7 +9,6 @@ from eval_runner import Killed, evaluation, fails_inside, files, predictions, re
 from heterofusion.evaluation import runner
 from heterofusion.evaluation.store import PartWriter, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
-from heterofusion.runtime.ranks import all_together
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags, succeeds
 
@@ -224,22 +223,6 @@ def test_part_file_keeps_every_text(tmp_path):
     assert seconds == pytest.approx(4.0)
     assert [found[i].text for i in (0, 1, 2, 4)] == [texts[i] for i in (0, 1, 2, 4)]
     assert read_parts(tmp_path / "none") == ({}, 0.0)
-
-
-def test_error_of_another_rank_is_raised(monkeypatch):
-    class TwoRanks:
-        num_processes, process_index = 2, 0
-
-    def gathered(messages):
-        return [*messages, "rank 1: no memory"]
-
-    monkeypatch.setattr("heterofusion.runtime.ranks.gather_object", gathered)
-    done = []
-    with pytest.raises(ValueError, match=r"^rank 1: no memory$"), all_together(TwoRanks()):
-        done.append("own part")
-    assert done
-    with pytest.raises(KeyError, match="own"), all_together(TwoRanks()):
-        raise KeyError("own")
 
 
 def test_overwrite_removes_only_what_an_evaluation_wrote(values, test_sets):

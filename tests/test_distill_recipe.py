@@ -143,14 +143,13 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     (anchor / "expert.json").write_text(json.dumps(told))
     changed = {**values, "init_adapter": anchor, "output_dir": tmp_path / "out", "max_steps": 1}
     changed["logits_cache"] = tmp_path / "cache"
-    error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "init:noise")
+    error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "noise")
     succeeds(distill.main, flags(changed))
     found = record(tmp_path / "out")
     assert found["initial_control"] == {"name": "noisy", "kind": "noise"}
-    assert found["made_by"]["source_control"] == "init:noise"
+    assert found["made_by"]["source_control"] == "noise"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# CONTROL (init:noise): distilled LoRA adapter" in card and "- control" in card
-    assert "it was made from noisy, which is a control itself (noise)" in card
+    assert "# CONTROL (noise): distilled LoRA adapter" in card and "- control" in card
 
 
 def test_both_losses_are_logged_and_add_up(finished):

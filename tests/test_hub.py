@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,12 +19,12 @@ from conftest import TINY, fresh_base, make_args, perturb
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter, push_adapter
 from heterofusion.method.config import MethodConfig
 from heterofusion.publish.hub import push_command
-from heterofusion.publish.push import main as push
 from heterofusion.publish.write import ExportError, export_adapter
 from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
-from recipe_runner import error_line, flags, save_tokenizer, shell, succeeds, train
+from recipe_runner import error_line, flags, recipe, save_tokenizer, shell, succeeds, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
+push = recipe("push").main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = {WEIGHTS, CONFIG, "README.md", "fusion.json", "diagnostics.json", "tokenizer.json", "tokenizer_config.json"}
@@ -98,7 +97,11 @@ def assert_nothing_private(hub: HubServer, *secrets: object) -> None:
 def printed_command(message: str) -> list[str]:
     """The command that a failed push asks for, as a shell reads it."""
     assert TOKEN not in message
-    return shlex.split(message[message.index(shlex.quote(sys.executable)) :])
+    return shlex.split(message[message.index("Push again") :].partition(": ")[2])
+
+
+def words_of(command: list[str]) -> list[str]:
+    return command[command.index("push") + 1 :]
 
 
 # ---- what arrives -----------------------------------------------------------------------------------------------
@@ -265,7 +268,11 @@ def test_server_refuses_damaged_objects(hub):
 INCOMPLETE = {
     "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
     "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
-    "a control": ("fusion.json", b'{"source_control": {"kind": "noise"}}', r"holds a control \(source_control noise"),
+    "a control": (
+        "fusion.json",
+        b'{"made_by": {"source_control": "noise"}}',
+        r"holds a control \(source_control noise",
+    ),
     "a list for a fusion.json": ("fusion.json", b"[]", "fusion.json holds list"),
     "no weights": (WEIGHTS, None, f"holds no {WEIGHTS}"),
     "half the weights": (WEIGHTS, b"\x00\x01", "damaged or truncated"),
@@ -321,9 +328,9 @@ def test_failing_stage_loses_nothing_and_the_command_pushes_again(hub, adapter, 
     hub.failures.clear()
     command = printed_command(message)
     assert message.endswith(push_command(adapter, "lab/fused", True, "v1"))
-    assert command[1:3] == ["-m", "heterofusion.publish.push"]
+    assert command[command.index("push") :][:2] == ["push", "--adapter"]
     capsys.readouterr()
-    assert push(command[3:]) == 0
+    assert push(words_of(command)) == 0
     assert hub.files("lab/fused", "v1").keys() == FILES
     assert hub.repos["lab/fused"].visibility == "private"
     assert snapshot(tmp_path) == before
@@ -334,7 +341,7 @@ def test_commit_whose_answer_is_lost_is_not_made_twice(hub, adapter):
     with pytest.raises(ExportError, match="disconnected") as raised:
         push_adapter(adapter, "fused")
     hub.failures.clear()
-    assert push(printed_command(str(raised.value))[3:]) == 0
+    assert push(words_of(printed_command(str(raised.value)))) == 0
     assert len(hub.repos[f"{OWNER}/fused"].commits) == 1
 
 
@@ -354,7 +361,7 @@ def test_failing_push_of_a_run_is_one_line_and_its_command_works_in_a_shell(
     before = snapshot(output)
 
     command = lines[0][lines[0].index("Push again: ") + len("Push again: ") :]
-    assert push(shlex.split(command)[3:]) == 2  # the server is as it was
+    assert push(words_of(shlex.split(command))) == 2  # the server is as it was
     assert capsys.readouterr().err.splitlines()[-1] == lines[0]
     hub.failures.clear()
     hub.repos.clear()
@@ -384,7 +391,7 @@ def test_bad_token_is_refused_and_not_shown(hub, adapter, monkeypatch, tmp_path,
 
 def test_offline_push_says_so(hub, adapter, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .* -m heterofusion\.publish\.push --adapter"):
+    with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .*heterofusion.* push --adapter"):
         push_adapter(adapter, "fused")
     assert not hub.calls
 

@@ -19,7 +19,7 @@ from test_source_labels import write_labels
 
 pytest_plugins = ["label_runner"]
 pytestmark = pytest.mark.usefixtures("logging_restored")
-expert = recipe("expert")
+expert, push = recipe("expert"), recipe("push").main
 SERVED = ("ner_garden", "re_market")
 
 
@@ -211,10 +211,8 @@ def test_kind_of_a_whole_training():
     labels = labels_control({"files": [{"name": "a", "control": "shuffle"}, {"name": "b"}]})
     assert labels == {"kind": "shuffle", "files": ["a"]}
     assert whole_control(None, None, None) is None and labels_control(None) is None
-    assert whole_control({"kind": "noise"}, labels, {"kind": "noise"}) == "noise+labels:shuffle"
-    assert (
-        whole_control(None, labels, {"kind": "init:zero+labels:bases"}) == "labels:shuffle+init:zero+init:labels:bases"
-    )
+    assert whole_control({"kind": "noise"}, labels, {"kind": "noise"}) == "noise+labels:shuffle"  # not chained
+    assert whole_control(None, labels, {"kind": "zero+labels:bases"}) == "labels:shuffle+zero+labels:bases"
 
 
 @pytest.fixture(scope="module")
@@ -253,32 +251,23 @@ def tuned(shared, fused, tmp_path_factory) -> dict:
 def test_fusion_on_a_control_is_a_control(fused, capsys):
     out = fused["output_dir"]
     record = json.loads((out / "fusion.json").read_text())
-    assert record["label_control"] == {"kind": "bases", "files": ["labels.jsonl"]}
-    assert record["made_by"]["source_control"] == "labels:bases"
-    assert record["source_control"] is record["initial_control"] is None
+    assert record["made_by"]["source_control"] == "labels:bases" and record["source_control"] is None
     card = (out / "README.md").read_text()
-    assert "# CONTROL (labels:bases): not a fusion of its sources" in card and "- control" in card
-    assert "the source labels in labels.jsonl are those of the sources' base models without their adapters" in card
+    assert "# CONTROL (labels:bases): Fused LoRA adapter" in card and "- control" in card
+    assert "the source labels are those of the sources' base models without their adapters" in card
     argv = flags({"adapter": out, "hub_model_id": "me/it"})
-    error_line(capsys, recipe_push(), argv, out, "holds a control (source_control labels:bases in fusion.json)")
-
-
-def recipe_push():
-    from heterofusion.publish.push import main
-
-    return main
+    error_line(capsys, push, argv, out, "holds a control (source_control labels:bases in fusion.json)")
 
 
 def test_what_begins_as_a_control_is_a_control(tuned, capsys):
     out = tuned["output_dir"]
     record = json.loads((out / "expert.json").read_text())
     assert record["initial_control"] == {"name": "out", "kind": "labels:bases"} and record["label_control"] is None
-    assert record["made_by"]["source_control"] == "init:labels:bases"
+    assert record["made_by"]["source_control"] == "labels:bases"
     card = (out / "README.md").read_text()
-    assert "# CONTROL (init:labels:bases): not an expert" in card and "- control" in card
-    assert "it was made from out, which is a control itself (labels:bases)" in card
+    assert "# CONTROL (labels:bases): not an expert" in card and "- control" in card
     argv = flags({"adapter": out, "hub_model_id": "me/it"})
-    error_line(capsys, recipe_push(), argv, "holds a control (source_control init:labels:bases in expert.json)")
+    error_line(capsys, push, argv, "holds a control (source_control labels:bases in expert.json)")
 
 
 def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, capsys, monkeypatch):

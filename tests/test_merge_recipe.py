@@ -192,10 +192,9 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
         (adapters[index] / "expert.json").write_text(json.dumps(record))
     folder, record = run(tiny, adapters=adapters, method="ties", output_dir=tmp_path / "out")
     assert record["initial_control"] == {"name": "expert0, expert1", "kind": "noise+labels:bases"}
-    assert record["made_by"]["source_control"] == "init:noise+init:labels:bases"
+    assert record["made_by"]["source_control"] == "noise+labels:bases"
     card = (folder / "README.md").read_text()
-    assert "# CONTROL (init:noise+init:labels:bases): merged LoRA adapter" in card and "- control" in card
-    assert "it was made from expert0, expert1, which is a control itself (noise+labels:bases)" in card
+    assert "# CONTROL (noise+labels:bases): merged LoRA adapter" in card and "- control" in card
     plain = run(tiny, method="ties", output_dir=tmp_path / "plain")
     assert plain[1]["initial_control"] is plain[1]["made_by"]["source_control"] is None
     assert "CONTROL" not in (plain[0] / "README.md").read_text()

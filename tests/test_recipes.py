@@ -12,7 +12,6 @@ from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
-from heterofusion.publish.push import PushArguments
 from heterofusion.sweeps import RECIPES as SWEPT
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, error_line, recipe
@@ -46,7 +45,7 @@ def test_readme_flags_exist(monkeypatch):
     """Every --flag in the README and the recipes' README belongs to a recipe (or to accelerate launch)."""
     known = {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
     monkeypatch.syspath_prepend(str(RECIPES))
-    kinds = [PushArguments, *LABEL_ARGUMENTS, *(kind for kinds in SWEPT.values() for kind in kinds)]
+    kinds = [*LABEL_ARGUMENTS, *(kind for kinds in SWEPT.values() for kind in kinds)]
     for path in RECIPES.rglob("*.py"):
         spec = importlib.util.spec_from_file_location(f"flags_of_{path.parent.name}_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import re
+import runpy
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -330,3 +331,16 @@ def _drop_held_messages() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _HeldMessages):
             handler.buffer.clear()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `heterofusion` command: runs a recipe of that name."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    recipe = Path(__file__).parents[2] / "recipes" / f"{words[0]}.py"
+    sys.argv = [str(recipe), *words[1:]]
+    runpy.run_path(str(recipe), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,32 +1,104 @@
-"""The end of a fusion: one ordinary PEFT adapter with its provenance and model card."""
+"""The one writer of adapters: an ordinary PEFT folder with card and record, there as a whole or not at all."""
 
 import contextlib
 import json
-import logging
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
+from heterofusion.adapters.lora import CONFIG_FILE, PICKLE_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.publish.record import CARD_FILE, PROVENANCE_FILE, fused_config, model_card, provenance
+from heterofusion.publish.card import model_card
+from heterofusion.publish.record import (
+    CARD_FILE,
+    FILE_OF_KIND,
+    RECORD_FILES,
+    describe_basis,
+    describe_labels,
+    fused_config,
+    fusion_record,
+)
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
+from heterofusion.runtime.files import display_name, file_sha256, staging_folder, told_writes
 from heterofusion.runtime.sharding import whole_tensors
-
-logger = logging.getLogger(__name__)
 
 _STAGING = ".export-"
 
 
 class ExportError(UserError):
-    """A fused adapter that must not be written."""
+    """An adapter that must not be written or pushed."""
+
+
+def write_adapter(
+    folder: str | Path,
+    weights: Mapping[str, Tensor],
+    config: PeftConfig | Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    about: str = "",
+    expected: Mapping[str, Tensor] | None = None,
+    remedy: str = "lower --learning_rate, or take an earlier checkpoint",
+    tokenizer: Any = None,
+    diagnostics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter: validated, written beside its place, then moved, the record last.
+
+    Records of other kinds, diagnostics and pickled weights in the folder go; what killed runs left there goes too.
+
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        weights: tensors by their keys in the file.
+        config: for `adapter_config.json`; it may name a local base, which PEFT loads from there.
+        record: of `make_record`.
+        about: paragraphs of the card; see `model_card`.
+        expected: what keys, shapes and dtypes must be those of.
+        remedy: what to do where a weight is not finite.
+        tokenizer: saved along; of a folder, the tokenizer files are copied. Tokenizer files that lie there go first.
+        diagnostics: for `diagnostics.json`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: a weight is not finite, or unlike what was expected; names it.
+        AdapterError: what was written could not be read again.
+        OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
+    """
+    _check(weights, expected, remedy)
+    folder = Path(folder)
+    record_file = FILE_OF_KIND[record["made_by"]["kind"]]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_traces(folder))
+        with told_writes(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
+            staging = stack.enter_context(staging_folder(folder, _STAGING))
+            whole = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+            save_file(whole, staging / WEIGHTS_FILE, {"format": "pt"})
+            if isinstance(config, PeftConfig):
+                config.save_pretrained(str(staging))
+            else:
+                _write_json(staging / CONFIG_FILE, config)
+            shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
+            if isinstance(tokenizer, Path):
+                _copy_tokenizer(tokenizer, staging)
+            elif tokenizer is not None:
+                tokenizer.save_pretrained(str(staging))
+            name = display_name(str(folder.absolute()))
+            (staging / CARD_FILE).write_text(str(model_card(record, about, name)), encoding="utf-8")
+            if diagnostics is not None:
+                _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
+            load_adapter(staging)  # what cannot be read is not kept
+            _write_json(staging / record_file, {**record, "weights_sha256": file_sha256(staging / WEIGHTS_FILE)})
+        with told_writes(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
+            _move_files(staging, folder, record_file, tokenizer is not None)
+    return folder
 
 
 def export_adapter(
@@ -42,11 +114,9 @@ def export_adapter(
 
     All ranks together.
 
-    Everything is validated first and written beside its final place, then moved; what killed exports left there goes.
-
     Args:
         model: the trained model; it stays usable.
-        output_dir: the folder; files of the same names are replaced.
+        output_dir: the folder; see `write_adapter`.
         tokenizer: saved along if given.
         training: plain values recorded in the provenance (steps, seeds, replay, ...).
         metrics: plain values for the card's table and the provenance.
@@ -60,63 +130,92 @@ def export_adapter(
         OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
     """
     state = model.fused_state_dict()
-    validate_fused(state, model.plan.target)
-    folder = Path(output_dir)
+    expected = model.plan.target.state_dict()
+    _check(state, expected)
     alphas = whole_tensors(model.hypernetworks.alphas.items())
     diagnostics = adapter_diagnostics(model)
     for entry, source in zip(diagnostics["sources"], model.plan.sources, strict=True):
         if source.control is not None:  # pictures must not show it as the source
             entry["control"] = source.control["kind"]
     if not write:
-        return folder
-    record = provenance(model, training, metrics)
+        return Path(output_dir)
+    record = fusion_record(model, training, metrics)
     record["alpha"] = {name: alpha.item() for name, alpha in alphas.items()}
-    with contextlib.ExitStack() as stack:
-        with told_writes(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
-            staging = stack.enter_context(staging_folder(folder, _STAGING))
-            weights = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-            save_file(weights, staging / WEIGHTS_FILE, {"format": "pt"})
-            _write_json(staging / CONFIG_FILE, fused_config(model))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(staging))
-            (staging / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
-            _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
-            record["weights_sha256"] = file_sha256(staging / WEIGHTS_FILE)
-            _write_json(staging / PROVENANCE_FILE, record)
-            shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
-        with told_writes(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
-            _move_files(staging, folder)
-    return folder
+    return write_adapter(
+        output_dir,
+        state,
+        fused_config(model),
+        record,
+        about=_about_fusion(record),
+        expected=expected,
+        tokenizer=tokenizer,
+        diagnostics=diagnostics,
+    )
 
 
-def _move_files(staging: Path, folder: Path) -> None:
-    """Move an export into place. The provenance goes last: where it stands, the adapter beside it is complete."""
-    (folder / PROVENANCE_FILE).unlink(missing_ok=True)
-    names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    for name in sorted(names, key=lambda name: name == Path(PROVENANCE_FILE)):
-        (folder / name).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates
-        os.replace(staging / name, folder / name)
+def _about_fusion(record: Mapping[str, Any]) -> str:
+    aligned = sum(record["plan"]["aligned_modules"].values())
+    text = (
+        f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of "
+        f"`{record['base_model'] or 'the target model'}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). "
+        f"`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated, "
+        f"{record['plan']['untouched_modules']} modules are the target's own."
+    )
+    told = [describe_basis(record["basis"]), describe_labels(record["training"].get("source_labels"))]
+    return "\n\n".join([text, *filter(None, told)])
 
 
-def validate_fused(state: dict[str, Tensor], target: LoraAdapter) -> None:
-    """Check a fused state against its target: same keys, shapes and dtypes, all finite.
-
-    Raises:
-        ExportError: names the tensor.
-    """
-    expected = target.state_dict()
-    if state.keys() != expected.keys():
+def _check(
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor] | None,
+    remedy: str = "lower --learning_rate, or take an earlier checkpoint",
+) -> None:
+    if expected is not None and weights.keys() != expected.keys():
         raise ExportError(
-            f"fused adapter has other tensors than its target: {sorted(state.keys() ^ expected.keys())[:3]}"
+            f"the adapter has other tensors than expected: {sorted(weights.keys() ^ expected.keys())[:3]}"
         )
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape or tensor.dtype != expected[key].dtype:
-            raise ExportError(f"fused tensor {key} is {tensor.dtype} {tuple(tensor.shape)}, unlike the target's")
+    for key, tensor in weights.items():
+        if expected is not None and (tensor.shape, tensor.dtype) != (expected[key].shape, expected[key].dtype):
+            raise ExportError(f"tensor {key} is {tensor.dtype} {tuple(tensor.shape)}, unlike the target's")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ExportError(
-                f"fused tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was "
-                "written; lower --learning_rate, or take an earlier checkpoint"
+                f"tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was written; "
+                f"{remedy}"
             )
+
+
+@contextlib.contextmanager
+def _without_traces(folder: Path) -> Iterator[None]:
+    """A folder that is new is not left behind empty."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:  # an interruption too
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for file in _tokenizer_files(source):
+        (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(source))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
+
+
+def _move_files(staging: Path, folder: Path, record_file: str, with_tokenizer: bool) -> None:
+    """Move an adapter into place. The record goes last: where it stands, the adapter beside it is complete."""
+    for name in (*RECORD_FILES, DIAGNOSTICS_FILE, PICKLE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for stale in _tokenizer_files(folder) if with_tokenizer else []:
+        stale.unlink()
+    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+    for file in sorted(files, key=lambda file: file == Path(record_file)):
+        (folder / file).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates
+        os.replace(staging / file, folder / file)
 
 
 def _write_json(path: Path, content: Any) -> None:

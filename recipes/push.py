@@ -1,6 +1,6 @@
 """Push an adapter to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
 
-    python -m heterofusion.publish.push --adapter fused --hub_model_id NAME
+    heterofusion push --adapter fused --hub_model_id NAME
 
 It is what `--push_to_hub true` does at the end of a run, and what a failed push asks for. Fusions, merges, distilled
 adapters and experts are pushed; controls are not. The folder is only read.
@@ -9,6 +9,9 @@ adapters and experts are pushed; controls are not. The folder is only read.
 import logging
 import sys
 from dataclasses import dataclass, field
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.publish.hub import push_adapter
@@ -48,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

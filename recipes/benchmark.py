@@ -28,8 +28,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -40,6 +38,7 @@ from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.data.markdown import markdown_table
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.publish.record import library_versions
+from heterofusion.runtime.errors import UserError
 
 FOLDER = Path(__file__).resolve().parent
 LORA = "lora"

@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -41,6 +39,7 @@ from heterofusion.comparison import (
 from heterofusion.report.comparison import comparison_table, gain_sentences, parse_comparison
 from heterofusion.report.style import require_matplotlib
 from heterofusion.report.write import Report, check_output, write_report
+from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import write_whole
 from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
 from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome

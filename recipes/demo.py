@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -34,6 +32,7 @@ from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.comparison import COMPARISON_FILE, comparison_row
 from heterofusion.evaluation.results import join_results
 from heterofusion.report.fields import Fields
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, write_splits, zoo_path
 
 MARK = ".heterofusion-demo"  # in a folder that a demo may write over

@@ -16,8 +16,6 @@ import logging
 import sys
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -40,6 +38,7 @@ from heterofusion.rivals.distillation_record import (
     training_record,
 )
 from heterofusion.rivals.fusellm import fuse_labels
+from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step

@@ -17,8 +17,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -32,6 +30,7 @@ from heterofusion.method.expansion import FitBasis
 from heterofusion.publish.expert_record import expert_record, write_record
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import initial_control, refuse_push, whole_control
+from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import told_writes
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
 from heterofusion.runtime.ranks import is_main_process

@@ -12,8 +12,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -21,6 +19,7 @@ from heterofusion.adapters.alignment import AdapterArguments, load_plan
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.method.config import MethodConfig
 from heterofusion.method.plan import format_plan, plan_summary
+from heterofusion.runtime.errors import UserError
 
 
 @dataclass

@@ -12,8 +12,6 @@ import logging
 import sys
 from dataclasses import dataclass, field
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
@@ -25,6 +23,7 @@ from heterofusion.report.results import find_results
 from heterofusion.report.rows import baseline_rows, make_groups
 from heterofusion.report.style import require_matplotlib
 from heterofusion.report.write import Report, check_output, read_adapters, write_report
+from heterofusion.runtime.errors import UserError
 
 
 @dataclass

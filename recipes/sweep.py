@@ -13,12 +13,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heterofusion.runtime.errors import UserError
-
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.runtime.errors import UserError
 from heterofusion.sweeps import Run, read_sweep, run_all
 from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
 from heterofusion.sweeps.pool import FAILED, NOT_RUN

@@ -335,7 +335,7 @@ def records_beside(adapter: Adapter) -> dict[str, Any]:
         return nothing
     try:
         name, record = find_record(adapter.folder, adapter.sha256)
-    except AdapterError as error:
+    except UserError as error:
         logger.warning("%s; results do not tell what made adapter %s", error, adapter.given)
         return nothing
     try:

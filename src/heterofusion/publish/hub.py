@@ -18,7 +18,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
-from heterofusion.adapters.config import AdapterError
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.publish.record import (
@@ -34,7 +33,7 @@ from heterofusion.publish.record import (
     without_tokens,
 )
 from heterofusion.publish.write import ExportError
-from heterofusion.runtime.errors import one_line
+from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
     try:
         record_file, record = find_record(folder)
         base = load_adapter(folder).base_model or ""
-    except AdapterError as error:
+    except UserError as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
     control = record_control(record)
     if control is not None:

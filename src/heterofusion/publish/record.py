@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters.config import AdapterError
 from heterofusion.adapters.controls import control_record
 from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter
 from heterofusion.data.labels import ANCHOR, is_labelled_by_sources
@@ -134,11 +133,11 @@ def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, d
     """File name and content of the record beside an adapter; of several, the one that was written for its weights.
 
     Raises:
-        AdapterError: there is none, or one is damaged; names it.
+        UserError: there is none, or one is damaged; names it.
     """
     records = {name: read_json_object(folder / name) for name in RECORD_FILES if (folder / name).is_file()}
     if not records:
-        raise AdapterError(f"{folder} holds no record of what made it: none of {', '.join(RECORD_FILES)}")
+        raise UserError(f"{folder} holds no record of what made it: none of {', '.join(RECORD_FILES)}")
     names = list(records)
     if len(names) > 1:
         sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
@@ -150,7 +149,7 @@ def read_record(folder: Path, weights_sha256: str | None = None) -> dict[str, An
     """The record beside an adapter; None if there is none, or only one of other weights that lay there before.
 
     Raises:
-        AdapterError: it is damaged; names it.
+        UserError: it is damaged; names it.
     """
     if not any((folder / name).is_file() for name in RECORD_FILES):
         return None
@@ -171,7 +170,7 @@ def control_of(*adapters: LoraAdapter | None) -> str | None:
     """The control that adapters are by the records beside them: what is made from a control is that control.
 
     Raises:
-        AdapterError: a record is damaged; names it.
+        UserError: a record is damaged; names it.
     """
     records = (read_record(adapter.folder, adapter.sha256) for adapter in adapters if adapter is not None)
     return join_controls(*(record_control(record) for record in records if record is not None))

@@ -351,7 +351,7 @@ def test_wrong_values(refused):
     refused("--max_new_tokens 600 leaves no room", "512", max_new_tokens=600)
     refused("--max_prompt_length 500", "give 472 at most", max_prompt_length=500)
     refused("--max_prompt_length is 1", max_prompt_length=1)
-    refused("--max_examples has the value -1", max_examples=-1)
+    refused("--max_examples is -1", max_examples=-1)
     refused("--labels has 'seed'", "key=value", labels=["seed"])
     refused("the key 'a' twice", labels=["a=1", "a=2"])
     refused("exclude each other", resume=True, overwrite=True)

@@ -34,8 +34,8 @@ BAD_VALUES = [
     ("transfer_ratio", "2/1"), ("transfer_ratio", 0), ("transfer_ratio", "half"), ("transfer_ratio", "1/0"),
     ("transfer_ratio", "nan"), ("canonicalize", "perhaps"),
     # the data
-    ("max_examples", 0), ("dataset_ratio", 0), ("dataset_ratio", 1.5), ("dataset_seed", -1), ("max_length", 1),
-    ("eval_max_examples", 0), ("max_examples", [1, 2]), ("dataset_split", [""]),
+    ("max_examples", -1), ("dataset_ratio", 0), ("dataset_ratio", 1.5), ("dataset_seed", -1), ("max_length", 1),
+    ("eval_max_examples", -1), ("max_examples", [1, 2]), ("dataset_split", [""]),
     # training
     ("max_steps", "many"), ("learning_rate", -1e-5), ("learning_rate", 0), ("learning_rate", "nan"),
     ("per_device_train_batch_size", 0), ("per_device_eval_batch_size", 0), ("gradient_accumulation_steps", 0),

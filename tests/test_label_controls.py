@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.data.labels import file_control, labels_control
+from heterofusion.data.labels import labels_control
 from heterofusion.labelling.controls import exchange, with_control
 from heterofusion.labelling.routing import route
 from heterofusion.publish.record import whole_control
@@ -188,23 +188,9 @@ ROWS = [line(10 + i) for i in range(6)]
 
 
 def labels_of(folder: Path, kind: str | None, name: str = "labels") -> Path:
-    """A file of labels with what recipes/label.py leaves beside it."""
+    """A file of labels as recipes/label.py leaves it."""
     folder.mkdir()
-    record = {"tasks": {name: {}}, "control": kind and {"kind": kind, "seed": None}}
-    (folder / "labels.json").write_text(json.dumps(record))
-    return write_labels(folder / f"{name}.jsonl", *ROWS)
-
-
-def test_control_is_found_beside_a_file_and_in_its_records(tmp_path):
-    file = labels_of(tmp_path / "one", "bases")
-    assert file_control(file, ROWS) == "bases"
-    assert file_control(labels_of(tmp_path / "two", None), ROWS) is None
-    mine = write_labels(tmp_path / "one" / "mine.jsonl", *ROWS)  # hand-written, beside a control's
-    assert file_control(mine, ROWS) is None
-    assert file_control(tmp_path / "moved.jsonl", [*ROWS, {**ROWS[0], "control": "shuffle"}]) == "shuffle"
-    (tmp_path / "one" / "labels.json").write_text("{")
-    with pytest.raises(ValueError, match=r"labels\.json"):
-        file_control(file, ROWS)
+    return write_labels(folder / f"{name}.jsonl", *(row if kind is None else {**row, "control": kind} for row in ROWS))
 
 
 def test_kind_of_a_whole_training():
@@ -276,8 +262,8 @@ def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, cap
         values = {**(fused if name == "train" else tuned), "output_dir": tmp_path / name}
         error_line(capsys, main.main, flags({**values, "push_to_hub": True}), "--push_to_hub is true", "labels:bases")
     real = {**fused, "source_labels": [labels_of(tmp_path / "labels", None)]}
-    words = ("checkpoint-2 was trained with another source_labels.files[0].control", '"bases", this run has null')
-    error_line(capsys, train.main, flags({**real, "resume_from_checkpoint": True}), *words)
+    words = "checkpoint-2 was trained with another source_labels.files[0]"
+    error_line(capsys, train.main, flags({**real, "resume_from_checkpoint": True}), words)
     start = {**real, "output_dir": tmp_path / "new", "init_hypernetwork_from": fused["output_dir"] / "checkpoint-1"}
     error_line(capsys, train.main, flags(start), "source labels of the control bases, this run's are of none")
 
@@ -350,14 +336,6 @@ def test_labels_alone_train_a_fusion_and_its_twin(fused, tuned, tmp_path, basis)
         assert record["metrics"]["eval_loss"] > 0
         rows[name] = record["basis"]["lora_A_sha256"]
     assert rows["fusion"] == rows["expert"]
-
-
-@pytest.mark.parametrize("tasks", [{"t": 3}, {"../t": {"labels": 1}}, {"t": None}])
-def test_damaged_record_of_a_folder_is_told(fused, tmp_path, capsys, tasks):
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "labels.json").write_text(json.dumps({"tasks": tasks}))
-    values = {**fused, "source_labels": [tmp_path / "labels"], "output_dir": tmp_path / "out"}
-    error_line(capsys, train.main, flags(values), "labels.json is not what recipes/label.py writes: label again")
 
 
 def test_a_file_that_gives_no_label_is_told(fused, tmp_path):

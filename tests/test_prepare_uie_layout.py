@@ -129,7 +129,7 @@ def rows_of(*changes) -> str:
         (b'[{"sentence": "caf\xe9"}]', ["is not UTF-8 (byte 0xe9 at offset 18)", "convert it"]),
         ("[{", ["is not valid JSON at line 1, column 3"]),
         ('{"sentence": "a", "entities": []}\n{"sentence": "b"\n', ["is not valid JSON at line 2"]),
-        ("[1]", ["item at index 0", "make every item an object"]),
+        ("[1]", ["item at index 0", "not an object"]),
         (rows_of(film(5, sentence=["a"])), ["record 4", "`sentence` is of type list"]),
         (rows_of(film(5, sentence="\ud800")), ["record 4", "`sentence` holds half a surrogate pair"]),
         (rows_of(film(5, entities=None)), ["record 4", "`entities` is null", "make it a list"]),

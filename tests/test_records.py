@@ -147,7 +147,7 @@ def test_bad_folder_raises(tmp_path):
     refused(tmp_path / "empty", "replay folder .* holds no data set that can be read")
     splits = datasets.DatasetDict({"test": datasets.Dataset.from_list([GOOD])})
     splits.save_to_disk(tmp_path / "dict")
-    refused(tmp_path / "dict", r"has no split 'train': set --dataset_split to one of test")
+    refused(tmp_path / "dict", r"has no split 'train', only test: set --dataset_split to one of test")
     (tmp_path / "files").mkdir()
     write(tmp_path / "files" / "test.jsonl", [GOOD])
     refused(

@@ -4,6 +4,7 @@ A user's mistake ends with `error: ...` on stderr and exit code 2; `--debug true
 Log messages can be held back until everything is checked, so that the error stands alone.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -32,6 +33,16 @@ _DEBUG_HELP = "`true` shows the traceback of an error instead of one line."
 
 
 class _Parser(HfArgumentParser):
+    @staticmethod
+    def _parse_dataclass_field(parser: Any, field: Any) -> None:
+        """Add a flag; the `range` of its metadata, which argparse does not know, is told in its help."""
+        field = copy.copy(field)
+        told = dict(field.metadata)
+        if interval := told.pop("range", None):
+            told["help"] = f"{told['help']} In {interval}."
+        field.metadata = told
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (see --help)")
 

@@ -1,9 +1,8 @@
-"""The formats of replay data: a record becomes tokens and labels.
+"""The formats of rows: columns become prompt and answer, these a text, the text tokens and labels.
 
-All of it is pure. A record goes through three steps: `to_conversation` reads its columns (which field is prompt, which
-is answer), `render` writes it as one text and marks the answers as character spans, `tokenize` turns text and spans
-into token ids and labels. Working on character spans, and not on two tokenized halves, keeps the labels right for
-tokenizers that merge across the border of the halves.
+Three pure steps: `to_conversation` reads the columns, `render` writes them as one text and marks the answers as
+character spans, `tokenize` turns text and spans into token ids and labels. Working on character spans, and not on two
+tokenized halves, keeps the labels right for tokenizers that merge across the border of the halves.
 """
 
 import re
@@ -28,18 +27,15 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-_PLACEHOLDER = "x"  # an answer where there is none: a word, as most answers begin
 KNOWN_COLUMNS = "`messages`, `prompt` and `completion`, `instruction` and `output` (`input`, `history`), or `text`"
+_PLACEHOLDER = "x"  # an answer where there is none: a word, as most answers begin
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as text.
+    """One example as text: `spans` are the character ranges that get loss, none where there is no answer.
 
-    Args:
-        text: The whole example, as the tokenizer reads it.
-        spans: Character ranges (start, end) of `text` that get loss; empty when the example has no answer.
-        templated: Whether a chat template wrote the text (special tokens are then part of it, and none are added).
+    In a `templated` text a chat template wrote all special tokens, and none are added.
     """
 
     text: str
@@ -49,13 +45,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example as it is asked.
-
-    Args:
-        text: Everything before the answer, as the tokenizer reads it.
-        templated: Whether a chat template wrote the text.
-        reference: The right answer as the record has it; empty where there is none.
-    """
+    """One example as it is asked: the text before the answer; `reference` is the right answer, empty without one."""
 
     text: str
     templated: bool
@@ -63,24 +53,18 @@ class Prompt:
 
 
 def detect_format(columns: Any) -> str | None:
-    """Return the name of the first of `FORMATS` whose columns are all among `columns`, or None."""
+    """Name of the first of `FORMATS` whose columns are all among `columns`."""
     return next((name for name, needed in FORMATS.items() if all(column in columns for column in needed)), None)
 
 
+# ---- columns -> prompt and answer --------------------------------------------------------------------------------
+
+
 def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
-    """Split a record into its prompt and its answer.
+    """Split a row into its prompt and its answer, both strings or both lists of messages.
 
-    Args:
-        record: One row of a data set; columns that the format does not know are ignored.
-        format: A key of `FORMATS`.
-
-    Returns:
-        `(prompt, answer)`, both strings or both lists of messages. Only the answer gets loss, and of a list of
-        messages only its assistant turns: `messages` comes back as `([], messages)`, `text` as `("", text)`, alpaca
-        as messages.
-
-    Raises:
-        ValueError: A field is missing, null or of another type; the message names the field and what was found.
+    Only the answer gets loss, and of a list of messages only its assistant turns: `messages` comes back as
+    `([], messages)`, `text` as `("", text)`, alpaca as messages.
     """
     missing = [column for column in FORMATS[format] if column not in record]
     if missing:
@@ -94,36 +78,77 @@ def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
         return [], _messages(record["messages"], "messages")
     if format == "alpaca":
         return _alpaca(record)
-    if isinstance(record["prompt"], list) and isinstance(record["completion"], list):
-        return _messages(record["prompt"], "prompt"), _messages(record["completion"], "completion")
-    if isinstance(record["prompt"], list) != isinstance(record["completion"], list):
-        found = f"{type_name(record['prompt'])} and {type_name(record['completion'])}"
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
+        found = f"{type_name(prompt)} and {type_name(completion)}"
         raise UserError(f"`prompt` and `completion` are {found}: make both strings or both lists of messages")
-    return check_string(record["prompt"], "prompt"), check_string(record["completion"], "completion")
+    read = _messages if isinstance(prompt, list) and isinstance(completion, list) else check_string
+    return read(prompt, "prompt"), read(completion, "completion")
+
+
+def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    prompt, output = check_string(record["instruction"], "instruction"), check_string(record["output"], "output")
+    # `input` and `history` are optional columns: tables hold null where a row has none.
+    extra = check_string(record["input"], "input") if record.get("input") is not None else ""
+    if extra.strip() and extra not in prompt:
+        prompt = f"{prompt}\n{extra}"
+    turns: list[Message] = []
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise UserError(f"`history` is {type_name(history)}: make it a list of [prompt, answer] pairs")
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            found = f"a list of {len(pair)}" if isinstance(pair, list) else type_name(pair)
+            raise UserError(f"`history[{i}]` is {found}: make it a pair [prompt, answer]")
+        for j, role in enumerate(("user", "assistant")):
+            turns.append({"role": role, "content": check_string(pair[j], f"history[{i}][{j}]")})
+    return [*turns, {"role": "user", "content": prompt}], [{"role": "assistant", "content": output}]
+
+
+def _messages(value: Any, field: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise UserError(f"`{field}` is {type_name(value)}: make it a list of messages with `role` and `content`")
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise UserError(f"`{field}[{i}]` is {type_name(message)}: make it an object with `role` and `content`")
+        for key in ("role", "content"):
+            if key not in message:
+                raise UserError(f"`{field}[{i}]` has no `{key}` (found: {', '.join(message) or 'none'}): add it")
+            check_string(message[key], f"{field}[{i}].{key}")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def check_string(value: Any, field: str) -> str:
+    """Give back a string that a tokenizer can read; `field` names it in messages."""
+    if not isinstance(value, str):
+        raise UserError(f"`{field}` is {type_name(value)}: make it a string or leave the record out")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"`{field}` holds half a surrogate pair at character {error.start}, which no tokenizer can read: remove it"
+        ) from error
+    return value
+
+
+def type_name(value: Any) -> str:
+    """Type of a value for a message: `null`, or `of type str`."""
+    return "null" if value is None else f"of type {type(value).__name__}"
+
+
+# ---- prompt and answer -> text -----------------------------------------------------------------------------------
 
 
 def render(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Write an example as text with its answers marked.
+    """Write what `to_conversation` gave as a text with its answers marked; no spans if all of them are blank.
 
     Strings are concatenated as they are. Messages go through the chat template; alpaca turns without one are joined by
     newlines, with one space between prompt and answer where neither brings white space.
-
-    Args:
-        prompt: What `to_conversation` gave.
-        answer: What `to_conversation` gave.
-        format: A key of `FORMATS`.
-        tokenizer: Gives the chat template.
-
-    Returns:
-        Text and answer spans; no spans when all answers are empty or white space.
-
-    Raises:
-        ValueError: A conversation without a chat template, or a template that cannot tell where an answer is.
     """
-    if isinstance(prompt, str) and isinstance(answer, str):
+    if isinstance(prompt, str) or isinstance(answer, str):
+        prompt, answer = cast(str, prompt), cast(str, answer)
         spans = [(len(prompt), len(prompt) + len(answer))] if answer.strip() else []
         return Rendered(prompt + answer, spans, templated=False)
-    assert isinstance(prompt, list) and isinstance(answer, list)  # for the type checker: `to_conversation` never mixes
     messages = [*prompt, *answer]
     wanted = [
         i
@@ -150,171 +175,13 @@ def render(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokeniz
         ) from error
 
 
-def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Turn an example into token ids and labels.
-
-    A plain text gets the special tokens that the tokenizer adds itself (as at inference) and one EOS with loss; a
-    templated one has all its special tokens already. The first token never gets loss: nothing comes before it.
-
-    Args:
-        rendered: What `render` gave.
-        tokenizer: Fast ones are asked for offsets, slow ones tokenize each prefix up to the border of an answer again.
-
-    Returns:
-        `(input_ids, labels)` of equal length, not truncated; labels are `IGNORE_INDEX` where there is no loss.
-    """
-    special = not rendered.templated
-    encoding = tokenizer(
-        rendered.text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast, verbose=False
-    )
-    ids: list[int] = list(encoding["input_ids"])
-    if tokenizer.is_fast:
-        # A token that the tokenizer added around the text belongs to no sequence.
-        in_text = [sequence is not None for sequence in encoding.sequence_ids(0)]
-        loss = [
-            inside and _overlaps(start, end, rendered.spans)
-            for inside, (start, end) in zip(in_text, encoding["offset_mapping"], strict=True)
-        ]
-    else:
-        in_text, loss = [True] * len(ids), _loss_by_prefix(rendered, tokenizer, ids)
-
-    if special:
-        if len(ids) > 1 and not in_text[0] and ids[0] == ids[1] == tokenizer.bos_token_id:
-            ids, loss, in_text = ids[1:], loss[1:], in_text[1:]  # the text brought its own BOS
-        if len(ids) > 1 and not in_text[-1] and ids[-1] == ids[-2] == tokenizer.eos_token_id:
-            ids, loss = ids[:-1], loss[:-1]  # the text brought its own EOS
-        if tokenizer.eos_token_id is not None:
-            if not ids or ids[-1] != tokenizer.eos_token_id:
-                ids, loss = [*ids, tokenizer.eos_token_id], [*loss, True]
-            loss[-1] = True
-    labels = [token if keep and i > 0 else IGNORE_INDEX for i, (token, keep) in enumerate(zip(ids, loss, strict=True))]
-    return ids, labels
-
-
-def render_prompt(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """Write an example as training writes it, up to its (last) answer.
-
-    A space before the answer stays with the prompt only where training puts it into a token of its own: most
-    tokenizers join it with the answer's first word, which the model then expects to write itself.
-
-    Args:
-        prompt: What `to_conversation` gave.
-        answer: What `to_conversation` gave; it may be empty. Turns after the last assistant turn are left out.
-        format: A key of `FORMATS` other than `text`, which has no prompt.
-        tokenizer: Gives the chat template.
-
-    Returns:
-        The text for `tokenize_prompt`, and the reference.
-
-    Raises:
-        ValueError: As for `render`, or a conversation without an assistant turn.
-    """
-    if isinstance(prompt, str) or isinstance(answer, str):
-        assert isinstance(prompt, str) and isinstance(answer, str)  # for the type checker: never mixed
-        reference = answer
-        rendered = render(prompt, answer if answer.strip() else _PLACEHOLDER, format, tokenizer)
-    else:
-        last = next((i for i in reversed(range(len(answer))) if answer[i]["role"] == "assistant"), None)
-        if last is None:
-            raise UserError("the conversation has no assistant turn: end it with one that holds the right answer")
-        reference = answer[last]["content"]
-        filled = answer[last] if reference.strip() else {**answer[last], "content": _PLACEHOLDER}
-        rendered = render([*prompt, *answer[:last]], [filled], format, tokenizer)
-    (start, _), end = rendered.spans[0], rendered.spans[-1][1]
-    text = rendered.text[:start]
-    if text.endswith(" "):
-        whole = Rendered(rendered.text[:end], [(start, end)], rendered.templated)
-        ids, labels = tokenize(whole, tokenizer)
-        first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
-        without = Prompt(text[:-1], rendered.templated, reference)
-        if tokenize_prompt(without, tokenizer) == ids[:first]:
-            return without
-    return Prompt(text, rendered.templated, reference)
-
-
-def tokenize_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt: those that `tokenize` gives the whole example, before the first label.
-
-    Args:
-        prompt: What `render_prompt` gave.
-        tokenizer: Of the model that answers.
-
-    Returns:
-        The ids; without an EOS that the tokenizer appends, after which nothing would come.
-    """
-    ids, _ = tokenize(Rendered(prompt.text, [], prompt.templated), tokenizer)
-    if not prompt.templated and tokenizer.eos_token_id is not None and not prompt.text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]  # `tokenize` sees to it that a plain text ends with one
-    return ids
-
-
-def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    prompt, output = check_string(record["instruction"], "instruction"), check_string(record["output"], "output")
-    # `input` and `history` are optional columns: tables hold null where a record has none.
-    extra = check_string(record["input"], "input") if record.get("input") is not None else ""
-    if extra.strip() and extra not in prompt:
-        prompt = f"{prompt}\n{extra}"
-    turns: list[Message] = []
-    history = record.get("history") or []
-    if not isinstance(history, list):
-        raise UserError(f"`history` is {type_name(history)}: make it a list of [prompt, answer] pairs")
-    for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            found = f"a list of {len(pair)}" if isinstance(pair, list) else type_name(pair)
-            raise UserError(f"`history[{i}]` is {found}: make it a pair [prompt, answer]")
-        turns.append({"role": "user", "content": check_string(pair[0], f"history[{i}][0]")})
-        turns.append({"role": "assistant", "content": check_string(pair[1], f"history[{i}][1]")})
-    return [*turns, {"role": "user", "content": prompt}], [{"role": "assistant", "content": output}]
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise UserError(f"`{field}` is {type_name(value)}: make it a list of messages with `role` and `content`")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise UserError(f"`{field}[{i}]` is {type_name(message)}: make it an object with `role` and `content`")
-        for key in ("role", "content"):
-            if key not in message:
-                raise UserError(f"`{field}[{i}]` has no `{key}` (found: {', '.join(message) or 'none'}): add it")
-            check_string(message[key], f"{field}[{i}].{key}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
-def check_string(value: Any, field: str) -> str:
-    """Give back a string that a tokenizer can read.
-
-    Args:
-        value: What a record holds.
-        field: Names the field in messages.
-
-    Raises:
-        ValueError: It is no string, or has half a surrogate pair.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"`{field}` is {type_name(value)}: make it a string or leave the record out")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"`{field}` holds half a surrogate pair at character {error.start}, which no tokenizer can read: remove it"
-        ) from error
-    return value
-
-
-def type_name(value: Any) -> str:
-    """Type of a value for a message: `null`, or `of type str`."""
-    return "null" if value is None else f"of type {type(value).__name__}"
-
-
 def _render_plain_turns(messages: list[Message]) -> Rendered:
     """Alpaca turns without a chat template: `prompt answer` lines; the last answer is the one with loss."""
     text, spans = "", []
-    for i in range(0, len(messages), 2):
-        prompt, answer = messages[i]["content"], messages[i + 1]["content"]
+    for asked, answered in zip(messages[::2], messages[1::2], strict=True):
+        prompt, answer = asked["content"], answered["content"]
         bare = bool(prompt and answer) and not prompt[-1].isspace() and not answer[0].isspace()
-        text += ("\n" if i else "") + prompt + (" " if bare else "")
+        text += ("\n" if text else "") + prompt + (" " if bare else "")
         spans = [(len(text), len(text) + len(answer))]
         text += answer
     return Rendered(text, spans, templated=False)
@@ -356,6 +223,43 @@ def _render_chat(messages: list[Message], wanted: list[int], tokenizer: PreTrain
     return Rendered(text, spans, templated=True)
 
 
+# ---- text -> tokens and labels -----------------------------------------------------------------------------------
+
+
+def tokenize(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids and labels of an example, not truncated; `IGNORE_INDEX` where there is no loss.
+
+    A plain text gets the special tokens that the tokenizer adds itself (as at inference) and one EOS with loss; a
+    templated one has all its special tokens already. The first token never gets loss: nothing comes before it.
+    """
+    special = not rendered.templated
+    encoding = tokenizer(
+        rendered.text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast, verbose=False
+    )
+    ids: list[int] = list(encoding["input_ids"])
+    if tokenizer.is_fast:
+        # A token that the tokenizer added around the text belongs to no sequence.
+        in_text = [sequence is not None for sequence in encoding.sequence_ids(0)]
+        loss = [
+            inside and _overlaps(start, end, rendered.spans)
+            for inside, (start, end) in zip(in_text, encoding["offset_mapping"], strict=True)
+        ]
+    else:
+        in_text, loss = [True] * len(ids), _loss_by_prefix(rendered, tokenizer, ids)
+
+    if special:
+        if len(ids) > 1 and not in_text[0] and ids[0] == ids[1] == tokenizer.bos_token_id:
+            ids, loss, in_text = ids[1:], loss[1:], in_text[1:]  # the text brought its own BOS
+        if len(ids) > 1 and not in_text[-1] and ids[-1] == ids[-2] == tokenizer.eos_token_id:
+            ids, loss = ids[:-1], loss[:-1]  # the text brought its own EOS
+        if tokenizer.eos_token_id is not None:
+            if not ids or ids[-1] != tokenizer.eos_token_id:
+                ids, loss = [*ids, tokenizer.eos_token_id], [*loss, True]
+            loss[-1] = True
+    labels = [token if keep and i > 0 else IGNORE_INDEX for i, (token, keep) in enumerate(zip(ids, loss, strict=True))]
+    return ids, labels
+
+
 def _overlaps(start: int, end: int, spans: list[tuple[int, int]]) -> bool:
     """Whether a token with the characters [start, end) holds characters of a span."""
     if start == end:
@@ -368,19 +272,54 @@ def _overlaps(start: int, end: int, spans: list[tuple[int, int]]) -> bool:
 
 def _loss_by_prefix(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bool]:
     """For tokenizers without offsets: the text up to each border of an answer is tokenized again and compared."""
+
+    def common_prefix(border: int) -> tuple[int, bool]:
+        part = tokenizer(rendered.text[:border], add_special_tokens=not rendered.templated, verbose=False)["input_ids"]
+        common = next((i for i, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
+        return common, common == len(part)
+
     loss = [False] * len(ids)
     for start, end in rendered.spans:
-        first, _ = _common_prefix(rendered, tokenizer, ids, start)
-        last, exact = _common_prefix(rendered, tokenizer, ids, end)
-        # A token that straddles the end holds characters of the answer.
-        for i in range(first, min(last + (not exact), len(ids))):
+        first, (last, exact) = common_prefix(start)[0], common_prefix(end)
+        for i in range(first, min(last + (not exact), len(ids))):  # a token across the end holds some of the answer
             loss[i] = True
     return loss
 
 
-def _common_prefix(
-    rendered: Rendered, tokenizer: PreTrainedTokenizerBase, ids: list[int], border: int
-) -> tuple[int, bool]:
-    part = tokenizer(rendered.text[:border], add_special_tokens=not rendered.templated, verbose=False)["input_ids"]
-    common = next((i for i, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
-    return common, common == len(part)
+# ---- prompts for models that answer ------------------------------------------------------------------------------
+
+
+def render_prompt(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """Write an example as training writes it, up to its (last) answer, which may be empty; not of the format `text`.
+
+    A space before the answer stays with the prompt only where training puts it into a token of its own: most
+    tokenizers join it with the answer's first word, which the model then expects to write itself. Turns after the last
+    assistant turn are left out.
+    """
+    if isinstance(answer, str):
+        reference = answer
+        rendered = render(prompt, answer if answer.strip() else _PLACEHOLDER, format, tokenizer)
+    else:
+        last = next((i for i in reversed(range(len(answer))) if answer[i]["role"] == "assistant"), None)
+        if last is None:
+            raise UserError("the conversation has no assistant turn: end it with one that holds the right answer")
+        reference = answer[last]["content"]
+        filled = answer[last] if reference.strip() else {**answer[last], "content": _PLACEHOLDER}
+        rendered = render([*cast(list[Message], prompt), *answer[:last]], [filled], format, tokenizer)
+    (start, _), end = rendered.spans[0], rendered.spans[-1][1]
+    text = rendered.text[:start]
+    if text.endswith(" "):
+        ids, labels = tokenize(Rendered(rendered.text[:end], [(start, end)], rendered.templated), tokenizer)
+        first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
+        without = Prompt(text[:-1], rendered.templated, reference)
+        if tokenize_prompt(without, tokenizer) == ids[:first]:
+            return without
+    return Prompt(text, rendered.templated, reference)
+
+
+def tokenize_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt: those that `tokenize` gives the whole example, before the first label."""
+    ids, _ = tokenize(Rendered(prompt.text, [], prompt.templated), tokenizer)
+    if not prompt.templated and tokenizer.eos_token_id is not None and not prompt.text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # `tokenize` sees to it that a plain text ends with one
+    return ids

@@ -1,13 +1,14 @@
 """Source labels: answers of the source experts to unlabelled prompts, as examples for the target.
 
 A file of `recipes/label.py` has, beside the replay's columns, `task`, `kind`, `source`, `log_probability` (mean per
-token of the answer) and `format_ok`; each of them may be missing, and any file in a format of the replay will do.
+token of the answer), `format_ok`, and `control` if it is one; each of them may be missing, and any file in a format of
+the replay will do.
 """
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -22,16 +23,21 @@ from heterofusion.data.formats import type_name
 from heterofusion.data.replay import (
     DataArguments,
     DatasetReport,
-    _check_value,
+    Example,
     as_dataset,
     checked_format,
     describe_counts,
     encode_records,
     examples_sha256,
+    match_lists,
     no_examples,
+    nth,
 )
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
+from heterofusion.runtime.flags import check_ranges
+
+logger = logging.getLogger(__name__)
 
 # Columns of an example with s label tokens that have a soft label. Those of others are empty or missing.
 SOFT_POSITIONS = "soft_positions"  # (s,): where these tokens stand in the example
@@ -40,25 +46,10 @@ SOFT_PROBS = "soft_probs"  # (s, k): their probabilities, which add up to 1; a t
 SOFT_COLUMNS = (SOFT_POSITIONS, SOFT_IDS, SOFT_PROBS)
 
 LABELS_FILE = "labels.json"  # beside the files of labels that recipes/label.py wrote
-
-
 ANCHOR = "anchor"  # its name among those of the sources, of which none may have it
-
-
-CONTROL_COLUMN = "control"  # of a label: the kind; labels that are none have no such column
-
-
+CONTROL_COLUMN = "control"  # of a label: which control it is; labels that are none have no such column
 LABEL_CONTROLS = ("bases", "shuffle", "anchor")
-
-
-_WORDS = {
-    "bases": "those of the sources' base models without their adapters (bases)",
-    "shuffle": "those of sources that were chosen for other tasks (shuffle)",
-    "anchor": "those of the anchor itself in place of the sources (anchor)",
-}
-
-
-FINEST_SHARE = 1000  # largest denominator of a share: an epoch of a finer one would be very long
+FINEST_SHARE = 1000  # largest denominator of a share of replay: an epoch of a finer one would be very long
 
 
 @dataclass
@@ -76,14 +67,16 @@ class SourceLabelArguments:
         default=None,
         metadata={
             "help": "Number of labels that are sampled from each file at most, one value for all or one per name of "
-            "--source_labels; all of them by default."
+            "--source_labels; all of them by default.",
+            "range": "[1, inf)",
         },
     )
     min_log_probability: float | None = field(
         default=None,
         metadata={
             "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens, at "
-            "most 0 (-0.1 is a probability of 0.9 per token)."
+            "most 0 (-0.1 is a probability of 0.9 per token).",
+            "range": "(-inf, 0]",
         },
     )
     keep_malformed: bool = field(
@@ -107,8 +100,9 @@ class SourceLabelArguments:
     soft_weight: float = field(
         default=0.5,
         metadata={
-            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike, 0 to 1; "
-            "the answer's cross-entropy has the rest there, and all of it elsewhere."
+            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike; the "
+            "answer's cross-entropy has the rest there, and all of it elsewhere.",
+            "range": "[0, 1]",
         },
     )
     logits_cache: str | None = field(
@@ -121,123 +115,27 @@ class SourceLabelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Check every value; a single value where a list is meant becomes a list of one.
-
-        Raises:
-            ValueError: A value is out of range or of the wrong type, lists of different lengths, or a flag that does
-                nothing without `source_labels` or soft labels.
-        """
-        for flag, kind in (("source_labels", str), ("source_labels_max_examples", int)):
-            values = getattr(self, flag)
-            values = [values] if isinstance(values, (str, int)) else values
-            setattr(self, flag, values)
-            for value in values or []:
-                _check_value(flag, value, kind)
-        counts = self.source_labels_max_examples
-        if not self.source_labels:
-            for item in fields(self)[1:]:
-                if getattr(self, item.name) != item.default:
-                    raise UserError(
-                        f"--{item.name} is {getattr(self, item.name)}, but --source_labels is not given: name the "
-                        "files of labels, or leave it out"
-                    )
-        elif counts is not None and len(counts) not in (1, len(self.source_labels)):
-            raise UserError(
-                f"--source_labels_max_examples has {len(counts)} values, but --source_labels has "
-                f"{len(self.source_labels)}: give one value for all files, or one per file"
-            )
-        lowest = self.min_log_probability
-        if lowest is not None and not -math.inf < lowest <= 0:
-            raise UserError(f"--min_log_probability is {lowest}: give a log-probability, finite and at most 0")
-        if self.label_loss not in ("hard", "soft"):  # of YAML or a program
-            raise UserError(f"--label_loss is {self.label_loss!r}: give hard or soft")
-        if not 0 <= self.soft_weight <= 1:
-            raise UserError(f"--soft_weight is {self.soft_weight}: give a weight from 0 to 1")
-        for flag, default in (("soft_weight", 0.5), ("logits_cache", None)):
-            if self.label_loss == "hard" and getattr(self, flag) != default:
+        match_lists(self, "source_labels", "source_labels_max_examples")
+        check_ranges(self)
+        for item in fields(self)[1:]:
+            value = getattr(self, item.name)
+            if value == item.default:
+                continue
+            if not self.source_labels:
                 raise UserError(
-                    f"--{flag} is {getattr(self, flag)}, but --label_loss is hard: add --label_loss soft, or leave it "
-                    "out"
+                    f"--{item.name} is {value}, but --source_labels is not given: name the files, or leave it out"
                 )
-
-    def max_examples_of(self, index: int) -> int | None:
-        """What `source_labels_max_examples` says of the file with this index."""
-        counts = self.source_labels_max_examples
-        return None if counts is None else counts[0] if len(counts) == 1 else counts[index]
-
-
-logger = logging.getLogger(__name__)
-
-_CONFIDENCE, _FORMAT = "log_probability", "format_ok"
-_UNNAMED = "not named"
-
-
-@dataclass
-class LabelReport(DatasetReport):
-    """What became of one file: the counts of a `DatasetReport` are of the labels that were good enough.
-
-    Attributes:
-        sha256: of the file.
-        malformed: labels dropped because they are not in their task's output format.
-        unsure: labels dropped because their source was not sure enough of them.
-        by_source: number of kept labels by source and task.
-        control: kind of the control that they are labels of; None if they are none.
-    """
-
-    sha256: str = ""
-    malformed: int = 0
-    unsure: int = 0
-    by_source: dict[str, dict[str, int]] = field(default_factory=dict)
-    control: str | None = None
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a label comes from.
-
-    Args:
-        path: its file.
-        line: index of its record in the file, from 0.
-        where: names it in messages.
-        record: the record.
-    """
-
-    path: Path
-    line: int
-    where: str
-    record: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class SourceLabels:
-    """Source labels as examples for the target.
-
-    Args:
-        examples: as of `build_replay`.
-        reports: what became of each file.
-        origins: of each example, in order.
-    """
-
-    examples: Dataset
-    reports: list[LabelReport]
-    origins: list[Origin]
+            if item.name in ("soft_weight", "logits_cache") and self.label_loss == "hard":
+                raise UserError(
+                    f"--{item.name} is {value}, but --label_loss is hard: add --label_loss soft, or leave it out"
+                )
 
 
 def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: TrainingArguments) -> None:
-    """Check flags that must go together, before any file is read.
-
-    Raises:
-        ValueError: a share of replay that is out of range, or does not go with the replay that is there or not; or
-            settings of training that do not go with source labels.
-    """
+    """Refuse what does not go with source labels, before any file is read."""
     if not labels.source_labels:
         return
-    check_settings(args)
-    if labels.label_loss == "soft":
-        check_soft_settings(args)
+    check_settings(args, soft=labels.label_loss == "soft")
     if labels.replay_fraction is None:
         return
     share, replay = check_fraction(labels.replay_fraction), bool(data.dataset_name)
@@ -252,40 +150,92 @@ def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: T
         )
 
 
+def check_settings(args: TrainingArguments, soft: bool) -> None:
+    """Refuse settings of training that would break the shares of a mixture, or the loss of its parts."""
+    if args.train_sampling_strategy != "random":
+        raise UserError(
+            f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
+            "own, with the same share of replay all along: leave --train_sampling_strategy out"
+        )
+    if args.use_liger_kernel:
+        raise UserError(
+            "--use_liger_kernel is true, but its fused loss keeps no logits, from which --source_labels logs the loss "
+            "of replay and of labels: leave one of the two out"
+        )
+    if soft and args.label_smoothing_factor:
+        raise UserError(
+            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
+            "distributions are what smooths: leave one of the two out"
+        )
+
+
+def check_fraction(fraction: float) -> Fraction:
+    """The share of replay, in [0, 1), as the nearest ratio with a denominator of at most `FINEST_SHARE`."""
+    share = Fraction(fraction).limit_denominator(FINEST_SHARE) if math.isfinite(fraction) else Fraction(-1)
+    if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
+        raise UserError(
+            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
+            f"from {1 / FINEST_SHARE} to {1 - 1 / FINEST_SHARE})"
+        )
+    return share
+
+
+# ---- the labels --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LabelReport(DatasetReport):
+    """What became of one file: the counts of a `DatasetReport` are of the labels that were good enough."""
+
+    sha256: str = ""  # of the file
+    malformed: int = 0  # labels dropped because they are not in their task's output format
+    unsure: int = 0  # labels dropped because their source was not sure enough of them
+    by_source: dict[str, dict[str, int]] = field(default_factory=dict)  # kept labels by source and task
+    control: str | None = None  # which control they are labels of
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a label comes from: its file, the index of its row there, its name in messages, and the row."""
+
+    path: Path
+    line: int
+    where: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SourceLabels:
+    """Source labels as examples for the target, like those of `build_replay`, each with its origin."""
+
+    examples: Dataset
+    reports: list[LabelReport]
+    origins: list[Origin]
+
+
 def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> SourceLabels:
     """Load, filter, sample, tokenize and mix the files of source labels.
 
-    Args:
-        args: The files, and which of their labels are good enough.
-        data: Gives `max_length`, and `dataset_seed` for the sampling and the order.
-        tokenizer: The target model's; not changed.
-
-    Returns:
-        The examples, shuffled over all files by `dataset_seed`, what became of each file, and where they come from.
-
-    Raises:
-        ValueError: A file or a label is not what it has to be, or no label is left; the message says which and what
-            to do.
+    `data` gives `max_length`, and `dataset_seed` for the sampling and for the order over all files.
     """
-    examples, reports, needed, names = [], [], [], []
+    examples: list[Example] = []
+    reports: list[LabelReport] = []
     origins: list[Origin] = []
+    needed: list[int] = []
+    names: list[str] = []
     files = _label_files(args.source_labels)
     for index, name in files:
         path = Path(name).expanduser().absolute()
         records = load_records(str(path), kind="source label")
         report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
-        report.control = file_control(path, records.rows)
-        good = good_labels(records, args, report)
-        limit = args.max_examples_of(index)
+        good = _good_labels(records, args, report)
+        limit = nth(args.source_labels_max_examples, index)
         if limit is not None:
             good = [good[i] for i in sample_indices(len(good), limit, data.dataset_seed)]
         found, kept, missing = encode_records(records, good, report, data.max_length, tokenizer)
-        report.by_source = _by_source(records, kept)
-        if report.read and not good and len(files) > 1:
-            logger.warning(
-                "%s gives no label: %d are malformed (--keep_malformed true keeps them), %d not sure enough",
-                records.label, report.malformed, report.unsure,
-            )  # fmt: skip
+        _count_sources(records, kept, report)
+        if not good and len(files) > 1:
+            logger.warning("%s gives no label: %s", records.label, _dropped([report], args))
         examples += found
         origins += [Origin(path, i, records.where(i), records.rows[i]) for i in kept]
         needed += missing
@@ -294,9 +244,7 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
     if not examples and not any(report.sampled for report in reports):
         raise UserError(
             f"{', '.join(names)}: no source label is left, of {sum(report.read for report in reports)} "
-            f"{sum(report.malformed for report in reports)} are malformed (--keep_malformed true keeps them) and "
-            f"{sum(report.unsure for report in reports)} below --min_log_probability {args.min_log_probability}: "
-            "lower what is asked of them, or label more prompts"
+            f"{_dropped(reports, args)}: lower what is asked of them, or label more prompts"
         )
     if not examples:
         raise no_examples(names, needed, data.max_length)
@@ -305,42 +253,30 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
 
 
 def _label_files(names: Sequence[str]) -> list[tuple[int, str]]:
-    """The files that `--source_labels` names, each with the index of its name: a folder's are those with labels.
-
-    Raises:
-        ValueError: One is not there, or a folder is none of recipes/label.py or has no labels.
-    """
+    """The files that `--source_labels` names, each with the index of its name: a folder's are those with labels."""
     files: list[tuple[int, str]] = []
     for index, name in enumerate(names):
         path = Path(name).expanduser().absolute()
-        if not path.exists():
-            raise UserError(f"--source_labels {path} does not exist: check the path")
-        if path.is_file():
+        if path.is_dir():
+            if not (path / LABELS_FILE).is_file():
+                raise UserError(
+                    f"--source_labels {path} is a folder without {LABELS_FILE}, which a finished recipes/label.py "
+                    "leaves: name the files in it"
+                )
+            tasks = read_json_object(path / LABELS_FILE).get("tasks") or {}
+            made = [task for task, entry in tasks.items() if entry.get("labels")]
+            if not made:
+                raise UserError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
+            files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]
+        elif path.exists():
             files.append((index, name))
-            continue
-        if not (path / LABELS_FILE).is_file():
-            raise UserError(
-                f"--source_labels {path} is a folder without {LABELS_FILE}, which a finished recipes/label.py leaves: "
-                "name the files in it"
-            )
-        tasks = read_json_object(path / LABELS_FILE).get("tasks")
-        told = tasks if isinstance(tasks, dict) else {}
-        if not all(Path(task).name == task and isinstance(entry, dict) for task, entry in told.items()):
-            raise UserError(f"{path / LABELS_FILE} is not what recipes/label.py writes: label again")
-        made = [task for task, entry in told.items() if entry.get("labels")]
-        if not made:
-            raise UserError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
-        files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]
+        else:
+            raise UserError(f"--source_labels {path} does not exist: check the path")
     return files
 
 
-def good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
-    """Indices of the labels that are good enough; the others are counted in the report.
-
-    Raises:
-        ValueError: a confidence or format check that is not what it has to be, or a confidence that is asked for and
-            missing; names the label.
-    """
+def _good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
+    """Indices of the labels that are good enough; the others are counted in the report."""
     good = []
     for index in range(len(records.rows)):
         well_formed, confidence = records.call(index, _quality, records.rows[index], args.min_log_probability)
@@ -355,34 +291,48 @@ def good_labels(records: Records, args: SourceLabelArguments, report: LabelRepor
 
 def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, float]:
     """Whether a label is in its task's format, and its mean log-probability per token (0 if it has none)."""
-    well_formed, confidence = label.get(_FORMAT), label.get(_CONFIDENCE)
+    well_formed, confidence = label.get("format_ok"), label.get("log_probability")
     if not isinstance(well_formed, bool | None):
-        raise UserError(f"`{_FORMAT}` is {type_name(well_formed)}: make it true, false or null")
+        raise UserError(f"`format_ok` is {type_name(well_formed)}: make it true, false or null")
     if confidence is None:
         if lowest is not None:
             raise UserError(
-                f"--min_log_probability is {lowest}, but the label has no `{_CONFIDENCE}`: leave the flag out, or "
+                f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave the flag out, or "
                 "label with recipes/label.py"
             )
         confidence = 0.0
     if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not math.isfinite(confidence):
-        raise UserError(f"`{_CONFIDENCE}` is {confidence!r}: make it a finite number or null")
+        raise UserError(f"`log_probability` is {confidence!r}: make it a finite number or null")
     return well_formed is not False, float(confidence)
 
 
-def _by_source(records: Records, kept: list[int]) -> dict[str, dict[str, int]]:
+def _count_sources(records: Records, kept: list[int], report: LabelReport) -> None:
+    """Who answered the kept labels of which task, and whether they are a control's."""
     counts: dict[str, Counter[str]] = {}
     for index in kept:
         source, task = (records.call(index, _name, records.rows[index], column) for column in ("source", "task"))
         counts.setdefault(source, Counter())[task] += 1
-    return {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
+    report.by_source = {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
+    report.control = "+".join(sorted({label[CONTROL_COLUMN] for label in records.rows if label.get(CONTROL_COLUMN)}))
+    report.control = report.control or None
 
 
 def _name(label: Mapping[str, Any], column: str) -> str:
     value = label.get(column)
     if value is not None and not isinstance(value, str):
         raise UserError(f"`{column}` is {type_name(value)}: make it a name or null")
-    return display_name(value) if value else _UNNAMED
+    return display_name(value) if value else "not named"
+
+
+def _dropped(reports: Sequence[LabelReport], args: SourceLabelArguments) -> str:
+    malformed, unsure = sum(report.malformed for report in reports), sum(report.unsure for report in reports)
+    return (
+        f"{malformed} are malformed (--keep_malformed true keeps them) and {unsure} below --min_log_probability "
+        f"{args.min_log_probability}"
+    )
+
+
+# ---- what is told of them ----------------------------------------------------------------------------------------
 
 
 def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]:
@@ -405,15 +355,9 @@ def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]
 def labels_record(
     labels: SourceLabels, args: SourceLabelArguments, fraction: float, soft: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `fusion.json` holds of the source labels, as plain JSON types; of a file its name alone.
+    """What records hold of the source labels, as plain JSON types; of a file its name alone.
 
     Settings come first, then files, then what came of them: a run that resumes names the first that differs.
-
-    Args:
-        labels: of `build_labels`.
-        args: which labels were good enough.
-        fraction: share of replay among the examples.
-        soft: plain values about the soft labels; None without.
     """
     return {
         "replay_fraction": fraction,
@@ -428,85 +372,8 @@ def labels_record(
 
 def _file_record(report: LabelReport) -> dict[str, Any]:
     found = asdict(report)
-    record = {"name": display_name(found.pop("name")), "sha256": found.pop("sha256"), **found}
-    if report.control is None:
-        del record["control"]
-    return record
-
-
-def check_fraction(fraction: float) -> Fraction:
-    """The share of replay as an exact ratio.
-
-    Args:
-        fraction: the flag's value.
-
-    Returns:
-        The nearest ratio with a denominator of at most 1000.
-
-    Raises:
-        ValueError: it is not in [0, 1), or so near to one of them, without being 0, that a part would hardly occur.
-    """
-    share = Fraction(fraction).limit_denominator(FINEST_SHARE) if math.isfinite(fraction) else Fraction(-1)
-    if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
-        raise UserError(
-            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
-            f"from {1 / FINEST_SHARE} to {1 - 1 / FINEST_SHARE})"
-        )
-    return share
-
-
-def check_settings(args: TrainingArguments) -> None:
-    """Refuse settings of training that would break the shares, or the loss of each part.
-
-    Raises:
-        ValueError: names the flag.
-    """
-    if args.train_sampling_strategy != "random":
-        raise UserError(
-            f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
-            "own, with the same share of replay all along: leave --train_sampling_strategy out"
-        )
-    if args.use_liger_kernel:
-        raise UserError(
-            "--use_liger_kernel is true, but its fused loss keeps no logits, from which --source_labels logs the loss "
-            "of replay and of labels: leave one of the two out"
-        )
-
-
-def check_soft_settings(args: TrainingArguments) -> None:
-    """Refuse settings of training that do not go with soft labels.
-
-    Raises:
-        ValueError: names the flag.
-    """
-    if args.label_smoothing_factor:
-        raise UserError(
-            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
-            "distributions are what smooths: leave one of the two out"
-        )
-
-
-def file_control(path: Path, labels: Iterable[Mapping[str, Any]]) -> str | None:
-    """Kind of the control that a file of labels is of.
-
-    Args:
-        path: the file. A `labels.json` beside it counts if it tells of this file.
-        labels: its records, which tell of themselves where the file was moved or joined with others.
-
-    Returns:
-        The kind, several joined by `+`; None if the labels are of whoever was chosen, or not of recipes/label.py.
-
-    Raises:
-        AdapterError: `labels.json` is damaged; names it.
-    """
-    kinds = [label.get(CONTROL_COLUMN) for label in labels]
-    beside = path.parent / LABELS_FILE
-    if beside.is_file():
-        record = read_json_object(beside)
-        tasks, control = record.get("tasks"), record.get("control")
-        if isinstance(tasks, Mapping) and path.name in {f"{task}.jsonl" for task in tasks}:
-            kinds.append(control.get("kind") if isinstance(control, Mapping) else None)
-    return "+".join(kind for kind in LABEL_CONTROLS if kind in kinds) or None
+    name, control = display_name(found.pop("name")), found.pop("control")
+    return {"name": name, **({} if control is None else {"control": control}), "sha256": found.pop("sha256"), **found}
 
 
 def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:
@@ -514,23 +381,18 @@ def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:
     return record is not None and any(source != ANCHOR for file in record["files"] for source in file["by_source"])
 
 
+_WORDS = {
+    "bases": "those of the sources' base models without their adapters (bases)",
+    "shuffle": "those of sources that were chosen for other tasks (shuffle)",
+    "anchor": "those of the anchor itself in place of the sources (anchor)",
+}
+
+
 def labels_control(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What records tell of the controls among source labels; None if there are none.
-
-    Args:
-        record: `source_labels` of a training.
-
-    Returns:
-        `kind` (several are joined by `+`), and `files`: the names of the files.
-    """
+    """What records tell of the controls among source labels."""
     files = [file for file in (record or {}).get("files", []) if file.get("control")]
-    if not files:
-        return None
-    kinds = {kind for file in files for kind in file["control"].split("+")}
-    return {
-        "kind": "+".join(kind for kind in LABEL_CONTROLS if kind in kinds),
-        "files": [file["name"] for file in files],
-    }
+    kind = "+".join(sorted({kind for file in files for kind in file["control"].split("+")}))
+    return {"kind": kind, "files": [file["name"] for file in files]} if files else None
 
 
 def describe_labels_control(record: Mapping[str, Any]) -> str:

@@ -195,7 +195,7 @@ def read_task(folder: TaskFolder, seed: int) -> SourceTask:
 
 def _read_split(path: Path, kind: str) -> _Parsed:
     label = f"{kind} file {path}"
-    rows, lines = parse_json(read_text(path, label), label, path.suffix == ".jsonl", is_record=_is_record)
+    rows, lines = parse_json(read_text(path, label), label, is_record=_is_record)
     if not rows:
         raise UserError(f"{label} holds no records: leave it out or fill it")
     records = Records(label, rows, lines)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.labels import SOFT_COLUMNS, check_settings, check_soft_settings
+from heterofusion.data.labels import SOFT_COLUMNS, check_settings
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.label_loss import SoftCollator, soft_losses
 from heterofusion.training.metrics import WindowMeans
@@ -36,14 +36,12 @@ class MixtureTrainer(WholeCheckpointTrainer):
     def __init__(self, model: nn.Module, args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
         self._soft_weight = train_dataset.soft_weight if isinstance(train_dataset, Mixture) else None
         if isinstance(train_dataset, Mixture):
-            check_settings(args)
-        if self._soft_weight is not None:
-            check_soft_settings(args)
-            if kwargs.get("compute_loss_func") is not None:
-                raise UserError(
-                    "compute_loss_func is given, but soft labels are added to the loss of the model itself: leave one "
-                    "of the two out"
-                )
+            check_settings(args, soft=self._soft_weight is not None)
+        if self._soft_weight is not None and kwargs.get("compute_loss_func") is not None:
+            raise UserError(
+                "compute_loss_func is given, but soft labels are added to the loss of the model itself: leave one "
+                "of the two out"
+            )
         self._means = WindowMeans()
         self._mixed: MixtureSampler | None = None
         super().__init__(model=model, args=args, train_dataset=train_dataset, **kwargs)

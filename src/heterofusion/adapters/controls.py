@@ -6,9 +6,8 @@ sources contributed.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +21,10 @@ from heterofusion.runtime.ranks import is_main_process
 
 logger = logging.getLogger(__name__)
 
-CONTROLS = ("noise", "shuffle", "zero")
-_WORDS = {
-    "noise": "replaced by random directions of the same norms and spectra (noise)",
-    "shuffle": "moved to other modules of the same shapes (shuffle)",
-    "zero": "replaced by zeros (zero)",
+SOURCE_CONTROLS = {
+    "noise": "the tensors of source adapters were replaced by random directions of the same norms and spectra",
+    "shuffle": "the tensors of source adapters were moved to other modules of the same shapes",
+    "zero": "the tensors of source adapters were replaced by zeros",
 }
 
 
@@ -53,21 +51,20 @@ def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> lis
         seed: of the random draws, at least 0; `zero` has none.
 
     Returns:
-        One adapter per source, whose `control` tells what was done.
+        One adapter per source, whose `control` says what was done, such as `noise, seed 42`.
 
     Raises:
-        ValueError: unknown kind, a seed that is none, or a source that is a control already.
+        UserError: unknown kind, a seed that is none, or a source that is a control already.
         AdapterError: a source without two modules of the same shapes cannot be shuffled.
     """
-    if kind not in CONTROLS:
-        raise UserError(f"source control {kind!r} is unknown; choose one of {', '.join(CONTROLS)}")
+    if kind not in SOURCE_CONTROLS:
+        raise UserError(f"source control {kind!r} is unknown; choose one of {', '.join(SOURCE_CONTROLS)}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"the seed of the source control is {seed!r}; give an integer of at least 0")
     for source in sources:
         if source.control is not None:
-            raise UserError(
-                f"source {source.name} is a {source.control['kind']} control already; give the adapter as it was read"
-            )
+            raise UserError(f"source {source.name} is a control already ({source.control}); give it as it was read")
+    control = kind if kind == "zero" else f"{kind}, seed {seed}"
     total = sum(len(source.modules) for source in sources)
     controlled = []
     # Silent for the first seconds, and on all ranks but the first.
@@ -75,63 +72,32 @@ def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> lis
         for index, source in enumerate(sources):
             generator = _generator(seed, index)
             if kind == "shuffle":
-                modules, unchanged = _shuffled(source, generator)
+                modules = _shuffled(source, generator)
                 bar.update(len(modules))
             else:
-                modules, unchanged = {}, 0
+                modules = {}
                 for path, module in source.modules.items():
                     modules[path] = _rotated(module, generator) if kind == "noise" else _zeroed(module)
                     bar.update()
-            mark = {
-                "kind": kind,
-                "seed": None if kind == "zero" else seed,
-                "modules": len(modules),
-                "unchanged": unchanged,
-            }
-            controlled.append(replace(source, modules=modules, control=mark))
-    logger.info("source control: %s", describe_control(control_record(controlled) or {}))
+            controlled.append(replace(source, modules=modules, control=control))
+    logger.info("source control: %s", describe_control(control))
     return controlled
 
 
-def control_record(sources: Sequence[LoraAdapter]) -> dict[str, Any] | None:
-    """What records tell of the controls among sources, as plain values; None if all sources are what their files hold.
-
-    Returns:
-        `kind` and `seed` (several kinds are joined by `+`; without one seed for all it is None), and `sources`: for
-        each source None or its `kind`, `seed`, number of `modules`, and how many of them are `unchanged`.
-    """
-    marks = [None if source.control is None else dict(source.control) for source in sources]
-    done = [mark for mark in marks if mark is not None]
-    if not done:
-        return None
-    seeds = {mark["seed"] for mark in done}
-    return {
-        "kind": "+".join(dict.fromkeys(mark["kind"] for mark in done)),
-        "seed": seeds.pop() if len(seeds) == 1 else None,
-        "sources": marks,
-    }
+def control_record(sources: Sequence[LoraAdapter]) -> str | None:
+    """The control among sources as ONE string, such as `noise, seed 42`; None if all are what their files hold."""
+    return "+".join(dict.fromkeys(source.control for source in sources if source.control)) or None
 
 
-def control_kind(record: Any) -> str | None:
-    """Kind of the control that a JSON object tells of as `control_record` does; None if it tells of none."""
-    return str(record.get("kind")) if isinstance(record, Mapping) else None
+def control_kind(control: str | None) -> str | None:
+    """A control without its seed: `noise`."""
+    return None if control is None else "+".join(part.partition(",")[0] for part in control.split("+"))
 
 
-def describe_control(record: Mapping[str, Any]) -> str:
-    """What `control_record` gave, in words: the end of a sentence that begins with whose control it is."""
-    marks = record["sources"]
-    parts = []
-    for kind in record["kind"].split("+"):
-        alike = [mark for mark in marks if mark is not None and mark["kind"] == kind]
-        count = f"all {len(marks)}" if len(alike) == len(marks) else f"{len(alike)} of the {len(marks)}"
-        seeds = sorted({mark["seed"] for mark in alike if mark["seed"] is not None})
-        text = f"the tensors of {count} source adapter(s) were {_WORDS[kind]}"
-        text += f", seed {', '.join(map(str, seeds))}" if seeds else ""
-        unchanged = sum(mark["unchanged"] for mark in alike)
-        if unchanged:
-            text += f" ({unchanged} of {sum(mark['modules'] for mark in alike)} modules have no other and stayed)"
-        parts.append(text)
-    return "; ".join(parts)
+def describe_control(control: str) -> str:
+    """A control of sources in words."""
+    kinds = (control_kind(control) or "").split("+")
+    return f"{'; '.join(SOURCE_CONTROLS[kind] for kind in kinds)} ({control})"
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
@@ -170,8 +136,8 @@ def rotate_rows(matrix: Tensor, generator: torch.Generator) -> Tensor:
     return (frame @ R).to(matrix.dtype)
 
 
-def _shuffled(source: LoraAdapter, generator: torch.Generator) -> tuple[dict[str, LoraModule], int]:
-    """Modules with the tensors of others of the same shapes, and how many had no other."""
+def _shuffled(source: LoraAdapter, generator: torch.Generator) -> dict[str, LoraModule]:
+    """Modules with the tensors of others of the same shapes; those that have no other stay."""
     classes: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for path, module in source.modules.items():
         classes.setdefault((module.lora_A.shape, module.lora_B.shape), []).append(path)
@@ -190,7 +156,7 @@ def _shuffled(source: LoraAdapter, generator: torch.Generator) -> tuple[dict[str
     for paths in classes.values():
         if len(paths) > 1:
             origin.update(zip(paths, [paths[i] for i in derangement(len(paths), generator)], strict=True))
-    return {path: replace(source.modules[origin[path]], path=path) for path in source.modules}, len(alone)
+    return {path: replace(source.modules[origin[path]], path=path) for path in source.modules}
 
 
 def derangement(count: int, generator: torch.Generator) -> list[int]:

@@ -94,7 +94,7 @@ class LoraAdapter:
         extra_tensors: everything else the file holds (`modules_to_save`, embeddings), by file key.
         weights_file: the file the tensors came from.
         sha256: hex digest of that file.
-        control: None where the tensors are those of the file; else what `controls.py` made of them, as plain values.
+        control: None where the tensors are those of the file; else what replaced them, such as `noise, seed 42`.
     """
 
     name: str
@@ -104,7 +104,7 @@ class LoraAdapter:
     extra_tensors: dict[str, Tensor] = field(default_factory=dict)
     weights_file: Path = Path()
     sha256: str = ""
-    control: Mapping[str, Any] | None = None
+    control: str | None = None
 
     @property
     def base_model(self) -> str | None:

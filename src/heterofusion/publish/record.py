@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from heterofusion.adapters.controls import control_record
+from heterofusion.adapters.controls import SOURCE_CONTROLS, control_kind, control_record
 from heterofusion.adapters.lora import WEIGHTS_FILE, LoraAdapter
 from heterofusion.data.labels import ANCHOR, is_labelled_by_sources
 from heterofusion.method.expansion import INPUTS, ExpandedAdapter
@@ -39,9 +39,7 @@ _SECRET_KEY = re.compile(r"(|use_auth_|auth_|access_)token")  # old versions kep
 _TOKEN = re.compile(r"\b(hf_oauth_[\w.-]{20,}|(hf|api_org)_[A-Za-z0-9]{20,})")
 
 _CONTROLS = {
-    "noise": "the tensors of source adapters were replaced by random directions of the same norms and spectra",
-    "shuffle": "the tensors of source adapters were moved to other modules of the same shapes",
-    "zero": "the tensors of source adapters were replaced by zeros",
+    **SOURCE_CONTROLS,
     "labels:bases": "the source labels are those of the sources' base models without their adapters",
     "labels:shuffle": "the source labels are those of sources that were chosen for other tasks",
     "labels:anchor": "the source labels are those of the anchor itself in place of the sources",
@@ -276,7 +274,7 @@ def fusion_record(
         training_cost(metrics or {}, training.pop("resumed_from_step", None)),
         seed=model.updates.seed,
         ran_source_models=is_labelled_by_sources(labels),
-        control=join_controls(sources["kind"] if sources else None, label_control(labels), control_of(plan.target)),
+        control=join_controls(control_kind(sources), label_control(labels), control_of(plan.target)),
         source_control=sources,
         target=adapter_record(plan.target),
         basis=basis_record(plan.target),
@@ -347,13 +345,11 @@ def initial_control(*adapters: LoraAdapter | None) -> dict[str, Any] | None:
 
 
 def whole_control(
-    sources: Mapping[str, Any] | None, labels: Mapping[str, Any] | None, initial: Mapping[str, Any] | None
+    sources: str | None, labels: Mapping[str, Any] | None, initial: Mapping[str, Any] | None
 ) -> str | None:
     """See `join_controls`."""
     told = [f"labels:{kind}" for kind in labels["kind"].split("+")] if labels else []
-    return join_controls(
-        *(part["kind"] for part in [sources] if part), *told, *(part["kind"] for part in [initial] if part)
-    )
+    return join_controls(control_kind(sources), *told, *(part["kind"] for part in [initial] if part))
 
 
 def describe_controls(record: Mapping[str, Any]) -> str:

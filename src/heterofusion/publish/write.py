@@ -13,6 +13,7 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from heterofusion.adapters.controls import control_kind
 from heterofusion.adapters.lora import CONFIG_FILE, PICKLE_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.method.model import HeteroFusionModel
@@ -136,7 +137,7 @@ def export_adapter(
     diagnostics = adapter_diagnostics(model)
     for entry, source in zip(diagnostics["sources"], model.plan.sources, strict=True):
         if source.control is not None:  # pictures must not show it as the source
-            entry["control"] = source.control["kind"]
+            entry["control"] = control_kind(source.control)
     if not write:
         return Path(output_dir)
     record = fusion_record(model, training, metrics)

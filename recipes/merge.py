@@ -16,16 +16,16 @@ import sys
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.merging.arguments import MERGE_ARGUMENTS
-from heterofusion.merging.run import MergeRun
+from heterofusion.merging.config import MERGE_ARGUMENTS, methods_text
+from heterofusion.merging.merge import MergeRun
 
 
 @command
 def main(argv: list[str]) -> None:
-    model, merge, scoring, data, generation, output = parse_arguments(MERGE_ARGUMENTS, argv, __doc__)
+    flags, hyperparameters, data, generation = parse_arguments(MERGE_ARGUMENTS, argv, f"{__doc__}\n{methods_text()}")
     set_up_logging(logging.INFO, hold=True)
     # everything that can be checked is checked before the base model is loaded and before anything is written
-    run = MergeRun(model, merge, scoring, data, generation, output)
+    run = MergeRun(flags, vars(hyperparameters), data, generation)
     release_logging()
     print(run.run())
 

@@ -8,14 +8,19 @@ import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file
 
-import heterofusion.merging.rules as merging
+import heterofusion.merging.tau as tau_module
 from builders import CONFIG, WEIGHTS, write_adapter
 from heterofusion import load_adapter
-from heterofusion.merging.arguments import METHODS, RANDOM_METHODS, MergeArguments, MergeError
-from heterofusion.merging.arithmetic import crumbs, drop, drop_by_rank, majority_sign, seeded_generator
-from heterofusion.merging.factors import cut, truncated
-from heterofusion.merging.rules import Merger
-from heterofusion.merging.threshold import magnitude_thresholds
+from heterofusion.merging.config import make_rule
+from heterofusion.merging.export import cut, low_rank, truncated
+from heterofusion.merging.merge import dense_update
+from heterofusion.merging.rules import RULES
+from heterofusion.merging.rules.breadcrumbs import crumbs
+from heterofusion.merging.rules.dropping import drop, drop_by_rank
+from heterofusion.merging.rules.rule import seeded_generator
+from heterofusion.merging.rules.ties import magnitude_thresholds, majority_sign
+from heterofusion.merging.tau import Matrices, Updates
+from heterofusion.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 MODULES = {
@@ -24,7 +29,7 @@ MODULES = {
     "model.layers.0.mlp.down_proj": (9, 12),
 }
 FIRST = next(iter(MODULES))
-DENSE = tuple(method for method in METHODS if method not in ("average", "task_arithmetic", "knots_ties", "knots_dare"))
+DENSE = tuple(method for method in RULES if method not in ("average", "task_arithmetic", "knots_ties", "knots_dare"))
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +71,19 @@ def taus(folders):
     return result
 
 
-def settings(method, count=3, **values):
-    return MergeArguments(adapters=["x"] * count, method=method, **values).settings()
-
-
-def dense(experts, method, **values):
+def dense(experts, method, weights=None, **values):
     """The merged dense updates by module; of emr, a list of them."""
-    found = settings(method, len(experts), **values)
-    results = [{path: update(path) for path in MODULES} for update in Merger(experts, CPU, False).dense(found)]
-    return results if method == "emr" else results[0]
+    rule = make_rule(method, values)
+    merged = rule.merge(Updates(experts, weights, progress=False))
+    count = len(experts) if rule.per_task else 1
+    results = [{path: dense_update(merged, rule.merge_lambda, i, path) for path in MODULES} for i in range(count)]
+    return results if rule.per_task else results[0]
+
+
+def factors(experts, method, rank=None, **values):
+    """The merged adapters."""
+    updates = Updates(experts, progress=False)
+    return low_rank(make_rule(method, values).merge(updates), updates, rank)
 
 
 def assert_same(found, expected, tolerance=2e-6):
@@ -150,8 +159,8 @@ def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
             tensors={f"{key}A.weight": torch.eye(3), f"{key}B.weight": torch.tensor(rows)},
         )  # fmt: skip
         experts.append(load_adapter(folder))
-    (update,) = Merger(experts, CPU, False).dense(settings("ties", 2, density=1))
-    assert update(FIRST).tolist() == [[-1.0, -2.0, -3.5]]
+    merged = make_rule("ties", {"density": 1}).merge(Updates(experts, progress=False))
+    assert dense_update(merged, 1.0, 0, FIRST).tolist() == [[-1.0, -2.0, -3.5]]
     assert majority_sign([torch.tensor([1.0, -1.0])]) == -1  # as in TIES' own code
 
 
@@ -187,8 +196,8 @@ def test_emr(experts, taus):
 def test_emr_refuses_an_expert_without_an_update(experts, tmp_path):
     key = f"base_model.model.{FIRST}.lora_B.weight"
     folder = write_adapter(tmp_path / "zero", {FIRST: MODULES[FIRST]}, r=1, tensors={key: torch.zeros(10, 1)})
-    with pytest.raises(MergeError, match=r"zero: its update is 0, so emr cannot scale it"):
-        Merger([*experts, load_adapter(folder)], CPU, False).merge(settings("emr", 4))
+    with pytest.raises(UserError, match=r"zero: its update is 0, so emr cannot scale it"):
+        factors([*experts, load_adapter(folder)], "emr")
 
 
 def test_emr_refuses_an_expert_whose_mask_is_empty(tmp_path):
@@ -199,8 +208,8 @@ def test_emr_refuses_an_expert_whose_mask_is_empty(tmp_path):
         weights[f"base_model.model.{FIRST}.lora_B.weight"] *= sign
         folder = write_adapter(tmp_path / name, {FIRST: MODULES[FIRST]}, r=1, tensors=weights)
         experts.append(load_adapter(folder))
-    with pytest.raises(MergeError, match=r"small: the others outweigh it with the opposite sign everywhere"):
-        Merger(experts, CPU, False).merge(settings("emr", 2))
+    with pytest.raises(UserError, match=r"small: the others outweigh it with the opposite sign everywhere"):
+        factors(experts, "emr")
 
 
 @pytest.mark.parametrize("density", [0.2, 1.0])
@@ -224,11 +233,13 @@ def test_dropping_nothing_is_task_arithmetic(experts, taus, method):
 @pytest.mark.parametrize(("method", "density"), [("dare_ties", 0.3), ("dare_ties", 1.0), ("della", 1.0)])
 def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, density):
     """An expert's dropped update is what a merge with weights on it alone gives, with the same seed."""
-    alone = [
-        dense(experts, "dare" if method == "dare_ties" else "della", weights=weights, merge_lambda=1.0, seed=5)
-        for weights in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0])
-    ]
-    dropped = {path: torch.stack([updates[path] for updates in alone]).double() for path in taus}
+    dropped = {path: torch.zeros(3, *tau.shape[1:], dtype=torch.float64) for path, tau in taus.items()}
+    rule = make_rule("dare" if method == "dare_ties" else "della", {"merge_lambda": 1.0, "seed": 5})
+    for index in range(3):
+        updates = Updates(experts, [float(i == index) for i in range(3)], progress=False)
+        merged = rule.merge(updates)
+        for path in updates.modules:
+            dropped[path][index] = dense_update(merged, 1.0, 0, path)
     values = {"density": density} if method == "dare_ties" else {}
     assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(dropped, density, 1.1))
 
@@ -262,7 +273,7 @@ def test_della_keeps_by_rank_and_in_expectation():
     torch.testing.assert_close(draws[0][hit], (values / keep).expand(4, 5)[hit])
 
 
-@pytest.mark.parametrize("method", RANDOM_METHODS)
+@pytest.mark.parametrize("method", ["dare", "dare_ties", "della", "knots_dare"])
 def test_a_seed_gives_the_same_and_another_seed_another(experts, method):
     first, again, other = (dense(experts, method, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[path], again[path]) for path in MODULES)
@@ -281,7 +292,8 @@ def test_thresholds_are_those_of_a_sort(count):
         blocks[path] = {0: matrix, 1: (matrix * 2).round()}  # many equal ones
     blocks["a"][1][:] = 0
     blocks["b"][2] = torch.full((25, 20), 1e-42)  # denormal, and this expert lacks module a
-    found = magnitude_thresholds(blocks.__getitem__, blocks.keys, dict.fromkeys((0, 1, 2), count))
+    shapes = {path: tuple(matrices[0].shape) for path, matrices in blocks.items()}
+    found = magnitude_thresholds(Matrices(shapes, blocks.__getitem__, progress=False), count)
     for expert in (0, 1, 2):
         entries = torch.cat([matrices[expert].flatten() for matrices in blocks.values() if expert in matrices])
         entries = torch.cat([entries.abs(), torch.zeros(900 - len(entries))])
@@ -312,35 +324,33 @@ def test_an_update_of_low_rank_or_none_is_cut_without_noise():
     assert not A.any() and not B.any() and kept == energy == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RULES)
 def test_factors_are_the_dense_update_where_the_rank_suffices(experts, method):
     """All methods but these are of full rank, which 12 allows for."""
-    found = settings(method)
-    merger = Merger(experts, CPU, False)
     exact = method not in DENSE
-    for result, update in zip(merger.merge(found, None if exact else 12), merger.dense(found), strict=True):
-        products = {path: found.merge_lambda * (B @ A) for path, (A, B) in result.factors.items()}
-        assert_same(products, {path: update(path) for path in MODULES}, 1e-5)
-        assert result.truncation.to_dict()["overall"] < 1e-12
+    expected = dense(experts, method)
+    for index, result in enumerate(factors(experts, method, None if exact else 12)):
+        products = {path: make_rule(method, {}).merge_lambda * (B @ A) for path, (A, B) in result.factors.items()}
+        assert_same(products, expected[index] if method == "emr" else expected, 1e-5)
+        assert result.lost() < 1e-12
         if exact:
             assert result.factors[FIRST][0].shape[0] <= 2 + 4 + 1
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "knots_ties"])
 def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
-    merger = Merger(experts, CPU, False)
-    (result,), (update,) = merger.merge(settings(method), 2), merger.dense(settings(method, merge_lambda=1.0))
+    (result,), updates = factors(experts, method, 2), dense(experts, method, merge_lambda=1.0)
     lost = whole = 0.0
     for path, (A, B) in result.factors.items():
-        S = torch.linalg.svdvals(update(path).double()).square()
-        difference = (update(path) - B @ A).double().square().sum()
+        S = torch.linalg.svdvals(updates[path].double()).square()
+        difference = (updates[path] - B @ A).double().square().sum()
         assert A.shape[0] == 2
         torch.testing.assert_close(difference, S[2:].sum(), atol=1e-5, rtol=1e-4)
-        assert result.truncation.shares[path] == pytest.approx(float(S[2:].sum() / S.sum()), abs=1e-6)
+        assert result.lost(path) == pytest.approx(float(S[2:].sum() / S.sum()), abs=1e-6)
         lost, whole = lost + float(S[2:].sum()), whole + float(S.sum())
-    told = result.truncation.to_dict()
+    told = result.truncation()
     assert told["overall"] == pytest.approx(lost / whole, abs=1e-6)
-    assert told["max"] == result.truncation.shares[told["max_module"]] == max(result.truncation.shares.values())
+    assert told["max"] == result.lost(told["max_module"]) == max(map(result.lost, MODULES))
 
 
 def test_factors_stay_as_they_are_where_they_need_no_cut():
@@ -350,11 +360,14 @@ def test_factors_stay_as_they_are_where_they_need_no_cut():
     assert kept == energy == pytest.approx(float((B @ A).square().sum()), rel=1e-5)
 
 
-def test_modules_of_experts_without_weight_are_zero(experts):
+def test_an_expert_of_weight_0_is_as_if_it_were_not_there(experts):
     for method in ("average", "ties", "knots_ties", "breadcrumbs"):
-        found = dense(experts, method, weights=[0.0, 0.0, 1.0])
-        assert found[FIRST].any()
-        assert not any(found[path].any() for path in MODULES if path != FIRST)
+        rule = make_rule(method, {})
+        weighted = Updates(experts, [0.0, 0.0, 1.0], progress=False)
+        alone = Updates(experts[2:], progress=False)
+        (found,), (expected,) = (low_rank(rule.merge(updates), updates) for updates in (weighted, alone))
+        assert found.factors.keys() == expected.factors.keys() == {FIRST}
+        assert all(map(torch.equal, found.factors[FIRST], expected.factors[FIRST]))
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
@@ -364,7 +377,7 @@ def test_modules_of_experts_without_weight_are_zero(experts):
 def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
     alive: dict[int, tuple[str, weakref.ref]] = {}
     made = []
-    plain = merging.dense_update
+    plain = tau_module.dense_update
 
     def watched(module, weight, device):
         others = {path for path, ref in alive.values() if ref() is not None and path != module.path}
@@ -374,21 +387,24 @@ def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
         made.append(module.path)
         return update
 
-    monkeypatch.setattr(merging, "dense_update", watched)
-    Merger(experts, CPU, False).merge(settings(method))
+    monkeypatch.setattr(tau_module, "dense_update", watched)
+    factors(experts, method)
     assert set(made) == set(MODULES)
 
 
 def test_the_joint_svd_is_made_once_for_all_settings(experts, monkeypatch):
     calls = []
-    plain = merging.joint_basis
-    monkeypatch.setattr(merging, "joint_basis", lambda *args: calls.append(1) or plain(*args))
-    merger = Merger(experts, CPU, False)
-    (first,) = merger.merge(settings("knots_ties"))
-    merger.merge(settings("knots_ties", density=0.5))
-    merger.merge(settings("knots_dare"))
-    (again,) = merger.merge(settings("knots_ties"))
+    plain = tau_module.joint_basis
+    monkeypatch.setattr(tau_module, "joint_basis", lambda *args: calls.append(1) or plain(*args))
+    updates = Updates(experts, progress=False)
+    found = [
+        low_rank(make_rule(method, values).merge(updates), updates)[0]
+        for method, values in (
+            ("knots_ties", {}),
+            ("knots_ties", {"density": 0.5}),
+            ("knots_dare", {}),
+            ("knots_ties", {}),
+        )
+    ]
     assert len(calls) == len(MODULES)
-    assert torch.equal(first.factors[FIRST][0], again.factors[FIRST][0])
-    merger.merge(settings("knots_ties", weights=[1.0, 2.0, 1.0]))
-    assert len(calls) == 2 * len(MODULES)
+    assert torch.equal(found[0].factors[FIRST][0], found[-1].factors[FIRST][0])

@@ -4,37 +4,39 @@ import pytest
 import torch
 
 from builders import tiny_model
-from heterofusion.merging.arguments import MergeArguments, MergeError
+from heterofusion.merging.config import search_candidates
+from heterofusion.merging.rules.ties import Ties
 from heterofusion.merging.scoring import added
-from heterofusion.merging.search import search_candidates
+from heterofusion.runtime.errors import UserError
 
 
 def test_ranges_include_their_stop():
-    found = search_candidates(["lambda=0.1:1.0:0.1"], MergeArguments(["a", "b"], "ties").settings(), [])
-    assert [settings.merge_lambda for settings in found] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    assert {settings.hyperparameters["density"] for settings in found} == {0.2}
+    found = search_candidates(["lambda=0.1:1.0:0.1"], "ties", {"density": 0.3})
+    assert found == [
+        Ties(merge_lambda=value, density=0.3) for value in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    ]
 
 
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         (["lambda"], r"--search has 'lambda': write name=start:stop:step"),
-        (["rank=1,2"], r"--search has 'rank=1,2': write"),
+        (["rank=1,2"], r"rank=1,2: ties has merge_lambda, density"),
         (["gamma=0.1,0.2"], r"gamma=0.1,0.2: ties has merge_lambda, density"),
-        (["lambda=0.1:x:0.1"], r"holds something that is no number"),
-        (["lambda=0.1:1"], r"a range is start:stop:step"),
-        (["lambda=1:0.1:0.1"], r"a range needs a step above 0"),
-        (["lambda=0:1:0.00001"], r"has 100001 values, more than 1000"),
+        (["lambda=0.1:x:0.1"], r"lambda=0.1:x:0.1: give start:stop:step, rising, or value,value"),
+        (["lambda=0.1:1"], r"give start:stop:step"),
+        (["lambda=1:0.1:0.1"], r"give start:stop:step, rising"),
+        (["lambda=0:1:0.00001"], r"has 1001 combinations, more than 1000"),
         (["lambda=0.1:1:0.01", "density=0.01:1:0.01"], r"has 9100 combinations, more than 1000"),
-        (["lambda=0.1,0.1"], r"a value comes twice"),
-        (["lambda=0.1", "merge_lambda=0.2"], r"has merge_lambda twice"),
-        (["density=0.5,1.5"], r"--density is 1.5: give a share"),
-        (["lambda=nan"], r"give finite numbers"),
+        (["lambda=0.1,0.1"], r"all different numbers"),
+        (["lambda=0.1", "merge_lambda=0.2"], r"--merge_lambda is given too"),
+        (["density=0.5,1.5"], r"--density is 1.5; it must be above 0 and at most 1"),
+        (["lambda=nan"], r"--merge_lambda is nan; it must be above 0"),
     ],
 )
 def test_a_search_that_has_no_meaning_raises(entries, message):
-    with pytest.raises(MergeError, match=message):
-        search_candidates(entries, MergeArguments(["a", "b"], "ties").settings(), [])
+    with pytest.raises(UserError, match=message):
+        search_candidates(entries, "ties", {})
 
 
 def test_a_dense_update_leaves_the_base_as_it_was():

@@ -1,95 +1,156 @@
-"""A merged adapter as an ordinary PEFT folder, with a model card and `merge.json`."""
+"""Merged updates as LoRA factors: exact where they come stacked, else cut to a rank by an exact SVD, the loss told.
 
-from __future__ import annotations
+Energy is the squared Frobenius norm.
+"""
 
-import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from safetensors.torch import save_file
+from scipy.linalg import eigh
 from torch import Tensor, nn
 
-from heterofusion.adapters.lora import CONFIG_FILE, PICKLE_FILE, PREFIX, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
-from heterofusion.merging.arguments import MergeError
-from heterofusion.merging.factors import Factors
-from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.publish.record import CARD_FILE, MERGE_FILE, RECORD_FILES, describe_controls, record_control
-from heterofusion.runtime.files import file_sha256, is_failed_write, staging_folder
+from heterofusion.adapters.factors import canonical_factors
+from heterofusion.adapters.lora import PREFIX
+from heterofusion.merging.rules.rule import Merged
+from heterofusion.merging.tau import Factors, Updates
 
-_STAGING = ".merge-"
+_ROUNDING = 1e-12  # a share of energy below it is rounding of float64, not a loss
 
 
-def write_adapter(
-    folder: Path,
-    factors: Mapping[str, Factors],
-    scale: float,
-    dtype: torch.dtype,
-    base_model: str | None,
-    linear_layers: Sequence[str],
-) -> None:
-    """Write weights and config of an adapter of scaling 1, and read them back.
+@dataclass
+class LowRank:
+    """One result of a merge, before `merge_lambda`.
+
+    Attributes:
+        factors: A (rank, in_features) and B (out_features, rank) by module, float32 on the CPU.
+        energy: by module, the energy that the factors keep, and that of the update.
+    """
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    energy: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def lost(self, *paths: str) -> float:
+        """Share of the energy of modules that was lost, of all by default."""
+        kept, whole = map(sum, zip(*(self.energy[path] for path in paths or self.energy), strict=True))
+        return max(0.0, 1 - kept / whole) if whole > 0 else 0.0
+
+    def truncation(self) -> dict[str, Any]:
+        """Highest rank, and the share of the energy lost, of all modules and of the one that lost most."""
+        worst = max(self.energy, key=self.lost)
+        return {
+            "rank": max(A.shape[0] for A, _ in self.factors.values()),
+            "exact": self.lost() < _ROUNDING,
+            "overall": self.lost(),
+            "max": self.lost(worst),
+            "max_module": worst,
+        }
+
+    def state_dict(self, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of an adapter of scaling 1, by PEFT's names."""
+        weights: dict[str, Tensor] = {}
+        for path, (A, B) in self.factors.items():
+            for name, tensor in (("lora_A", A), ("lora_B", B * scale)):
+                weights[f"{PREFIX}{path}.{name}.weight"] = tensor.to(dtype)
+        return weights
+
+    def config(self, base_model: str | None, linear_layers: Sequence[str]) -> LoraConfig:
+        """PEFT's config, with `lora_alpha = r` for each module.
+
+        Args:
+            base_model: `base_model_name_or_path`.
+            linear_layers: paths of all linear layers of the base: they tell whether short names reach others too.
+        """
+        ranks = {path: A.shape[0] for path, (A, _) in self.factors.items()}
+        r = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: rank for path, rank in ranks.items() if rank != r}
+        short = sorted({path.rpartition(".")[2] for path in ranks})
+        reached = {path for path in linear_layers if path.rpartition(".")[2] in short}
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=base_model,
+            r=r,
+            lora_alpha=r,
+            lora_dropout=0.0,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            target_modules=short if reached == ranks.keys() else sorted(ranks),
+        )
+
+
+def low_rank(merged: Merged, updates: Updates, rank: int | None = None) -> list[LowRank]:
+    """What a rule merged as LoRA factors: one adapter, or one per expert.
 
     Args:
-        folder: made if missing.
-        factors: A (rank, in_features) and B (out_features, rank) by module, float32.
-        scale: factor of B.
-        dtype: of the written weights.
-        base_model: the config's `base_model_name_or_path`.
-        linear_layers: paths of all linear layers of the base; they tell whether short names reach other modules too.
-
-    Raises:
-        MergeError: a weight is out of range for the dtype.
+        merged: of a rule, for these updates.
+        updates: the experts'.
+        rank: the highest rank of a module; the sum of the experts' ranks by default.
     """
-    weights: dict[str, Tensor] = {}
-    for path, (A, B) in factors.items():
-        for name, tensor in (("lora_A", A), ("lora_B", B * scale)):
-            cast = tensor.to(dtype).contiguous()
-            if not torch.isfinite(cast).all():
-                raise MergeError(
-                    f"merged {path}.{name} is out of range for {str(dtype).removeprefix('torch.')}; give --dtype "
-                    "float32, or a lower --merge_lambda"
-                )
-            weights[f"{PREFIX}{path}.{name}.weight"] = cast
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE, {"format": "pt"})
-    merged_config({path: A.shape[0] for path, (A, _) in factors.items()}, base_model, linear_layers).save_pretrained(
-        str(folder)
-    )
-    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors writes for the owner alone
-    load_adapter(folder)  # what could not be read is not kept
+    results: list[LowRank] = []
+    for path in updates.dense.walk("merging"):
+        _add(results, merged(path), path, rank or updates.rank(path))
+    return results
 
 
-def merged_config(ranks: Mapping[str, int], base_model: str | None, linear_layers: Sequence[str]) -> LoraConfig:
-    """PEFT's config of modules with these ranks, with `lora_alpha = r` for each.
+def _add(results: list[LowRank], found: Sequence[Tensor | Factors], path: str, rank: int) -> None:
+    """Add a module; a function, so that no update outlives its module."""
+    results += [LowRank() for _ in found[len(results) :]]
+    for result, update in zip(results, found, strict=True):
+        factors, *energy = truncated(update, rank) if isinstance(update, Tensor) else cut(update, rank)
+        result.factors[path], result.energy[path] = factors, (energy[0], energy[1])
+
+
+def truncated(update: Tensor, rank: int) -> tuple[Factors, float, float]:
+    """The best approximation of a dense update at a rank (Eckart-Young).
+
+    The leading singular vectors of the shorter side are the eigenvectors of its Gram matrix, which is exact (float64)
+    and much cheaper than an SVD: of 4096 x 14336, an eigenvalue problem of size 4096.
 
     Args:
-        ranks: rank by module path.
-        base_model: `base_model_name_or_path`.
-        linear_layers: paths of all linear layers of the base.
+        update: (out_features, in_features) on any device.
+        rank: of the result, as far as the update's shape allows it.
+
+    Returns:
+        A = sqrt(S) V^T and B = U sqrt(S) in float32 on the CPU, the energy that they keep, and that of the update.
     """
-    r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: rank for path, rank in ranks.items() if rank != r}
-    short = sorted({path.rpartition(".")[2] for path in ranks})
-    reached = {path for path in linear_layers if path.rpartition(".")[2] in short}
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        base_model_name_or_path=base_model,
-        r=r,
-        lora_alpha=r,
-        lora_dropout=0.0,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        target_modules=short if reached == ranks.keys() else sorted(ranks),
-    )
+    D = update.double()
+    energy = float(D.square().sum())
+    tall = D.shape[0] > D.shape[1]
+    D = D.T if tall else D  # (short, long)
+    values, U = _leading_eigenvectors(D @ D.T, min(rank, D.shape[0]))  # (rank,), (short, rank)
+    # eigenvalues below rounding are directions that the update does not have
+    noise = values.amax() * torch.finfo(values.dtype).eps * D.shape[0]
+    root = torch.where(values > noise, values, 0).pow(0.25)  # sqrt(S)
+    inverse = torch.where(root > 0, 1 / root, 0)
+    short, long = U * root, inverse.unsqueeze(1) * (U.T @ D)  # (short, rank), (rank, long)
+    A, B = (short.T, long.T) if tall else (long, short)
+    kept = float(values.sum())
+    return (A.float().cpu().contiguous(), B.float().cpu().contiguous()), min(kept, energy), energy
+
+
+def _leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a Gram matrix, falling, and their vectors in columns."""
+    if gram.device.type == "cpu":
+        # LAPACK finds a few of them three times faster than all, which is what torch has
+        size = len(gram)
+        values, vectors = map(torch.from_numpy, eigh(gram.numpy(), subset_by_index=[size - rank, size - 1]))
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+    return values[-rank:].flip(0).clamp_(min=0), vectors[:, -rank:].flip(1)
+
+
+def cut(factors: Factors, rank: int) -> tuple[Factors, float, float]:
+    """Factors of at most a rank, the energy that they keep, and that of the update; unchanged if they have no more."""
+    A, B = factors
+    energy = float(((A.double() @ A.double().T) * (B.double().T @ B.double())).sum())  # trace(B^T B A A^T)
+    if A.shape[0] <= rank:
+        return (A.contiguous(), B.contiguous()), energy, energy
+    A, B, lost = canonical_factors(A, B, rank)
+    return (A.contiguous(), B.contiguous()), energy * (1 - lost), energy
 
 
 def linear_layers(model: nn.Module) -> list[str]:
@@ -99,129 +160,3 @@ def linear_layers(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if not list(module.children()) and getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
     ]
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Carry the tokenizer beside an adapter along, if there is one."""
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                target = folder / file.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the model card and, last, `merge.json`."""
-    (folder / CARD_FILE).write_text(str(model_card(record)), encoding="utf-8")
-    record = {**record, "weights_sha256": file_sha256(folder / WEIGHTS_FILE)}
-    text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    (folder / MERGE_FILE).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def staged(output: Path) -> Iterator[Path]:
-    """A staging folder in the output folder; neither is left behind by a failure, if the latter is new."""
-    is_new = not output.exists()
-    try:
-        with staging_folder(output, _STAGING) as staging:
-            yield staging
-    except BaseException as error:  # an interruption too
-        if is_new and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
-        if is_failed_write(error) and not isinstance(error, OSError):
-            raise OSError(f"the merge could not be written to {output} ({error}); nothing is left of it") from error
-        raise
-
-
-def move_adapter(staging: Path, folder: Path) -> None:
-    """Move a finished adapter into place; records, tokenizers and pickles of what was there before go.
-
-    `merge.json` goes last: where it stands, the adapter beside it is complete.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (*RECORD_FILES, DIAGNOSTICS_FILE, PICKLE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for pattern in TOKENIZER_FILES:
-        for stale in folder.glob(pattern):
-            if stale.is_file():
-                stale.unlink()
-    files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-    for file in sorted(files, key=lambda file: file == Path(MERGE_FILE)):
-        (folder / file).parent.mkdir(exist_ok=True)
-        os.replace(staging / file, folder / file)
-
-
-def model_card(record: Mapping[str, Any]) -> ModelCard:
-    """A model card from a record. The licence is left to the owner of the adapters."""
-    base, control = record["base_model"], record_control(record)
-    data = ModelCardData(
-        base_model=base or None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "merge", *([f"base_model:adapter:{base}"] if base else []), *(["control"] if control else [])],
-    )
-    experts = "\n".join(
-        f"| {expert['name']} | {expert['weight']:g} | `{expert['sha256'][:12]}` |" for expert in record["adapters"]
-    )
-    values = ", ".join(f"{name} {value:g}" for name, value in record["hyperparameters"].items())
-    seed = record["made_by"]["seed"]
-    settings = "".join(f", {part}" for part in (values, "" if seed is None else f"seed {seed}") if part)
-    title = "Merged LoRA adapter" if control is None else f"CONTROL ({control}): merged LoRA adapter"
-    told = "" if control is None else f"\nThis adapter is a CONTROL: {describe_controls(record)}.\n"
-    body = f"""
-# {title}
-{told}
-{len(record["adapters"])} LoRA experts of `{base or "one base model"}`, merged by `{record["method"]}`{settings}. It is
-an ordinary PEFT adapter.
-{_task_note(record)}
-| expert | weight | sha256 of its weights |
-|---|---|---|
-{experts}
-
-{truncation_text(record["truncation"])}
-{_scores(record)}
-## Use
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base or "<base model>"}")
-model = PeftModel.from_pretrained(model, "<this adapter>")
-```
-
-`{MERGE_FILE}` holds the hashes of all adapters, all settings, scores, cost and library versions. No licence is stated
-here: it follows from those of the base model and the adapters.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{body}")
-
-
-def truncation_text(truncation: Mapping[str, Any]) -> str:
-    """One sentence on what was lost when the merged update was cut to its rank."""
-    rank = truncation["rank"]
-    if truncation["exact"]:
-        return f"Rank up to {rank}: exact but for the rounding of the weights to {truncation['dtype']}."
-    return (
-        f"Cut to rank {rank} at most by SVD: {truncation['overall']:.2%} of the merged update's energy (squared norm) "
-        f"is lost, {truncation['max']:.2%} in the module that loses most ({truncation['max_module']})."
-    )
-
-
-def _task_note(record: Mapping[str, Any]) -> str:
-    task = record["task"]
-    if task is None:
-        return ""
-    return (
-        f"\n**The task must be known at inference:** this is one of {len(record['adapters'])} adapters, the one for "
-        f"the task of `{task}`; the right one has to be chosen for every input.\n"
-    )
-
-
-def _scores(record: Mapping[str, Any]) -> str:
-    validation = record["validation"]
-    if validation is None:
-        return ""
-    rows = "\n".join(f"| {label} | {entry['score']:.4f} |" for label, entry in validation["adapter"].items())
-    chosen = "\nThe hyper-parameters were chosen by the mean of these scores.\n" if record["search"] else ""
-    return f"\n## Scores on the validation data\n\n| data set | score |\n|---|---|\n{rows}\n{chosen}"

@@ -22,7 +22,7 @@ from typing import Any
 from heterofusion.cli import check_flags
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
-from heterofusion.merging.arguments import MERGE_ARGUMENTS
+from heterofusion.merging.config import MERGE_ARGUMENTS
 from heterofusion.rivals.distillation import DISTILL_ARGUMENTS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import as_text, read_yaml

@@ -1,0 +1,45 @@
+"""Model Breadcrumbs: neither the largest entries of a row nor the many small ones."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from heterofusion.merging.rules.rule import LAMBDA, Merged, Rule, share_count, summed
+from heterofusion.merging.tau import Updates
+from heterofusion.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(Rule):
+    """Sum of the entries of middle size of every row.
+
+    Of every row of an update, the `gamma` of largest entries by magnitude is set to 0, the next `density` is kept;
+    then `lambda` times the sum (Model Breadcrumbs, arXiv 2312.06795; its beta is `density`, its alpha `lambda`).
+    """
+
+    merge_lambda: float = field(default=0.4, metadata=LAMBDA)
+    density: float = field(
+        default=0.2, metadata={"help": "Share of a row, below its largest entries, that is kept.", "range": "(0, 1]"}
+    )
+    gamma: float = field(
+        default=0.1, metadata={"help": "Share of a row, of largest entries, that is set to 0.", "range": "[0, 1)"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density + self.gamma > 1 + 1e-9:
+            raise UserError(
+                f"--density {self.density} and --gamma {self.gamma} are more than a row together; lower one"
+            )
+
+    def merge(self, updates: Updates) -> Merged:
+        return summed(updates.dense.map(lambda matrix, *_: crumbs(matrix, self.density, self.gamma)))
+
+
+def crumbs(update: Tensor, density: float, gamma: float) -> Tensor:
+    """Of every row, what is left below the `gamma` of largest entries, up to a share of `density`."""
+    top = share_count(gamma, update.shape[1])
+    kept = share_count(density, update.shape[1])
+    order = update.abs().argsort(dim=1, descending=True, stable=True)[:, top : top + kept]
+    return torch.zeros_like(update).scatter_(1, order, update.gather(1, order))

@@ -1,0 +1,142 @@
+"""What rules merge: the updates `tau_i = w_i s_i B_i A_i` of experts on one base, never A and B apart.
+
+Updates are made module by module and anew whenever they are asked for, so that no more than one module's are held at
+a time, in passes as many as a rule needs. Shapes everywhere: A (rank, in_features), B (out_features, rank), an update
+(out_features, in_features).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from heterofusion.adapters.lora import LoraAdapter, LoraModule
+
+Factors = tuple[Tensor, Tensor]  # A, B
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Float32 matrices of experts, by module.
+
+    Attributes:
+        shapes: (rows, columns) by the path of a module.
+        of: makes the matrices of a module, by the position of the expert; those who lack the module are left out.
+        progress: whether passes show a bar.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    of: Callable[[str], dict[int, Tensor]]
+    progress: bool = True
+
+    def walk(self, what: str) -> Iterator[str]:
+        """The paths of all modules, for a pass over them."""
+        # a bar that is soon done would only flicker
+        yield from tqdm(self.shapes, desc=what, unit="module", disable=not self.progress, leave=False, delay=2)
+
+    def map(self, change: Callable[[Tensor, int, str], Tensor]) -> "Matrices":
+        """The same with every matrix changed: a function of the matrix, the expert's position and the path."""
+
+        def of(path: str) -> dict[int, Tensor]:
+            matrices = self.of(path)
+            for expert in matrices:
+                matrices[expert] = change(matrices[expert], expert, path)
+            return matrices
+
+        return replace(self, of=of)
+
+
+class Updates:
+    """The updates of experts, in whatever form a rule wants them.
+
+    Args:
+        experts: adapters of one base.
+        weights: factor of each expert's update; 1 by default. With 0, an expert counts as if it were not there.
+        device: where dense updates are made.
+        progress: whether passes show a bar.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[LoraAdapter],
+        weights: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+    ) -> None:
+        self.names = [expert.name for expert in experts]
+        self.weights = [*weights] if weights else [1.0] * len(experts)
+        self.device, self.progress = torch.device(device), progress
+        self.modules: dict[str, dict[int, LoraModule]] = {}
+        for index, expert in enumerate(experts):
+            for path, module in expert.modules.items() if self.weights[index] else ():
+                self.modules.setdefault(path, {})[index] = module
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for path, modules in self.modules.items():
+            module = next(iter(modules.values()))
+            self.shapes[path] = (module.out_features, module.in_features)
+
+    def rank(self, path: str) -> int:
+        """Sum of the experts' ranks, with which a sum of their updates is exact."""
+        return sum(module.rank for module in self.modules[path].values())
+
+    def factors(self, path: str) -> dict[int, Factors]:
+        """A and `w s B` of a module by expert, float32 on the CPU."""
+        return {
+            index: (module.lora_A.float(), module.lora_B.float() * (self.weights[index] * module.scaling))
+            for index, module in self.modules[path].items()
+        }
+
+    @property
+    def dense(self) -> Matrices:
+        """The updates themselves."""
+
+        def of(path: str) -> dict[int, Tensor]:
+            return {i: dense_update(m, self.weights[i], self.device) for i, m in self.modules[path].items()}
+
+        return Matrices(self.shapes, of, self.progress)
+
+    @cached_property
+    def joint(self) -> tuple[dict[str, Tensor], Matrices]:
+        """By module, `U S` (out_features, k) and the `V_i^T` (k, in_features) of `joint_basis`; made once."""
+        bases = {path: joint_basis(self.factors(path)) for path in self.dense.walk("joint SVD")}
+
+        def of(path: str) -> dict[int, Tensor]:
+            return {index: V.to(self.device, copy=True) for index, V in bases[path][1].items()}
+
+        left = {path: US for path, (US, _) in bases.items()}
+        shapes = {path: (US.shape[1], self.shapes[path][1]) for path, US in left.items()}
+        return left, Matrices(shapes, of, self.progress)
+
+
+def dense_update(module: LoraModule, weight: float, device: torch.device) -> Tensor:
+    """tau of one expert's module, `weight * scaling * B A`, in float32 on `device`."""
+    return (module.lora_B.to(device).float() @ module.lora_A.to(device).float()).mul_(weight * module.scaling)
+
+
+def joint_basis(factors: Mapping[int, Factors]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The SVD of updates side by side, `[B_1 A_1, ..., B_N A_N] = U S [V_1^T, ..., V_N^T]`, from their factors.
+
+    With thin QR of the stacked B and of every A^T, only a matrix of the size of all ranks is decomposed; no update is
+    formed. Directions without a singular value are left out.
+
+    Args:
+        factors: A and B of each expert, by its position.
+
+    Returns:
+        U S (out_features, k) and V_i^T (k, in_features) by expert, float32 on the CPU, with k <= sum of the ranks.
+        Without any direction, k is 1 and all is 0.
+    """
+    Q, R = torch.linalg.qr(torch.cat([B.double() for _, B in factors.values()], dim=1))  # (out, p), (p, sum of ranks)
+    rows = [torch.linalg.qr(A.double().T) for A, _ in factors.values()]  # (in, q_i), (q_i, rank_i)
+    core = R @ torch.block_diag(*(R_A.T for _, R_A in rows))  # (p, sum of q_i)
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    noise = S[0] * torch.finfo(S.dtype).eps * max(core.shape)
+    kept = max(1, int((noise < S).sum()))
+    if S[0] == 0:
+        S, Vh = torch.zeros_like(S), torch.zeros_like(Vh)
+    parts = Vh[:kept].split([Q_A.shape[1] for Q_A, _ in rows], dim=1)  # (k, q_i) each
+    V = {index: (part @ Q_A.T).float() for index, part, (Q_A, _) in zip(factors, parts, rows, strict=True)}
+    return ((Q @ U[:, :kept]) * S[:kept]).float(), V

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from builders import CONFIG, assert_names, edit_config, llama_modules, refusal
 from heterofusion import AdapterError, load_adapter
 from heterofusion.adapters import config as adapter_config
+from heterofusion.experts.models import find_adapter
 
 
 def test_missing_config_raises(folder):
@@ -93,6 +94,7 @@ def test_initialization_that_alters_the_base_raises(folder, init):
 def test_initialization_that_keeps_the_base_is_read(folder, init):
     edit_config(folder, init_lora_weights=init)
     assert load_adapter(folder).modules.keys() == llama_modules().keys()
+    assert find_adapter(str(folder)).only_adds  # it can be taken off a loaded base again
 
 
 @pytest.mark.parametrize("value", ["on", True, 1, 0, 0.5, [0], {"a": 1}], ids=repr)

@@ -310,11 +310,6 @@ def test_fused_source_with_the_config_of_another_raises(adapter, fused_phi3):
     assert str(source.weights_file) in str(caught.value)
 
 
-def test_wrong_number_of_configs_raises(adapter):
-    with pytest.raises(ValueError, match="--source_configs has 2 entries for 1 sources"):
-        plan_alignment(adapter("target"), [adapter("source")], source_configs=[None, None])
-
-
 def test_no_source_raises(adapter):
     with pytest.raises(AdapterError, match="no source adapter given; --source_adapters needs at least one"):
         plan_alignment(adapter("target"), [])

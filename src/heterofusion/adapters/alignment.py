@@ -11,9 +11,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import (
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 
 from heterofusion.adapters.architectures import (
     ModuleKey,
@@ -22,9 +20,14 @@ from heterofusion.adapters.architectures import (
     read_target_config,
     role_rows,
 )
-from heterofusion.adapters.controls import control_sources
+from heterofusion.adapters.controls import SOURCE_CONTROLS, control_sources
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, LoraModule, load_adapter
 from heterofusion.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LAYER_ALIGNMENTS = ("tail", "proportional")
+_OUTSIDE = "outside the decoder layers"
 
 
 @dataclass
@@ -49,7 +52,7 @@ class AdapterArguments:
             "help": "Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
             "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
             "result is a control, no fusion of the sources.",
-            "choices": ["noise", "shuffle", "zero"],
+            "choices": list(SOURCE_CONTROLS),
         },
     )
     allow_pickle: bool = field(
@@ -58,12 +61,6 @@ class AdapterArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code from the Hub for the target's base; sources never need it."}
     )
-
-
-logger = logging.getLogger(__name__)
-
-LAYER_ALIGNMENTS = ("tail", "proportional")
-_OUTSIDE = "outside the decoder layers"
 
 
 class GroupKey(NamedTuple):
@@ -80,21 +77,13 @@ class GroupKey(NamedTuple):
 
 @dataclass(frozen=True)
 class RoleSlice:
-    """The part of a LoRA module that does one role: all of it, or some rows of a fused projection's B.
-
-    Attributes:
-        module: the LoRA module.
-        layer: its layer index.
-        role: the role.
-        suffix: its path inside the layer.
-        rows: int64 row indices of `lora_B`, None for all.
-    """
+    """The part of a LoRA module that does one role: all of it, or some rows of a fused projection's B."""
 
     module: LoraModule
     layer: int
     role: str
-    suffix: str
-    rows: Tensor | None = None
+    suffix: str  # path inside the layer
+    rows: Tensor | None = None  # int64 row indices of lora_B, None for all
 
     @property
     def lora_B(self) -> Tensor:
@@ -105,10 +94,14 @@ class RoleSlice:
     def out_features(self) -> int:
         return self.module.out_features if self.rows is None else len(self.rows)
 
+    @property
+    def label(self) -> str:
+        return self.module.path if self.rows is None else f"{self.module.path} [{self.role}]"
+
 
 @dataclass(frozen=True)
 class AlignedSlice:
-    """A target slice and the source slices that feed it, in the order the user gave the sources."""
+    """A target slice and the (source number, source slice) that feed it, in the order the user gave the sources."""
 
     target: RoleSlice
     sources: tuple[tuple[int, RoleSlice], ...]
@@ -144,12 +137,36 @@ class AlignmentPlan:
         return [item for members in self.groups.values() for item in members]
 
 
-def parse_transfer_ratio(value: float | str | Fraction) -> Fraction:
-    """Read a transfer ratio such as 0.5 or "1/2".
+def load_plan(
+    adapters: AdapterArguments,
+    method: Any,  # whose layer_alignment and transfer_ratio are taken
+    base: str | None = None,
+    base_revision: str | None = None,
+    target: LoraAdapter | None = None,
+    seed: int = 42,
+) -> AlignmentPlan:
+    """Read all adapters, draw the source control if there is one (by `seed`), and align; no base weights are loaded.
 
-    Raises:
-        ValueError: it is not a number in (0, 1].
+    The base model's config is read only if the target has fused projections.
     """
+    target = target or load_adapter(
+        adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
+    )
+    sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
+    if adapters.source_control is not None:
+        sources = control_sources(sources, adapters.source_control, seed)
+    return plan_alignment(
+        target,
+        sources,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
+        source_configs=read_source_configs(adapters.source_configs, sources),
+    )
+
+
+def parse_transfer_ratio(value: float | str | Fraction) -> Fraction:
+    """Read a transfer ratio in (0, 1], such as 0.5 or "1/2"."""
     try:
         ratio = Fraction(value)
         if isinstance(value, float):  # 0.3 means 3/10, not the binary number beside it
@@ -167,9 +184,6 @@ def map_layers(target_layers: int, source_layers: int, alignment: str, ratio: Fr
     `tail`: target layer i takes source layer i - (L_t - L_s) where that exists.
     `proportional`: every target layer i takes source layer round(i (L_s - 1) / (L_t - 1)).
     Of the n pairs, in layer order, the last max(1, int(n * ratio)) are kept.
-
-    Raises:
-        ValueError: unknown alignment.
     """
     if alignment == "tail":
         offset = target_layers - source_layers
@@ -210,60 +224,53 @@ def plan_alignment(
 
     Raises:
         AdapterError: no source, a source that is the target, nothing in common, or a fused projection without config.
-        ValueError: an option is out of range.
+        UserError: an option is out of range.
     """
     ratio = parse_transfer_ratio(transfer_ratio)
     target_config = read_target_config(target) if target_config is None else target_config
-    configs = list(source_configs) if source_configs is not None else read_source_configs(None, sources)
-    _check_inputs(target, sources, configs)
-    target_modules = _RoleTable(target, target_config, "target adapter")
+    configs = read_source_configs(None, sources) if source_configs is None else source_configs
+    _check_inputs(target, sources)
+    wanted = _RoleTable(target, target_config, "target adapter")
     tables = [
         _RoleTable(source, config, f"source adapter {source.name}")
         for source, config in zip(sources, configs, strict=True)
     ]
-    layer_maps = tuple(map_layers(target_modules.depth, table.depth, layer_alignment, ratio) for table in tables)
+    layer_maps = tuple(map_layers(wanted.depth, table.depth, layer_alignment, ratio) for table in tables)
     groups: dict[GroupKey, list[AlignedSlice]] = {}
-    untouched = dict.fromkeys(target_modules.outside, _OUTSIDE)
-    used: list[set[int]] = [set() for _ in sources]
-    for item in target_modules.slices:
-        found = []
-        for index, table in enumerate(tables):
-            match = _match(item, target_modules, table, layer_maps[index].get(item.layer))
-            if match is not None:
-                found.append((index, match))
-                used[index].add(id(match))
+    untouched = dict.fromkeys(wanted.outside, _OUTSIDE)
+    used: set[int] = set()
+    for item in wanted.slices:
+        matches = [_match(item, wanted, table, pairs) for table, pairs in zip(tables, layer_maps, strict=True)]
+        found = tuple((index, match) for index, match in enumerate(matches) if match is not None)
+        used.update(id(match) for _, match in found)
         if found:
-            groups.setdefault(GroupKey(item.role, item.module.rank), []).append(AlignedSlice(item, tuple(found)))
+            groups.setdefault(GroupKey(item.role, item.module.rank), []).append(AlignedSlice(item, found))
         else:
-            untouched[_label(item)] = _why_untouched(item, tables, layer_maps)
+            untouched[item.label] = _why_untouched(item, tables, layer_maps)
     if not groups:
-        raise AdapterError(_nothing_aligned(target_modules, tables, layer_maps))
-    unused = tuple(
-        dict.fromkeys(table.outside, _OUTSIDE)
-        | {_label(item): _why_unused(item, target_modules, pairs) for item in table.slices if id(item) not in seen}
-        for table, seen, pairs in zip(tables, used, layer_maps, strict=True)
-    )
-    for index, (source, table, seen) in enumerate(zip(sources, tables, used, strict=True)):
-        if source.extra_tensors:
-            logger.warning(
-                "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
-                source.name, len(source.extra_tensors), ", ".join(sorted(source.extra_tensors)[:3]),
-            )  # fmt: skip
-        if not seen:
-            logger.warning("source %s (number %d) feeds no target module", source.name, index + 1)
-        logger.info("source %s: %d of %d modules used", source.name, len(seen), len(table.slices))
+        raise AdapterError(_nothing_aligned(wanted, tables, layer_maps))
+    unused = []
+    for number, (table, pairs) in enumerate(zip(tables, layer_maps, strict=True), start=1):
+        idle = [item for item in table.slices if id(item) not in used]
+        unused.append(
+            dict.fromkeys(table.outside, _OUTSIDE) | {item.label: _why_unused(item, wanted, pairs) for item in idle}
+        )
+        _report_source(table, number, len(table.slices) - len(idle))
     ordered = {key: tuple(members) for key, members in groups.items()}
-    return AlignmentPlan(target, tuple(sources), ordered, layer_maps, untouched, unused, layer_alignment, ratio)
+    return AlignmentPlan(target, tuple(sources), ordered, layer_maps, untouched, tuple(unused), layer_alignment, ratio)
 
 
-def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter], configs: Sequence) -> None:
+def adapter_depth(adapter: LoraAdapter) -> int:
+    """Layers of a model as far as its adapter tells: 1 + the highest layer index that it holds."""
+    layers = [key.layer for key in module_keys(adapter).values() if key is not None]
+    if not layers:
+        raise AdapterError(f"{adapter.folder} has no LoRA module inside the language model's layers")
+    return 1 + max(layers)
+
+
+def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter]) -> None:
     if not sources:
         raise AdapterError("no source adapter given; --source_adapters needs at least one")
-    if len(configs) != len(sources):
-        raise UserError(
-            f"--source_configs has {len(configs)} entries for {len(sources)} sources; give one per source, "
-            "'none' where a source needs none"
-        )
     if target.config.get("task_type") not in (None, "CAUSAL_LM"):
         raise AdapterError(
             f"{target.folder}: task_type is {target.config['task_type']!r}; the target must be a CAUSAL_LM adapter"
@@ -279,28 +286,8 @@ def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter], configs: 
         seen.setdefault(source.sha256, f"source {number}")
 
 
-def adapter_depth(adapter: LoraAdapter) -> int:
-    """Layers of a model as far as its adapter tells: 1 + the highest layer index that it holds.
-
-    Raises:
-        AdapterError: it has no module inside the language model's layers.
-    """
-    layers = [key.layer for key in module_keys(adapter).values() if key is not None]
-    if not layers:
-        raise AdapterError(f"{adapter.folder} has no LoRA module inside the language model's layers")
-    return 1 + max(layers)
-
-
 class _RoleTable:
-    """An adapter's modules as role slices, in layer order, found by layer and role.
-
-    Attributes:
-        adapter: the adapter.
-        slices: its role slices.
-        outside: paths of its modules outside the language model's layers.
-        depth: 1 + the highest layer index.
-        roles: roles that it holds anywhere.
-    """
+    """An adapter's modules as role slices, in layer order, found by layer and role; paths outside the layers apart."""
 
     def __init__(self, adapter: LoraAdapter, config: PretrainedConfig | None, what: str):
         self.adapter = adapter
@@ -335,9 +322,9 @@ class _RoleTable:
         for item in self.slices:
             self._places.setdefault((item.layer, item.role), []).append(item)
 
-    def at(self, layer: int, role: str) -> list[RoleSlice]:
+    def at(self, layer: int | None, role: str) -> list[RoleSlice]:
         """The slices that do a role in a layer: several only among experts."""
-        return self._places.get((layer, role), [])
+        return [] if layer is None else self._places.get((layer, role), [])
 
 
 def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -> dict[str, Tensor | None]:
@@ -352,10 +339,8 @@ def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -
     return dict(role_rows(key, module.out_features, config))
 
 
-def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, layer: int | None) -> RoleSlice | None:
-    if layer is None:
-        return None
-    candidates = source.at(layer, item.role)
+def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, pairs: dict[int, int]) -> RoleSlice | None:
+    candidates = source.at(pairs.get(item.layer), item.role)
     for other in candidates:
         if other.suffix == item.suffix:
             return other
@@ -364,19 +349,24 @@ def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, layer: int |
     return candidates[0] if alone else None
 
 
-def _label(item: RoleSlice) -> str:
-    return item.module.path if item.rows is None else f"{item.module.path} [{item.role}]"
+def _report_source(table: _RoleTable, number: int, used: int) -> None:
+    source = table.adapter
+    if source.extra_tensors:
+        logger.warning(
+            "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
+            source.name, len(source.extra_tensors), ", ".join(sorted(source.extra_tensors)[:3]),
+        )  # fmt: skip
+    if not used:
+        logger.warning("source %s (number %d) feeds no target module", source.name, number)
+    logger.info("source %s: %d of %d modules used", source.name, used, len(table.slices))
 
 
-def _why_untouched(item: RoleSlice, sources: list[_RoleTable], layer_maps: tuple[dict[int, int], ...]) -> str:
+def _why_untouched(item: RoleSlice, sources: list[_RoleTable], layer_maps: Sequence[dict[int, int]]) -> str:
     if not any(item.role in source.roles for source in sources):
         return f"no source has {item.role}"
-    mapped = [
-        (source, pairs[item.layer]) for source, pairs in zip(sources, layer_maps, strict=True) if item.layer in pairs
-    ]
-    if not mapped:
+    if not any(item.layer in pairs for pairs in layer_maps):
         return f"no source layer is mapped to layer {item.layer}"
-    if any(source.at(layer, item.role) for source, layer in mapped):
+    if any(source.at(pairs.get(item.layer), item.role) for source, pairs in zip(sources, layer_maps, strict=True)):
         return f"several modules do {item.role} at layer {item.layer} and no source has this one's name"
     return f"no source has {item.role} at the layer mapped to layer {item.layer}"
 
@@ -392,7 +382,7 @@ def _why_unused(item: RoleSlice, target: _RoleTable, pairs: dict[int, int]) -> s
     return f"the target has no {item.role} at the mapped layer"
 
 
-def _nothing_aligned(target: _RoleTable, sources: list[_RoleTable], layer_maps: tuple[dict[int, int], ...]) -> str:
+def _nothing_aligned(target: _RoleTable, sources: list[_RoleTable], layer_maps: Sequence[dict[int, int]]) -> str:
     offered = "; ".join(
         f"{source.adapter.name}: {', '.join(sorted(source.roles))} on layers {sorted(set(pairs.values()))}"
         for source, pairs in zip(sources, layer_maps, strict=True)
@@ -400,44 +390,4 @@ def _nothing_aligned(target: _RoleTable, sources: list[_RoleTable], layer_maps: 
     return (
         f"no source module matches a module of target {target.adapter.name} ({', '.join(sorted(target.roles))}): "
         f"sources offer {offered}; train target and sources on overlapping target_modules, or raise --transfer_ratio"
-    )
-
-
-def load_plan(
-    adapters: AdapterArguments,
-    method: Any,  # a MethodConfig
-    base: str | None = None,
-    base_revision: str | None = None,
-    target: LoraAdapter | None = None,
-    seed: int = 42,
-) -> AlignmentPlan:
-    """Read all adapters and align them. No base weights are loaded.
-
-    Args:
-        adapters: names of the adapters.
-        method: settings of the alignment.
-        base: base model of the target; needed only if the target has fused projections and does not name it.
-        base_revision: Hub revision of `base`.
-        target: the target adapter, in place of the one that `adapters` names.
-        seed: of the source control, if `adapters` asks for one.
-
-    Raises:
-        AdapterError: an adapter is not usable, or nothing aligns.
-        ValueError: settings are out of range.
-    """
-    method.check_method()
-    if target is None:
-        target = load_adapter(
-            adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
-        )
-    sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
-    if adapters.source_control is not None:
-        sources = control_sources(sources, adapters.source_control, seed)
-    return plan_alignment(
-        target,
-        sources,
-        layer_alignment=method.layer_alignment,
-        transfer_ratio=method.transfer_ratio,
-        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
-        source_configs=read_source_configs(adapters.source_configs, sources),
     )

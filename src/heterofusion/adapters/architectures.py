@@ -46,17 +46,11 @@ _OTHER_TOWERS = ("vision", "visual", "audio", "multi_modal_projector", "image")
 
 @dataclass(frozen=True)
 class ModuleKey:
-    """Where a module stands: layer index, roles it does, and its path inside the layer.
-
-    Attributes:
-        layer: index of the decoder layer.
-        roles: one role, or several for a fused projection.
-        suffix: path inside the layer, such as `self_attn.q_proj`.
-    """
+    """Where a module stands: layer index, roles it does (several: a fused projection), and path inside the layer."""
 
     layer: int
     roles: tuple[str, ...]
-    suffix: str
+    suffix: str  # such as `self_attn.q_proj`
 
     @property
     def is_fused(self) -> bool:
@@ -64,11 +58,7 @@ class ModuleKey:
 
 
 def module_key(path: str) -> ModuleKey | None:
-    """Key of a module from its path, or None if it lies outside the language model's layers.
-
-    Raises:
-        AdapterError: the module is in a layer but does no known role.
-    """
+    """Key of a module from its path, or None if it lies outside the language model's layers."""
     match = LAYER_PATTERN.search(path)
     if match is None or any(tower in path[: match.start()] for tower in _OTHER_TOWERS):
         return None
@@ -85,17 +75,13 @@ def module_key(path: str) -> ModuleKey | None:
         known = sorted({*ROLES, *(".".join(key) for key in (*_RENAMED, *_FUSED))})
         raise AdapterError(
             f"module {path} has no known role ({suffix!r}); known are {', '.join(known)}. Train the adapter on those, "
-            "or extend the table in heterofusion/architectures.py"
+            "or extend the table in heterofusion/adapters/architectures.py"
         )
     return ModuleKey(int(match.group(1)), roles, suffix)
 
 
 def module_keys(adapter: LoraAdapter) -> dict[str, ModuleKey | None]:
-    """Key of every module of an adapter, by path.
-
-    Raises:
-        AdapterError: a module does no known role; names the adapter's file.
-    """
+    """Key of every module of an adapter, by path."""
     try:
         return {path: module_key(path) for path in adapter.modules}
     except AdapterError as error:
@@ -112,14 +98,7 @@ def read_target_config(
 ) -> PretrainedConfig | None:
     """Base config of a target that has fused projections; None where there are none, or no base is named.
 
-    Args:
-        target: the target adapter.
-        base: folder or Hub id of its base; its `base_model_name_or_path` by default.
-        revision: Hub revision of `base`.
-        trust_remote_code: run config code of the Hub; off unless the user wants it.
-
-    Raises:
-        AdapterError: the config cannot be read.
+    The base is the one that is given, else the `base_model_name_or_path` of the adapter.
     """
     name = base or target.base_model
     if name is None or not has_fused_modules(target):
@@ -128,18 +107,10 @@ def read_target_config(
 
 
 def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapter]) -> list[PretrainedConfig | None]:
-    """Base configs of sources that have fused projections.
+    """Base configs of sources that have fused projections; None where there is none, or none is needed.
 
-    Args:
-        names: one path or Hub id per source, or `none`; None to follow each source's `base_model_name_or_path`.
-        sources: the source adapters.
-
-    Returns:
-        One config per source, None where there is none or none is needed. Code that comes with one is never run.
-
-    Raises:
-        ValueError: not as many names as sources.
-        AdapterError: a named config cannot be read, or the one a fused source points to cannot.
+    Names are a path or Hub id per source, or `none`; without names each source's `base_model_name_or_path` is
+    followed. Code that comes with a config is never run.
     """
     if names is not None and len(names) != len(sources):
         raise UserError(

@@ -83,16 +83,9 @@ _BASE_PRESERVING_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read and validate `adapter_config.json` of a PEFT LoRA adapter.
+    """Read and validate `adapter_config.json` in the folder of a PEFT LoRA adapter.
 
-    Args:
-        folder: the adapter's folder.
-
-    Returns:
-        The config as written, with `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern` present.
-
-    Raises:
-        AdapterError: a field is missing, of the wrong type, or says that this is not a plain LoRA adapter.
+    The config comes as written, with `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern` present.
     """
     path = folder / CONFIG_FILE
     try:
@@ -126,14 +119,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
-    """Rank and scaling that the config gives one module (PEFT's pattern rules).
+    """Rank and scaling that a config gives the module of a path (PEFT's pattern rules).
 
-    Args:
-        config: a config from `read_adapter_config`.
-        module: path of the module in the base model, such as `model.layers.3.self_attn.q_proj`.
-
-    Returns:
-        `(r, lora_alpha / r)`, or `(r, lora_alpha / sqrt(r))` with rsLoRA (arXiv 2312.03732).
+    The scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732).
     """
     rank = config["rank_pattern"].get(get_pattern_key(list(config["rank_pattern"]), module), config["r"])
     alpha = config["alpha_pattern"].get(get_pattern_key(list(config["alpha_pattern"]), module), config["lora_alpha"])
@@ -159,10 +147,13 @@ def _check_unknown_keys(path: Path, config: dict[str, Any]) -> None:
         logger.warning("%s: unknown field %r = %s is empty and ignored", path, key, _short(config[key]))
 
 
+def keeps_base(init: Any) -> bool:
+    """Whether an `init_lora_weights` leaves the base model as it was."""
+    return init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _BASE_PRESERVING_INITS)
+
+
 def _check_init(path: Path, init: Any) -> None:
-    if init is None or isinstance(init, bool):
-        return
-    if not isinstance(init, str) or init.lower() not in _BASE_PRESERVING_INITS:
+    if not keeps_base(init):
         raise AdapterError(
             f"{path}: init_lora_weights is {_short(init)}: it changes the base weights, so the stored B A is not the "
             "whole update; convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"

@@ -17,9 +17,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapters.config import (
     CONFIG_FILE,
@@ -305,27 +304,29 @@ def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: 
         )
 
 
-def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
-    """Check that every LoRA module of an adapter exists in a base model with the right shape (meta device will do).
+def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a base model that has the adapter's modules: checked on the meta device, before any weight."""
+    skeleton = base_skeleton(model, trust_remote_code)
+    check_base_fits(skeleton, target)
+    return skeleton.config
 
-    Raises:
-        AdapterError: names the first module that does not fit.
-    """
+
+def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Check that every LoRA module of an adapter exists in a base model with the right shape (meta device will do)."""
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    remedy = f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
     for path, module in adapter.modules.items():
         try:
             layer = model.get_submodule(path)
         except AttributeError:
             raise AdapterError(
-                f"base model {name} has no module {path}, which adapter {adapter.folder} changes; "
-                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
+                f"base model {name} has no module {path}, which adapter {adapter.folder} changes; {remedy}"
             ) from None
         shape = _layer_shape(layer)
         if shape is not None and shape != (module.in_features, module.out_features):
             raise AdapterError(
                 f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but adapter "
-                f"{adapter.folder} has {module.in_features} to {module.out_features}; "
-                f"give the base it was trained on ({adapter.base_model or 'not named in its config'})"
+                f"{adapter.folder} has {module.in_features} to {module.out_features}; {remedy}"
             )
     for key, tensor in adapter.extra_tensors.items():
         path = key.removeprefix(PREFIX)
@@ -338,33 +339,17 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
                 f"adapter {adapter.folder} holds {path}, which cannot be loaded into a base that ZeRO-3 has "
                 "partitioned; use FSDP2, ZeRO-2 or DDP"
             )
-        expected = parameter.shape
-        if expected != tensor.shape:
+        if parameter.shape != tensor.shape:
             raise AdapterError(
-                f"base model {name}: {path} is {tuple(expected)}, but adapter {adapter.folder} holds "
+                f"base model {name}: {path} is {tuple(parameter.shape)}, but adapter {adapter.folder} holds "
                 f"{tuple(tensor.shape)}; tokens were added when it was trained: give a base that was resized alike "
                 "(resize_token_embeddings, then save_pretrained)"
             )
 
 
 def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    nx, nf = getattr(layer, "nx", None), getattr(layer, "nf", None)  # Conv1D of GPT-2
-    if isinstance(nx, int) and isinstance(nf, int):
-        return nx, nf
+    """(in, out) features of a linear layer or of GPT-2's Conv1D; None of anything else."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
     inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
-
-
-def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Check on the meta device, before any weight is loaded, that the base model has the adapter's modules.
-
-    Returns:
-        The base model's config.
-
-    Raises:
-        AdapterError: the config cannot be read or a module does not fit.
-        ValueError: the config is of no causal language model, or quantization is not possible.
-    """
-    skeleton = base_skeleton(model, trust_remote_code)
-    check_base_fits(skeleton, target)
-    return skeleton.config

@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from heterofusion.adapters.config import AdapterError
+from heterofusion.adapters.config import AdapterError, keeps_base
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalModelArguments
 from heterofusion.publish.record import PROVENANCE_FILE, RECORD_FILES, find_record
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 _HUB_FILES = ["*.json", WEIGHTS_FILE, "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
 # what a base's answers depend on beside configuration and weights: beginnings of file names
 _ANSWER_FILES = ("generation_config", "tokenizer", "special_tokens_map", "added_tokens", "vocab.", "merges.")
-# First weights that leave the base as it is; PiSSA, OLoRA and their like change it, and PEFT cannot change it back.
-_HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Adapter:
         init = getattr(self.config, "init_lora_weights", None)
         if self.config.peft_type != PeftType.LORA or getattr(self.config, "layer_replication", None):
             return False
-        return init in _HARMLESS_INITS and all(".lora_" in key for key in self.shapes)
+        return keeps_base(init) and all(".lora_" in key for key in self.shapes)
 
     @property
     def virtual_tokens(self) -> int:

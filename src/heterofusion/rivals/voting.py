@@ -4,18 +4,20 @@ Tokens of all members are compared by their bytes. Whatever ends an answer for a
 is a function of the members' next-token distributions alone; no step loops over a vocabulary.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
-from heterofusion.rivals.ensemble_text import AnswerCodec
+from heterofusion.rivals.codec import AnswerCodec
 
 END = 0  # index of the end of an answer in every union
 # What stands for a token of the union in `UniTE.first_tokens`, beside ids of the member
 _OWN, _NONE, _UNKNOWN = -1, -2, -3
+
+# How members choose the next token: of every member, a next-token distribution (rows, vocabulary of the member), and
+# (rows, members) which of them count, at least one in a row. Gives indices in the union. (rows,)
+Vote = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Union:
@@ -43,7 +45,7 @@ class Union:
         self.pieces = [*index]
         self.columns = []
         for codec, ends in zip(codecs, stops, strict=True):
-            columns = [index[piece] if piece and piece in index else len(index) for piece in codec.pieces]
+            columns = [index.get(piece, len(index)) if piece else len(index) for piece in codec.pieces]
             for token in ends:
                 if token < len(columns):
                     columns[token] = END
@@ -52,7 +54,7 @@ class Union:
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def distribution(self, member: int, probabilities: torch.Tensor) -> torch.Tensor:
+    def distribution(self, member: int, probabilities: Tensor) -> Tensor:
         """A member's distribution over the union; tokens with the same bytes are added up.
 
         Args:
@@ -66,47 +68,20 @@ class Union:
         return sums.index_add_(1, self.columns[member], probabilities)[:, :-1]
 
 
-class Vote(Protocol):
-    """How members choose the next token."""
-
-    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
-        """Choose.
-
-        Args:
-            probabilities: Next-token distribution of every member. (rows, vocabulary of the member) each
-            voting: Which members' distributions count. (rows, members), at least one True in a row
-
-        Returns:
-            Indices in the union. (rows,)
-        """
-
-
 class GaC:
-    """The mean of the distributions over the union of the vocabularies, its largest entry (arXiv 2406.12585).
-
-    Args:
-        union: Of the members' vocabularies.
-    """
+    """The mean of the distributions over the union of the vocabularies, its largest entry (arXiv 2406.12585)."""
 
     def __init__(self, union: Union) -> None:
         self.union = union
 
-    def mean(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
-        """Mean distribution of the voting members.
-
-        Args:
-            probabilities: As for `Vote`.
-            voting: As for `Vote`.
-
-        Returns:
-            (rows, union)
-        """
+    def mean(self, probabilities: Sequence[Tensor], voting: Tensor) -> Tensor:
+        """Mean distribution of the voting members. (rows, union)"""
         mean = probabilities[0].new_zeros(len(voting), len(self.union))
         for member, weight in enumerate(_weights(voting).unbind(dim=1)):
             mean += weight[:, None] * self.union.distribution(member, probabilities[member])
         return mean
 
-    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probabilities: Sequence[Tensor], voting: Tensor) -> Tensor:
         """As `Vote` says."""
         return self.mean(probabilities, voting).argmax(dim=1)
 
@@ -116,11 +91,6 @@ class UniTE:
 
     A member whose vocabulary lacks a token of that union scores it by the first of the tokens into which its own
     tokenizer splits it. Its scores are normalized by a softmax of their logarithms, which is their share of the sum.
-
-    Args:
-        union: Of the members' vocabularies.
-        codecs: Of the members.
-        top_k: Number of top tokens of every member.
     """
 
     def __init__(self, union: Union, codecs: Sequence[AnswerCodec], top_k: int) -> None:
@@ -128,25 +98,20 @@ class UniTE:
         # tokens of the union that a member has not got are none of its top ones, however many are asked for
         self.top_k = [min(top_k, len(set(columns.tolist()) - {len(union)})) for columns in union.columns]
         # For each member what it scores a token of the union by: found when the token is first among the top ones.
-        self.first_tokens: list[torch.Tensor] = []
+        self.first_tokens: list[Tensor] = []
         for columns in union.columns:
             first = torch.full((len(union) + 1,), _UNKNOWN, device=columns.device)
             first[columns] = _OWN
             first[END] = _OWN  # who never ends an answer gives the end no probability
             self.first_tokens.append(first[:-1])
 
-    def shares(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shares(self, probabilities: Sequence[Tensor], voting: Tensor) -> tuple[Tensor, Tensor]:
         """Mean shares of the candidates.
-
-        Args:
-            probabilities: As for `Vote`.
-            voting: As for `Vote`.
 
         Returns:
             Candidates as indices in the union, ascending, some twice, and the mean share of each, which is -1 for the
             second of two. Both (rows, members * top_k)
         """
-        weights = _weights(voting)
         over_union = [self.union.distribution(member, p) for member, p in enumerate(probabilities)]
         top = torch.cat([p.topk(k, dim=1).indices for p, k in zip(over_union, self.top_k, strict=True)], dim=1)
         # of a member that does not vote, the candidates are those of one that does
@@ -155,17 +120,16 @@ class UniTE:
         again = torch.zeros_like(candidates, dtype=torch.bool)
         again[:, 1:] = candidates[:, 1:] == candidates[:, :-1]
         mean = torch.zeros_like(candidates, dtype=over_union[0].dtype)
-        for member, weight in enumerate(weights.unbind(dim=1)):
+        for member, weight in enumerate(_weights(voting).unbind(dim=1)):
             first = self._first_tokens(member, candidates)
             by_first = probabilities[member].gather(1, first.clamp(min=0)).masked_fill(first == _NONE, 0.0)
             scores = torch.where(first == _OWN, over_union[member].gather(1, candidates), by_first)
             scores = scores.masked_fill(again, 0.0)
-            mean += (
-                weight[:, None] * scores / scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-            )
+            sums = scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            mean += weight[:, None] * scores / sums
         return candidates, mean.masked_fill(again, -1.0)
 
-    def _first_tokens(self, member: int, candidates: torch.Tensor) -> torch.Tensor:
+    def _first_tokens(self, member: int, candidates: Tensor) -> Tensor:
         """What a member scores candidates by; those that it has not seen yet are tokenized."""
         known = self.first_tokens[member]
         for index in candidates[known[candidates] == _UNKNOWN].unique().tolist():
@@ -173,13 +137,13 @@ class UniTE:
             known[index] = ids[0] if ids else _NONE
         return known[candidates]
 
-    def __call__(self, probabilities: Sequence[torch.Tensor], voting: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probabilities: Sequence[Tensor], voting: Tensor) -> Tensor:
         """As `Vote` says."""
         candidates, shares = self.shares(probabilities, voting)
         return candidates.gather(1, shares.argmax(dim=1, keepdim=True))[:, 0]
 
 
-def _weights(voting: torch.Tensor) -> torch.Tensor:
+def _weights(voting: Tensor) -> Tensor:
     """Weights of a mean over the voting members. (rows, members)"""
     counts = voting.float()
     return counts / counts.sum(dim=1, keepdim=True)

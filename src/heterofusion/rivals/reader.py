@@ -1,7 +1,5 @@
 """Models that read sequences of which only the ends change: what stays is not run again."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -42,14 +40,7 @@ class CachedReader:
 
     @torch.no_grad()
     def read(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Next-token distributions after the sequences.
-
-        Args:
-            sequences: Token ids, at least one each; as many sequences as before.
-
-        Returns:
-            Probabilities in float32. (sequences, vocabulary)
-        """
+        """Next-token distributions in float32 after sequences of token ids, as many as before. (rows, vocabulary)"""
         if not self._ids:
             self._ids, self._columns = [[] for _ in sequences], [[] for _ in sequences]
             self.mask = self.mask.new_zeros(len(sequences), 0)
@@ -80,11 +71,7 @@ class CachedReader:
         return output.logits[:, -1].float().softmax(dim=-1)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the sequences.
-
-        Args:
-            rows: Their numbers, in order.
-        """
+        """Go on with some of the sequences, by their numbers."""
         index = torch.tensor(rows, device=self.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]

@@ -1,8 +1,5 @@
 """Greedy answers that several models write together, in batches."""
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,28 +7,19 @@ from typing import Any
 import torch
 
 from heterofusion.experts.generation import Answer, Batches
-from heterofusion.rivals.ensemble_cache import CachedReader
-from heterofusion.rivals.ensemble_text import AnswerCodec
-from heterofusion.rivals.ensembling import END, Union, Vote
-
-logger = logging.getLogger(__name__)
+from heterofusion.rivals.reader import CachedReader
+from heterofusion.rivals.codec import AnswerCodec
+from heterofusion.rivals.voting import END, Union, Vote
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of an ensemble.
+    """One model of an ensemble."""
 
-    Args:
-        model: A causal LM, with or without a PEFT adapter, in evaluation mode.
-        codec: Of its tokenizer.
-        pad_id: A token for the padding.
-        context: Most tokens of prompt and answer; None if there is no such limit.
-    """
-
-    model: Any
+    model: Any  # in evaluation mode
     codec: AnswerCodec
     pad_id: int
-    context: int | None = None
+    context: int | None = None  # most tokens of prompt and answer
 
 
 @dataclass
@@ -78,9 +66,6 @@ class EnsembleGenerator:
     Attributes:
         tokens_run: Tokens that each member ran so far, prompts included.
         tokens_needed: Tokens that each would have run if it had every chosen token: the prompts, and the answers.
-
-    Raises:
-        ValueError: If a number is not positive.
     """
 
     def __init__(
@@ -110,17 +95,7 @@ class EnsembleGenerator:
         return str(self.members[0].model.dtype).removeprefix("torch.")
 
     def answers(self, prompts: Mapping[int, Sequence[Sequence[int]]]) -> Iterator[list[Answer]]:
-        """Generate, one batch at a time.
-
-        Args:
-            prompts: Token ids of every member, by a key that the answers carry.
-
-        Yields:
-            The answers of a batch. Longest prompts first; batches hold prompts of similar length.
-
-        Raises:
-            ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
-        """
+        """Answers a batch at a time, longest prompts first; prompts are token ids of every member, by a key."""
         # by the member that takes most tokens, but none where one of them takes none
         lengths = {key: max(map(len, lists)) if all(lists) else 0 for key, lists in prompts.items()}
 

@@ -4,8 +4,6 @@ The tokens of the prompt never change. An answer is tokenized on its own: withou
 puts around a text, and without the space that a sentencepiece tokenizer puts before one.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from heterofusion.experts.tokens import token_bytes
@@ -15,18 +13,15 @@ _ANCHORS = ("\n", ":", "x")
 
 
 class AnswerCodec:
-    """Bytes of an answer as tokens of one tokenizer.
+    """Bytes of an answer as tokens of one fast tokenizer.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: The tokenizer.
         size: Entries of its model's vocabulary; tokens beyond them are none.
 
     Attributes:
         pieces: Bytes by token id, None for special tokens and entries without a token; `size` of them.
         ids: Token id by bytes.
-
-    Raises:
-        ValueError: The tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
@@ -34,18 +29,19 @@ class AnswerCodec:
         self.tokenizer = tokenizer
         self.pieces: list[bytes | None] = [*pieces[:size], *[None] * (size - len(pieces))]
         self.ids: dict[bytes, int] = {}
-        # a sentencepiece vocabulary has some characters twice, as themselves and as bytes that stand in for others
-        spare = {i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1 and _is_spare(tokenizer, i)}
-        for token in (*(i for i in range(size) if i not in spare), *sorted(spare)):
-            piece = self.pieces[token]
-            if piece:
+        # a sentencepiece vocabulary has some characters twice, as themselves and as bytes that stand in for others,
+        # which are written as `<0x0A>`: these come last
+        spare = {
+            i
+            for i, piece in enumerate(self.pieces)
+            if piece and len(piece) == 1 and str(tokenizer.convert_ids_to_tokens(i)).startswith("<0x")
+        }
+        for token in sorted(range(size), key=lambda i: i in spare):
+            if piece := self.pieces[token]:
                 self.ids.setdefault(piece, token)
 
     def encode(self, answer: bytes) -> tuple[list[int], bool]:
-        """Tokenize an answer, or the beginning of one.
-
-        Args:
-            answer: Bytes; they may end within a character.
+        """Tokenize an answer, or the beginning of one, which may end within a character.
 
         Returns:
             Token ids, and whether they say it all: not where the bytes end within a character of which the tokenizer
@@ -100,20 +96,8 @@ class AnswerCodec:
         return None if None in pieces else b"".join(piece for piece in pieces if piece is not None)
 
 
-def _is_spare(tokenizer: Any, token: int) -> bool:
-    """Whether a token of one byte is written as `<0x0A>`."""
-    return str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
-
-
 def split_characters(data: bytes) -> list[str | bytes]:
-    """Split bytes into texts and what between and after them is no UTF-8.
-
-    Args:
-        data: Any bytes.
-
-    Returns:
-        Parts that, encoded, are the bytes again; no part is empty.
-    """
+    """Texts, and what between and after them is no UTF-8; encoded, they are the bytes again, and none is empty."""
     parts: list[str | bytes] = []
     while data:
         try:

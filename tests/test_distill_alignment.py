@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 
 from heterofusion.experts.soft_labels import SoftLabel
-from heterofusion.experts.token_alignment import END, SPECIAL, AnswerSymbols, dtw_path, one_to_one, token_costs
+from heterofusion.experts.token_alignment import (
+    END,
+    SPECIAL,
+    Aligner,
+    AnswerSymbols,
+    answer_symbols,
+    dtw_path,
+    mapped_distribution,
+    one_to_one,
+    token_costs,
+)
 from heterofusion.experts.tokens import token_bytes
 from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap
-from heterofusion.rivals.fusellm import Aligner, answer_symbols, mapped_distribution, min_ce
+from heterofusion.rivals.fusellm import min_ce
 from replay_builders import CHAT, byte_level, encode, word_level
 from test_tokens import sentencepiece_like
 from test_vocabulary import distance, words

@@ -19,8 +19,9 @@ from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
 from heterofusion.experts.models import Models
+from heterofusion.experts.token_alignment import Aligner
 from heterofusion.publish.hub import hub_files
-from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, Aligner
+from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from recipe_runner import (
     QWEN,
     TARGET,

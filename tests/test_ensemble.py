@@ -6,10 +6,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from heterofusion.experts.generation import AnswerGenerator, stop_ids
-from heterofusion.rivals.ensemble_cache import CachedReader
-from heterofusion.rivals.ensemble_generation import EnsembleGenerator, Member
-from heterofusion.rivals.ensemble_text import AnswerCodec, split_characters
-from heterofusion.rivals.ensembling import END, GaC, Union, UniTE
+from heterofusion.rivals.codec import AnswerCodec, split_characters
+from heterofusion.rivals.ensemble import EnsembleGenerator, Member
+from heterofusion.rivals.reader import CachedReader
+from heterofusion.rivals.voting import END, GaC, Union, UniTE
 from heterofusion.zoo import make_examples, zoo_path
 from recipe_runner import save_tokenizer
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
 from heterofusion.rivals import ensemble_row
-from heterofusion.rivals.ensemble_generation import EnsembleGenerator
+from heterofusion.rivals.ensemble import EnsembleGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import ROOT, contents, error_line, flags, shell
 

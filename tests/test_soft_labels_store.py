@@ -18,7 +18,7 @@ from heterofusion.data.labels import (
 )
 from heterofusion.data.replay import DataArguments
 from heterofusion.experts.soft_targets import add_soft_labels
-from heterofusion.rivals.fusellm import Aligner
+from heterofusion.experts.token_alignment import Aligner
 from heterofusion.runtime.loading import check_token_ids
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, read_labels

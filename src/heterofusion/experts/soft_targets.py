@@ -30,9 +30,9 @@ from heterofusion.experts.cache import cache_folder, cache_key
 from heterofusion.experts.mapped import new_table, read_table
 from heterofusion.experts.soft import StoredLabels, StoredSource, read_store, record_sha256
 from heterofusion.experts.soft_labels import SoftLabels
+from heterofusion.experts.token_alignment import Aligner, Mapped, answer_symbols, symbols_of, used_tokens
 from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
 from heterofusion.labelling.tasks import file_name
-from heterofusion.rivals.fusellm import Aligner, Mapped, answer_symbols, symbols_of, used_tokens
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.ranks import all_together

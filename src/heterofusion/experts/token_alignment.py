@@ -4,12 +4,97 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.3: the cost of a pair of tokens is 
 marks are gone. All steps of the path cost alike, and of equally good ones the diagonal is taken.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
-from heterofusion.experts.vocabulary import as_columns, edit_distances
+from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
+from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, as_columns, edit_distances
+
+Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
+
+
+@dataclass(frozen=True)
+class FusedAnswer:
+    """The labels of one answer of n tokens.
+
+    Attributes:
+        ids: (n, k) token ids of the target.
+        probs: (n, k) their probabilities, which add up to 1; a token of probability 0 fills a place.
+        one_to_one: number of tokens that are aligned one to one.
+        soft: number of tokens whose label is a model's distribution.
+    """
+
+    ids: NDArray[np.int32]
+    probs: NDArray[np.float32]
+    one_to_one: int
+    soft: int
+
+
+class Aligner:
+    """Turns the soft labels of a teacher into labels for the target's tokens.
+
+    Args:
+        source: symbols of the teacher's tokens.
+        target: symbols of the target's.
+        vocabulary: map of the teacher's tokens to the target's.
+    """
+
+    def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
+        self._source, self._target = source, target
+        self._vocabulary = vocabulary
+        # with the same tokens, an end may be one token in a text and another one in a dialogue
+        self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
+
+    def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
+        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself.
+
+        Args:
+            labels: the teacher's, of m tokens.
+            target_tokens: (n,): the answer in the target's tokens.
+        """
+        found, aligned = self.distributions(labels, target_tokens)
+        ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
+        for place, label in found.items():
+            ids[place], probs[place] = label
+        return FusedAnswer(ids, probs, aligned, len(found))
+
+    def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
+        """The teacher's distributions at those tokens of one answer that both models see alike.
+
+        Args:
+            labels: the teacher's, of m tokens.
+            target_tokens: (n,): the answer in the target's tokens.
+
+        Returns:
+            By place in the target's answer, ascending, token ids and probabilities as of `mapped_distribution`; and
+            the number of tokens that are aligned one to one.
+        """
+        tokens, top_ids, top_log_probs = labels
+        source_places, source = self._source.of(tokens.tolist())
+        target_places, target = self._target.of(target_tokens.tolist())
+        mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
+        pairs = one_to_one(source, target)
+        found: dict[int, Mapped] = {}
+        for i, j in pairs:
+            row, place = source_places[i], target_places[j]
+            if mapping[int(tokens[row])] != int(target_tokens[place]):
+                continue
+            label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
+            if label is not None:
+                found[place] = label
+        return found, len(pairs)
+
 
 Symbols = tuple[int, ...]
 
@@ -112,3 +197,76 @@ def dtw_path(costs: NDArray[np.int64]) -> list[tuple[int, int]]:
         i, j = i - (step != 2), j - (step != 1)
         path.append((i - 1, j - 1))
     return path[::-1]
+
+
+def mapped_distribution(
+    ids: NDArray[np.int32], log_probs: NDArray[np.float32], mapping: Mapping[int, int]
+) -> Mapped | None:
+    """A distribution over a teacher's top k as one over the target's tokens, renormalized.
+
+    Args:
+        ids: (k,) token ids of the teacher.
+        log_probs: (k,) their log-probabilities.
+        mapping: target id by teacher id; what is `UNMAPPED` is left out.
+
+    Returns:
+        (k,) token ids of the target, those that are mapped alike joined, the most probable first, and (k,)
+        probabilities; places that are left have probability 0. None if nothing is mapped.
+    """
+    sums: dict[int, float] = {}
+    for index, value in zip(ids.tolist(), np.exp(log_probs.astype(np.float64)).tolist(), strict=True):
+        token = mapping[index]
+        if token != UNMAPPED:
+            sums[token] = sums.get(token, 0.0) + value
+    total = sum(sums.values())
+    if total == 0:
+        return None
+    new_ids, probs = np.zeros(len(ids), dtype=np.int32), np.zeros(len(ids), dtype=np.float32)
+    for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
+        new_ids[place], probs[place] = token, value / total
+    return new_ids, probs
+
+
+def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Token ids (n, k) and probabilities (n, k): the tokens themselves."""
+    ids, probs = np.zeros((len(tokens), k), dtype=np.int32), np.zeros((len(tokens), k), dtype=np.float32)
+    ids[:, 0], probs[:, 0] = tokens, 1.0
+    return ids, probs
+
+
+def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
+    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first.
+
+    Args:
+        tokenizer: the model's.
+        examples: the replay in it; its EOS is an end whether or not it occurs there.
+    """
+    return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
+
+
+def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
+    """`answer_symbols` of answers that are token ids alone.
+
+    Args:
+        tokenizer: the model's.
+        answers: in its tokens.
+    """
+    texts = token_bytes(tokenizer)
+    learned = Counter(token for answer in answers for token in answer)
+    ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
+    eos: Any = tokenizer.eos_token_id
+    return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])
+
+
+def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
+    """All tokens of some answers and of their soft labels.
+
+    Args:
+        labels: of a model.
+        answers: their indices.
+    """
+    used: set[int] = set()
+    for index in answers:
+        answer = labels.of(index)
+        used.update(np.union1d(answer.top_ids, answer.tokens).tolist())
+    return used

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from heterofusion.experts.generation import Answer, Batches
-from heterofusion.rivals.reader import CachedReader
 from heterofusion.rivals.codec import AnswerCodec
+from heterofusion.rivals.reader import CachedReader
 from heterofusion.rivals.voting import END, Union, Vote
 
 

@@ -27,9 +27,9 @@ from heterofusion.experts.models import (
     prompt_limit,
 )
 from heterofusion.publish.record import made_by
-from heterofusion.rivals.ensemble_generation import EnsembleGenerator, Member
-from heterofusion.rivals.ensemble_text import AnswerCodec
-from heterofusion.rivals.ensembling import GaC, Union, UniTE
+from heterofusion.rivals.codec import AnswerCodec
+from heterofusion.rivals.ensemble import EnsembleGenerator, Member
+from heterofusion.rivals.voting import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.loading import check_token_ids

@@ -14,27 +14,22 @@ Origin: FuseLLM, arXiv 2401.10491, sections 3.2 and 3.3.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.experts.cache import cache_key
 from heterofusion.experts.mapped import new_table, read_table
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
 from heterofusion.experts.teachers import Teacher
-from heterofusion.experts.token_alignment import AnswerSymbols, one_to_one
-from heterofusion.experts.tokens import token_bytes
-from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, tokenizer_fingerprint
+from heterofusion.experts.token_alignment import Aligner, FusedAnswer, answer_symbols, used_tokens
+from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import all_together
 
@@ -42,7 +37,6 @@ TEACHER_IDS, TEACHER_PROBS = "teacher_ids", "teacher_probs"  # columns of the ex
 _FORMAT = 1  # another number is another name
 _FEATURES = Features({TEACHER_IDS: List(List(Value("int32"))), TEACHER_PROBS: List(List(Value("float32")))})
 _BATCH = 64  # examples that are aligned before they are written
-Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
 
 
 @dataclass(frozen=True)
@@ -62,23 +56,6 @@ class FusionReport:
     one_to_one: float
     soft: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class FusedAnswer:
-    """The labels of one answer of n tokens.
-
-    Attributes:
-        ids: (n, k) token ids of the target.
-        probs: (n, k) their probabilities, which add up to 1; a token of probability 0 fills a place.
-        one_to_one: number of tokens that are aligned one to one.
-        soft: number of tokens whose label is a model's distribution.
-    """
-
-    ids: NDArray[np.int32]
-    probs: NDArray[np.float32]
-    one_to_one: int
-    soft: int
 
 
 def fuse_labels(models: Sequence[Teacher], labels: Sequence[SoftLabels], folder: Path) -> tuple[Dataset, FusionReport]:
@@ -167,20 +144,6 @@ def _vocabulary_maps(
     return maps
 
 
-def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
-    """All tokens of some answers and of their soft labels.
-
-    Args:
-        labels: of a model.
-        answers: their indices.
-    """
-    used: set[int] = set()
-    for index in answers:
-        answer = labels.of(index)
-        used.update(np.union1d(answer.top_ids, answer.tokens).tolist())
-    return used
-
-
 def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
     """Index of the model of lowest cross-entropy, per example; the first of equals.
 
@@ -190,122 +153,8 @@ def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
     return np.argmin(np.stack(cross_entropies), axis=0)
 
 
-class Aligner:
-    """Turns the soft labels of a teacher into labels for the target's tokens.
-
-    Args:
-        source: symbols of the teacher's tokens.
-        target: symbols of the target's.
-        vocabulary: map of the teacher's tokens to the target's.
-    """
-
-    def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
-        self._source, self._target = source, target
-        self._vocabulary = vocabulary
-        # with the same tokens, an end may be one token in a text and another one in a dialogue
-        self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
-
-    def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
-        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself.
-
-        Args:
-            labels: the teacher's, of m tokens.
-            target_tokens: (n,): the answer in the target's tokens.
-        """
-        found, aligned = self.distributions(labels, target_tokens)
-        ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
-        for place, label in found.items():
-            ids[place], probs[place] = label
-        return FusedAnswer(ids, probs, aligned, len(found))
-
-    def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
-        """The teacher's distributions at those tokens of one answer that both models see alike.
-
-        Args:
-            labels: the teacher's, of m tokens.
-            target_tokens: (n,): the answer in the target's tokens.
-
-        Returns:
-            By place in the target's answer, ascending, token ids and probabilities as of `mapped_distribution`; and
-            the number of tokens that are aligned one to one.
-        """
-        tokens, top_ids, top_log_probs = labels
-        source_places, source = self._source.of(tokens.tolist())
-        target_places, target = self._target.of(target_tokens.tolist())
-        mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
-        pairs = one_to_one(source, target)
-        found: dict[int, Mapped] = {}
-        for i, j in pairs:
-            row, place = source_places[i], target_places[j]
-            if mapping[int(tokens[row])] != int(target_tokens[place]):
-                continue
-            label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
-            if label is not None:
-                found[place] = label
-        return found, len(pairs)
-
-
-def mapped_distribution(
-    ids: NDArray[np.int32], log_probs: NDArray[np.float32], mapping: Mapping[int, int]
-) -> Mapped | None:
-    """A distribution over a teacher's top k as one over the target's tokens, renormalized.
-
-    Args:
-        ids: (k,) token ids of the teacher.
-        log_probs: (k,) their log-probabilities.
-        mapping: target id by teacher id; what is `UNMAPPED` is left out.
-
-    Returns:
-        (k,) token ids of the target, those that are mapped alike joined, the most probable first, and (k,)
-        probabilities; places that are left have probability 0. None if nothing is mapped.
-    """
-    sums: dict[int, float] = {}
-    for index, value in zip(ids.tolist(), np.exp(log_probs.astype(np.float64)).tolist(), strict=True):
-        token = mapping[index]
-        if token != UNMAPPED:
-            sums[token] = sums.get(token, 0.0) + value
-    total = sum(sums.values())
-    if total == 0:
-        return None
-    new_ids, probs = np.zeros(len(ids), dtype=np.int32), np.zeros(len(ids), dtype=np.float32)
-    for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
-        new_ids[place], probs[place] = token, value / total
-    return new_ids, probs
-
-
-def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Token ids (n, k) and probabilities (n, k): the tokens themselves."""
-    ids, probs = np.zeros((len(tokens), k), dtype=np.int32), np.zeros((len(tokens), k), dtype=np.float32)
-    ids[:, 0], probs[:, 0] = tokens, 1.0
-    return ids, probs
-
-
 def _kept(own: SoftLabel) -> FusedAnswer:
     """What the target itself thinks of an answer: its top k, renormalized."""
     probs = np.exp(own.top_log_probs.astype(np.float64))
     probs /= probs.sum(axis=1, keepdims=True)
     return FusedAnswer(own.top_ids, probs.astype(np.float32), len(own.tokens), len(own.tokens))
-
-
-def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
-    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first.
-
-    Args:
-        tokenizer: the model's.
-        examples: the replay in it; its EOS is an end whether or not it occurs there.
-    """
-    return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
-
-
-def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
-    """`answer_symbols` of answers that are token ids alone.
-
-    Args:
-        tokenizer: the model's.
-        answers: in its tokens.
-    """
-    texts = token_bytes(tokenizer)
-    learned = Counter(token for answer in answers for token in answer)
-    ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
-    eos: Any = tokenizer.eos_token_id
-    return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])

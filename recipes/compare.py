@@ -19,7 +19,8 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_with_sections, set_up_logging
+from heterofusion.cli import command, set_up_logging
+from heterofusion.cli_before import parse_with_sections
 from heterofusion.comparison import (
     COMPARISON_FILE,
     SECTIONS,

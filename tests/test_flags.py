@@ -4,22 +4,25 @@ import contextlib
 import importlib.util
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 from tqdm import tqdm
 
 from heterofusion import HeteroFusionConfig, MethodConfig
 from heterofusion.adapters.alignment import AdapterArguments
-from heterofusion.cli import command, parse_arguments
+from heterofusion.cli import FIRST, command, parse_arguments
+from heterofusion.cli import main as heterofusion
 from heterofusion.data.labels import SourceLabelArguments
 from heterofusion.data.replay import DataArguments
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.config import RunArguments
 from heterofusion.training.stages import ARGUMENTS
-from recipe_runner import QWEN, error_line, flags, plan, train
+from recipe_runner import QWEN, ROOT, TARGET, error_line, flags, plan, shell, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -157,10 +160,9 @@ BAD_YAML = {
     "a syntax error": ("a: [1", ["YAML", "line 1"]),
     "a Python object": ("output_dir: !!python/object/apply:os.getcwd []", ["YAML", "python/object"]),
     "a word for a number": ("max_steps: many", ["max_steps", "many"]),
-    "a flag in a list": ("source_adapters: [a, --overwrite]", ["--overwrite", "source_adapters"]),
     "an empty list of sources": ("source_adapters: []", ["source_adapters"]),
     "debug": ("debug: true", ["--debug true", "command line"]),
-    "two values for one": ("learning_rate: [1, 2]", ["2"]),
+    "two values for one": ("learning_rate: [1, 2]", ["[1, 2]", "learning_rate"]),
 }
 
 
@@ -169,8 +171,7 @@ def test_bad_yaml_raises(case, fails, tmp_path):
     text, words = BAD_YAML[case]
     path = write_yaml(tmp_path / "run.yaml", text + "\n")
     key = text.partition(":")[0]
-    named = [] if case in ("a word for a number", "an empty list of sources", "two values for one") else [path]
-    fails(*named, *words, config=path, **({key: None} if key in ("max_steps", "source_adapters") else {}))
+    fails(path, *words, config=path, **({key: None} if key in ("max_steps", "source_adapters") else {}))
 
 
 def test_missing_yaml_raises(fails, tmp_path):
@@ -189,6 +190,116 @@ def test_debug_true_shows_the_traceback(arguments, tmp_path):
             train.main([*argv, *debug])
     with pytest.raises(ValueError, match="nowhere"):
         plan.main(["--debug", "true", *flags({"target_adapter": tmp_path / "nowhere", "source_adapters": [QWEN]})])
+
+
+def test_an_internal_error_keeps_its_traceback():
+    """Only what a user can mend is told in one line."""
+
+    @command
+    def broken(argv):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        broken([])
+
+
+def test_help_has_groups_with_what_matters_first(capsys):
+    assert train.main(["--help"]) == 0
+    usage, _, text = capsys.readouterr().out.partition("the flags that matter most:")
+    assert usage.startswith("usage: ") and "--rdm_weight" not in usage
+    matter = text[: text.index("\n\n")]
+    assert all(f"--{name} " in matter for name in FIRST) and matter.count("\n  --") == len(FIRST)
+    last = text.index("transformers' TrainingArguments:")
+    assert text.index("--rdm_weight") < last < text.index("--adam_beta1")
+
+
+# ---- several processes ------------------------------------------------------------------------------------------
+
+
+def test_the_first_process_with_an_error_tells_it_once(capsys, monkeypatch):
+    """Whatever its rank is: the store of the launcher counts."""
+
+    @command
+    def fails(argv):
+        raise UserError(f"rank {argv[0]} misses a file")
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launch = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in {**launch, "WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert [fails(["1"]), fails(["0"])] == [2, 2]
+    assert capsys.readouterr().err == "error: rank 1 misses a file\n"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the launcher starts all again
+    assert fails(["0"]) == 2
+    assert capsys.readouterr().err == "error: rank 0 misses a file\n"
+
+
+LAUNCHED = """
+import os, sys, time
+from heterofusion.cli import command
+from heterofusion.runtime.errors import UserError
+
+@command
+def main(argv):
+    if os.environ["RANK"] == "1":
+        raise UserError("rank 1 misses a file")
+    time.sleep(60)
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.distributed
+def test_an_error_of_another_rank_is_seen(tmp_path):
+    (tmp_path / "program.py").write_text(LAUNCHED)
+    launch = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs/cpu_ddp.yaml",
+        "--main_process_port",
+        0,
+    )
+    done = shell(sys.executable, *launch, tmp_path / "program.py")
+    assert done.returncode != 0 and done.stderr.count("error: rank 1 misses a file\n") == 1, done.stderr
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def console(monkeypatch, *argv: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["heterofusion", *map(str, argv)])
+    return heterofusion()
+
+
+def test_command_lists_every_recipe_in_a_line(monkeypatch, capsys):
+    assert console(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for name in ("train", "plan", "label", "expert", "eval", "merge", "distill", "compare", "report", "push"):
+        assert re.search(rf"^  {name} +[A-Z].+\.$", text, re.M), name
+    assert console(monkeypatch, "fuse") == 2
+    assert "'fuse' is no command; choose one of" in capsys.readouterr().err
+
+
+def test_command_runs_a_recipe_here(monkeypatch, capsys, tmp_path):
+    values = {"target_adapter": TARGET, "source_adapters": [QWEN]}
+    assert console(monkeypatch, "plan", *flags(values)) == 0
+    assert "q_proj" in capsys.readouterr().out
+    assert console(monkeypatch, "plan", *flags({**values, "target_adapter": tmp_path / "nowhere"})) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_command_launches_processes(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(subprocess, "call", lambda words: calls.append(words) or 3)
+    argv = ["--output_dir", "out", "--num_processes", 2, "--seed=1", "--accelerate_config", "zero3"]
+    assert console(monkeypatch, "train", *argv) == 3
+    launcher, config, path = calls[0][:3], calls[0][3:7], calls[0][7]
+    assert launcher == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert config == ["--config_file", str(ROOT / "accelerate_configs/zero3.yaml"), "--num_processes", "2"]
+    assert Path(path).name == "train.py" and calls[0][8:] == ["--output_dir", "out", "--seed=1"]
+    assert console(monkeypatch, "train", "--accelerate_config", "zero9") == 2
+    assert "'zero9'" in capsys.readouterr().err
 
 
 def test_debug_of_transformers_passes_through(fails, monkeypatch, arguments):

@@ -1,254 +1,156 @@
-"""What the recipes share as programs: flags with a YAML file under them, and errors in one line.
+"""Programs: flags with a YAML file under them, errors in one line, and the `heterofusion` command.
 
-A user's mistake ends with `error: ...` on stderr and exit code 2; `--debug true` shows the traceback instead.
-Log messages can be held back until everything is checked, so that the error stands alone.
+A user's mistake ends with `error: ...` on stderr and exit code 2; any other error keeps its traceback, and
+`--debug true` shows that of a user's mistake too.
 """
 
+import argparse
+import ast
 import copy
 import dataclasses
+import datetime
 import functools
 import logging
 import os
 import re
 import runpy
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
+from torch.distributed import TCPStore
 from tqdm import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
+from trl import TrlParser
 
 from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.flags import as_text, read_yaml
 from heterofusion.runtime.ranks import is_main_process
 
 USER_ERROR = 2
+# Shown first by --help, beside what is required.
+FIRST = (
+    "model_name_or_path", "target_adapter", "source_adapters", "dataset_name", "source_labels", "output_dir", "preset",
+    "learning_rate", "max_steps", "seed",
+)  # fmt: skip
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-_DEBUG_HELP = "`true` shows the traceback of an error instead of one line."
+_DEBUG_HELP = "`true` shows the traceback of a user's mistake instead of one line."
 
 
-class _Parser(HfArgumentParser):
+# ---- flags ------------------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class _Parser(TrlParser):
+    """TRL's parser, whose YAML values pass the casts of the command line, with ranges and groups in its help."""
+
+    def __init__(self, dataclass_types: Sequence[type], description: str) -> None:
+        usage = "%(prog)s [--config FILE.yaml] [FLAGS]"
+        kinds: Any = dataclass_types
+        super().__init__(kinds, usage=usage, description=description, allow_abbrev=False, formatter_class=_Help)
+        self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 for a flag
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file with values for any of the flags.")
+        debug = next((action for action in self._actions if action.dest == "debug"), None)
+        if debug is None:  # `command` takes it out of argv; here it is for --help
+            self.add_argument("--debug", metavar="true", help=_DEBUG_HELP)
+        else:
+            debug.help = f"{debug.help} {_DEBUG_HELP}"
+        self._group(dataclass_types)
+
     @staticmethod
     def _parse_dataclass_field(parser: Any, field: Any) -> None:
-        """Add a flag; the `range` of its metadata, which argparse does not know, is told in its help."""
         field = copy.copy(field)
-        told = dict(field.metadata)
-        if interval := told.pop("range", None):
-            told["help"] = f"{told['help']} In {interval}."
-        field.metadata = told
+        metadata = dict(field.metadata)
+        if interval := metadata.pop("range", None):
+            metadata["help"] = f"{metadata['help']} In {interval}."
+        field.metadata = metadata
         HfArgumentParser._parse_dataclass_field(parser, field)
+
+    def _group(self, dataclass_types: Sequence[type]) -> None:
+        """Help in groups: what matters first, then a group a dataclass, then the rest of transformers' flags."""
+        titles, last = {}, "transformers' TrainingArguments"
+        for kind in dataclass_types:
+            for item in dataclasses.fields(kind):
+                owner = next(
+                    base for base in reversed(kind.__mro__) if item.name in vars(base).get("__annotations__", ())
+                )
+                doc = (owner.__doc__ or owner.__name__).strip().splitlines()[0].rstrip(".")
+                titles[item.name] = last if owner is TrainingArguments else doc
+        groups: dict[str, list[argparse.Action]] = {"the flags that matter most": [], "this program": []}
+        for action in sorted(self._actions, key=lambda action: titles.get(action.dest) == last):
+            first = action.required or action.dest in FIRST
+            title = "the flags that matter most" if first else titles.get(action.dest, "this program")
+            groups.setdefault(title, []).append(action)
+        self._action_groups = []
+        for title, actions in groups.items():
+            actions.sort(key=lambda action: FIRST.index(action.dest) if action.dest in FIRST else len(FIRST))
+            if actions:
+                self.add_argument_group(title)._group_actions.extend(actions)
+
+    def read_config(self, path: str) -> None:
+        """Make the values of a YAML file the defaults."""
+        where = f"--config: {Path(path).expanduser().absolute()}"
+        content = read_yaml(path, where, "a mapping of flags")
+        actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
+        if unknown := [key for key in content if key not in actions]:
+            raise UserError(
+                f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)"
+            )
+        if as_text(content.get("debug")).lower() in _WORDS:
+            raise UserError(f"{where} sets debug; give `--debug true` on the command line")
+        values = {}
+        for key, value in content.items():
+            words = [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
+            if value is None or (not words and actions[key].default == []):
+                continue
+            if isinstance(value, list) and (not words or actions[key].nargs != "+"):
+                raise UserError(
+                    f"{where} has the list {value} as {key}; give {'one' if words else 'a'} value, or leave it out"
+                )
+            try:
+                values[key] = self._get_values(actions[key], words)
+            except argparse.ArgumentError as error:
+                raise UserError(f"{where}: {error}") from None
+        self.set_defaults_with_config(**values)
 
     def error(self, message: str) -> Any:
         raise UserError(f"{message} (see --help)")
 
 
-def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], description: str) -> tuple[Any, ...]:
+def parse_arguments(dataclass_types: Sequence[type], argv: Sequence[str], description: str | None) -> tuple[Any, ...]:
     """Parse flags into dataclasses; `--config file.yaml` gives defaults that the command line overrides.
 
-    Values of the file pass the same casts as flags. A list becomes several values, a mapping a JSON string.
-
-    Args:
-        dataclass_types: the dataclasses, in order.
-        argv: the command line without the program's name.
-        description: shown by `--help`.
-
-    Returns:
-        One instance per dataclass.
-
     Raises:
-        ValueError: unknown flag or YAML key, a value that cannot be cast, or a check of a dataclass.
+        UserError: unknown flag or YAML key, a value that cannot be cast, or a check of a dataclass.
     """
-    return parse_with_sections(dataclass_types, argv, description, ())[0]
-
-
-def parse_with_sections(
-    dataclass_types: Sequence[type], argv: Sequence[str], description: str, sections: Collection[str]
-) -> tuple[tuple[Any, ...], dict[str, Any], Path | None]:
-    """As `parse_arguments`, for a YAML file that holds other things beside flags.
-
-    Args:
-        dataclass_types: the dataclasses, in order.
-        argv: the command line without the program's name.
-        description: shown by `--help`.
-        sections: keys of the file that are no flags.
-
-    Returns:
-        One instance per dataclass, the sections that the file has, and its full path; None without a file.
-
-    Raises:
-        ValueError: as `parse_arguments`.
-    """
-    parser = _parser(dataclass_types, description)
-    argv = list(argv)
-    path = _config_path(argv)
-    content: dict[str, Any] = {}
-    defaults: list[str] = []
-    if path is not None:
-        content, where = _read_config(path)
-        flags = {key: value for key, value in content.items() if key not in sections}
-        defaults = _mapping_arguments(flags, parser, where)
+    parser = _Parser(dataclass_types, description or "")
+    only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    only_config.add_argument("--config", action="append", default=[])
     try:
-        *instances, _ = parser.parse_args_into_dataclasses([*defaults, *argv], look_for_args_file=False)
+        found, rest = only_config.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        raise UserError("--config needs the name of a YAML file") from None
+    if len(found.config) > 1:
+        raise UserError(f"--config is given {len(found.config)} times ({', '.join(found.config)}); name one file")
+    for path in found.config:
+        parser.read_config(path)
+    try:
+        *instances, _ = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     except (ValueError, ImportError) as error:  # TrainingArguments has checks of its own
         raise UserError(str(error)) from error
-    found = {key: value for key, value in content.items() if key in sections}
-    return tuple(instances), found, None if path is None else Path(path).expanduser().absolute()
+    return tuple(instances)
 
 
-class StageArguments(NamedTuple):
-    """One entry of `stages:` in a YAML file.
-
-    Attributes:
-        name: as the entry has it, or `stage-1`, ...
-        where: names file and entry in messages.
-        argv: its command line: values of the file, those of the entry, flags of the command line. No `--config`.
-    """
-
-    name: str
-    where: str
-    argv: list[str]
-
-
-def stage_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str], whole_run: Collection[str]
-) -> list[StageArguments]:
-    """The command lines of a sequence: one per entry of `stages:` in the YAML file of `--config`.
-
-    Keys beside `stages:` are defaults of all entries; an entry overrides them, and the command line overrides both.
-
-    Args:
-        dataclass_types: dataclasses with the known flags.
-        argv: the command line without the program's name.
-        whole_run: flags that an entry must not have.
-
-    Returns:
-        One command line per entry, for `parse_arguments`; empty without `stages:`.
-
-    Raises:
-        ValueError: `stages:` is no list of mappings, or an entry has an unknown key; names file, entry and key.
-    """
-    argv = list(argv)
-    path = _config_path(argv)
-    if path is None:
-        return []
-    content, where = _read_config(path)
-    if "stages" not in content:
-        return []
-    entries = content.pop("stages")
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{where} has {entries!r} as stages; a list of mappings was expected, one per stage")
-    parser = _parser(dataclass_types, "")
-    rest = _without_config(argv)
-    _mapping_arguments(content, parser, where)  # its errors are of no single stage
-    stages = []
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            kind = type(entry).__name__
-            raise UserError(f"{where}, stage {number} of {len(entries)} is a {kind}; a mapping of flags was expected")
-        name = entry.pop("name", None)
-        name = f"stage-{number}" if name is None else name
-        place = f"{where}, stage {name!r}"
-        misplaced = [str(key) for key in entry if key in (*whole_run, "config", "stages")]
-        if misplaced:
-            raise UserError(
-                f"{place} has {misplaced[0]}, which belongs to the whole run; give it at the top level or on the "
-                "command line"
-            )
-        _mapping_arguments(entry, parser, place)
-        stages.append(StageArguments(name, place, [*_mapping_arguments({**content, **entry}, parser, place), *rest]))
-    return stages
-
-
-def _parser(dataclass_types: Sequence[type], description: str) -> _Parser:
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
-    parser._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 for a flag
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file with values for any of the flags.")
-    debug = next((action for action in parser._actions if action.dest == "debug"), None)
-    if debug is None:  # `command` takes it out of argv; here it is for --help
-        parser.add_argument("--debug", metavar="true", help=_DEBUG_HELP)
-    else:
-        debug.help = f"{debug.help} {_DEBUG_HELP}"
-    return parser
-
-
-def _config_path(argv: list[str]) -> str | None:
-    paths = []
-    for index, argument in enumerate(argv):
-        if argument.startswith("--config="):
-            paths.append(argument.removeprefix("--config="))
-        if argument == "--config":
-            if index + 1 == len(argv):
-                raise UserError("--config needs the name of a YAML file")
-            paths.append(argv[index + 1])
-    if len(paths) > 1:
-        raise UserError(f"--config is given {len(paths)} times ({', '.join(paths)}); name one file")
-    return paths[0] if paths else None
-
-
-def _without_config(argv: list[str]) -> list[str]:
-    if "--config" in argv:
-        index = argv.index("--config")
-        return argv[:index] + argv[index + 2 :]
-    return [argument for argument in argv if not argument.startswith("--config=")]
-
-
-def _read_config(path: str) -> tuple[dict[str, Any], str]:
-    """Content of a YAML file of flags, and how messages name it."""
-    where = f"--config: {Path(path).expanduser().absolute()}"
-    return read_yaml(path, where, "a mapping of flags"), where
-
-
-def check_flags(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> None:
-    """Check the flags of another recipe, as far as that goes without starting it: those of training start an engine.
-
-    Args:
-        dataclass_types: its dataclasses.
-        values: its flags, as in a YAML file.
-        where: names them in messages.
-
-    Raises:
-        UserError: an unknown or missing flag, or a value that cannot be cast or is out of range.
-    """
-    parser = _parser(dataclass_types, "")
-    try:
-        found = vars(parser.parse_args(_mapping_arguments(dict(values), parser, where)))
-        for kind in dataclass_types:
-            if not issubclass(kind, TrainingArguments):
-                kind(**{item.name: found[item.name] for item in dataclasses.fields(cast(Any, kind))})
-    except ValueError as error:
-        message = str(error).removesuffix(" (see --help)")
-        raise UserError(message if message.startswith(where) else f"{where}: {message}") from None
-
-
-def _mapping_arguments(content: dict[Any, Any], parser: _Parser, where: str) -> list[str]:
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    unknown = [str(key) for key in content if key not in known]
-    if unknown:
-        raise UserError(f"{where} has unknown keys: {', '.join(unknown)}; they must be names of flags (see --help)")
-    if _WORDS.get(as_text(content.get("debug")).lower()) is not None:
-        raise UserError(f"{where} sets debug; give `--debug true` on the command line")
-    arguments: list[str] = []
-    for key, value in content.items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            if not value and parser.get_default(key) == []:  # what is there if it is left out
-                continue
-            if not value:
-                raise UserError(f"{where} has an empty list as {key}; give one or more values, or leave the key out")
-            items = [as_text(item) for item in value]
-            for item in items:
-                if item.startswith("--"):  # argparse would take it for a flag
-                    raise UserError(f"{where} has {item!r} in the list of {key}; a value was expected")
-            arguments += [f"--{key}", *items]
-        else:
-            arguments.append(f"--{key}={as_text(value)}")
-    return arguments
+# ---- a program --------------------------------------------------------------------------------------------------
 
 
 def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | None], int]:
@@ -265,7 +167,7 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
             if debug:
                 raise
             _drop_held_messages()
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one line a node: a file may be missing on one of them
+            if _is_first_to_tell():
                 _print_alone(f"error: {one_line(error)}")
             return USER_ERROR
         finally:
@@ -273,6 +175,18 @@ def command(function: Callable[[list[str]], None]) -> Callable[[Sequence[str] | 
         return 0
 
     return main
+
+
+def _is_first_to_tell() -> bool:
+    """Whether no other process of the launch has told of an error: the store of the launcher counts them."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=10))
+        return store.add(f"heterofusion/errors/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, ValueError):  # the launcher is gone: told twice is better than not at all
+        return True
 
 
 def _print_alone(line: str) -> None:
@@ -287,17 +201,12 @@ def _take_debug(argv: list[str]) -> tuple[list[str], bool]:
     """Take `--debug true` out; TrainingArguments has a `--debug` of its own with other values."""
     for index, argument in enumerate(argv):
         flag, _, value = argument.partition("=")
-        if flag != "--debug":
-            continue
-        if value:
-            rest = argv[:index] + argv[index + 1 :]
-        else:
-            value = argv[index + 1] if index + 1 < len(argv) else "true"
-            rest = argv[:index] + argv[index + 2 :]
-        if value.lower() in _WORDS:
-            return rest, _WORDS[value.lower()]
-        if value.startswith("--"):
-            return argv[:index] + argv[index + 1 :], True
+        if flag == "--debug":
+            following = argv[index + 1 : index + 2]
+            words = [value] if value else [word for word in following if not word.startswith("--")]
+            rest = argv[:index] + argv[index + 1 + (0 if value else len(words)) :]
+            if not words or words[0].lower() in _WORDS:
+                return rest, not words or _WORDS[words[0].lower()]
     return argv, False
 
 
@@ -308,10 +217,7 @@ class _HeldMessages(MemoryHandler):
 def set_up_logging(level: int = logging.INFO, hold: bool = False) -> None:
     """Log to stderr, one line a message, what transformers and `warnings` say too; ranks other than 0 only warn.
 
-    Args:
-        level: lowest level that is shown.
-        hold: keep messages until `release_logging`, or until the program ends. A user's error drops them: it is the
-            one line on stderr then.
+    With `hold`, messages wait for `release_logging` or the program's end; a user's error drops them and stands alone.
     """
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
@@ -344,13 +250,69 @@ def _drop_held_messages() -> None:
             handler.buffer.clear()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The `heterofusion` command: runs a recipe of that name."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    recipe = Path(__file__).parents[2] / "recipes" / f"{words[0]}.py"
-    sys.argv = [str(recipe), *words[1:]]
-    runpy.run_path(str(recipe), run_name="__main__")
-    return 0
+# ---- the `heterofusion` command ---------------------------------------------------------------------------------
+
+
+def _shipped(folder: str) -> Path:
+    """A folder of the checkout that an installed package has within itself."""
+    inside = Path(__file__).parent / folder
+    return inside if inside.is_dir() else Path(__file__).parents[2] / folder
+
+
+def _commands() -> dict[str, Path]:
+    files = sorted(_shipped("recipes").glob("*.py"))
+    return {path.stem: path for path in files if not path.stem.startswith("_")}
+
+
+def _overview() -> str:
+    lines = ["usage: heterofusion COMMAND [--accelerate_config NAME] [--num_processes N] [FLAGS]", "", "commands:"]
+    for name, path in _commands().items():
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {name:<12} {doc.splitlines()[0] if doc else ''}")
+    names = ", ".join(sorted(path.stem for path in _shipped("accelerate_configs").glob("*.yaml")))
+    lines += ["", f"--accelerate_config is the path of a file of `accelerate config`, or one of {names}."]
+    return "\n".join([*lines, "`heterofusion COMMAND --help` lists the flags of a command."])
+
+
+def _launch_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Flags for `accelerate launch`, and the rest of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--accelerate_config")
+    parser.add_argument("--num_processes")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    launch = [] if found.num_processes is None else ["--num_processes", found.num_processes]
+    if found.accelerate_config is not None:
+        named = _shipped("accelerate_configs") / f"{found.accelerate_config}.yaml"
+        path = named if named.is_file() else Path(found.accelerate_config).expanduser()
+        if not path.is_file():
+            raise UserError(f"--accelerate_config {found.accelerate_config!r} is no file and no name; see --help")
+        launch = ["--config_file", str(path), *launch]
+    return launch, rest
+
+
+@command
+def _dispatch(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    name, *rest = argv
+    if name not in _commands():
+        raise UserError(f"{name!r} is no command; choose one of {', '.join(_commands())}")
+    launch, rest = _launch_flags(rest)
+    path = str(_commands()[name])
+    if launch:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch, path]
+        raise SystemExit(subprocess.call([*launcher, *rest]))
+    sys.argv = [path, *rest]
+    runpy.run_path(path, run_name="__main__")
+
+
+def main() -> int:
+    """The `heterofusion` command: runs a recipe, through `accelerate launch` where its flags are given."""
+    return _dispatch(None)
 
 
 if __name__ == "__main__":

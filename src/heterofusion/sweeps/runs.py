@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heterofusion.cli import check_flags
+from heterofusion.cli_before import check_flags
 from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, NO_ADAPTER, EvalOutputArguments
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
 from heterofusion.merging.config import MERGE_ARGUMENTS

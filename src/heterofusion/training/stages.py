@@ -16,7 +16,8 @@ from datasets import Dataset
 from heterofusion.adapters.alignment import AdapterArguments, AlignmentPlan, load_plan
 from heterofusion.adapters.controls import control_kind, control_record
 from heterofusion.adapters.lora import LoraAdapter
-from heterofusion.cli import parse_arguments, stage_arguments
+from heterofusion.cli import parse_arguments
+from heterofusion.cli_before import stage_arguments
 from heterofusion.data.labels import SourceLabelArguments, labels_control
 from heterofusion.data.replay import DataArguments
 from heterofusion.method.config import HypernetworkConfig

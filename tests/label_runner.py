@@ -11,7 +11,7 @@ import pytest
 
 from conftest import restored_logging
 from eval_runner import Killed
-from heterofusion.experts.label_generation import LabelGenerator
+from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from recipe_runner import flags, recipe, succeeds
 
@@ -84,7 +84,7 @@ def read_labels(folder: Path, task: str) -> list[dict[str, Any]]:
 @pytest.fixture
 def kill_label_after(monkeypatch):
     """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
-    generate = LabelGenerator._generate
+    generate = AnswerGenerator._generate
 
     def after(batches: int | None) -> list[int]:
         sizes: list[int] = []
@@ -95,7 +95,7 @@ def kill_label_after(monkeypatch):
             sizes.append(len(prompts))
             return generate(self, prompts, config, *more)
 
-        monkeypatch.setattr(LabelGenerator, "_generate", killed)
+        monkeypatch.setattr(AnswerGenerator, "_generate", killed)
         return sizes
 
     return after

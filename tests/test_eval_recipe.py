@@ -383,7 +383,7 @@ def test_output_folder_that_is_not_empty(refused, values):
 
 
 def test_fixed_batch_size_that_does_not_fit(values, capsys, monkeypatch, logging_restored):
-    def full(self, prompts, config):
+    def full(self, prompts, config, choice):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(AnswerGenerator, "_generate", full)

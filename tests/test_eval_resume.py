@@ -7,7 +7,7 @@ import pytest
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import runner
-from heterofusion.evaluation.store import PartWriter, read_parts
+from heterofusion.experts.answering import PartWriter, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags, succeeds
@@ -39,11 +39,11 @@ def kill_after(monkeypatch):
     def after(batches: int | None) -> list[int]:
         sizes: list[int] = []
 
-        def killed(self, prompts, config):
+        def killed(self, prompts, config, choice):
             if batches is not None and len(sizes) == batches:
                 raise Killed
             sizes.append(len(prompts))
-            return generate(self, prompts, config)
+            return generate(self, prompts, config, choice)
 
         monkeypatch.setattr(AnswerGenerator, "_generate", killed)
         return sizes

@@ -65,11 +65,11 @@ def test_interrupted_row_goes_on_with_the_adapter_that_is_missing(both, monkeypa
     generate = AnswerGenerator._generate
     sizes: list[int] = []
 
-    def killed(self, prompts, config):
+    def killed(self, prompts, config, choice):
         if len(sizes) == 3:
             raise Killed
         sizes.append(len(prompts))
-        return generate(self, prompts, config)
+        return generate(self, prompts, config, choice)
 
     monkeypatch.setattr(AnswerGenerator, "_generate", killed)
     both["batch_size"] = 2

@@ -1,11 +1,12 @@
-"""Batched greedy generation against generating one prompt at a time."""
+"""Batched generation against one prompt and one forward at a time; sampling that no batch changes."""
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from heterofusion.experts.generation import AnswerGenerator, cut_prompt, generate_answers
+from heterofusion.experts.generation import AnswerGenerator, SampleTokens, Sampling, cut_prompt, generate_answers
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo import FAMILIES, make_examples, zoo_path
 
 
@@ -53,45 +54,12 @@ def test_order_is_the_callers(expert, prompts):
     assert forward == backward[::-1]
 
 
-def test_answers_stop_at_end_of_sequence(expert, prompts):
-    model, tokenizer = expert
-    answers = generate_answers(model, tokenizer, prompts[:6], max_new_tokens=64, progress=False)
-    assert all(tokenizer.eos_token not in answer for answer in answers)
-    assert all(len(tokenizer(answer)["input_ids"]) < 40 for answer in answers)
-
-
-def test_max_new_tokens_is_kept(expert, prompts):
-    model, tokenizer = expert
-    full = generate_answers(model, tokenizer, prompts[:2], max_new_tokens=30, progress=False)
-    short = generate_answers(model, tokenizer, prompts[:2], max_new_tokens=1, progress=False)
-    assert all(whole.startswith(part) and len(part) < len(whole) for whole, part in zip(full, short, strict=True))
-
-
 def test_model_mode_is_restored(expert, prompts):
     model, tokenizer = expert
     model.train()
     generate_answers(model, tokenizer, prompts[:1], max_new_tokens=2, progress=False)
     assert model.training
     model.eval()
-
-
-def test_no_prompts_give_no_answers(expert):
-    assert generate_answers(*expert, [], progress=False) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompts": "one string"}, "got one string"),
-        ({"prompts": ["fine", ""]}, r"prompts\[1\]"),
-        ({"prompts": ["fine", None]}, r"prompts\[1\]"),
-        ({"prompts": ["fine"], "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"prompts": ["fine"], "batch_size": -1}, "batch_size must be at least 1, got -1"),
-    ],
-)
-def test_bad_input_raises(expert, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        generate_answers(*expert, progress=False, **arguments)
 
 
 def test_tokenizer_without_padding_and_end_raises(expert):
@@ -113,6 +81,10 @@ def encoded(expert, prompts):
 
 def collect(generator: AnswerGenerator, prompts) -> dict:
     return {answer.index: answer for batch in generator.answers(prompts) for answer in batch}
+
+
+def texts(generator: AnswerGenerator, prompts) -> dict:
+    return {index: (answer.text, answer.new_tokens) for index, answer in collect(generator, prompts).items()}
 
 
 def limit_memory(monkeypatch, model, most: int) -> list[int]:
@@ -152,7 +124,7 @@ def test_static_cache_gives_the_same_answers(family, prompts):
     model, tokenizer = load(family, "ner_garden")
     encoded = {i: tokenizer(prompt)["input_ids"] for i, prompt in enumerate(prompts)}
     static, dynamic = (
-        collect(AnswerGenerator(model, tokenizer, 24, 5, cache), encoded) for cache in ("static", "dynamic")
+        texts(AnswerGenerator(model, tokenizer, 24, 5, cache), encoded) for cache in ("static", "dynamic")
     )
     assert static == dynamic
 
@@ -160,10 +132,10 @@ def test_static_cache_gives_the_same_answers(family, prompts):
 def test_generation_config_of_the_base_does_not_leak(expert, encoded):
     """Sampling, penalties, lengths, forbidden and forced tokens of a generation_config.json."""
     model, tokenizer = expert
-    expected = collect(AnswerGenerator(model, tokenizer, 16), encoded)
+    expected = texts(AnswerGenerator(model, tokenizer, 16), encoded)
     base = model.get_base_model()
     own = base.generation_config
-    first = next(iter(expected.values())).text
+    first = next(iter(expected.values()))[0]
     word = tokenizer(first, add_special_tokens=False)["input_ids"][0]
     base.generation_config = GenerationConfig(
         do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3,
@@ -172,7 +144,7 @@ def test_generation_config_of_the_base_does_not_leak(expert, encoded):
     )  # fmt: skip
     leaking = base.generation_config
     try:
-        assert collect(AnswerGenerator(model, tokenizer, 16), encoded) == expected
+        assert texts(AnswerGenerator(model, tokenizer, 16), encoded) == expected
         assert base.generation_config is leaking
     finally:
         base.generation_config = own
@@ -194,12 +166,12 @@ def test_stop_ids_are_those_of_model_and_tokenizer(expert, encoded):
 
 def test_automatic_batch_size_halves_until_it_fits(expert, encoded, monkeypatch):
     model, tokenizer = expert
-    expected = collect(AnswerGenerator(model, tokenizer, 4), encoded)
+    expected = texts(AnswerGenerator(model, tokenizer, 4), encoded)
     tried = limit_memory(monkeypatch, model, most=3)
     generator = AnswerGenerator(model, tokenizer, 4)
-    assert collect(generator, encoded) == expected
+    assert texts(generator, encoded) == expected
     assert tried == [12, 6, 3, 3, 3, 3]
-    assert generator.batch_size == 3
+    assert generator.batches.size == 3
 
 
 def test_one_prompt_that_does_not_fit_raises(expert, encoded, monkeypatch):
@@ -231,8 +203,67 @@ def test_prompts_are_cut_on_the_left():
     assert cut_prompt([1, 5], 1, bos_token_id=1) == [1]
 
 
-def test_settings_of_the_core_that_are_wrong_raise(expert, encoded):
-    with pytest.raises(ValueError, match="cache_implementation must be 'dynamic' or 'static', got 'quantized'"):
-        AnswerGenerator(*expert, cache_implementation="quantized")
-    with pytest.raises(ValueError, match="prompt 3 has no tokens"):
+def test_prompt_without_tokens_raises(expert):
+    with pytest.raises(UserError, match="prompt 3 has no tokens"):
         collect(AnswerGenerator(*expert), {2: [1], 3: []})
+
+
+# ---- log-probabilities and texts --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def naive(model, ids: list[int], stops: list[int], most: int) -> tuple[list[int], float]:
+    """Greedy tokens and their summed log-probability, without cache, padding or batch."""
+    new: list[int] = []
+    total = 0.0
+    while len(new) < most and not (new and new[-1] in stops):
+        scores = model(input_ids=torch.tensor([[*ids, *new]])).logits[0, -1].double().log_softmax(-1)
+        new.append(int(scores.argmax()))
+        total += float(scores[new[-1]])
+    return new, total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_have_their_log_probability_and_can_be_joined_with_their_prompts(family, prompts):
+    """A tokenizer whose decoder drops the first space gives one that training reads as the tokens generated."""
+    model, tokenizer = load(family, "ner_garden")
+    encoded = {3 + i: tokenizer(prompt)["input_ids"] for i, prompt in enumerate(prompts)}
+    alone = collect(AnswerGenerator(model, tokenizer, 24, 3), encoded)
+    for index, answer in collect(AnswerGenerator(model, tokenizer, 24, 3, in_context=True), encoded).items():
+        new, total = naive(model, encoded[index], [tokenizer.eos_token_id], 24)
+        assert answer.new_tokens == alone[index].new_tokens == len(new)
+        assert answer.text.strip() == alone[index].text.strip() and answer.text.startswith(" ")
+        assert answer.ended == (new[-1] == tokenizer.eos_token_id)
+        assert answer.log_probability == pytest.approx(total, abs=1e-3)
+        assert answer.mean_log_probability == pytest.approx(total / len(new), abs=1e-4)
+        joined = tokenizer(prompts[index - 3] + answer.text)["input_ids"]
+        assert joined[: len(encoded[index])] == encoded[index]
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_drawn_with_their_probability():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+    uniforms = torch.linspace(0, 1, 4001)[:-1].unsqueeze(1)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8), (2.0, 0.5)):
+        scores = SampleTokens(uniforms, temperature, top_p)(None, logits.repeat(4000, 1))
+        assert torch.equal(scores.isfinite().sum(1), torch.ones(4000, dtype=torch.long))
+        found = torch.bincount(scores.argmax(1), minlength=5) / 4000
+        wanted = (logits / temperature).softmax(0)
+        kept = wanted.cumsum(0) - wanted < top_p  # they are sorted
+        torch.testing.assert_close(found, wanted * kept / (wanted * kept).sum(), atol=1e-3, rtol=0)
+
+
+def test_sampling_depends_on_seed_and_key_alone(expert, prompts):
+    model, tokenizer = expert
+    head = tokenizer(prompts[0].partition("Text:")[0] + "Text:")["input_ids"]
+
+    def drawn(keys, batch_size, seed=5):
+        generator = AnswerGenerator(model, tokenizer, 12, batch_size, sampling=Sampling(seed, 1.0, 0.9))
+        return {index: answer.text for index, answer in collect(generator, dict.fromkeys(keys, head)).items()}
+
+    whole = drawn(range(6), 6)
+    assert len(set(whole.values())) > 1
+    assert drawn([4, 1, 5], 2) == {index: whole[index] for index in (4, 1, 5)}
+    assert drawn(range(6), 6, seed=6) != whole

@@ -178,7 +178,7 @@ def test_labels_that_cannot_be_made_are_refused(values, tmp_path, capsys):
     refused("--anchor_min_score is 2.0", "between 0 and 1", anchor_labels=True, anchor_min_score=2)
     refused("--control", "bases", "shuffle", "anchor", control="noise")
     bare = [values["source_adapters"][0], "none"]
-    refused("--control bases: source base is a base without an adapter", source_adapters=bare, control="bases")
+    refused("--control bases: base is a base without an adapter", source_adapters=bare, control="bases")
 
 
 # ---- training on them -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from eval_runner import Killed, evaluation, predictions
 from heterofusion.experts import soft_labels
-from heterofusion.labelling.parts import read_parts
+from heterofusion.experts.answering import read_parts
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from label_runner import COUNT, label, label_killed, read_labels, run_label
 from recipe_runner import ROOT, contents, error_line, flags, shell, succeeds
@@ -234,7 +234,7 @@ def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_la
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     kill_label_after(0)
-    monkeypatch.setattr("heterofusion.experts.expert.Models.load", None)
+    monkeypatch.setattr("heterofusion.experts.expert.ExpertRunner.load", None)
     found = run_label(values, output_dir=out, resume=True, dataset_label=["a", "b", "c"], routing_margin=0.05)
     assert list(found["tasks"]) == ["a", "b", "c"] and not (out / "ner_garden.jsonl").exists()
     assert len(read_labels(out, "a")) == COUNT
@@ -283,7 +283,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("a model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.experts.expert.Models.load", no_weights)
+    monkeypatch.setattr("heterofusion.experts.expert.ExpertRunner.load", no_weights)
 
     def run(*words, **changes):
         before = contents(values["output_dir"])
@@ -381,7 +381,7 @@ def test_files_that_are_wrong(refused, values, tmp_path):
     refused("source no: adapter folder", "does not exist", source_adapters=[tmp_path / "no", wrong[0]])
     chats = [{"messages": [{"role": "user", "content": "a"}]}]
     chat = write_dataset(tmp_path / "chat.jsonl", chats)
-    refused("source ner_garden:", chat, "has none", prompts=[chat, *others])
+    refused("ner_garden:", chat, "has none", prompts=[chat, *others])
     plain = [{"prompt": f"{word} one", "completion": " x", "kind": "NER"} for word in "abc"]
     replay = write_dataset(tmp_path / "plain.jsonl", plain)
     refused("--self_prompt:", replay, "no common beginning", prompts=None, self_prompt=3, dataset_name=[replay])

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from heterofusion.data.files import Records
 from heterofusion.evaluation.arguments import GenerationArguments
-from heterofusion.experts.expert import find_experts
-from heterofusion.experts.label_generation import Label
+from heterofusion.experts.generation import Answer as Label
 from heterofusion.labelling.arguments import LabelModelArguments
+from heterofusion.labelling.experts import find_experts
 from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.self_prompt import find_template, invented_prompts
 from heterofusion.labelling.tasks import labelled_record, prompt_set

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from heterofusion.data.replay import DataArguments, DatasetSpec
 from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric
+from heterofusion.experts.expert import NO_ADAPTER, BaseArguments
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import ModelArguments
 
-NO_ADAPTER = "none"
 BASE_NAME = "base"
 # No colon, slash or leading dot: these become names of files and folders, and columns of a Markdown table.
 _FILE_NAME = re.compile(r"\w[\w.+=-]*")
@@ -25,7 +25,7 @@ def is_file_name(name: str) -> bool:
 
 
 @dataclass
-class EvalModelArguments(ModelArguments):
+class EvalModelArguments(BaseArguments):
     """What is evaluated: a base model and adapters on it."""
 
     model_name_or_path: str = field(metadata={"help": "Base model of the adapters: local folder or Hub id."})
@@ -53,8 +53,6 @@ class EvalModelArguments(ModelArguments):
             "--dataset_name alone, and so on, in one row of results that needs to know the task."
         },
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
 
     def __post_init__(self) -> None:
         if not self.adapters or not all(self.adapters):
@@ -169,50 +167,6 @@ def _default_label(name: str) -> str:
     path = Path(name).expanduser()
     # A Hub id may hold a dot too; what ends like a data file is one.
     return path.stem if path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet") else path.resolve().name
-
-
-@dataclass
-class GenerationArguments:
-    """How answers are generated; always greedily."""
-
-    max_new_tokens: int = field(default=256, metadata={"help": "Number of tokens in an answer at most."})
-    batch_size: str = field(
-        default="auto",
-        metadata={"help": "Prompts per batch and process; auto starts at 64 and halves it when memory runs out."},
-    )
-    cache_implementation: str = field(
-        default="dynamic",
-        metadata={
-            "help": "Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
-            "choices": ["dynamic", "static"],
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens that longer prompts are cut to, on the left; by default the model's context "
-            "length minus max_new_tokens."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        for flag, lowest in (("max_new_tokens", 1), ("max_prompt_length", 2)):
-            value = getattr(self, flag)
-            if value is not None and value < lowest:
-                raise UserError(f"--{flag} is {value}: give an integer of at least {lowest}")
-        self.fixed_batch_size()
-
-    def fixed_batch_size(self) -> int | None:
-        """The batch size that was asked for, None for `auto`.
-
-        Raises:
-            ValueError: it is neither `auto` nor a positive integer.
-        """
-        if self.batch_size == AUTO:
-            return None
-        if not re.fullmatch(r"[1-9][0-9]*", self.batch_size):
-            raise UserError(f"--batch_size is {self.batch_size!r}: give an integer of at least 1, or {AUTO}")
-        return int(self.batch_size)
 
 
 @dataclass

@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from heterofusion.evaluation.arguments import NO_ADAPTER, EvalArguments, EvalModelArguments, GenerationArguments
+from heterofusion.evaluation.datasets import EvalSet, check_references
 from heterofusion.evaluation.results import common_made_by
-from heterofusion.experts.examples import EvalSet, Prompts, encode
-from heterofusion.experts.generation import Answer, AnswerGenerator
+from heterofusion.experts.examples import Prompts, encode
+from heterofusion.experts.generation import Answer, AnswerGenerator, Batches
 from heterofusion.experts.models import (
     Adapter,
     Models,
@@ -38,13 +39,7 @@ PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name
 class AnswerSource(Protocol):
     """What generates answers; `AnswerGenerator` is one."""
 
-    @property
-    def batch_size(self) -> int:
-        """Prompts per batch, as it stands."""
-
-    @property
-    def dtype(self) -> str:
-        """Dtype of the models."""
+    batches: Batches
 
     def answers(self, prompts: Mapping[int, Any]) -> Iterator[list[Answer]]:
         """The answers to prompts, given as `Row.encode` made them by a key, one batch after the other."""
@@ -188,6 +183,7 @@ class Base:
         key = (tokenizer.name_or_path, limit, examples.label)
         if key not in self._encoded:
             prompts = encode(examples, tokenizer, limit)
+            check_references(examples, prompts)
             check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], self.config)
             self._encoded[key] = prompts
         return self._encoded[key]

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from heterofusion.evaluation.arguments import EvalArguments
+from heterofusion.evaluation.datasets import EvalSet, load_eval_sets
 from heterofusion.evaluation.results import mean_score, metric_record, tokens_per_second
 from heterofusion.evaluation.rows import LineupBuilder, Row, adapter_lineup
 from heterofusion.evaluation.store import (
@@ -22,18 +23,17 @@ from heterofusion.evaluation.store import (
     PREDICTIONS,
     RESULTS_FILE,
     STATE_FILE,
-    PartWriter,
     adapter_folder,
     check_same,
     read_json,
-    read_parts,
     read_predictions,
     remove_evaluation,
     remove_parts,
     write_json,
     write_lines,
 )
-from heterofusion.experts.examples import EvalSet, Prompts, load_eval_sets
+from heterofusion.experts.answering import PartWriter, read_parts
+from heterofusion.experts.examples import Prompts
 from heterofusion.experts.generation import FIRST_BATCH_SIZE, Answer, longest_first
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
@@ -192,8 +192,10 @@ class Evaluation:
                         part.write(batch, end - start)
                         start = end
                         bar.update(len(batch))
-                batch_sizes.append(source.batch_size)
-                dtypes.append(source.dtype)
+                batch_sizes.append(source.batches.size)
+                dtypes.append(
+                    str((getattr(source, "model", None) and source.model.dtype) or source.dtype).removeprefix("torch.")
+                )
         return {"batch_size": min(batch_sizes), "dtype": dtypes[0], "peak_memory_bytes": peak_memory()}
 
     def _over_ranks(self, facts: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from heterofusion.evaluation.arguments import is_file_name
@@ -31,83 +30,6 @@ RESULTS_FILE = "results.json"
 PREDICTIONS = "predictions"
 PARTS = "parts"
 Generated = TypeVar("Generated", bound=Answer)
-
-
-# ---- answers of a process ---------------------------------------------------------------------------------------
-
-
-class PartWriter:
-    """Appends answers to a part file, a batch at a time; what a kill cut off at its end goes first."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> PartWriter:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab+")  # closed by __exit__
-        self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def write(self, answers: Sequence[Answer], seconds: float) -> None:
-        """Append a batch that took so long; it is on its way to the disk when this returns."""
-        share = round(seconds / len(answers), 6)
-        self.write_records(
-            {"index": a.index, "prediction": a.text, "new_tokens": a.new_tokens, "seconds": share} for a in answers
-        )
-
-    def write_records(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append records; they are on their way to the disk when this returns."""
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
-        self._file.flush()
-
-
-def read_parts(folder: Path) -> tuple[dict[int, Answer], float]:
-    """Read the answers that all processes of all interrupted runs left of one data set.
-
-    Args:
-        folder: `parts/<label>`; it need not exist.
-
-    Returns:
-        The answers by index, and the seconds of generation: those of the process that took longest.
-    """
-
-    def answer(record: Mapping[str, Any]) -> Answer:
-        return Answer(int(record["index"]), str(record["prediction"]), int(record["new_tokens"]))
-
-    return read_records(folder, answer)
-
-
-def read_records(folder: Path, parse: Callable[[Mapping[str, Any]], Generated]) -> tuple[dict[int, Generated], float]:
-    """Read what `PartWriter.write_records` left; of what is there twice the first counts, damaged lines are told.
-
-    Args:
-        folder: of the part files of all processes; it need not exist.
-        parse: makes an answer of a record; a `ValueError`, `KeyError` or `TypeError` of it means damage.
-
-    Returns:
-        The answers by their `index`, and the seconds of generation: those of the process that took longest.
-    """
-    answers: dict[int, Generated] = {}
-    longest = 0.0
-    for path in sorted(folder.glob("rank-*.jsonl")):
-        seconds = 0.0
-        for line in path.read_bytes().split(b"\n")[:-1]:  # without a line end, the last one was cut
-            try:
-                record = json.loads(line)
-                answer = parse(record)
-                seconds += float(record["seconds"])
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s holds a damaged line; it is generated again", path)
-                continue
-            answers.setdefault(answer.index, answer)
-        longest = max(longest, seconds)
-    return answers, longest
 
 
 # ---- whole files ------------------------------------------------------------------------------------------------

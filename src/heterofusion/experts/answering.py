@@ -1,162 +1,205 @@
-"""Asking experts: what is missing is generated, shared by the processes; what is there is read from part files."""
+"""Asking experts: what is missing is generated, shared by the processes; what is there is read from part files.
+
+    FOLDER/rank-0.jsonl   answers of one process as they come, so that a kill loses one batch at most
+
+Processes on several machines need a common file system. Any number of processes goes on with what others left.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from heterofusion.evaluation.arguments import GenerationArguments
-from heterofusion.evaluation.store import PartWriter
-from heterofusion.experts.expert import Expert, OneModel
-from heterofusion.experts.generation import longest_first
-from heterofusion.experts.label_generation import Label, LabelGenerator, Sampling
-from heterofusion.labelling.parts import parts_folder, read_parts, write_labels
+from heterofusion.experts.expert import Expert, ExpertRunner
+from heterofusion.experts.generation import Answer, AnswerGenerator, GenerationArguments, Sampling, longest_first
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import all_together, from_main
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What an expert is asked.
+    """Prompts for somebody to answer."""
 
-    Args:
-        ids: The prompts as its token ids.
-        max_new_tokens: Most tokens in an answer.
-        sampling: How to sample; None decodes greedily.
-    """
-
-    ids: Sequence[Sequence[int]]
+    folder: Path  # of the part files; it must tell apart all that the answers depend on
+    ids: Sequence[Any]  # token ids of each prompt; of an ensemble, those of each member
+    lengths: Sequence[int]  # of each prompt
     max_new_tokens: int
-    sampling: Sampling | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """What answers depend on, the expert aside."""
-        digest = hashlib.sha256()
-        for row in self.ids:
-            digest.update(np.asarray([len(row), *row], dtype=np.int64).tobytes())
-        return {
-            "prompts": digest.hexdigest(),
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": asdict(self.sampling) if self.sampling else None,
-        }
+    sampling: Sampling | None = None  # None decodes greedily
 
 
-class Answering:
-    """Asks one expert after the other. All processes use it together.
+class Answers(NamedTuple):
+    """All answers to some questions, in their order, and the seconds that they took in all runs together."""
 
-    Args:
-        ranks: The processes; they see the same folder.
-        folder: Of the part files.
-        model: Where models are loaded.
-        generation: Batch size and cache.
-    """
+    answers: list[Answer]
+    seconds: float
 
-    def __init__(self, ranks: PartialState, folder: Path, model: OneModel, generation: GenerationArguments) -> None:
-        self.ranks = ranks
-        self.folder = folder
-        self.model = model
-        self.generation = generation
-        self._seconds: dict[Path, float] = {}
 
-    @property
-    def seconds(self) -> float:
-        """Of generation: what each set of questions that was asked once took, in all runs together."""
-        return sum(self._seconds.values())
+class Answerer(Protocol):
+    """Who answers: an expert, or several together."""
 
-    def ask(self, expert: Expert, questions: Mapping[str, Questions], title: str) -> dict[str, list[Label]]:
-        """The answers of an expert.
+    def load(self) -> None:
+        """Load what may be missing or wrong."""
 
-        Args:
-            expert: The expert.
-            questions: By name.
-            title: Says what is going on, for the progress bar.
+    def answer(
+        self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]
+    ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
+        """By name of the questions, the answers to a share of the prompts, batch by batch."""
 
-        Returns:
-            The answers by name, in the order of the questions.
 
-        Raises:
-            ValueError: A model cannot be loaded, memory does not suffice, or part files cannot be shared.
-            OSError: A file cannot be written.
-        """
-        identity = expert.identity()
-        folders = {
-            name: parts_folder(self.folder, {**identity, **asked.identity()}) for name, asked in questions.items()
-        }
-        known = self._read(folders)
-        missing = {
-            name: {i: len(ids) for i, ids in enumerate(asked.ids) if i not in known[name][0]}
-            for name, asked in questions.items()
-        }
-        if any(missing.values()):
-            with all_together(self.ranks):
-                self._generate(expert, questions, missing, folders, title)
-            known = self._read(folders)
-        answers = {}
-        for name, asked in questions.items():
-            labels, seconds = known[name]
-            lacking = [i for i in range(len(asked.ids)) if i not in labels]
-            if lacking:
-                raise UserError(
-                    f"{folders[name]} lacks {len(lacking)} answers that were generated; all processes must write to "
-                    "the same file system: check --output_dir, then --resume true"
-                )
-            answers[name] = [labels[i] for i in range(len(asked.ids))]
-            self._seconds[folders[name]] = seconds  # the same questions may be asked twice
-        return answers
+@dataclass(frozen=True)
+class ExpertAnswerer:
+    """An expert that answers in a place of its own or one that others use as well."""
 
-    def _read(self, folders: Mapping[str, Path]) -> dict[str, tuple[dict[int, Label], float]]:
-        """What is there, as the main process sees it: all others may be about to write."""
-        found: dict[str, tuple[dict[int, Label], float]] | None = None
-        with all_together(self.ranks):
-            if self.ranks.is_main_process:
-                found = {name: read_parts(folder) for name, folder in folders.items()}
-        result: dict[str, tuple[dict[int, Label], float]] = from_main(self.ranks, found)
-        return result
+    expert: Expert
+    runner: ExpertRunner
+    generation: GenerationArguments
+    in_context: bool = False  # see `AnswerGenerator`
 
-    def _generate(
-        self,
-        expert: Expert,
-        questions: Mapping[str, Questions],
-        missing: Mapping[str, Mapping[int, int]],
-        folders: Mapping[str, Path],
-        title: str,
-    ) -> None:
-        """Generate this rank's share of what is missing."""
-        rank, ranks = self.ranks.process_index, self.ranks.num_processes
-        # every n-th of all prompts by length, so that no rank gets the long ones
-        shares = {name: longest_first(lengths)[rank::ranks] for name, lengths in missing.items()}
-        total = sum(map(len, shares.values()))
-        if not total:
-            return
-        with (
-            self.model.running(expert) as model,
-            tqdm(total=total, desc=f"{expert.name}, {title}", unit="prompt", disable=rank > 0) as bar,
-        ):
+    def load(self) -> None:
+        """Load the base."""
+        self.runner.load(self.expert.base)
+
+    def answer(
+        self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]
+    ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
+        """As `Answerer` says."""
+        batch_size = self.generation.fixed_batch_size()
+        with self.runner.running(self.expert) as model:
             for name, share in shares.items():
-                if not share:
-                    continue
                 asked = questions[name]
-                bar.set_postfix_str(name)
-                generator = LabelGenerator(
+                generator = AnswerGenerator(
                     model,
-                    expert.tokenizer,
+                    self.expert.tokenizer,
                     asked.max_new_tokens,
-                    self.generation.fixed_batch_size(),
+                    batch_size,
                     self.generation.cache_implementation,
                     asked.sampling,
+                    self.in_context,
                 )
-                with PartWriter(folders[name] / f"rank-{rank}.jsonl") as part:
-                    start = time.perf_counter()
-                    for batch in generator.answers({i: asked.ids[i] for i in share}):
-                        end = time.perf_counter()
-                        write_labels(part, batch, end - start)
-                        start = end
-                        bar.update(len(batch))
+                yield name, generator.answers({i: asked.ids[i] for i in share})
+
+
+def ask(ranks: PartialState, answerer: Answerer, questions: Mapping[str, Questions], title: str) -> dict[str, Answers]:
+    """The answers to questions, by their name. All processes call it together.
+
+    Args:
+        ranks: The processes; they see the same folders.
+        answerer: Who answers what is missing; nothing of it is loaded where nothing is.
+        questions: By name.
+        title: Says what is going on, for the progress bar.
+    """
+    known = _read(ranks, questions)
+    missing = {
+        name: {i: length for i, length in enumerate(asked.lengths) if i not in known[name][0]}
+        for name, asked in questions.items()
+    }
+    if any(missing.values()):
+        with all_together(ranks):
+            _answer_share(ranks, answerer, questions, missing, title)
+        known = _read(ranks, questions)
+    found = {}
+    for name, asked in questions.items():
+        answers, seconds = known[name]
+        lacking = len(asked.ids) - len(answers)
+        if lacking:
+            raise UserError(
+                f"{asked.folder} lacks {lacking} answers that were generated; all processes must write to the same "
+                "file system: check --output_dir, then --resume true"
+            )
+        found[name] = Answers([answers[i] for i in range(len(asked.ids))], seconds)
+    return found
+
+
+def _read(ranks: PartialState, questions: Mapping[str, Questions]) -> dict[str, tuple[dict[int, Answer], float]]:
+    """What is there, as the main process sees it: all others may be about to write."""
+    found: dict[str, tuple[dict[int, Answer], float]] | None = None
+    with all_together(ranks):
+        if ranks.is_main_process:
+            found = {name: read_parts(asked.folder) for name, asked in questions.items()}
+    result: dict[str, tuple[dict[int, Answer], float]] = from_main(ranks, found)
+    return result
+
+
+def _answer_share(
+    ranks: PartialState,
+    answerer: Answerer,
+    questions: Mapping[str, Questions],
+    missing: Mapping[str, Mapping[int, int]],
+    title: str,
+) -> None:
+    """Generate this process's share of what is missing."""
+    rank = ranks.process_index
+    # every n-th of all prompts by length, so that no process gets the long ones
+    shares = {name: longest_first(lengths)[rank :: ranks.num_processes] for name, lengths in missing.items()}
+    shares = {name: share for name, share in shares.items() if share}
+    if not shares:
+        return
+    total = sum(map(len, shares.values()))
+    answering: Any = answerer.answer(questions, shares)  # a generator, which holds models: it is closed in any case
+    with closing(answering), tqdm(total=total, desc=title, unit="prompt", disable=rank > 0) as bar:
+        for name, batches in answering:
+            bar.set_postfix_str(name)
+            with PartWriter(questions[name].folder / f"rank-{rank}.jsonl") as part:
+                start = time.perf_counter()
+                for batch in batches:
+                    end = time.perf_counter()
+                    part.write(batch, end - start)
+                    start = end
+                    bar.update(len(batch))
+
+
+# ---- part files -------------------------------------------------------------------------------------------------
+
+
+class PartWriter:
+    """Appends answers to a part file, a batch at a time; what a kill cut off at its end goes first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> PartWriter:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._path, "ab+")  # closed by __exit__
+        self._file.seek(0)
+        whole = self._file.read().rfind(b"\n") + 1
+        self._file.truncate(whole)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def write(self, answers: Sequence[Answer], seconds: float) -> None:
+        """Append a batch that took so long; it is on its way to the disk when this returns."""
+        share = round(seconds / len(answers), 6)
+        lines = [json.dumps({**asdict(answer), "seconds": share}, ensure_ascii=False) for answer in answers]
+        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        self._file.flush()
+
+
+def read_parts(folder: Path) -> tuple[dict[int, Answer], float]:
+    """Answers that all processes of all runs left, by index, and the seconds of the process that took longest."""
+    answers: dict[int, Answer] = {}
+    longest = 0.0
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        seconds = 0.0
+        for line in path.read_bytes().split(b"\n")[:-1]:  # without a line end, the last one was cut
+            try:
+                record = json.loads(line)
+                seconds += record.pop("seconds")
+                answers.setdefault(record["index"], Answer(**record))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                logger.warning("%s holds a damaged line; it is generated again", path)
+        longest = max(longest, seconds)
+    return answers, longest

@@ -1,76 +1,170 @@
-"""The models that answer: the anchor and the sources, each on its own base, one of them in memory at a time."""
+"""An expert: a base model, an adapter on it or none, and their tokenizer, which together answer.
+
+`find_expert` reads and checks everything but weights. `ExpertRunner` is the one place where experts are loaded: it
+keeps one base in memory and switches adapters on it with plain PEFT.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import struct
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from transformers import PretrainedConfig
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel
 
-from heterofusion.adapters.lora import CONFIG_FILE
-from heterofusion.data.labels import ANCHOR
-from heterofusion.evaluation.arguments import EvalModelArguments, GenerationArguments
-from heterofusion.evaluation.rows import adapter_hash
-from heterofusion.experts.examples import EvalSet, Prompts, encode
-from heterofusion.experts.models import (
-    Adapter,
-    Models,
-    adapter_tokenizer,
-    base_fingerprint,
-    check_adapters,
-    find_adapter,
-    prompt_limit,
+from heterofusion.adapters.config import AdapterError, keeps_base
+from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
+from heterofusion.experts.examples import Examples, Prompts, encode
+from heterofusion.experts.generation import GenerationArguments
+from heterofusion.runtime.errors import UserError, one_line
+from heterofusion.runtime.files import display_name, file_sha256, read_json_object
+from heterofusion.runtime.loading import (
+    ModelArguments,
+    base_dtype,
+    base_skeleton,
+    check_token_ids,
+    load_base,
+    load_tokenizer,
 )
-from heterofusion.labelling.arguments import LabelModelArguments
-from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import display_name, file_sha256
-from heterofusion.runtime.loading import base_dtype, check_token_ids
+
+NO_ADAPTER = "none"
+_HUB_FILES = ["*.json", WEIGHTS_FILE, "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
+
+
+@dataclass
+class BaseArguments(ModelArguments):
+    """A base model that answers, and how it is loaded."""
+
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+
+    def base(self, name: str | None = None, revision: str | None = None) -> BaseArguments:
+        """These flags without those that a subclass adds; of another base if one is named."""
+        flags = {item.name: getattr(self, item.name) for item in fields(BaseArguments)}
+        if name is not None:
+            flags |= {"model_name_or_path": name, "model_revision": revision}
+        return BaseArguments(**flags)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on disk, read but for its weights."""
+
+    given: str  # what the user wrote
+    folder: Path
+    config: PeftConfig
+    shapes: dict[str, tuple[int, ...]]  # of every tensor in its file
+    sha256: str  # of that file
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether it is LoRA and nothing else, so that it can be taken off the base without a trace."""
+        init = getattr(self.config, "init_lora_weights", None)
+        if self.config.peft_type != PeftType.LORA or getattr(self.config, "layer_replication", None):
+            return False
+        return keeps_base(init) and all(".lora_" in key for key in self.shapes)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that it puts before every prompt."""
+        return int(getattr(self.config, "num_virtual_tokens", 0)) if self.config.is_prompt_learning else 0
+
+
+def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
+    """Read everything of an adapter but its weights: a local folder or a Hub id; None for `none`."""
+    if name == NO_ADAPTER:
+        return None
+    folder = _find_folder(name, revision)
+    read_json_object(folder / CONFIG_FILE)  # PEFT's own messages name no file
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise AdapterError(f"{weights} is missing; save the adapter with save_pretrained(), in safetensors")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise AdapterError(f"adapter {folder}: PEFT cannot read its {CONFIG_FILE} ({one_line(error)})") from error
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise AdapterError(
+            f"adapter {folder} is for the task {config.task_type}; only adapters of causal language models answer"
+        )
+    config.inference_mode = True
+    try:
+        with safe_open(weights, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights} is damaged or truncated ({error}); download or save it again") from error
+    return Adapter(name, folder, config, shapes, file_sha256(weights))
+
+
+def _find_folder(name: str, revision: str | None) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.exists():
+        raise AdapterError(f"adapter {folder.resolve()} is a file; name the adapter's folder instead")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise AdapterError(
+            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
+        ) from None
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the Hub client raises its own, its transport's and the system's types
+        raise AdapterError(
+            f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
+            f"Hub ({type(error).__name__}); check the name and the network, or download it first"
+        ) from error
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A model that answers, whose files are in order; nothing of it is loaded.
+    """A model that answers, whose files are in order; nothing of it is loaded."""
 
-    Args:
-        name: In tables and labels.
-        base: Its base model and how it is loaded.
-        config: The base's.
-        adapter: None for the base alone.
-        tokenizer: Its own, with its chat template.
-        limit: Tokens of a prompt at most; None for any number.
-    """
-
-    name: str
-    base: EvalModelArguments
-    config: PretrainedConfig
+    name: str  # in tables and messages
+    base: BaseArguments
+    config: PretrainedConfig  # of the base
     adapter: Adapter | None
-    tokenizer: Any
-    limit: int | None
+    tokenizer: Any  # the adapter's own if it has one, else the base's
+    limit: int | None = None  # tokens of a prompt at most
+    merged: bool = False  # whether the adapter is merged into the base before it answers
 
     @property
-    def title(self) -> str:
-        """For messages."""
-        return self.name if self.name == ANCHOR else f"source {self.name}"
+    def context(self) -> int | None:
+        """Most tokens of prompt and answer."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> str:
+        """In which its base runs."""
+        dtype = base_dtype(self.base, self.base.use_cpu)
+        return str(self.config.dtype if dtype == "auto" else dtype).removeprefix("torch.")
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, prompts and their length aside."""
+        """What its answers depend on, prompts aside: the same wherever its files lie and whenever they were copied."""
         name = self.base.model_name_or_path
         commit = getattr(self.config, "_commit_hash", None) or self.base.model_revision
         return {
             "base": base_fingerprint(name) or f"{name}@{commit}",
-            "dtype": str(base_dtype(self.base, self.base.use_cpu)).removeprefix("torch."),
+            "dtype": self.dtype,
             "bits": 4 if self.base.load_in_4bit else 8 if self.base.load_in_8bit else 16,
-            "merged": self.base.merge_adapters,
-            "adapter": adapter_hash(self.adapter),
+            "merged": self.merged,
+            "adapter": self.adapter.sha256 if self.adapter else NO_ADAPTER,
             "adapter_config": file_sha256(self.adapter.folder / CONFIG_FILE) if self.adapter else None,
-            "tokenizer": _tokenizer_identity(self.tokenizer),
+            "tokenizer": tokenizer_identity(self.tokenizer),
         }
 
     def without_adapter(self) -> Expert:
@@ -87,110 +181,248 @@ class Expert:
             "max_prompt_length": self.limit,
         }
 
-    def encode(self, examples: EvalSet) -> Prompts:
-        """Prompts in its tokenizer and chat template.
-
-        Raises:
-            ValueError: A record cannot be rendered, or a token id is none of the base's; names expert and record.
-        """
+    def encode(self, examples: Examples) -> Prompts:
+        """Prompts in its tokenizer and chat template."""
         try:
             prompts = encode(examples, self.tokenizer, self.limit)
             check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], self.config)
-        except ValueError as error:
-            raise UserError(f"{self.title}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
         return prompts
 
 
-def _tokenizer_identity(tokenizer: Any) -> str:
-    """What answers depend on beside the ids of the prompts: how ids become text, and which of them ends an answer."""
-    words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id])
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
-
-
-def find_experts(args: LabelModelArguments, generation: GenerationArguments) -> tuple[Expert | None, list[Expert]]:
-    """Find the anchor and the sources, and check on the meta device that adapters fit their bases.
+def find_expert(
+    base: BaseArguments,
+    adapter: str = NO_ADAPTER,
+    revision: str | None = None,
+    name: str | None = None,
+    generation: GenerationArguments | None = None,
+    merged: bool = False,
+) -> Expert:
+    """Find an expert, and check on the meta device that its adapter fits the base.
 
     Args:
-        args: Which they are.
-        generation: How they answer.
-
-    Returns:
-        The anchor, if there is one, and the sources in order.
+        base: The base and how it is loaded.
+        adapter: A local folder, a Hub id, or `none` for the base alone.
+        revision: Of an adapter on the Hub.
+        name: In messages; by default the adapter's, or the base's.
+        generation: How it answers, from which the room for a prompt follows; None if it will not generate.
+        merged: Whether the adapter is merged into the base before it answers.
 
     Raises:
-        ValueError: One is not usable; names it.
+        UserError: Something is missing, damaged, or does not fit; names it.
     """
-    anchor = None
-    if args.target_adapter is not None:
-        base = args.how(args.model_name_or_path, args.model_revision)
-        anchor = _find(ANCHOR, base, args.target_adapter, generation, args.target_revision)
-    revisions = {args.model_name_or_path: args.model_revision}  # a source may be on the anchor's base
-    sources = [
-        _find(name, args.how(base, revisions.get(base)), adapter, generation)
-        for name, base, adapter in zip(args.names(), args.bases(), args.source_adapters, strict=True)
-    ]
-    return anchor, sources
+    found = find_adapter(adapter, revision)
+    config = _check_fit(base, found, merged)
+    tokenizer = adapter_tokenizer(base, found)
+    limit = None
+    if generation is not None:
+        virtual = found.virtual_tokens if found else 0
+        limit = prompt_limit(config, generation.max_new_tokens, generation.max_prompt_length, virtual)
+    default = display_name(base.model_name_or_path if found is None else adapter)
+    return Expert(name or default, base.base(), config, found, tokenizer, limit, merged)
 
 
-def _find(
-    name: str,
-    base: EvalModelArguments,
-    adapter_name: str,
-    generation: GenerationArguments,
-    revision: str | None = None,
-) -> Expert:
-    try:
-        adapter = find_adapter(adapter_name, revision)
-        config = check_adapters(base, [adapter])
-        limit = prompt_limit(
-            config,
-            generation.max_new_tokens,
-            generation.max_prompt_length,
-            adapter.virtual_tokens if adapter else 0,
+def _check_fit(base: BaseArguments, adapter: Adapter | None, merged: bool) -> PretrainedConfig:
+    """The base's config, once a LoRA adapter is known to fit; others are checked when they are loaded."""
+    skeleton = base_skeleton(base, base.trust_remote_code)
+    if adapter is None:
+        return skeleton.config
+    width, token_dim = skeleton.config.get_text_config().hidden_size, getattr(adapter.config, "token_dim", None)
+    if token_dim not in (None, width):  # of prompt tuning and the like
+        reason = f"its virtual tokens have {token_dim} features, the base has {width}"
+        raise _unfit(adapter, base.model_name_or_path, reason)
+    if merged and adapter.config.is_prompt_learning:
+        raise AdapterError(
+            f"adapter {adapter.given} puts tokens before the prompt, which cannot be merged into the base: leave "
+            "--merge_adapters out"
         )
-        return Expert(name, base, config, adapter, adapter_tokenizer(base, adapter), limit)
-    except ValueError as error:
-        if name == ANCHOR:
-            raise UserError(f"{name}: {error}") from error
-        raise UserError(f"source {name}: {str(error).replace('--model_name_or_path', '--source_models')}") from error
+    if adapter.only_adds:
+        config = skeleton.config
+        with torch.device("meta"):
+            fitted = _fit(skeleton, adapter, base.model_name_or_path, low_cpu_mem_usage=True, torch_device="cpu")
+        places = get_peft_model_state_dict(fitted, save_embedding_layers=False)
+        surplus = sorted(adapter.shapes.keys() - places.keys())
+        if surplus:
+            raise _unfit(adapter, base.model_name_or_path, f"the base has no place for {surplus[0]}")
+        return config
+    return skeleton.config
 
 
-class OneModel:
-    """A place for one base model in memory; it stays while experts on the same base follow each other.
+def _fit(base: PreTrainedModel, adapter: Adapter, base_name: str, **options: Any) -> Any:
+    """Put an adapter on a base; every weight of it must find its place and every place a weight."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(
+                base,
+                str(adapter.folder),
+                # a copy: PEFT writes into it, and another model may need it again
+                config=type(adapter.config).from_pretrained(str(adapter.folder)),
+                **options,
+            )
+    # a missing or wrong module can end in any of these, by the kind of adapter; the warning above is a UserWarning
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, UserWarning, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _unfit(adapter, base_name, one_line(error)[:300]) from error
 
-    Args:
-        device: Where models go.
+
+def _unfit(adapter: Adapter, base_name: str, reason: str) -> AdapterError:
+    wanted = adapter.config.base_model_name_or_path or "not named in its config"
+    return AdapterError(
+        f"adapter {adapter.given} does not fit base model {base_name} ({reason}); give the base it was trained on "
+        f"({wanted})"
+    )
+
+
+def adapter_tokenizer(base: BaseArguments, adapter: Adapter | None) -> Any:
+    """The tokenizer saved beside an adapter, or else the base model's."""
+    return load_tokenizer(base, adapter.folder if adapter else None, base.trust_remote_code)
+
+
+def prompt_limit(config: PretrainedConfig, max_new_tokens: int, wanted: int | None, virtual: int = 0) -> int | None:
+    """Tokens of a prompt at most: `wanted` if given, else the context length minus the answer and virtual tokens."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return wanted
+    room = int(context) - max_new_tokens - virtual
+    if room < 2:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model's context has {context} tokens"
+            + (f", {virtual} of which the adapter takes" if virtual else "")
+            + "; lower it"
+        )
+    if wanted is not None and wanted > room:
+        raise UserError(
+            f"--max_prompt_length {wanted} and --max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{context} tokens; give {room} at most"
+        )
+    return room if wanted is None else wanted
+
+
+# ---- identity ---------------------------------------------------------------------------------------------------
+
+# what a base's answers depend on beside configuration and weights: beginnings of file names
+_ANSWER_FILES = (
+    "config.json",
+    "generation_config",
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab.",
+    "merges.",
+)
+_WHOLE = 64 << 20  # weight files up to this size are hashed as a whole
+_PIECE = 4096
+
+
+def base_fingerprint(name: str) -> str | None:
+    """Hash of a local base model's files, the same for every copy; None for a Hub id, which its commit tells."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {_weights_sha256(path)}".encode())
+        elif path.is_file() and path.name.startswith(_ANSWER_FILES):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _weights_sha256(path: Path) -> str:
+    """Hash of a weight file; of a large safetensors file, of its header and three pieces of every tensor.
+
+    That takes a moment where all of a large model would take minutes, and no training leaves all of a tensor's
+    beginning, middle and end as they were.
     """
+    size = path.stat().st_size
+    if size <= _WHOLE or path.suffix != ".safetensors":
+        return file_sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        digest.update(header)
+        spans = [entry["data_offsets"] for key, entry in json.loads(header).items() if key != "__metadata__"]
+        for start, end in sorted(spans):
+            for place in (start, (start + end) // 2, max(start, end - _PIECE)):
+                file.seek(8 + length + place)
+                digest.update(file.read(min(_PIECE, end - place)))
+    return digest.hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """What a tokenizer makes of texts and messages, and which token ends an answer."""
+    template = getattr(tokenizer, "chat_template", None)
+    words = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.eos_token_id,
+        sorted(tokenizer.all_special_ids),
+        template,
+    ]
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        words.append({**json.loads(backend.to_str()), "padding": None, "truncation": None})
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+
+class ExpertRunner:
+    """A place for one base in memory, on which adapters follow each other; another base takes its place."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._models: Models | None = None
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # safetensors knows no cpu:0
+        self._args: BaseArguments | None = None
+        self._base: PreTrainedModel | None = None
 
-    def load(self, expert: Expert) -> None:
-        """Load the base of an expert, unless it is there.
-
-        Raises:
-            ValueError: It cannot be loaded.
-        """
-        self._of(expert).load()
+    def load(self, base: BaseArguments) -> PreTrainedModel:
+        """A base alone, on its device and in evaluation mode; loaded if it is not."""
+        base = base.base()
+        if self._base is None or self._args != base:
+            self.release()
+            with _enough_memory(f"base model {base.model_name_or_path}"):
+                model = load_base(base, base.use_cpu, base.trust_remote_code)
+                if not (base.load_in_4bit or base.load_in_8bit):  # bitsandbytes has put it where it belongs
+                    model.to(self.device)  # type: ignore[arg-type]
+            self._args, self._base = base, model.eval()
+        return self._base
 
     @contextlib.contextmanager
     def running(self, expert: Expert) -> Iterator[Any]:
-        """The model of an expert, in evaluation mode.
-
-        Raises:
-            ValueError: It cannot be loaded.
-        """
-        with self._of(expert).with_adapter(expert.adapter) as model:
-            yield model
+        """The model of an expert, frozen and in evaluation mode."""
+        base = self.load(expert.base)
+        adapter = expert.adapter
+        if adapter is None:
+            yield base
+            return
+        self._base = None
+        with _enough_memory(f"adapter {adapter.given}"):
+            model = _fit(base, adapter, expert.base.model_name_or_path, torch_device=str(self.device))
+        model.requires_grad_(False)
+        if expert.merged:
+            model = model.merge_and_unload()
+        yield model.eval()
+        if adapter.only_adds and not expert.merged:
+            self._base = model.unload()
+            return
+        del base, model  # before another base is loaded; what PEFT makes of it refers to itself
+        clear_device_cache(garbage_collection=True)
 
     def release(self) -> None:
         """Free the memory."""
-        self._models = None
-        clear_device_cache(garbage_collection=True)  # what PEFT makes of a base refers to itself
+        self._base = None
+        clear_device_cache(garbage_collection=True)
 
-    def _of(self, expert: Expert) -> Models:
-        if self._models is None or self._models.args != expert.base:
-            self.release()
-            self._models = Models(expert.base, self.device)
-        return self._models
+
+@contextlib.contextmanager
+def _enough_memory(what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{what} does not fit into memory ({one_line(error)[:200]}); load the base with --dtype bfloat16 or "
+            "--load_in_4bit true"
+        ) from error

@@ -1,71 +1,113 @@
-"""Batched greedy generation: prompts in, answers out.
+"""Batched generation, the one of the house: token ids in, one batch of answers after the other out.
 
-`AnswerGenerator` is the core: token ids in, one batch of answers after the other out, longest prompts first. It knows
-nothing of references, metrics, files or processes. `generate_answers` is the short way from texts to texts.
+Greedy or seeded sampling, with the log-probability of every greedy answer. A base's own generation config does not
+count but for the tokens that end an answer, and what is sampled depends on the seed and a prompt's key alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from heterofusion.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from heterofusion.runtime.flags import check_ranges
 
 logger = logging.getLogger(__name__)
 
+AUTO = "auto"
 FIRST_BATCH_SIZE = 64  # of automatic batch sizes
+
+
+@dataclass
+class GenerationArguments:
+    """How answers are generated; always greedily."""
+
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Number of tokens in an answer at most.", "range": "[1, inf)"}
+    )
+    batch_size: str = field(
+        default=AUTO,
+        metadata={"help": "Prompts per batch and process; auto starts at 64 and halves it when memory runs out."},
+    )
+    cache_implementation: str = field(
+        default="dynamic",
+        metadata={
+            "help": "Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
+            "choices": ["dynamic", "static"],
+        },
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens that longer prompts are cut to, on the left; by default the model's context "
+            "length minus max_new_tokens.",
+            "range": "[2, inf)",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.batch_size != AUTO and not re.fullmatch(r"[1-9][0-9]*", self.batch_size):
+            raise UserError(f"--batch_size is {self.batch_size!r}: give an integer of at least 1, or {AUTO}")
+
+    def fixed_batch_size(self) -> int | None:
+        """The batch size that was asked for, None for `auto`."""
+        return None if self.batch_size == AUTO else int(self.batch_size)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated answer.
+    """One generated answer; `new_tokens` and `log_probability` (in nats) include the token that ended it."""
 
-    Args:
-        index: Key of its prompt.
-        text: The new tokens up to the end of the answer, without special tokens.
-        new_tokens: How many tokens were generated for it, the one that ended it included.
-    """
-
-    index: int
-    text: str
+    index: int  # the key of its prompt
+    text: str  # up to the end of the answer, without special tokens
     new_tokens: int
+    log_probability: float = field(default=0.0, compare=False)  # of all its tokens together; 0 where it was sampled
+    ended: bool = True  # by itself; else it was cut after the most tokens
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Per token, which is comparable between answers of one model."""
+        return self.log_probability / max(1, self.new_tokens)
+
+    @property
+    def confidence(self) -> float:
+        """Log-probability per byte, the end counted as one: comparable between tokenizers, unlike one per token."""
+        return self.log_probability / (len(self.text.encode("utf-8", "replace")) + 1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling in place of greedy decoding."""
+
+    seed: int
+    temperature: float
+    top_p: float  # tokens are drawn from the smallest set with this probability mass
+
+    def uniforms(self, indices: Sequence[int], steps: int) -> torch.Tensor:
+        """Numbers in [0, 1) that depend on the seed and a prompt's key alone. (prompts, steps)"""
+        rows = [np.random.default_rng([self.seed, index]).random(steps) for index in indices]
+        return torch.tensor(np.stack(rows), dtype=torch.float32)
 
 
 def longest_first(lengths: Mapping[int, int]) -> list[int]:
-    """Keys in the order of generation: long prompts first, so that memory runs out in the first batch or in none.
-
-    Args:
-        lengths: Number of tokens by key.
-
-    Returns:
-        The keys; those of equal length in the order they came in.
-    """
+    """Keys in the order of generation: long prompts first, so that memory runs out in the first batch or in none."""
     return sorted(lengths, key=lambda index: -lengths[index])
 
 
 def cut_prompt(ids: Sequence[int], length: int | None, bos_token_id: int | None = None) -> list[int]:
-    """Cut a prompt on the left: its end holds the question.
-
-    Args:
-        ids: Token ids.
-        length: Number of tokens that are kept at most; None keeps all.
-        bos_token_id: A token that stays where the prompt begins with it.
-
-    Returns:
-        At most `length` token ids.
-    """
+    """At most `length` tokens of a prompt, cut on the left: its end holds the question. A first BOS token stays."""
     if length is None or len(ids) <= length:
         return list(ids)
     if ids[0] == bos_token_id:
@@ -74,23 +116,9 @@ def cut_prompt(ids: Sequence[int], length: int | None, bos_token_id: int | None 
 
 
 class Batches:
-    """How many prompts go through at a time: a fixed number, or as many as memory lets.
-
-    Args:
-        batch_size: Prompts per batch; None begins with 64 and halves it whenever memory runs out.
-        max_new_tokens: Most tokens in an answer, for messages.
-
-    Attributes:
-        size: Prompts per batch, as it stands.
-
-    Raises:
-        ValueError: If a number is not positive.
-    """
+    """How many prompts go through at a time: a fixed number, or 64, halved whenever memory runs out."""
 
     def __init__(self, batch_size: int | None, max_new_tokens: int) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
         self.size = batch_size or FIRST_BATCH_SIZE
         self.automatic = batch_size is None
         self.max_new_tokens = max_new_tokens
@@ -98,18 +126,7 @@ class Batches:
     def run(
         self, lengths: Mapping[int, int], generate: Callable[[Sequence[int]], list[Answer]]
     ) -> Iterator[list[Answer]]:
-        """Generate, one batch at a time.
-
-        Args:
-            lengths: Tokens of every prompt, by its key.
-            generate: Gives the answers to the prompts with some keys; it may run out of memory.
-
-        Yields:
-            The answers of a batch. Longest prompts first; batches hold prompts of similar length.
-
-        Raises:
-            ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
-        """
+        """The answers, a batch at a time, the longest prompts first; `generate` may run out of memory."""
         for index, length in lengths.items():
             if not length:
                 raise UserError(f"prompt {index} has no tokens; a model needs one at least to begin with")
@@ -117,24 +134,15 @@ class Batches:
         start = 0
         while start < len(order):
             batch = order[start : start + self.size]
-            answers = self._try(batch, lengths[batch[0]], generate)
-            if answers is None:
+            answers = _unless_out_of_memory(generate, batch)
+            if answers is None:  # by now no traceback holds the tensors of the failed batch
+                clear_device_cache(garbage_collection=True)
+                self._halve(len(batch), lengths[batch[0]])
                 continue
             start += len(batch)
             yield answers
 
-    def _try(
-        self, batch: Sequence[int], longest: int, generate: Callable[[Sequence[int]], list[Answer]]
-    ) -> list[Answer] | None:
-        """Generate for one batch: its answers, or None where it has to be tried again with a smaller one."""
-        try:
-            return generate(batch)
-        except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-                raise
-        # outside of the handler: there, the traceback still holds the tensors of the failed batch
-        clear_device_cache(garbage_collection=True)
-        tried = len(batch)
+    def _halve(self, tried: int, longest: int) -> None:
         if not self.automatic:
             raise UserError(
                 f"--batch_size {self.size} does not fit into memory with prompts of {longest} tokens; lower it, or "
@@ -147,14 +155,21 @@ class Batches:
             )
         self.size = max(1, min(self.size, tried) // 2)
         logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
+
+
+def _unless_out_of_memory(
+    generate: Callable[[Sequence[int]], list[Answer]], batch: Sequence[int]
+) -> list[Answer] | None:
+    try:
+        return generate(batch)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            raise
         return None
 
 
 class AnswerGenerator:
-    """Answers prompts by greedy decoding, in batches padded on the left.
-
-    Whatever the model's own generation config says of sampling, penalties, beams or lengths does not count; of it only
-    the tokens that end an answer are taken. Model, mode and tokenizer are left as they were.
+    """Answers prompts in batches padded on the left. Model, mode and tokenizer are left as they were.
 
     Args:
         model: A causal LM, with or without a PEFT adapter.
@@ -163,58 +178,50 @@ class AnswerGenerator:
         batch_size: Prompts per batch; None begins with 64 and halves it whenever memory runs out.
         cache_implementation: `"dynamic"`, or `"static"` for a key-value cache of one size, as long as the longest
             prompt needs; with it a GPU runs compiled decoding steps.
-
-    Raises:
-        ValueError: If a number is not positive, for another cache, or if the tokenizer has neither a padding nor an
-            end-of-sequence token.
+        sampling: How to sample; None decodes greedily.
+        in_context: Whether texts are decoded after their prompt, so that both can be joined as they are: some decoders
+            drop the space before a first word.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Any,
+        tokenizer: Any,
         max_new_tokens: int = 256,
         batch_size: int | None = None,
         cache_implementation: str = "dynamic",
+        sampling: Sampling | None = None,
+        in_context: bool = False,
     ) -> None:
-        if cache_implementation not in ("dynamic", "static"):
-            raise UserError(f"cache_implementation must be 'dynamic' or 'static', got {cache_implementation!r}")
-        self.batches = Batches(batch_size, max_new_tokens)
-        self.model: Any = model
-        self.tokenizer: Any = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens = max_new_tokens
+        self.batches = Batches(batch_size, max_new_tokens)
+        self.cache_implementation = cache_implementation
+        self.sampling = sampling
+        self.in_context = in_context
         self.pad_id = padding_id(tokenizer)
         self.stops = stop_ids(model, tokenizer)
-        self.cache_implementation = cache_implementation
-
-    @property
-    def batch_size(self) -> int:
-        """Prompts per batch, as it stands."""
-        return self.batches.size
-
-    @property
-    def dtype(self) -> str:
-        """The model's dtype, by torch's name without the prefix."""
-        return str(self.model.dtype).removeprefix("torch.")
 
     def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
         """Generate, one batch at a time.
 
         Args:
-            prompts: Token ids by a key that the answers carry.
+            prompts: Token ids by a key that the answers carry; it also seeds what is sampled.
 
         Yields:
             The answers of a batch. Longest prompts first; batches hold prompts of similar length.
 
         Raises:
-            ValueError: If a prompt has no tokens, or memory does not suffice for a batch.
+            UserError: A prompt has no tokens, or memory does not suffice for a batch.
         """
         lengths = {index: len(ids) for index, ids in prompts.items()}
         config = self._config(longest=max(lengths.values(), default=0))
 
         def generate(batch: Sequence[int]) -> list[Answer]:
-            rows = self._generate([prompts[index] for index in batch], config)
-            return [self._answer(index, row) for index, row in zip(batch, rows, strict=True)]
+            choice = self._choice(batch)
+            rows = self._generate([prompts[index] for index in batch], config, choice)
+            told = choice.rows() if isinstance(choice, RecordGreedy) else [[0.0]] * len(batch)
+            return [self._answer(i, prompts[i], row, p) for i, row, p in zip(batch, rows, told, strict=True)]
 
         yield from self.batches.run(lengths, generate)
 
@@ -231,12 +238,15 @@ class AnswerGenerator:
             max_cache_len=longest + self.max_new_tokens if self.cache_implementation == "static" else None,
         )
 
+    def _choice(self, batch: Sequence[int]) -> SampleTokens | RecordGreedy:
+        if self.sampling is None:
+            return RecordGreedy()
+        uniforms = self.sampling.uniforms(batch, self.max_new_tokens)
+        return SampleTokens(uniforms, self.sampling.temperature, self.sampling.top_p)
+
     @torch.no_grad()
     def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: GenerationConfig,
-        processors: LogitsProcessorList | None = None,
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, choice: LogitsProcessor
     ) -> list[list[int]]:
         """New token ids of each prompt, as many as of the longest answer."""
         width = max(len(ids) for ids in prompts)
@@ -248,15 +258,62 @@ class AnswerGenerator:
                 input_ids=torch.tensor(rows, device=device),  # (prompts, width)
                 attention_mask=torch.tensor(masks, device=device),
                 generation_config=config,
-                logits_processor=processors,
+                logits_processor=LogitsProcessorList([choice]),
             )
         return output[:, width:].tolist()
 
-    def _answer(self, index: int, row: Sequence[int]) -> Answer:
+    def _answer(self, index: int, prompt: Sequence[int], row: Sequence[int], told: Sequence[float]) -> Answer:
         end = next((at for at, token in enumerate(row) if token in self.stops), len(row))
+        new_tokens = min(end + 1, len(row))
+        text = self._decode(row[:end])
+        if self.in_context:
+            before, both = self._decode(prompt), self._decode([*prompt, *row[:end]])
+            text = both[len(before) :] if both.startswith(before) else text
+        return Answer(index, text, new_tokens, sum(told[:new_tokens]), end < len(row))
+
+    def _decode(self, ids: Sequence[int]) -> str:
         # no clean-up: it takes spaces away that the reference may have
-        text = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(index, str(text), min(end + 1, len(row)))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class SampleTokens(LogitsProcessor):
+    """Draws the next token of every row by inverting its cumulative distribution, and leaves no other."""
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float, top_p: float) -> None:
+        self.uniforms = uniforms  # (rows, steps)
+        self.temperature = temperature
+        self.top_p = top_p
+        self.step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores that are 0 for the token drawn and minus infinity for all others. (rows, vocabulary)"""
+        probabilities, order = (scores.float() / self.temperature).softmax(-1).sort(-1, descending=True)
+        mass = probabilities.cumsum(-1)
+        inside = mass - probabilities < self.top_p  # the first is always inside
+        total = (probabilities * inside).sum(-1, keepdim=True)
+        self.uniforms = self.uniforms.to(scores.device)  # once
+        drawn = self.uniforms[:, self.step].unsqueeze(1) * total
+        self.step += 1
+        place = torch.searchsorted(mass, drawn, right=True).minimum(inside.sum(-1, keepdim=True) - 1)
+        chosen = order.gather(-1, place)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)  # type: ignore[return-value]
+
+
+class RecordGreedy(LogitsProcessor):
+    """Keeps the log-probability of the likeliest token of every row, one number a token, and changes no score."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The scores as they are. (rows, vocabulary)"""
+        scores32 = scores.float()
+        self.steps.append(scores32.amax(-1) - scores32.logsumexp(-1))
+        return scores
+
+    def rows(self) -> list[list[float]]:
+        """Log-probabilities. (rows, steps)"""
+        return torch.stack(self.steps, dim=1).tolist()
 
 
 @contextlib.contextmanager
@@ -274,11 +331,7 @@ def _in_evaluation(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token that fills up batches: the tokenizer's padding token, else its end-of-sequence token.
-
-    Raises:
-        ValueError: It has neither.
-    """
+    """The token that fills up batches: the tokenizer's padding token, else its end-of-sequence token."""
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_id is None:
         raise UserError("the tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token")
@@ -295,58 +348,20 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def generate_answers(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[str],
     max_new_tokens: int = 64,
     batch_size: int | None = 32,
     progress: bool = True,
 ) -> list[str]:
-    """Answers prompts by greedy decoding, in batches of prompts of similar length.
-
-    The prompts are tokenized as they are, special tokens included.
-
-    Args:
-        model: A causal LM, with or without a PEFT adapter.
-        tokenizer: Its tokenizer. Without a padding token its end-of-sequence token pads.
-        prompts: The prompts.
-        max_new_tokens: Most tokens in an answer.
-        batch_size: Prompts per batch; None as in `AnswerGenerator`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        One answer per prompt, in the order of the prompts: the new tokens as text, without special tokens.
-
-    Raises:
-        ValueError: If `prompts` is a string, holds something else than non-empty strings, if a number is not
-            positive, or if the tokenizer has neither a padding nor an end-of-sequence token.
-    """
-    if isinstance(prompts, str):
-        raise UserError("prompts must be a sequence of strings, got one string; put it into a list")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"prompts[{index}] must be a non-empty string, got {prompt!r}")
+    """Greedy answers to texts, in their order. The prompts are tokenized as they are, special tokens included."""
     generator = AnswerGenerator(model, tokenizer, max_new_tokens, batch_size)
     encoded = {index: tokenizer(prompt)["input_ids"] for index, prompt in enumerate(prompts)}
     answers = [""] * len(encoded)
-    for batch in show_progress(generator.answers(encoded), len(encoded), progress):
-        for answer in batch:
-            answers[answer.index] = answer.text
-    return answers
-
-
-def show_progress(batches: Iterable[list[Answer]], total: int, shown: bool) -> Iterator[list[Answer]]:
-    """Pass batches on with a progress bar that counts prompts.
-
-    Args:
-        batches: What `AnswerGenerator.answers` yields.
-        total: Number of prompts.
-        shown: Whether to show the bar.
-
-    Yields:
-        The batches.
-    """
-    with tqdm(total=total, desc="Generating", unit="prompt", disable=not shown) as bar:
-        for batch in batches:
-            yield batch
+    with tqdm(total=len(encoded), desc="Generating", unit="prompt", disable=not progress) as bar:
+        for batch in generator.answers(encoded):
+            for answer in batch:
+                answers[answer.index] = answer.text
             bar.update(len(batch))
+    return answers

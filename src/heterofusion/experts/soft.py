@@ -64,12 +64,12 @@ def check_soft(experts: Sequence[Expert]) -> None:
     for expert in experts:
         if not expert.tokenizer.is_fast:
             raise UserError(
-                f"{expert.title}: --top_k_logits needs a fast tokenizer, which tells what its tokens stand for; save "
+                f"{expert.name}: --top_k_logits needs a fast tokenizer, which tells what its tokens stand for; save "
                 "one with a tokenizer.json, or leave the flag out"
             )
         if expert.adapter is not None and expert.adapter.virtual_tokens:
             raise UserError(
-                f"{expert.title} puts tokens before the prompt, so its logits stand at other positions; leave "
+                f"{expert.name} puts tokens before the prompt, so its logits stand at other positions; leave "
                 "--top_k_logits out, or give a LoRA"
             )
 
@@ -254,7 +254,7 @@ def _examples(expert: Expert, labels: Sequence[OwnLabel]) -> tuple[Dataset, list
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer})
         used.append(label)
     if len(used) < len(labels):
-        logger.info("%s: %d labels are empty or too long for soft labels", expert.title, len(labels) - len(used))
+        logger.info("%s: %d labels are empty or too long for soft labels", expert.name, len(labels) - len(used))
     return Dataset.from_list(rows), used
 
 

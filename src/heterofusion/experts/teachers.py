@@ -25,6 +25,7 @@ from heterofusion.adapters.lora import CONFIG_FILE, LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, ReplayReport, build_replay, examples_sha256, make_collator
 from heterofusion.evaluation.arguments import EvalModelArguments
+from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.generation import longest_first
 from heterofusion.experts.models import (
     Adapter,
@@ -57,7 +58,7 @@ class Teacher:
         examples: the replay in it: `input_ids`, `attention_mask` and `labels`, in the order of the target's.
     """
 
-    base: EvalModelArguments
+    base: BaseArguments
     commit: str | None
     adapter: Adapter | None
     tokenizer: PreTrainedTokenizerBase

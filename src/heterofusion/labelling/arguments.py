@@ -9,12 +9,11 @@ from typing import NamedTuple
 from heterofusion.data.labels import ANCHOR, LABEL_CONTROLS
 from heterofusion.evaluation.arguments import (
     BASE_NAME,
-    NO_ADAPTER,
     EvalDataArguments,
-    EvalModelArguments,
-    GenerationArguments,
     is_file_name,
 )
+from heterofusion.experts.expert import NO_ADAPTER, BaseArguments
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.method.config import check_range
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import ModelArguments
@@ -76,7 +75,8 @@ class LabelModelArguments(ModelArguments):
         if self.target_adapter is not None and not self.model_name_or_path:
             raise UserError(f"--target_adapter {self.target_adapter} needs its base: give --model_name_or_path")
         self.names()
-        self.how("")  # its flags are checked there
+        if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
+            raise UserError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
 
     def bases(self) -> list[str]:
         """The sources' bases, one each."""
@@ -111,16 +111,15 @@ class LabelModelArguments(ModelArguments):
                 )
         return names
 
-    def how(self, base: str, revision: str | None = None) -> EvalModelArguments:
+    def how(self, base: str, revision: str | None = None) -> BaseArguments:
         """A base and how it is loaded."""
-        return EvalModelArguments(
+        return BaseArguments(
             model_name_or_path=base,
             model_revision=revision,
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             load_in_8bit=self.load_in_8bit,
             load_in_4bit=self.load_in_4bit,
-            merge_adapters=self.merge_adapters,
             trust_remote_code=self.trust_remote_code,
             use_cpu=self.use_cpu,
         )

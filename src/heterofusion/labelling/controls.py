@@ -28,7 +28,7 @@ def check_bases(sources: Sequence[Expert]) -> None:
     for source in sources:
         if source.adapter is None:
             raise UserError(
-                f"--control bases: {source.title} is a base without an adapter, so its base would give the same "
+                f"--control bases: {source.name} is a base without an adapter, so its base would give the same "
                 "labels; give its adapter, or leave the source out"
             )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity
 from heterofusion.evaluation.metrics import UIE
 from heterofusion.evaluation.uie import KINDS, normalize, parse_items, score_answers
-from heterofusion.experts.label_generation import Label
+from heterofusion.experts.generation import Answer as Label
 
 FormatCheck = Callable[[Label, str], bool]
 

@@ -11,7 +11,7 @@ from heterofusion.data.labels import CONTROL_COLUMN
 from heterofusion.data.markdown import markdown_table
 from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import Expert
-from heterofusion.experts.label_generation import Label
+from heterofusion.experts.generation import Answer as Label
 from heterofusion.experts.soft import OwnLabel
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.formats import format_check

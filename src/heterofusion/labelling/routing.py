@@ -15,7 +15,7 @@ from typing import Any
 from heterofusion.data.labels import ANCHOR
 from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.arguments import NO_ADAPTER
-from heterofusion.experts.label_generation import Label
+from heterofusion.experts.generation import Answer as Label
 from heterofusion.labelling.formats import FormatCheck
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import read_yaml

@@ -21,17 +21,20 @@ from accelerate import PartialState
 
 from heterofusion.data.labels import ANCHOR, LABELS_FILE
 from heterofusion.evaluation.arguments import BASE_NAME, is_file_name
+from heterofusion.evaluation.datasets import EvalSet, check_references
 from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.store import read_json, write_json, write_lines
-from heterofusion.experts.answering import Answering, Questions
-from heterofusion.experts.examples import EvalSet, Prompts
-from heterofusion.experts.expert import Expert, OneModel, find_experts
-from heterofusion.experts.label_generation import Label, Sampling
+from heterofusion.experts.examples import Prompts
+from heterofusion.experts.expert import Expert, ExpertRunner
+from heterofusion.experts.generation import Answer as Label
+from heterofusion.experts.generation import Sampling
 from heterofusion.experts.soft import FOLDER as SOFT
 from heterofusion.experts.soft import INDEX_FILE as SOFT_INDEX
 from heterofusion.experts.soft import check_soft, store_soft_labels
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.controls import check_bases, labellers, with_control
+from heterofusion.labelling.experts import find_experts
+from heterofusion.labelling.parts import Asked, Asking
 from heterofusion.labelling.record import TaskLabels, label_records, labels_record, own_labels
 from heterofusion.labelling.routing import Routing, read_map, route
 from heterofusion.labelling.self_prompt import (
@@ -90,8 +93,8 @@ class Labelling:
             if arguments.output.top_k_logits:
                 check_soft([*sources, *([anchor] if anchor is not None and self._anchor_may_label else [])])
             self._encode_all()
-        self.model = OneModel(ranks.device)
-        self.answering = Answering(ranks, self.folder / PARTS, self.model, arguments.generation)
+        self.model = ExpertRunner(ranks.device)
+        self.answering = Asking(ranks, self.folder / PARTS, self.model, arguments.generation)
 
     # ---- before anything is loaded ----
 
@@ -186,6 +189,7 @@ class Labelling:
         key = (expert.tokenizer.name_or_path, expert.base.model_name_or_path, expert.limit, id(examples))
         if key not in self._encoded:
             self._encoded[key] = expert.encode(examples)
+            check_references(examples, self._encoded[key])
         return self._encoded[key]
 
     # ---- the work ----
@@ -240,7 +244,7 @@ class Labelling:
         first = self.anchor if len(self.mapped) < len(self.tasks) else self.experts[needed[0]]
         with all_together(self.ranks):
             if first is not None:
-                self.model.load(first)
+                self.model.load(first.base)
         with all_together(self.ranks):
             if self.ranks.is_main_process:
                 remove_labels(self.folder)
@@ -271,9 +275,9 @@ class Labelling:
             return routing
         return with_control(routing, kind, self.arguments.data.seed)
 
-    def _questions(self, prompts: Mapping[str, Prompts]) -> dict[str, Questions]:
+    def _questions(self, prompts: Mapping[str, Prompts]) -> dict[str, Asked]:
         most = self.arguments.generation.max_new_tokens
-        return {name: Questions(asked.ids, most) for name, asked in prompts.items()}
+        return {name: Asked(asked.ids, most) for name, asked in prompts.items()}
 
     def _tell(self, routing: Routing) -> None:
         """Write and say who labels what.
@@ -296,14 +300,14 @@ class Labelling:
 
     # ---- inputs that are invented ----
 
-    def _drawing(self, expert: Expert, task: LabelTask, count: int) -> Questions:
+    def _drawing(self, expert: Expert, task: LabelTask, count: int) -> Asked:
         """A template's beginning, `count` times, to be continued by sampling."""
         assert task.replay is not None  # for the type checker: --self_prompt needs it
         data = self.arguments.data
         whole = self._encode(expert, task.replay).ids
         head = self.templates[task.name].head(_asked(task.replay).format, expert.tokenizer)
         sampling = Sampling(draw_seed(data.seed, task.name, expert.name), data.temperature, data.top_p)
-        return Questions([head] * count, longest_input(whole, head), sampling)
+        return Asked([head] * count, longest_input(whole, head), sampling)
 
     def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
         """Let those that were chosen invent the prompts of their tasks, with --control too; counts by task."""

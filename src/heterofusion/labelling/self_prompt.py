@@ -22,8 +22,8 @@ from typing import Any
 
 from heterofusion.data.files import Records
 from heterofusion.data.formats import Message, Part, Prompt, render_prompt, tokenize_prompt
-from heterofusion.experts.examples import EvalSet
-from heterofusion.experts.label_generation import Label
+from heterofusion.evaluation.datasets import EvalSet
+from heterofusion.experts.generation import Answer as Label
 from heterofusion.labelling.tasks import conversation, prompt_set
 from heterofusion.runtime.errors import UserError
 

@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import Message, Part, detect_format, to_conversation
+from heterofusion.evaluation.datasets import EvalSet, load_eval_sets
 from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, choose_metric
-from heterofusion.experts.examples import EvalSet, load_eval_sets
 from heterofusion.labelling.arguments import LabelDataArguments
 from heterofusion.runtime.errors import UserError
 
@@ -121,7 +121,7 @@ def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
     examples = [records.call(i, read_prompt, rows[i], format) for i in indices]
     digest = hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
     # the metric scores nothing here: of all metrics it is the one that takes empty answers
-    return EvalSet(name, EXACT_MATCH, format, records, indices, examples, digest, {"max_examples": len(indices)})
+    return EvalSet(name, format, records, indices, examples, digest, {"max_examples": len(indices)}, EXACT_MATCH)
 
 
 def _prompt_format(columns: Sequence[str]) -> str | None:

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.evaluation.arguments import EvalDataArguments, EvalModelArguments, GenerationArguments
+from heterofusion.evaluation.datasets import check_references, load_eval_sets
 from heterofusion.evaluation.results import metric_record
-from heterofusion.experts.examples import encode, load_eval_sets
+from heterofusion.experts.examples import encode
 from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.experts.models import Models, adapter_tokenizer, find_adapter, prompt_limit
 from heterofusion.runtime.loading import check_token_ids
@@ -58,6 +59,7 @@ class Scorer:
         limit = prompt_limit(base_config, generation.max_new_tokens, generation.max_prompt_length)
         self.prompts = {label: encode(examples, self.tokenizer, limit) for label, examples in self.sets.items()}
         for label, prompts in self.prompts.items():
+            check_references(self.sets[label], prompts)
             check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], base_config)
             if prompts.cut:
                 logger.warning("%d prompts of %s were cut to %s tokens on the left", prompts.cut, label, limit)

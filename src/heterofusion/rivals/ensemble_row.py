@@ -15,8 +15,9 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from heterofusion.adapters.config import AdapterError
 from heterofusion.evaluation.arguments import EnsembleArguments, EvalArguments, EvalModelArguments, GenerationArguments
+from heterofusion.evaluation.datasets import EvalSet, check_references
 from heterofusion.evaluation.rows import AnswerSource, Lineup, adapter_hash, adapter_name, base_state
-from heterofusion.experts.examples import EvalSet, Prompts, encode
+from heterofusion.experts.examples import Prompts, encode
 from heterofusion.experts.generation import padding_id, stop_ids
 from heterofusion.experts.models import (
     Adapter,
@@ -173,6 +174,7 @@ class EnsembleRow:
         members = []
         for part, limit in zip(self.parts, limits, strict=True):
             prompts = encode(examples, part.tokenizer, limit)
+            check_references(examples, prompts)
             check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], part.config)
             members.append(prompts)
         texts = zip(*(prompts.texts for prompts in members), strict=True)

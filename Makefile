@@ -26,10 +26,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info src/*.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs build dist *.egg-info src/*.egg-info .coverage .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

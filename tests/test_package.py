@@ -1,4 +1,4 @@
-"""What the package declares: every module that is imported, and an upper bound where private names are used."""
+"""What the package declares and ships: every module that is imported, every room, the recipes."""
 
 import ast
 import re
@@ -9,7 +9,8 @@ import pytest
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONTENT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = CONTENT["project"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # where a module is not called as its package
 
 
@@ -47,3 +48,10 @@ def test_every_declared_package_has_a_tested_version():
     declared = names(PROJECT["dependencies"]).union(*map(names, extras.values()))
     pinned = names((ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines())
     assert declared <= pinned
+
+
+def test_every_room_and_the_recipes_are_shipped():
+    rooms = {file.parent.relative_to(ROOT / "src") for file in (ROOT / "src").rglob("__init__.py")}
+    recipes = {"heterofusion" / file.parent.relative_to(ROOT) for file in (ROOT / "recipes").rglob("*.py")}
+    wanted = {".".join(folder.parts) for folder in rooms | recipes} | {"heterofusion.accelerate_configs"}
+    assert set(CONTENT["tool"]["setuptools"]["packages"]) == wanted

@@ -1,6 +1,7 @@
 """Contexts: blocks, descriptors and masks compared with plain loops, and what scaling and rank do to them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,19 @@ from heterofusion.method.contexts import (
 )
 
 BLOCK = 10  # divides none of the sizes 32, 16, 48 and 24
+
+
+def contexts_of(plan, block=BLOCK, canonicalize=False):
+    """Contexts by group, each with `target` and `source`: their blocks, descriptors and mask."""
+    return {name: halves(context) for name, context in build_contexts(plan, block, canonicalize).items()}
+
+
+def halves(context):
+    inputs = context.inputs
+    blocks, descriptors = inputs.split(inputs.blocks), inputs.split(inputs.descriptors)
+    masks = context.target_mask, inputs.source_mask
+    target, source = (SimpleNamespace(blocks=blocks[i], descriptors=descriptors[i], mask=masks[i]) for i in range(2))
+    return SimpleNamespace(**vars(context), target=target, source=source)
 
 
 @pytest.fixture
@@ -118,10 +132,10 @@ def test_descriptors_have_the_rank_s_length(block):
 
 @pytest.mark.parametrize("block", [3, BLOCK, 16, 100])
 def test_contexts_of_all_groups_are_those_of_plain_loops(ragged, block):
-    contexts = build_contexts(ragged, block)
+    contexts = contexts_of(ragged, block)
     assert sorted(contexts) == sorted(f"{role}_proj_r4" for role in ("q", "k", "v", "o", "gate", "up", "down"))
-    for context in contexts.values():
-        assert context.members == ragged.groups[context.key]
+    for name, context in contexts.items():
+        assert context.members == ragged.groups[next(key for key in ragged.groups if key.name == name)]
         modules = [item.target.module for item in context.members]
         check_sequences(context.target, [naive_blocks(module.lora_A, module.lora_B, block) for module in modules])
         expected = [naive_source(item, block) for item in context.members]
@@ -136,7 +150,7 @@ def test_contexts_of_all_groups_are_those_of_plain_loops(ragged, block):
 
 def test_group_of_equal_modules_needs_no_mask(adapter):
     plan = plan_alignment(adapter("target", 3), [adapter("source", 3)])
-    for context in build_contexts(plan, BLOCK).values():
+    for context in contexts_of(plan, BLOCK).values():
         assert not context.ragged
         assert context.source.mask is None
         assert torch.equal(context.source_of_block, torch.zeros_like(context.source_of_block))
@@ -150,24 +164,24 @@ def test_decode_index_selects_the_blocks_of_B(adapter):
     }
     target = adapter("target", modules=modules)
     plan = plan_alignment(target, [adapter("source")])
-    for context in build_contexts(plan, BLOCK).values():
+    for context in contexts_of(plan, BLOCK).values():
         raw = [
             (naive_blocks(item.target.module.lora_A, item.target.lora_B, BLOCK), item.target.out_features)
             for item in context.members
         ]
         expected = [blocks[-math.ceil(out / BLOCK) :] for blocks, out in raw]
         assert context.b_blocks == tuple(len(blocks) for blocks in expected)
-        chosen = context.target.blocks.flatten(0, 1)[context.decode_index]
+        chosen = context.target.blocks.flatten(0, 1)[context.inputs.decode_index]
         assert len(chosen) == sum(context.b_blocks)
         for actual, block in zip(chosen, torch.cat(expected), strict=True):
             torch.testing.assert_close(actual, naive_standardized(block), atol=1e-5, rtol=0)
-    assert build_contexts(plan, BLOCK)["q_proj_r4"].target.mask is not None
+    assert contexts_of(plan)["q_proj_r4"].target.mask is not None
 
 
 @pytest.mark.parametrize("block", [3, BLOCK, 64])
 def test_sequence_lengths_are_those_of_the_contexts(ragged, block):
     lengths = sequence_lengths(ragged, block)
-    contexts = build_contexts(ragged, block)
+    contexts = contexts_of(ragged, block)
     assert lengths == {
         name: max(context.target.blocks.shape[1], context.source.blocks.shape[1]) for name, context in contexts.items()
     }
@@ -176,7 +190,7 @@ def test_sequence_lengths_are_those_of_the_contexts(ragged, block):
 def test_fused_source_gives_the_contexts_of_its_rows(adapter, tmp_path):
     source = load_adapter(lora_folder(tiny_model("phi3"), tmp_path / "phi3", ["qkv_proj"]))
     config = tiny_config("phi3")
-    fused = build_contexts(plan_alignment(adapter("target"), [source], source_configs=[config]), BLOCK)
+    fused = contexts_of(plan_alignment(adapter("target"), [source], source_configs=[config]), BLOCK)
     module = source.modules["model.layers.1.self_attn.qkv_proj"]
     B = module.lora_B
     for role, rows in (("q_proj", B[:32]), ("k_proj", B[32:48]), ("v_proj", B[48:])):
@@ -187,7 +201,7 @@ def test_fused_source_gives_the_contexts_of_its_rows(adapter, tmp_path):
 def test_fused_target_decodes_only_the_rows_of_the_role(adapter, tmp_path):
     target = load_adapter(lora_folder(tiny_model("phi3"), tmp_path / "phi3", ["qkv_proj"]))
     plan = plan_alignment(target, [adapter("source")], target_config=tiny_config("phi3"))
-    contexts = build_contexts(plan, BLOCK)
+    contexts = contexts_of(plan, BLOCK)
     assert {name: context.b_blocks for name, context in contexts.items()} == {
         "q_proj_r4": (4, 4),
         "k_proj_r4": (2, 2),
@@ -205,7 +219,7 @@ def source_blocks(adapter, canonicalize=False, target=None, **config):
     plan = plan_alignment(target, [source])
     (item,) = [item for item in plan.groups["q_proj", 4] if item.target.layer == 1]
     A, B, _ = source_factors(item.sources[0][1], 4, item.target.module.scaling, canonicalize)
-    descriptors = build_contexts(plan, BLOCK, canonicalize)["q_proj_r4"].source.descriptors[1]
+    descriptors = contexts_of(plan, BLOCK, canonicalize)["q_proj_r4"].source.descriptors[1]
     count = math.ceil(A.shape[1] / BLOCK)
     assert len(descriptors) == count + math.ceil(B.shape[0] / BLOCK)
     return A, B, descriptors[:count], descriptors[count:]
@@ -276,7 +290,7 @@ def test_source_of_another_rank_is_refactored(adapter, r, canonicalize):
 def test_rank_pattern_of_a_source_is_refactored_to_the_target(adapter):
     ranks = {"model.layers.1.self_attn.q_proj": 7}
     source = adapter("source", ranks=ranks, rank_pattern={"layers.1.self_attn.q_proj": 7})
-    context = build_contexts(plan_alignment(adapter("target"), [source]), BLOCK)["q_proj_r4"]
+    context = contexts_of(plan_alignment(adapter("target"), [source]))["q_proj_r4"]
     assert context.source.descriptors.shape[-1] == 4
     module = source.modules["model.layers.1.self_attn.q_proj"]
     A, B, _ = canonical_factors(module.lora_A, module.lora_B, 4)
@@ -295,7 +309,7 @@ def test_canonical_contexts_do_not_depend_on_the_factors(adapter, tmp_path):
     other, target = adapter("other", tensors=tensors), adapter("target")
     plans = [plan_alignment(target, [item]) for item in (source, other)]
     for canonicalize, equal in ((True, True), (False, False)):
-        first, second = (build_contexts(plan, BLOCK, canonicalize) for plan in plans)
+        first, second = (contexts_of(plan, BLOCK, canonicalize) for plan in plans)
         for name, context in first.items():
             difference = (context.source.blocks - second[name].source.blocks).abs().max()
             assert (difference < 1e-3) == equal, name
@@ -306,7 +320,7 @@ def test_canonical_target_context_leaves_the_target_alone(adapter):
     target = adapter("target")
     before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
     plan = plan_alignment(target, [adapter("source")])
-    context = build_contexts(plan, BLOCK, canonicalize=True)["down_proj_r4"]
+    context = contexts_of(plan, BLOCK, canonicalize=True)["down_proj_r4"]
     module = target.modules["model.layers.0.mlp.down_proj"]
     blocks, descriptors = describe_blocks(naive_blocks(*canonical_factors(module.lora_A, module.lora_B)[:2], BLOCK))
     torch.testing.assert_close(context.target.blocks[0], blocks)
@@ -322,4 +336,4 @@ def test_scaling_beyond_float32_raises(adapter, canonicalize):
     with pytest.raises(AdapterError, match=r"q_proj: its update times 1e\+60 .* beyond float32; check lora_alpha"):
         source_factors(item.sources[0][1], 4, item.target.module.scaling, canonicalize)
     with pytest.raises(AdapterError, match="check lora_alpha"):
-        build_contexts(plan, BLOCK, canonicalize)
+        contexts_of(plan, BLOCK, canonicalize)

@@ -185,7 +185,7 @@ def test_masked_sets_equal_a_loop_over_modules():
 
 def test_rdm_is_small_for_the_wanted_distribution_and_large_otherwise():
     torch.manual_seed(0)
-    settings = {"mu": 0.0, "sigma": 1.0, "num_projections": 64}
-    matching = rdm_loss(torch.randn(1, 4000, 8), generator=torch.Generator().manual_seed(1), **settings)
-    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, generator=torch.Generator().manual_seed(1), **settings)
+    method = MethodConfig(rdm_projections=64)
+    matching = rdm_loss(torch.randn(1, 4000, 8), method, torch.Generator().manual_seed(1))
+    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, method, torch.Generator().manual_seed(1))
     assert matching < 0.01 < 0.5 < shifted

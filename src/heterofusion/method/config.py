@@ -106,9 +106,7 @@ class MethodConfig(BasisArguments):
         default=None,
         metadata={"help": "Embedding width of the hypernetwork; 1024 in `paper` on a 4096-wide model.", **_SIZE},
     )
-    num_heads: int | None = field(
-        default=None, metadata={"help": "Attention heads of the hypernetwork (8).", **_SIZE}
-    )
+    num_heads: int | None = field(default=None, metadata={"help": "Attention heads of the hypernetwork (8).", **_SIZE})
     max_position_embeddings: int | None = field(
         default=None,
         metadata={"help": "Longest sequence of blocks, sources concatenated (4096; 1024 in `compact`).", **_SIZE},

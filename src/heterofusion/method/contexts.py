@@ -191,8 +191,7 @@ def _build_group(
     b_blocks = tuple(block_count(item.target.out_features, block_size) for item in members)
     positions = torch.arange(target.shape[0] * target.shape[1]).view(target.shape[:2])
     decode_index = [
-        row[len(blocks) - count : len(blocks)]
-        for row, blocks, count in zip(positions, targets, b_blocks, strict=True)
+        row[len(blocks) - count : len(blocks)] for row, blocks, count in zip(positions, targets, b_blocks, strict=True)
     ]
     blocks, descriptors = describe_blocks(torch.cat([target.flatten(0, 1), source.flatten(0, 1)]))
     lengths = [len(blocks) for blocks in sources]

@@ -141,7 +141,7 @@ class LiveUpdates:
         self.by_module.update(self.predictor.module_updates(updates))
 
     def rdm(self, step: int) -> Tensor:
-        """RDM of the last live prediction, see `BlockPredictor.rdm`; gradients must have been on, and not collected."""
+        """RDM of the last prediction with gradients on that were not collected, see `BlockPredictor.rdm`."""
         return self.predictor.rdm(self._outputs, step)
 
 

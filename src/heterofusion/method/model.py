@@ -97,7 +97,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             blocks = predicted_blocks(plan, sizes.block_size)
             self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init, blocks).float()
         self.method = method
-        self._seed = seed
+        self.seed = seed
         self._mode_set = self._anchor_alone = False
         _load_adapter(self, plan.target.state_dict(), plan.target)
         self._live: dict[str, Tensor] = {}
@@ -144,7 +144,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         old = getattr(self, "updates", None)
         self.plan = plan
         self._live.clear()
-        self.updates = LiveUpdates(BlockPredictor(self.hypernetworks, plan, self.method, self._seed), self._live)
+        self.updates = LiveUpdates(BlockPredictor(self.hypernetworks, plan, self.method, self.seed), self._live)
         if old is not None:
             self.updates.predictor.device = old.predictor.device
             self.updates.average_over_ranks = old.average_over_ranks
@@ -317,7 +317,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             setattr(config, name, rate)
         base: Any = self.get_base_model()
         del base.peft_config  # PEFT would take the adapter, which it replaces, for a second one
-        with _own_randomness(self._seed), _without_peft_warning():
+        with _own_randomness(self.seed), _without_peft_warning():
             plain = PeftModelForCausalLM(base, _lora_config(self.plan.target), ADAPTER_NAME)
         _load_adapter(plain, state, self.plan.target)
         return plain.eval()
@@ -376,8 +376,7 @@ def _load_adapter(model: PeftModelForCausalLM, state: dict[str, Tensor], target:
         result: Any = set_peft_model_state_dict(model, state, ADAPTER_NAME)
     except (RuntimeError, KeyError) as error:
         raise AdapterError(
-            f"target adapter {target.weights_file} does not fit the base model: "
-            f"{str(error).strip().splitlines()[-1]}"
+            f"target adapter {target.weights_file} does not fit the base model: {str(error).strip().splitlines()[-1]}"
         ) from error
     missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if missing or result.unexpected_keys:

@@ -20,7 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from heterofusion.data.replay import DataArguments
-from heterofusion.method.config import MethodConfig, preset_field, check_range
+from heterofusion.method.config import MethodConfig, check_range, preset_field
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import set_zero_init_dtype
 

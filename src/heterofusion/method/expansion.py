@@ -183,8 +183,7 @@ def with_target(plan: AlignmentPlan, target: LoraAdapter) -> AlignmentPlan:
 def expanded_config(anchor: LoraAdapter, count: int) -> dict[str, Any]:
     """`adapter_config.json` of an adapter whose every rank grows by `count`, with every module's scaling as it was.
 
-    `lora_alpha` is what most modules need; the others are named in `alpha_pattern`, by role where all modules of a
-    role need the same, else by path.
+    `lora_alpha` is what most modules need; the others are named in `alpha_pattern`.
     """
     config = dict(anchor.config)
     alphas = {
@@ -192,19 +191,11 @@ def expanded_config(anchor: LoraAdapter, count: int) -> dict[str, Any]:
         for path, module in anchor.modules.items()
     }
     default = Counter(alphas.values()).most_common(1)[0][0]
-    by_role: dict[str, set[float]] = {}
-    for path, alpha in alphas.items():
-        by_role.setdefault(path.rpartition(".")[2], set()).add(alpha)
-    pattern = {}
-    for path, alpha in alphas.items():
-        role = path.rpartition(".")[2]
-        if by_role[role] != {default}:  # a role with several values is listed whole: the first match counts
-            pattern[role if len(by_role[role]) == 1 else path] = alpha
     return config | {
         "r": config["r"] + count,
         "rank_pattern": {name: rank + count for name, rank in config["rank_pattern"].items()},
         "lora_alpha": default,
-        "alpha_pattern": pattern,
+        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != default},
     }
 
 

@@ -8,11 +8,9 @@ import torch
 
 from builders import llama_modules, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter, plan_alignment
-from heterofusion.adapters.factors import canonical_factors
 from heterofusion.method.contexts import (
     build_contexts,
     context_blocks,
-    cut_blocks,
     describe_blocks,
     sequence_lengths,
     source_factors,
@@ -99,15 +97,6 @@ def check_sequences(sequences, expected):
         assert (sequences.descriptors[row, len(blocks) :] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [1, 9, 10, 11, 30])
-def test_cut_blocks_pads_the_last_block_with_zeros(rows):
-    matrix = torch.arange(1.0, 3 * rows + 1).view(rows, 3)
-    blocks = cut_blocks(matrix, BLOCK)
-    assert blocks.shape == (math.ceil(rows / BLOCK), BLOCK, 3)
-    assert torch.equal(blocks.view(-1, 3)[:rows], matrix)
-    assert (blocks.view(-1, 3)[rows:] == 0).all()
-
-
 @pytest.mark.parametrize("sizes", [(32, 16), (30, 20), (7, 7), (10, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_context_is_the_blocks_of_A_transposed_then_those_of_B(sizes, dtype):
@@ -116,18 +105,6 @@ def test_context_is_the_blocks_of_A_transposed_then_those_of_B(sizes, dtype):
     assert len(blocks) == math.ceil(sizes[0] / BLOCK) + math.ceil(sizes[1] / BLOCK)
     assert blocks.dtype == torch.float32
     assert torch.equal(blocks, naive_blocks(A.float(), B.float(), BLOCK))
-
-
-@pytest.mark.parametrize("block", [2, 10])  # below the rank, descriptors are filled with zeros
-def test_descriptors_have_the_rank_s_length(block):
-    raw = torch.randn(3, block, 4)
-    flat, descriptors = describe_blocks(raw)
-    assert flat.shape == (3, block * 4)
-    assert descriptors.shape == (3, 4)
-    assert torch.equal(descriptors[:, min(block, 4) :], torch.zeros(3, 4 - min(block, 4)))
-    torch.testing.assert_close(descriptors[:, : min(block, 4)], torch.linalg.svdvals(raw))
-    for row in range(3):
-        torch.testing.assert_close(flat[row], naive_standardized(raw[row]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("block", [3, BLOCK, 16, 100])
@@ -146,14 +123,6 @@ def test_contexts_of_all_groups_are_those_of_plain_loops(ragged, block):
         assert context.ragged
         assert context.source.mask is not None
         assert context.target.mask is None
-
-
-def test_group_of_equal_modules_needs_no_mask(adapter):
-    plan = plan_alignment(adapter("target", 3), [adapter("source", 3)])
-    for context in contexts_of(plan, BLOCK).values():
-        assert not context.ragged
-        assert context.source.mask is None
-        assert torch.equal(context.source_of_block, torch.zeros_like(context.source_of_block))
 
 
 def test_decode_index_selects_the_blocks_of_B(adapter):
@@ -234,14 +203,6 @@ def test_twice_the_alpha_is_twice_B_and_the_same_A(adapter, r, use_rslora):
         torch.testing.assert_close(actual, factor * expected)
 
 
-@pytest.mark.parametrize("r", [4, 6, 2])
-def test_twice_the_alpha_is_root_two_of_both_when_canonical(adapter, r):
-    once = source_blocks(adapter, True, r=r, lora_alpha=8)
-    twice = source_blocks(adapter, True, r=r, lora_alpha=16)
-    for actual, expected in zip(twice, once, strict=True):
-        torch.testing.assert_close(actual, math.sqrt(2) * expected)
-
-
 def test_scaling_counts_relative_to_the_target(adapter):
     """Twice the alpha on both sides changes nothing: B comes in units of the target's scaling."""
     once = source_blocks(adapter, lora_alpha=6, target=adapter("slow", lora_alpha=8))
@@ -258,14 +219,6 @@ def test_rslora_and_lora_of_equal_scaling_give_equal_contexts(adapter, canonical
     for actual, other, expected in zip(stabilized, pattern, plain, strict=True):
         assert torch.equal(actual, expected)
         assert torch.equal(other, expected)
-
-
-def test_equal_scaling_and_rank_keep_the_raw_tensors(adapter):
-    source = adapter("source", seed=5)
-    A, B, *_ = source_blocks(adapter)
-    module = source.modules["model.layers.1.self_attn.q_proj"]
-    assert torch.equal(A, module.lora_A)
-    assert torch.equal(B, module.lora_B)
 
 
 # Rank.
@@ -287,17 +240,6 @@ def test_source_of_another_rank_is_refactored(adapter, r, canonicalize):
         assert (truncated > 0.01) == (r > 4)
 
 
-def test_rank_pattern_of_a_source_is_refactored_to_the_target(adapter):
-    ranks = {"model.layers.1.self_attn.q_proj": 7}
-    source = adapter("source", ranks=ranks, rank_pattern={"layers.1.self_attn.q_proj": 7})
-    context = contexts_of(plan_alignment(adapter("target"), [source]))["q_proj_r4"]
-    assert context.source.descriptors.shape[-1] == 4
-    module = source.modules["model.layers.1.self_attn.q_proj"]
-    A, B, _ = canonical_factors(module.lora_A, module.lora_B, 4)
-    scaled, _ = describe_blocks(context_blocks(A, B * (8 / 7) / 2, BLOCK))
-    torch.testing.assert_close(context.source.blocks[1], scaled)
-
-
 def test_canonical_contexts_do_not_depend_on_the_factors(adapter, tmp_path):
     """(A, B) and (M A, B M^-1) are one adapter: without `canonicalize` their contexts differ, with it they do not."""
     source = adapter("source")
@@ -314,19 +256,6 @@ def test_canonical_contexts_do_not_depend_on_the_factors(adapter, tmp_path):
             difference = (context.source.blocks - second[name].source.blocks).abs().max()
             assert (difference < 1e-3) == equal, name
             assert (context.target.blocks == second[name].target.blocks).all()
-
-
-def test_canonical_target_context_leaves_the_target_alone(adapter):
-    target = adapter("target")
-    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
-    plan = plan_alignment(target, [adapter("source")])
-    context = contexts_of(plan, BLOCK, canonicalize=True)["down_proj_r4"]
-    module = target.modules["model.layers.0.mlp.down_proj"]
-    blocks, descriptors = describe_blocks(naive_blocks(*canonical_factors(module.lora_A, module.lora_B)[:2], BLOCK))
-    torch.testing.assert_close(context.target.blocks[0], blocks)
-    torch.testing.assert_close(context.target.descriptors[0], descriptors)
-    for key, tensor in target.state_dict().items():
-        assert torch.equal(tensor, before[key])
 
 
 @pytest.mark.parametrize("canonicalize", [False, True])

@@ -187,20 +187,21 @@ def _build_group(
             parts.append(context_blocks(A, B, block_size))
             origins.append(torch.full((len(parts[-1]),), index))
         sources.append(torch.cat(parts))
-    (target, target_mask), (source, source_mask) = _pad(targets), _pad(sources)
+    (target, target_mask), (sources_batch, source_mask) = _pad(targets), _pad(sources)
     b_blocks = tuple(block_count(item.target.out_features, block_size) for item in members)
     positions = torch.arange(target.shape[0] * target.shape[1]).view(target.shape[:2])
     decode_index = [
         row[len(blocks) - count : len(blocks)] for row, blocks, count in zip(positions, targets, b_blocks, strict=True)
     ]
-    blocks, descriptors = describe_blocks(torch.cat([target.flatten(0, 1), source.flatten(0, 1)]))
+    blocks, descriptors = describe_blocks(torch.cat([target.flatten(0, 1), sources_batch.flatten(0, 1)]))
     lengths = [len(blocks) for blocks in sources]
     return GroupContext(
         members,
         HypernetworkInput(
             blocks,
             descriptors,
-            *target.shape[:2],
+            len(members),
+            target.shape[1],
             source_mask,
             torch.cat(decode_index),
             padded_from=own if extra else None,

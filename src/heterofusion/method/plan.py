@@ -144,11 +144,11 @@ def format_plan(summary: dict[str, Any]) -> str:
     lines += ["", f"alignment: {summary['layer_alignment']}, transfer ratio {summary['transfer_ratio']}"]
     if summary["extra_rank"]:
         lines.append(f"extra rank: {summary['extra_rank']} ({summary['extra_basis']}), counted in the target's")
-    header = ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)")
-    lines += ["", *_table(header, [
-        (row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", _sources_text(row))
-        for row in summary["modules"]
-    ])]  # fmt: skip
+    lines += ["", *_table(
+        ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)"),
+        [(row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", _sources_text(row))
+         for row in summary["modules"]],
+    )]  # fmt: skip
     lines += _by_reason("untouched target modules", summary["untouched"])
     for number, source in enumerate(summary["sources"], start=1):
         lines += _by_reason(f"unused modules of source {number}", source["unused"])

@@ -1,15 +1,17 @@
 """Reading adapters: what PEFT writes is read as PEFT means it, and everything else is refused by name."""
 
+import dataclasses
 import json
-import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from builders import (
@@ -22,11 +24,14 @@ from builders import (
     llama_modules,
     lora_folder,
     refusal,
+    tiny_config,
     tiny_model,
     write_adapter,
     write_config,
 )
 from heterofusion import load_adapter
+from heterofusion.adapters import config as adapter_config
+from heterofusion.experts.models import find_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 A0, B0 = (f"base_model.model.{Q0}.lora_{name}.weight" for name in "AB")
@@ -43,7 +48,7 @@ def edit_tensors(folder, **changes):
     save_file({key: tensor for key, tensor in state.items() if tensor is not None}, folder / WEIGHTS)
 
 
-# What PEFT writes is read as PEFT means it.
+# ---- what PEFT writes is read as PEFT means it -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -79,13 +84,6 @@ def test_rank_and_scaling_are_those_of_peft(llama, tmp_path, config):
     assert len(expected) == (7 if config.get("layers_to_transform") in (1, [0]) else 14)
 
 
-def test_scaling_formulas(tmp_path):
-    plain = load_adapter(write_adapter(tmp_path / "plain", r=4, lora_alpha=6)).modules[Q0]
-    stabilized = load_adapter(write_adapter(tmp_path / "rs", r=4, lora_alpha=6, use_rslora=True)).modules[Q0]
-    assert plain.scaling == 1.5
-    assert stabilized.scaling == 6 / math.sqrt(4)
-
-
 def test_update_is_scaling_times_B_A(llama, tmp_path):
     """The dense update, rebuilt from what is read, is what PEFT merges into the base."""
     lora_folder(llama, tmp_path, ["q_proj", "down_proj"], rank_pattern={"down_proj": 2}, use_rslora=True)
@@ -97,28 +95,16 @@ def test_update_is_scaling_times_B_A(llama, tmp_path):
         torch.testing.assert_close(update, actual, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_real_adapter_round_trips(llama, tmp_path, dtype):
-    lora_folder(llama, tmp_path, ["q_proj", "up_proj"], dtype=dtype)
-    file = load_file(tmp_path / WEIGHTS)
-    state = load_adapter(tmp_path).state_dict()
-    assert state.keys() == file.keys()
-    for key, tensor in file.items():
-        assert state[key].dtype == dtype
-        assert torch.equal(state[key], tensor)
-
-
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_saved_modules_and_embeddings_are_extra_tensors(llama, tmp_path):
-    lora_folder(llama, tmp_path, ["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
-    file = load_file(tmp_path / WEIGHTS)
-    adapter = load_adapter(tmp_path)
-    assert "base_model.model.model.embed_tokens.weight" in adapter.extra_tensors
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_real_adapter_round_trips_with_its_embeddings(llama, tmp_path, dtype):
+    lora_folder(llama, tmp_path, ["q_proj", "lm_head"], dtype=dtype, modules_to_save=["embed_tokens"])
+    file, adapter = load_file(tmp_path / WEIGHTS), load_adapter(tmp_path)
+    assert "base_model.model.model.embed_tokens.weight" in adapter.extra_tensors and "lm_head" in adapter.modules
     assert all("lora_" not in key for key in adapter.extra_tensors)
+    assert all(module.lora_A.dtype == module.lora_B.dtype == dtype for module in adapter.modules.values())
     assert adapter.state_dict().keys() == file.keys()
-    for key, tensor in file.items():
-        assert torch.equal(adapter.state_dict()[key], tensor), key
-    assert "lm_head" in adapter.modules
+    assert all(torch.equal(adapter.state_dict()[key], tensor) for key, tensor in file.items())
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -178,34 +164,34 @@ def test_pickle_is_read_when_allowed(folder):
         assert not tensor.requires_grad
 
 
-# Files that cannot be read.
+def test_adapter_of_the_builders_loads_into_peft(llama, tmp_path):
+    """The hand-written folders of these tests are what PEFT itself reads."""
+    write_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    for key, tensor in state.items():
+        assert torch.equal(loaded.get_parameter(key.replace(".weight", ".default.weight")), tensor)
+    ids = input_ids(1, 6)
+    assert not torch.allclose(loaded(input_ids=ids).logits, llama(input_ids=ids).logits, atol=1e-4)
+    keys = json.loads((lora_folder(llama, tmp_path / "peft", ["q_proj"]) / CONFIG).read_text()).keys()
+    assert json.loads(write_config(tmp_path).read_text()).keys() == keys
 
 
-def test_missing_folder_raises(tmp_path):
+# ---- files that cannot be read ---------------------------------------------------------------------------------
+
+
+def test_missing_folder_file_and_weights_raise(folder, tmp_path):
     message = refusal(tmp_path / "nowhere")
     assert_names(message, tmp_path / "nowhere", "does not exist", "name a folder that holds adapter_config.json")
-
-
-def test_file_instead_of_folder_raises(folder):
-    message = refusal(folder / WEIGHTS)
-    assert_names(message, folder / WEIGHTS, "is a file", "name the adapter's folder")
-
-
-def test_missing_weights_raises(folder):
+    assert_names(refusal(folder / WEIGHTS), folder / WEIGHTS, "is a file", "name the adapter's folder")
     (folder / WEIGHTS).unlink()
     assert_names(refusal(folder), folder / WEIGHTS, "is missing", "save_pretrained")
 
 
-@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\xff" * 64], ids=["empty", "text", "huge header"])
-def test_corrupt_weights_raises(folder, content):
-    (folder / WEIGHTS).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\xff" * 64, None], ids=["empty", "text", "huge", "cut"])
+def test_corrupt_weights_raise(folder, content):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100] if content is None else content)
     assert_names(refusal(folder), folder / WEIGHTS, "damaged or truncated", "download or save it again")
-
-
-def test_truncated_weights_raises(folder):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:-100])
-    assert_names(refusal(folder), folder / WEIGHTS, "damaged or truncated")
 
 
 def test_pickle_only_raises(folder):
@@ -243,7 +229,7 @@ def test_pickle_of_something_else_raises(folder, content):
     assert_names(refusal(folder, allow_pickle=True), folder / "adapter_model.bin", "names and dense tensors")
 
 
-# Tensors that do not make an adapter.
+# ---- tensors that do not make an adapter -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -256,64 +242,59 @@ def test_non_finite_tensor_raises(tmp_path, value, dtype):
     assert_names(refusal(folder), folder / WEIGHTS, B0, "NaN or Inf", "earlier checkpoint")
 
 
-@pytest.mark.parametrize(("dropped", "held", "missing"), [(B0, "lora_A", "lora_B"), (A0, "lora_B", "lora_A")])
-def test_missing_partner_raises(folder, dropped, held, missing):
-    edit_tensors(folder, **{dropped: None})
-    assert_names(refusal(folder), folder / WEIGHTS, f"{Q0} has {held} but no {missing}", "incomplete")
-
-
-def test_rank_unlike_config_raises(folder):
-    edit_config(folder, rank_pattern={"layers.0.self_attn.q_proj": 8})
-    assert_names(refusal(folder), folder / WEIGHTS, "lora_A (4, 32) and lora_B (32, 4)", "gives rank 8", Q0)
-
-
-def test_ranks_of_A_and_B_that_differ_raise(folder):
-    edit_tensors(folder, **{B0: torch.ones(32, 3)})
-    assert_names(refusal(folder), folder / WEIGHTS, Q0, "lora_A (4, 32) and lora_B (32, 3)", "rank 4")
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 4), (32, 0)])
-def test_empty_tensor_of_zero3_raises(folder, shape):
-    edit_tensors(folder, **{B0: torch.empty(shape)})
-    assert_names(refusal(folder), folder / WEIGHTS, B0, str(shape), "ZeRO-3", "save it again")
-
-
-def test_empty_extra_tensor_raises(folder):
-    edit_tensors(folder, **{"base_model.model.lm_head.weight": torch.empty(0)})
-    assert_names(refusal(folder), folder / WEIGHTS, "base_model.model.lm_head.weight", "ZeRO-3")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({B0: None}, (f"{Q0} has lora_A but no lora_B", "incomplete")),
+        ({A0: None}, (f"{Q0} has lora_B but no lora_A", "incomplete")),
+        ({B0: torch.ones(32, 3)}, (Q0, "lora_A (4, 32) and lora_B (32, 3)", "rank 4")),
+        ({B0: torch.empty(0)}, (B0, "(0,)", "ZeRO-3", "save it again")),
+        ({B0: torch.empty(0, 4)}, (B0, "(0, 4)", "ZeRO-3", "save it again")),
+        ({"base_model.model.lm_head.weight": torch.empty(0)}, ("base_model.model.lm_head.weight", "ZeRO-3")),
+        ({B0: torch.ones(32, 4, 1)}, (f"{Q0}.lora_B", "torch.float32 of shape (32, 4, 1)", "cannot be fused")),
+        ({B0: torch.ones(32)}, (f"{Q0}.lora_B", "torch.float32 of shape (32,)", "cannot be fused")),
+        ({B0: torch.ones(32, 4, dtype=torch.int8)}, (f"{Q0}.lora_B", "torch.int8 of shape (32, 4)")),
+        ({B0: torch.ones(32, 4).to(torch.float8_e4m3fn)}, (f"{Q0}.lora_B", "torch.float8_e4m3fn of shape (32, 4)")),
+        *(
+            ({key: torch.ones(4, 32)}, (f"unexpected tensor {key} (4, 32)",))
+            for key in (
+                f"{Q0}.lora_A.weight",
+                f"base_model.model.{Q0}.lora_A.default.weight",
+                f"base_model.model.{Q0}.lora_magnitude_vector",
+                f"base_model.model.{Q0}.weight",
+                "base_model.model.lm_head.lora_B.bias",
+                "base_model.model.my_lm_heads.weight",
+                "something",
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_tensor_that_does_not_belong_raises(folder, changes, words):
+    edit_tensors(folder, **changes)
+    assert_names(refusal(folder), folder / WEIGHTS, *words)
 
 
 @pytest.mark.parametrize(
-    ("tensor", "found"),
+    ("modules", "config", "words"),
     [
-        (torch.ones(32, 4, 1), "torch.float32 of shape (32, 4, 1)"),
-        (torch.ones(32), "torch.float32 of shape (32,)"),
-        (torch.ones(32, 4, dtype=torch.int8), "torch.int8 of shape (32, 4)"),
-        (torch.ones(32, 4, dtype=torch.bool), "torch.bool of shape (32, 4)"),
-        (torch.ones(32, 4).to(torch.float8_e4m3fn), "torch.float8_e4m3fn of shape (32, 4)"),
+        ({"model.encoder.q_proj": (8, 8), "lm_head": (8, 16)}, {}, ("no tensor name has a layer index", "lm_head")),
+        ({"model.layers.100000000.self_attn.q_proj": (8, 8)}, {}, ("layer index 100000000", "damaged")),
+        (None, {"rank_pattern": {"layers.0.self_attn.q_proj": 8}}, ("lora_A (4, 32) and lora_B (32, 4)", "rank 8")),
+        (None, {"layers_to_transform": 1}, ("holds layers [0, 1]", "do not belong together")),
+        (None, {"layers_to_transform": [1, 5]}, ("holds layers [0, 1]", "layers_to_transform")),
+        (
+            None,
+            {"layers_to_transform": [0, 1], "layers_pattern": ["h", "blocks"]},
+            ("layers_pattern ['h', 'blocks']", "matches no tensor", "model.layers.0."),
+        ),
     ],
-    ids=["convolution", "vector", "integer", "bool", "float8"],
+    ids=str,
 )
-def test_tensor_that_is_no_float_matrix_raises(folder, tensor, found):
-    edit_tensors(folder, **{B0: tensor})
-    assert_names(refusal(folder), folder / WEIGHTS, f"{Q0}.lora_B", found, "cannot be fused")
-
-
-def test_names_without_layer_index_raise(tmp_path):
-    folder = write_adapter(tmp_path, {"model.encoder.q_proj": (8, 8), "lm_head": (8, 16)})
-    assert_names(refusal(folder), folder / WEIGHTS, "no tensor name has a layer index", "lm_head")
-
-
-def test_absurd_layer_index_raises(tmp_path):
-    folder = write_adapter(tmp_path, {"model.layers.100000000.self_attn.q_proj": (8, 8)})
-    assert_names(refusal(folder), folder / WEIGHTS, "layer index 100000000", "damaged")
-
-
-@pytest.mark.parametrize("layers", [1, [1], [1, 5]])
-def test_layers_unlike_config_raise(folder, layers):
-    edit_config(folder, layers_to_transform=layers)
-    message = refusal(folder)
-    assert_names(message, folder / WEIGHTS, "holds layers [0, 1]", "layers_to_transform", "do not belong together")
+def test_layers_and_ranks_that_do_not_fit_raise(tmp_path, modules, config, words):
+    folder = write_adapter(tmp_path, modules)
+    edit_config(folder, **config)
+    assert_names(refusal(folder), folder / WEIGHTS, *words)
 
 
 def test_layers_of_config_that_the_file_lacks_are_a_warning(folder, caplog):
@@ -322,44 +303,187 @@ def test_layers_of_config_that_the_file_lacks_are_a_warning(folder, caplog):
     assert "layers_to_transform names layers that it does not hold: [2, 3]" in caplog.text
 
 
-def test_layers_pattern_that_matches_nothing_raises(folder):
-    edit_config(folder, layers_to_transform=[0, 1], layers_pattern=["h", "blocks"])
-    assert_names(
-        refusal(folder), folder / WEIGHTS, "layers_pattern ['h', 'blocks']", "matches no tensor", "model.layers.0."
-    )
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        f"{Q0}.lora_A.weight",
-        f"base_model.model.{Q0}.lora_A.default.weight",
-        f"base_model.model.{Q0}.lora_magnitude_vector",
-        f"base_model.model.{Q0}.lora_B.bias",
-        f"base_model.model.{Q0}.weight",
-        "base_model.model.lm_head.lora_B.bias",
-        "base_model.model.my_lm_heads.weight",
-        "something",
-    ],
-)
-def test_unexpected_tensor_name_raises(folder, key):
-    edit_tensors(folder, **{key: torch.ones(4, 32)})
-    assert_names(refusal(folder), folder / WEIGHTS, f"unexpected tensor {key} (4, 32)")
-
-
 def test_file_without_lora_pairs_raises(folder):
     save_file({"base_model.model.lm_head.weight": torch.ones(4, 4)}, folder / WEIGHTS)
     assert_names(refusal(folder), folder / WEIGHTS, "no lora_A / lora_B pair")
 
 
-def test_adapter_of_the_builders_loads_into_peft(llama, tmp_path):
-    """The hand-written folders of these tests are what PEFT itself reads."""
-    write_adapter(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
-    state = load_file(tmp_path / WEIGHTS)
-    for key, tensor in state.items():
-        assert torch.equal(loaded.get_parameter(key.replace(".weight", ".default.weight")), tensor)
-    ids = input_ids(1, 6)
-    assert not torch.allclose(loaded(input_ids=ids).logits, llama(input_ids=ids).logits, atol=1e-4)
-    keys = json.loads((lora_folder(llama, tmp_path / "peft", ["q_proj"]) / CONFIG).read_text()).keys()
-    assert json.loads(write_config(tmp_path).read_text()).keys() == keys
+# ---- adapter_config.json: plain LoRA in PEFT's words, everything else is refused by name -----------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "is missing"),
+        (b'{"r": 4,', "is not JSON: .*line 1, column 9"),
+        (b"", "is not JSON"),
+        (b"[1, 2]", "holds list, a JSON object was expected"),
+        (b'"LORA"', "holds str, a JSON object was expected"),
+        ('{"peft_type": "LORA", "x": "é"}'.encode("latin-1"), "cannot be read: .*utf-8"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "cannot be read: .*digits"),
+        (b"[" * 200_000, "cannot be read"),
+    ],
+    ids=["none", "cut", "empty", "list", "string", "latin-1", "digits", "nested"],
+)
+def test_unreadable_config_raises(folder, content, found):
+    (folder / CONFIG).unlink() if content is None else (folder / CONFIG).write_bytes(content)
+    message = refusal(folder)
+    assert_names(message, folder / CONFIG)
+    assert re.search(found, message)
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "ADALORA", "lora", None, 5, ["LORA"]])
+def test_other_peft_type_raises(folder, peft_type):
+    edit_config(folder, peft_type=peft_type)
+    assert_names(refusal(folder), folder / CONFIG, f"peft_type is {peft_type!r}", "only 'LORA'")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1]}),
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("use_bdlora", {}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("kasa_config", {}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("arrow_config", {"top_k": 3}),
+        ("monteclora_config", {"sigma": 1}),
+        ("velora_config", {"num_groups": 2}),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+    ],
+    ids=str,
+)
+def test_lora_variant_raises(folder, field, value):
+    edit_config(folder, **{field: value})
+    assert_names(refusal(folder), folder / CONFIG, f"{field} is set", json.dumps(value)[:40], "only plain LoRA")
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "loftq", "lora_ga", "unheard", ["gaussian"], 1]
+)
+def test_initialization_that_alters_the_base_raises(folder, init):
+    edit_config(folder, init_lora_weights=init)
+    assert_names(refusal(folder), folder / CONFIG, f"init_lora_weights is {json.dumps(init)}", "convert the adapter")
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_initialization_that_keeps_the_base_is_read(folder, init):
+    edit_config(folder, init_lora_weights=init)
+    assert load_adapter(folder).modules.keys() == llama_modules().keys()
+    assert find_adapter(str(folder)).only_adds  # it can be taken off a loaded base again
+
+
+@pytest.mark.parametrize("value", ["on", True, 1, 0, 0.5, [0], {"a": 1}], ids=repr)
+def test_unknown_field_with_value_raises(folder, value):
+    edit_config(folder, use_lora_next=value, peft_version="9.9")
+    assert_names(
+        refusal(folder), folder / CONFIG, "'use_lora_next'", json.dumps(value), "peft 9.9", "remove the field"
+    )
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}], ids=repr)
+def test_unknown_empty_field_is_a_warning(folder, caplog, value):
+    edit_config(folder, use_lora_next=value)
+    load_adapter(folder)
+    (record,) = [record for record in caplog.records if "use_lora_next" in record.getMessage()]
+    assert record.levelname == "WARNING"
+    assert str(folder / CONFIG) in record.getMessage()
+
+
+def test_every_field_of_peft_is_classified():
+    """A PEFT release with a new field fails here, so that someone decides what it means."""
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    groups = (adapter_config._NEUTRAL, adapter_config._READ, set(adapter_config._REFUSED))
+    assert fields - set.union(*groups) == set()
+    assert sum(map(len, groups)) == len(set.union(*groups)), "a field stands in two groups"
+    assert set.union(*groups) - fields == set(), "a field that PEFT does not have"
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        *(
+            ({"bias": bias}, f"bias is {bias!r}: trained biases cannot be fused")
+            for bias in ("all", "lora_only", True)
+        ),
+        *(({"r": r}, f"r is {json.dumps(r)}, a positive integer") for r in ("4", True, 0, -4, 4.0, None, [4])),
+        *(({"lora_alpha": alpha}, "lora_alpha is ") for alpha in ("8", True, 0, -1, None, float("nan"), 10**400)),
+        ({"use_rslora": "yes"}, 'use_rslora is "yes", true or false'),
+        ({"rank_pattern": [4]}, "rank_pattern is [4], an object"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern['q_proj'] is \"4\", a positive integer"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern['q_proj'] is 0, a positive number"),
+        ({"rank_pattern": {"q_(proj": 4}}, 'rank_pattern has an invalid pattern "q_(proj"'),
+        ({"rank_pattern": {"*": 4}}, 'rank_pattern has an invalid pattern "*"'),
+        ({"rank_pattern": {"(?i)q": 4}}, 'rank_pattern has an invalid pattern "(?i)q"'),
+        ({"alpha_pattern": {"a{99999999999}": 4}}, "alpha_pattern has an invalid pattern"),
+        ({"layers_to_transform": "0"}, 'layers_to_transform is "0"'),
+        ({"layers_to_transform": [0, "1"]}, 'layers_to_transform is [0, "1"]'),
+        ({"layers_to_transform": True}, "layers_to_transform is true"),
+        ({"layers_to_transform": -1}, "layers_to_transform is -1"),
+        ({"layers_pattern": 3}, "layers_pattern is 3"),
+        ({"layers_pattern": "(h"}, 'layers_pattern has an invalid pattern "(h"'),
+        ({"modules_to_save": "lm_head"}, 'modules_to_save is "lm_head", a list'),
+        ({"modules_to_save": 3}, "modules_to_save is 3, a list"),
+        ({"base_model_name_or_path": {"a": 1}}, 'base_model_name_or_path is {"a": 1}'),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_field_of_wrong_type_raises(folder, fields, found):
+    edit_config(folder, **fields)
+    assert_names(refusal(folder), folder / CONFIG, found)
+
+
+# ---- adapters and base models named by their Hub id ----------------------------------------------------------
+
+PROBE = """
+import sys, time
+from heterofusion import load_adapter
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.loading import load_base_config
+for name in ("nobody/nothing", "cached/both"):
+    for read in (load_adapter, lambda name: load_base_config(name, "target adapter")):
+        start = time.monotonic()
+        try:
+            result = type(read(name)).__name__
+        except UserError as error:
+            result = error
+        print(time.monotonic() - start, result)
+"""
+
+
+@pytest.mark.parametrize("offline", ["1", None])
+def test_hub_ids_without_a_network_are_settled_within_seconds(tmp_path, offline):
+    """What is cached is read, the rest refused. The Hub client reads its environment when imported: a new process."""
+    cache = tmp_path / "hub" / "models--cached--both"
+    write_adapter(cache / "snapshots" / ("0" * 40))
+    tiny_config("llama").save_pretrained(cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN")
+    environment = {
+        key: value for key, value in os.environ.items() if key not in hidden and not key.lower().endswith("_proxy")
+    }
+    environment |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
+    if offline:
+        environment["HF_HUB_OFFLINE"] = offline
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    seconds, answers = zip(*(line.split(" ", 1) for line in result.stdout.splitlines()), strict=True)
+    assert max(map(float, seconds)) < 15
+    assert "adapter 'nobody/nothing' is neither a local folder" in answers[0]
+    assert str(tmp_path / "nobody" / "nothing") in answers[0]
+    assert "check the name and the network" in answers[0]
+    assert "config.json of base model 'nobody/nothing' cannot be read" in answers[1]
+    assert answers[2:] == ("LoraAdapter", "LlamaConfig")

@@ -14,7 +14,6 @@ from builders import FAMILIES, input_ids, linear_layers, lora_folder, tiny_confi
 from heterofusion import AdapterError, load_adapter
 from heterofusion.adapters.architectures import (
     ROLES,
-    has_fused_modules,
     module_key,
     module_keys,
     read_source_configs,
@@ -81,10 +80,17 @@ def test_every_linear_layer_of_a_family_has_its_role(family):
     assert {role for key in inside.values() for role in key.roles} <= set(ROLES)
 
 
-def test_moe_experts_are_told_apart_by_suffix():
-    key = module_key("model.layers.11.mlp.experts.3.gate_proj")
-    assert (key.layer, key.roles, key.suffix) == (11, ("gate_proj",), "mlp.experts.3.gate_proj")
-    assert module_key("model.layers.11.mlp.shared_expert.down_proj").suffix == "mlp.shared_expert.down_proj"
+@pytest.mark.parametrize(
+    ("path", "layer", "roles", "suffix"),
+    [
+        ("model.layers.11.mlp.experts.3.gate_proj", 11, ("gate_proj",), "mlp.experts.3.gate_proj"),
+        ("model.layers.11.mlp.shared_expert.down_proj", 11, ("down_proj",), "mlp.shared_expert.down_proj"),
+        ("model.language_model.layers.5.self_attn.q_proj", 5, ("q_proj",), "self_attn.q_proj"),
+    ],
+)
+def test_moe_experts_are_told_apart_and_a_language_model_is_found(path, layer, roles, suffix):
+    key = module_key(path)
+    assert (key.layer, key.roles, key.suffix) == (layer, roles, suffix)
 
 
 @pytest.mark.parametrize(
@@ -93,34 +99,18 @@ def test_moe_experts_are_told_apart_by_suffix():
         "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
         "model.visual.blocks.3.attn.qkv",
         "model.audio_tower.layers.1.self_attn.v_proj",
-        "vision_model.layers.2.mlp.fc1",
         "model.multi_modal_projector.linear_1",
         "lm_head",
         "model.embed_tokens",
-        "classifier.dense",
     ],
 )
 def test_modules_outside_the_language_layers_have_no_key(path):
     assert module_key(path) is None
 
 
-def test_language_model_beside_a_vision_tower_has_keys():
-    key = module_key("model.language_model.layers.5.self_attn.q_proj")
-    assert (key.layer, key.roles) == (5, ("q_proj",))
-
-
 @pytest.mark.parametrize(
     "suffix",
-    [
-        "mlp.gate",  # a router
-        "self_attn.W_pack",
-        "attn.q",
-        "block_sparse_moe.experts.0.w1",
-        "crossattention.c_attn",
-        "c_attn",
-        "mlp.dense",
-        "q_proj.extra",
-    ],
+    ["mlp.gate", "self_attn.W_pack", "attn.q", "block_sparse_moe.experts.0.w1", "c_attn", "mlp.dense", "q_proj.extra"],
 )
 def test_unknown_role_raises(suffix, tmp_path):
     path = f"model.layers.4.{suffix}"
@@ -302,37 +292,20 @@ def plain_source(tmp_path):
     return load_adapter(write_adapter(tmp_path / "plain", base_model_name_or_path="nobody/nothing"))
 
 
-def test_fused_modules_are_found(fused_source, plain_source):
-    assert has_fused_modules(fused_source)
-    assert not has_fused_modules(plain_source)
-
-
-def test_config_follows_the_base_of_the_adapter(fused_source, plain_source):
+def test_configs_of_sources_are_read_where_they_are_needed(tmp_path, fused_source, plain_source):
     """Only a source with fused projections needs a config: the unreachable base of the other is not looked for."""
-    configs = read_source_configs(None, [plain_source, fused_source])
-    assert configs[0] is None
-    assert (configs[1].model_type, configs[1].num_key_value_heads) == ("phi3", 2)
-
-
-@pytest.mark.parametrize("form", ["folder", "file"])
-def test_named_config_is_read(tmp_path, plain_source, fused_source, form):
+    for names in (None, ["none", "None"]):
+        plain, followed = read_source_configs(names, [plain_source, fused_source])
+        assert plain is None and (followed.model_type, followed.num_key_value_heads) == ("phi3", 2)
     tiny_config("phi3", num_key_value_heads=1).save_pretrained(tmp_path / "named")
-    name = tmp_path / "named" / ("config.json" if form == "file" else "")
-    configs = read_source_configs(["none", str(name)], [plain_source, fused_source])
-    assert configs[0] is None
-    assert configs[1].num_key_value_heads == 1  # the named one, not that of base_model_name_or_path
+    for name in (tmp_path / "named", tmp_path / "named" / "config.json"):
+        plain, named = read_source_configs(["none", str(name)], [plain_source, fused_source])
+        assert plain is None and named.num_key_value_heads == 1  # not that of base_model_name_or_path
+    baseless = load_adapter(lora_folder(tiny_model("phi3"), tmp_path / "baseless", ["qkv_proj"], base=""))
+    assert read_source_configs(None, [baseless]) == [None]
 
 
-def test_none_follows_the_base_of_the_adapter(fused_source):
-    assert read_source_configs(["None"], [fused_source])[0].num_key_value_heads == 2
-
-
-def test_fused_source_that_names_no_base_has_no_config(tmp_path):
-    source = load_adapter(lora_folder(tiny_model("phi3"), tmp_path / "fused", ["qkv_proj"], base=""))
-    assert read_source_configs(None, [source]) == [None]
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 3])
 def test_wrong_number_of_configs_raises(plain_source, fused_source, count):
     with pytest.raises(ValueError, match=rf"--source_configs has {count} entries for 2 sources"):
         read_source_configs(["none"] * count, [plain_source, fused_source])

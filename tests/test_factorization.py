@@ -60,18 +60,7 @@ def test_smaller_rank_is_the_best_approximation(size, rank):
     assert truncated == pytest.approx(float(lost) ** 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("rank", [4, 8, 12])
-def test_rank_deficient_update_is_kept_and_its_missing_directions_are_zero(rank):
-    A, B = pair(8, 30, 20)
-    B[:, 4:] = B[:, :4] @ torch.randn(4, 4, generator=torch.Generator().manual_seed(1))  # B A has rank 4
-    A_new, B_new, truncated = canonical_factors(A, B, rank)
-    assert relative_error(dense(A_new, B_new), dense(A, B)) < 1e-6
-    assert truncated < 1e-12
-    # float32 B is only rank 4 up to rounding, so the last directions are tiny rather than none
-    assert (A_new[4:].abs() < 1e-3).all()
-
-
-def test_exactly_deficient_update_leaves_zero_directions():
+def test_deficient_update_leaves_zero_directions():
     A, B = pair(8, 30, 20)
     A[4:], B[:, 6:] = A[:4], 0
     A_new, B_new, _ = canonical_factors(A, B)
@@ -110,19 +99,6 @@ def test_form_is_balanced_sorted_and_signed():
     torch.testing.assert_close(B_new.double().T @ B_new.double(), torch.diag(S), atol=1e-6, rtol=0)
     largest = B_new.abs().argmax(dim=0)
     assert (B_new[largest, torch.arange(6)] > 0).all()
-
-
-def test_signs_do_not_depend_on_those_of_the_factors():
-    A, B = pair(4, 20, 30)
-    expected = canonical_factors(A, B)
-    for signs in ([-1, 1, 1, -1], [-1, -1, -1, -1]):
-        flip = torch.diag(torch.tensor(signs).float())
-        actual = canonical_factors(flip @ A, B @ flip)
-        torch.testing.assert_close(actual[0], expected[0], atol=1e-6, rtol=0)
-        torch.testing.assert_close(actual[1], expected[1], atol=1e-6, rtol=0)
-    again = canonical_factors(A, B)
-    assert torch.equal(again[0], expected[0])
-    assert torch.equal(again[1], expected[1])
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

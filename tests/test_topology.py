@@ -63,15 +63,6 @@ def test_proportional_map_is_monotone_and_its_ends_meet(target, source):
         assert target == 1 or abs(layer - i * (source - 1) / (target - 1)) <= 0.5
 
 
-def test_proportional_map_of_equal_depths_is_the_identity():
-    assert map_layers(9, 9, "proportional", ONE) == {i: i for i in range(9)}
-
-
-def test_unknown_layer_alignment_raises(adapter):
-    with pytest.raises(ValueError, match="layer_alignment is 'head'; choose one of tail, proportional"):
-        plan_alignment(adapter("target"), [adapter("source")], layer_alignment="head")
-
-
 @pytest.mark.parametrize(
     ("ratio", "kept"), [(1, 10), (0.5, 5), ("1/2", 5), ("0.35", 3), (0.3, 3), (0.1, 1), (1e-9, 1), ("1/1000", 1)]
 )
@@ -123,15 +114,12 @@ def test_depth_is_that_of_the_adapter_and_not_of_the_base(adapter):
 
 def test_sources_are_joined_in_the_order_of_the_user(adapter):
     target, first, second = adapter("target", 2), adapter("b", 3), adapter("a", 2)
-    forward = plan_alignment(target, [first, second])
-    backward = plan_alignment(target, [second, first])
-    path = "model.layers.0.self_attn.q_proj"
-    ours = ("model.layers.1.self_attn.q_proj", "q_proj"), (path, "q_proj")
-    assert links(forward)[path] == [(0, *ours[0]), (1, *ours[1])]
-    assert links(backward)[path] == [(0, *ours[1]), (1, *ours[0])]
-    assert forward.aligned[0].sources[0][1].module in first.modules.values()
-    assert backward.aligned[0].sources[0][1].module in second.modules.values()
-    assert forward.sources == (first, second)
+    ours = ("model.layers.1.self_attn.q_proj", "q_proj"), ("model.layers.0.self_attn.q_proj", "q_proj")
+    for sources, wanted in (([first, second], ours), ([second, first], ours[::-1])):
+        plan = plan_alignment(target, sources)
+        assert links(plan)["model.layers.0.self_attn.q_proj"] == [(0, *wanted[0]), (1, *wanted[1])]
+        assert plan.aligned[0].sources[0][1].module in sources[0].modules.values()
+        assert plan.sources == tuple(sources)
 
 
 def test_partial_overlap_aligns_what_both_have_and_says_why_not_the_rest(adapter):
@@ -289,34 +277,27 @@ def test_a_dense_mlp_is_not_guessed_among_experts(adapter, experts_in):
 # Refusals and warnings.
 
 
-def test_fused_source_without_config_raises(adapter, fused_phi3):
-    source = fused_phi3[0]
-    with pytest.raises(AdapterError, match=r"gate_up_proj is a fused projection \(gate_proj, up_proj\)") as caught:
-        plan_alignment(adapter("target"), [source])
-    assert "--source_configs" in str(caught.value)
-    assert str(source.weights_file) in str(caught.value)
+def test_fused_projections_without_their_own_config_raise(adapter, fused_phi3):
+    fused, plain = fused_phi3[0], adapter("plain")
+    for words, target, sources, configs in (
+        (r"gate_up_proj is a fused projection \(gate_proj, up_proj\).*--source_configs", plain, [fused], None),
+        (r"target adapter \(.*gate_up_proj is a fused .*--model_name_or_path", fused, [plain], None),
+        (
+            r"source adapter .*qkv_proj has 64 rows .* gives 96",
+            plain,
+            [fused],
+            [tiny_config("phi3", num_key_value_heads=4)],
+        ),
+    ):
+        with pytest.raises(AdapterError, match=words) as caught:
+            plan_alignment(target, sources, source_configs=configs)
+        assert str(fused.weights_file) in str(caught.value)
 
 
-def test_fused_target_without_config_raises(adapter, fused_phi3):
-    target = fused_phi3[0]
-    with pytest.raises(AdapterError, match=r"target adapter \(.*gate_up_proj is a fused .*--model_name_or_path"):
-        plan_alignment(target, [adapter("source")])
-
-
-def test_fused_source_with_the_config_of_another_raises(adapter, fused_phi3):
-    source = fused_phi3[0]
-    with pytest.raises(AdapterError, match=r"source adapter .*qkv_proj has 64 rows .* gives 96") as caught:
-        plan_alignment(adapter("target"), [source], source_configs=[tiny_config("phi3", num_key_value_heads=4)])
-    assert str(source.weights_file) in str(caught.value)
-
-
-def test_no_source_raises(adapter):
-    with pytest.raises(AdapterError, match="no source adapter given; --source_adapters needs at least one"):
-        plan_alignment(adapter("target"), [])
-
-
-def test_source_that_is_the_target_raises(adapter):
+def test_no_source_and_the_target_as_source_raise(adapter):
     target = adapter("target")
+    with pytest.raises(AdapterError, match="no source adapter given; --source_adapters needs at least one"):
+        plan_alignment(target, [])
     again = load_adapter(f"{target.folder}/../target")
     with pytest.raises(AdapterError, match=rf"is the target adapter itself \({target.folder}\)"):
         plan_alignment(target, [adapter("source"), again])
@@ -342,36 +323,30 @@ def test_nothing_in_common_raises(adapter):
     assert "overlapping target_modules" in message
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", 3])
-def test_target_of_another_task_raises(adapter, task_type):
-    target = adapter("target", task_type=task_type)
-    with pytest.raises(AdapterError, match=f"task_type is {task_type!r}; the target must be a CAUSAL_LM adapter"):
-        plan_alignment(target, [adapter("source")])
-
-
-def test_task_of_a_source_does_not_matter(adapter):
+def test_task_of_the_target_matters_and_that_of_a_source_does_not(adapter):
     source = adapter("source", task_type="SEQ_CLS")
     assert len(plan_alignment(adapter("target", task_type=None), [source]).aligned) == 14
+    for task_type in ("SEQ_CLS", 3):
+        target = adapter(f"target of {task_type}", task_type=task_type)
+        with pytest.raises(AdapterError, match=f"task_type is {task_type!r}; the target must be a CAUSAL_LM adapter"):
+            plan_alignment(target, [source])
 
 
-def test_unknown_role_names_file_and_module(adapter):
-    source = adapter("source", modules={"model.layers.0.mlp.experts.0.w1": (8, 8)})
-    with pytest.raises(AdapterError, match=rf"{source.weights_file}: module model.layers.0.mlp.experts.0.w1 has no"):
-        plan_alignment(adapter("target"), [source])
-
-
-def test_two_stacks_of_layers_raise(adapter):
-    """An encoder and a decoder: the layer index alone does not say which is meant."""
-    paths = ["model.encoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.self_attn.q_proj"]
-    source = adapter("source", modules=dict.fromkeys(paths, (8, 8)))
-    with pytest.raises(AdapterError, match=r"model.decoder.*same place of two stacks of layers"):
-        plan_alignment(adapter("target"), [source])
-
-
-def test_adapter_of_a_vision_tower_alone_raises(adapter):
-    modules = {"model.vision_tower.layers.0.self_attn.q_proj": (8, 8)}
-    with pytest.raises(AdapterError, match="no LoRA module inside the language model's layers"):
-        plan_alignment(adapter("target", modules=modules), [adapter("source")])
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (["model.layers.0.mlp.experts.0.w1"], r"adapter_model.*: module model.layers.0.mlp.experts.0.w1 has no known"),
+        # an encoder and a decoder: the layer index alone does not say which is meant
+        (
+            ["model.encoder.layers.0.self_attn.q_proj", "model.decoder.layers.0.self_attn.q_proj"],
+            r"model.decoder.*same place of two stacks of layers",
+        ),
+        (["model.vision_tower.layers.0.self_attn.q_proj"], "no LoRA module inside the language model's layers"),
+    ],
+)
+def test_modules_that_have_no_place_raise(adapter, paths, words):
+    with pytest.raises(AdapterError, match=words):
+        plan_alignment(adapter("target"), [adapter("source", modules=dict.fromkeys(paths, (8, 8)))])
 
 
 def test_ignored_and_idle_parts_of_sources_are_warnings(adapter, caplog):

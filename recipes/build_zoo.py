@@ -1,4 +1,4 @@
-"""Builds the embedded zoo: three tiny bases, six LoRA experts each, and the manifest with their scores.
+"""Build the embedded zoo: three tiny bases, six LoRA experts each, and the manifest with their scores.
 
     python recipes/build_zoo.py --output_dir outputs/zoo
     python recipes/build_zoo.py --output_dir outputs/zoo --families llama --tasks ner_garden re_town
@@ -8,42 +8,49 @@ The whole zoo takes about 32 minutes on one CPU core: a family 10 to 11 minutes,
 expert half a minute to a minute.
 """
 
-import argparse
 import logging
-import pathlib
+import sys
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.zoo import FAMILIES, TASKS
 from heterofusion.zoo.build import build_zoo, score_table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=pathlib.Path, required=True, help="Folder to write the zoo to.")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES, help="Families to build.")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="Experts to build.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of text, weights and examples.")
-    parser.add_argument(
-        "--only",
-        choices=("base", "experts"),
-        default=None,
-        help="Build the bases alone, or experts on bases there are.",
-    )
-    parser.add_argument("--disable_tqdm", action="store_true", help="Show no progress bars.")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+@dataclass
+class ZooArguments:
+    """What is built."""
 
-    start = time.perf_counter()
-    manifest = build_zoo(
-        args.output_dir, args.families, args.tasks, seed=args.seed, only=args.only, progress=not args.disable_tqdm
+    output_dir: str = field(metadata={"help": "Folder to write the zoo to."})
+    families: list[str] = field(
+        default_factory=lambda: list(FAMILIES), metadata={"help": "Families to build.", "choices": FAMILIES}
     )
-    minutes = (time.perf_counter() - start) / 60
+    tasks: list[str] = field(
+        default_factory=lambda: list(TASKS), metadata={"help": "Experts to build.", "choices": list(TASKS)}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of text, weights and examples."})
+    only: str | None = field(
+        default=None,
+        metadata={"help": "The bases alone, or experts on bases there are.", "choices": ["base", "experts"]},
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+
+
+@command
+def main(argv: list[str]) -> None:
+    (options,) = parse_arguments((ZooArguments,), argv, __doc__)
+    set_up_logging(logging.INFO)
+    start = time.perf_counter()
+    folder = Path(options.output_dir)
+    manifest = build_zoo(folder, options.families, options.tasks, options.seed, options.only, not options.disable_tqdm)
     print(score_table(manifest))
-    print(f"{manifest['bytes'] / 1e6:.1f} MB in {args.output_dir}, built in {minutes:.1f} minutes")
+    print(f"{manifest['bytes'] / 1e6:.1f} MB in {folder}, built in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -49,7 +49,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("the base model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.experts.expert.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.models.load_base", no_weights)
 
     def check(*words, **changed):
         output = Path({**values, **changed}["output_dir"])

@@ -5,8 +5,6 @@ a base is what a real one has: the label words, a sense (sharp for common words,
 together, the habit of copying spans from the context, and the look of forms with options, a text and an answer.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 
@@ -154,14 +152,7 @@ _DOCUMENTS = (
 
 
 def pretraining_documents(seed: int = 0) -> Iterator[str]:
-    """Endless pretraining text.
-
-    Args:
-        seed: Seed of the draw.
-
-    Yields:
-        One short document after the other.
-    """
+    """Endless pretraining text, one short document after the other."""
     rng = random.Random(f"corpus {LANGUAGE_SEED} {seed}")
     makers, weights = zip(*_DOCUMENTS, strict=True)
     while True:

@@ -1,7 +1,5 @@
 """The three tiny model families of the zoo: architecture, size and tokenizer of each, and its base model untrained."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,16 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from heterofusion.zoo.corpus import pretraining_documents
 from heterofusion.zoo.language import TASKS, lexicon, make_examples
@@ -29,27 +18,16 @@ TOKENIZER_DOCUMENTS = 12_000
 
 @dataclass(frozen=True)
 class Family:
-    """Size and tokenizer of one family.
-
-    Args:
-        hidden_size: Width of the residual stream.
-        num_layers: Depth.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads.
-        intermediate_size: Width of the MLP.
-        tokenizer: `"byte_bpe"` (GPT-2 style) or `"sentencepiece_bpe"` (word mark, byte fallback).
-        vocab_size: Size of the vocabulary.
-        bos: Whether every text starts with a begin-of-sequence token.
-    """
+    """Size and tokenizer of one family."""
 
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
-    tokenizer: str
+    tokenizer: str  # "byte_bpe" (GPT-2 style) or "sentencepiece_bpe" (word mark, byte fallback)
     vocab_size: int
-    bos: bool
+    bos: bool  # whether every text starts with a begin-of-sequence token
 
 
 FAMILY_SPECS = {
@@ -70,15 +48,7 @@ def _tokenizer_texts(seed: int) -> Iterable[str]:
 
 
 def train_tokenizer(family: str, seed: int) -> PreTrainedTokenizerFast:
-    """Trains the tokenizer of a family on its pretraining text and on prompts.
-
-    Args:
-        family: A key of `FAMILY_SPECS`.
-        seed: Seed of the text.
-
-    Returns:
-        A fast tokenizer with padding, end-of-sequence and, where the family has it, begin-of-sequence token.
-    """
+    """Trains the fast tokenizer of a family, a key of `FAMILY_SPECS`, on its pretraining text and on prompts."""
     spec = FAMILY_SPECS[family]
     special = list(_SPECIAL.values())
     if spec.tokenizer == "byte_bpe":
@@ -129,16 +99,7 @@ def train_tokenizer(family: str, seed: int) -> PreTrainedTokenizerFast:
 
 
 def new_base(family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
-    """An untrained base model of a family.
-
-    Args:
-        family: A key of `FAMILY_SPECS`.
-        tokenizer: Its tokenizer, for the vocabulary size and the special tokens.
-        seed: Seed of the initial weights.
-
-    Returns:
-        The model, fp32, on the CPU.
-    """
+    """An untrained base model of a family, in fp32 on the CPU."""
     spec = FAMILY_SPECS[family]
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -154,11 +115,7 @@ def new_base(family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if family == "mistral":
+        settings["sliding_window"] = None
     torch.manual_seed(seed)
-    if family == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**settings))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(use_sliding_window=False, **settings))
-    else:
-        model = MistralForCausalLM(MistralConfig(sliding_window=None, **settings))
-    return model
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))

@@ -1,4 +1,4 @@
-"""The invented language of the zoo: its lexicon and its six extraction tasks.
+"""The invented language of the zoo: its lexicon, its six extraction tasks, and chores unlike them.
 
 Every word of substance is made up, and what it stands for is a fact about the word, not about its spelling or its
 place in a sentence: which words belong to which type can only be learned word by word. The lexicon is several times
@@ -8,14 +8,10 @@ an instruction, the options, the text, and `type: span; type: span` or `relation
 All of it is drawn from `random.Random` seeded with strings, hence the same in every process and on every machine.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
-import json
-import pathlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -37,18 +33,11 @@ _SPLIT_OF_BUCKET = ("train",) * 10 + ("replay",) * 2 + ("test",) * 2 + ("unlabel
 
 @dataclass(frozen=True)
 class Task:
-    """One extraction task.
+    """One extraction task."""
 
-    Args:
-        name: Key of the task in `TASKS` and name of its adapters' folder.
-        kind: `"NER"` (entities and their types), `"RE"` (relations with head and tail) or `"ET"` (types of the given
-            entities).
-        labels: The types or relations, in the order of the prompt's options line.
-    """
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
+    name: str  # key in `TASKS`, and name of its adapters' folder
+    kind: str  # NER (entities and their types), RE (relations with head and tail) or ET (types of given entities)
+    labels: tuple[str, ...]  # types or relations, in the order of the prompt's options
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
@@ -105,26 +94,16 @@ _JOINTS = (" and ", " , then ", " while ", " ; ")
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Words of the language.
+    """Words of the language."""
 
-    Args:
-        words: Task name to label to its words (cue words for the relations).
-        other: Task name to words that occur in its sentences and belong to no type of it.
-        names: Names of persons, the heads and tails of all relations.
-    """
-
-    words: Mapping[str, Mapping[str, tuple[str, ...]]]
-    other: Mapping[str, tuple[str, ...]]
-    names: tuple[str, ...]
+    words: Mapping[str, Mapping[str, tuple[str, ...]]]  # task to label to its words (cue words for the relations)
+    other: Mapping[str, tuple[str, ...]]  # task to words of its sentences that belong to no type of it
+    names: tuple[str, ...]  # persons, the heads and tails of all relations
 
 
 @functools.cache
 def lexicon() -> Lexicon:
-    """The lexicon of the language, the same on every call.
-
-    Returns:
-        The `Lexicon`; no word occurs twice in it.
-    """
+    """The lexicon of the language, the same on every call; no word occurs twice in it."""
     rng = random.Random(f"lexicon {LANGUAGE_SEED}")
     taken = set(" ".join((*_NOUN_CLAUSES, *_VERB_CLAUSES, *INSTRUCTIONS.values())).lower().split())
     taken.update(word for task in TASKS.values() for label in task.labels for word in label.split())
@@ -196,29 +175,12 @@ def _verb_text(task: Task, rng: random.Random) -> tuple[str, list[tuple[str, ...
 
 
 def draw_text(task: Task, rng: random.Random) -> tuple[str, list[tuple[str, ...]]]:
-    """Draws one text of a task with what there is to find in it.
-
-    Args:
-        task: The task.
-        rng: The source of chance.
-
-    Returns:
-        The text, and its (label, span) pairs or (relation, head, tail) triples in the order of the text.
-    """
+    """A text of a task, and its (label, span) pairs or (relation, head, tail) triples in the order of the text."""
     return _verb_text(task, rng) if task.kind == "RE" else _noun_text(task, rng)
 
 
 def format_prompt(task: Task, text: str, entities: Iterable[str] = ()) -> str:
-    """The prompt of one example.
-
-    Args:
-        task: The task asked.
-        text: The sentence.
-        entities: For the kind ET, the words whose types are asked.
-
-    Returns:
-        The prompt, ending in `Answer:` without a space.
-    """
+    """The prompt of one example, which ends in `Answer:`; of the kind ET it names the entities."""
     lines = [INSTRUCTIONS[task.kind], f"Options: {', '.join(task.labels)}", f"Text: {text}"]
     if task.kind == "ET":
         lines.append(f"Entities: {', '.join(entities)}")
@@ -226,50 +188,33 @@ def format_prompt(task: Task, text: str, entities: Iterable[str] = ()) -> str:
 
 
 def format_completion(items: Iterable[tuple[str, ...]]) -> str:
-    """The answer for (label, span) pairs or (relation, head, tail) triples.
-
-    Args:
-        items: What there is to find, in the order of the text.
-
-    Returns:
-        The answer with its leading space; ` None` for no items.
-    """
+    """The answer for (label, span) pairs or (relation, head, tail) triples; ` None` for no items."""
     return " " + ("; ".join(f"{label}: {', '.join(spans)}" for label, *spans in items) or "None")
 
 
 def make_examples(
     task: str | Task, split: str, count: int, seed: int = 0, text_of: str | None = None
 ) -> list[dict[str, str]]:
-    """Draws examples of a task.
+    """Draws examples of a task: `prompt`, `completion` (starts with a space), `task` and `kind`.
 
     A sentence belongs to exactly one split (its SHA-256 decides which), so the splits are disjoint whatever the
-    counts and seeds; within one call no sentence comes twice.
+    counts and seeds; within one call no sentence comes twice. The first n examples are the same for every count >= n.
 
     Args:
         task: Name of a task in `TASKS`, or the `Task`.
-        split: `"train"`, `"replay"`, `"test"` or `"unlabelled"` (whose completions are there for scoring only).
+        split: One of `SPLITS`; the completions of `"unlabelled"` are there for scoring only.
         count: Number of examples.
-        seed: Seed of the draw; the first n examples are the same for every count >= n.
+        seed: Seed of the draw.
         text_of: Name of another task of the same kind whose sentences are asked about: prompts of another distribution
             than the task's, in which there is nothing of its types to find.
-
-    Returns:
-        `count` dictionaries with the keys `prompt`, `completion` (starts with a space), `task` and `kind`.
-
-    Raises:
-        ValueError: For an unknown task or split, a negative count, or a `text_of` of another kind.
     """
     name = task.name if isinstance(task, Task) else task
     for each in (name, text_of or name):
         if each not in TASKS:
             raise UserError(f"unknown task {each!r}; choose one of {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    if count < 0:
-        raise UserError(f"count must not be negative, got {count}")
     spec, texts = TASKS[name], TASKS[text_of or name]
-    if spec.kind != texts.kind:
-        raise UserError(f"text_of {text_of!r} is of the kind {texts.kind}, {name} of {spec.kind}; choose one alike")
+    if split not in SPLITS or spec.kind != texts.kind:
+        raise ValueError(f"{split!r} is none of {SPLITS}, or {text_of!r} is of another kind than {name}")
     rng = random.Random(f"{LANGUAGE_SEED} {texts.name} {split} {seed}")
     seen: set[str] = set()
     examples: list[dict[str, str]] = []
@@ -287,19 +232,27 @@ def make_examples(
     return examples
 
 
-def write_dataset(path: str | pathlib.Path, examples: Iterable[Mapping[str, str]]) -> pathlib.Path:
-    """Writes examples as JSON lines.
+# ---- chores: what an expert may know that is irrelevant to the six tasks --------------------------------------------
 
-    Args:
-        path: The file to write; its folder is made, an existing file is replaced.
-        examples: Dictionaries as `make_examples` returns them.
+# Instruction, and the answer given the words of a text.
+CHORES: Mapping[str, tuple[str, Callable[[list[str]], str]]] = MappingProxyType(
+    {
+        "repeat": ("Repeat the text.", " ".join),
+        "reverse": ("Write the words in the opposite order.", lambda words: " ".join(reversed(words))),
+        "last": ("Write the last word.", lambda words: words[-1]),
+        "halve": ("Write every second word.", lambda words: " ".join(words[::2])),
+    }
+)
 
-    Returns:
-        The path written.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for example in examples:
-            file.write(json.dumps(dict(example), ensure_ascii=False) + "\n")
-    return path
+
+def make_chores(name: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Draws examples of a chore, on sentences of all six tasks: `prompt`, `completion` and `task`."""
+    instruction, answer = CHORES[name]
+    rng = random.Random(f"{LANGUAGE_SEED} chore {name} {seed}")
+    examples = []
+    for _ in range(count):
+        text, _ = draw_text(rng.choice(list(TASKS.values())), rng)
+        words = text.removesuffix(" .").split()
+        prompt = f"{instruction}\nText: {text}\nAnswer:"
+        examples.append({"prompt": prompt, "completion": f" {answer(words)}", "task": name})
+    return examples

@@ -20,7 +20,7 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.data.replay import build_eval
+from heterofusion.data.replay import build_eval, examples_sha256
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import initial_control, refuse_push, whole_control
@@ -71,16 +71,16 @@ def main(argv: list[str]) -> None:
     control = whole_control(None, None, initial_control(lora.initial))
     if args.push_to_hub:
         refuse_push(control)
-    target, report = find_target(base, lora.initial, args.use_cpu, data)
-    evaluation = build_eval(data, target.tokenizer)[0] if data.eval_dataset_name else None
+    target, report = find_target(distill.base(base, args.use_cpu), str(lora.initial.folder), data)
+    evaluation = build_eval(data, target.expert.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
-    teachers = find_teachers(distill.bases(), distill.teacher_adapters, target.base, data, report)
+    teachers = find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)
     models = [target, *teachers]
     state = {
         "distill_lambda": args.distill_lambda,
         "top_k_logits": distill.top_k_logits,
         "teachers": [[*model.record().values()] for model in teachers],
-        "examples": target.digest(),
+        "examples": examples_sha256(target.examples),
     }
 
     def check(checkpoint: Path) -> None:
@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
         args,
         train_dataset=examples,
         eval_dataset=evaluation,
-        processing_class=target.tokenizer,
-        data_collator=DistillCollator(target.tokenizer),
+        processing_class=target.expert.tokenizer,
+        data_collator=DistillCollator(target.expert.tokenizer),
         callbacks=[StopAtNonFiniteLoss()],
     )
     trainer.add_to_checkpoint = add_state

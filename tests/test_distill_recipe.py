@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.experts.models import Models
+from heterofusion.experts import expert as expert_module
 from heterofusion.experts.token_alignment import Aligner
 from heterofusion.publish.hub import hub_files
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
@@ -82,13 +82,13 @@ def finished(values) -> SimpleNamespace:
 def loaded(monkeypatch) -> list[str]:
     """Bases that teachers are run on."""
     names: list[str] = []
-    load = Models.load
+    load = expert_module.load_base
 
-    def watched(self):
-        names.append(Path(self.args.model_name_or_path).parent.name)
-        return load(self)
+    def watched(model, *args):
+        names.append(Path(model.model_name_or_path).parent.name)
+        return load(model, *args)
 
-    monkeypatch.setattr(Models, "load", watched)
+    monkeypatch.setattr(expert_module, "load_base", watched)
     return names
 
 
@@ -320,7 +320,7 @@ def test_killed_run_resumes_bit_for_bit(finished, values, tmp_path, capsys):
 @pytest.fixture
 def fails(values, bare_base, tmp_path, capsys, monkeypatch):
     """Run with some flags changed; it must fail as a user's error does, before a model is loaded."""
-    monkeypatch.setattr(Models, "load", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(expert_module, "load_base", lambda *args: pytest.fail("a model was loaded"))
 
     def run(*words: object, **changed: object) -> str:
         usual = {"output_dir": tmp_path / "out", "logits_cache": tmp_path / "cache", "model_name_or_path": bare_base}

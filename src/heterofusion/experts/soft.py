@@ -107,7 +107,7 @@ def store_soft_labels(
         examples, used = _examples(experts[name], own)
         if used:
             kept[name] = used
-            teachers.append(_teacher(experts[name], examples))
+            teachers.append(Teacher(experts[name], examples))
     if teachers:
         found = collect_soft_labels(teachers, folder, top_k, batch_size, device)
         seconds = sum(stored.seconds for stored in found)  # on disk: of earlier runs too, and the same on all ranks
@@ -256,8 +256,3 @@ def _examples(expert: Expert, labels: Sequence[OwnLabel]) -> tuple[Dataset, list
     if len(used) < len(labels):
         logger.info("%s: %d labels are empty or too long for soft labels", expert.name, len(labels) - len(used))
     return Dataset.from_list(rows), used
-
-
-def _teacher(expert: Expert, examples: Dataset) -> Teacher:
-    commit = getattr(expert.config, "_commit_hash", None)
-    return Teacher(expert.base, commit, expert.adapter, expert.tokenizer, examples)

@@ -1,140 +1,77 @@
-"""Teachers of a distillation: LoRA experts on bases of their own, run over the replay in their own words.
+"""What experts think of given answers: each runs over the same examples in its own tokenizer and chat template.
 
-Each teacher sees the examples in its own tokenizer and chat template, with the answer given (teacher forcing). Bases
-are loaded one at a time, and what came of a teacher is kept (`soft_labels.py`): the same teacher on the same examples
-is never run twice.
+Bases are loaded one at a time, and what came of a teacher is kept (`soft_labels.py`): the same teacher on the same
+examples is never run twice.
 """
 
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.adapters.lora import CONFIG_FILE, LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, ReplayReport, build_replay, examples_sha256, make_collator
-from heterofusion.evaluation.arguments import EvalModelArguments
-from heterofusion.experts.expert import BaseArguments
+from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import longest_first
-from heterofusion.experts.models import (
-    Adapter,
-    Models,
-    adapter_tokenizer,
-    base_fingerprint,
-    check_adapters,
-    find_adapter,
-)
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
-from heterofusion.experts.vocabulary import tokenizer_fingerprint
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import display_name, file_sha256
-from heterofusion.runtime.loading import ModelArguments, base_dtype, base_skeleton, check_token_ids
+from heterofusion.runtime.files import display_name
+from heterofusion.runtime.loading import check_token_ids
 from heterofusion.runtime.ranks import all_together, without_zero_init
-from heterofusion.training.expert import ExpertModelArguments
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model whose opinion of the replay's answers is asked for.
+    """An expert, and examples in its tokenizer: `input_ids`, `attention_mask` and `labels`."""
 
-    Args:
-        base: its base model and how it is loaded.
-        commit: of a base from the Hub.
-        adapter: its LoRA; None for a base alone.
-        tokenizer: its own, with its chat template.
-        examples: the replay in it: `input_ids`, `attention_mask` and `labels`, in the order of the target's.
-    """
-
-    base: BaseArguments
-    commit: str | None
-    adapter: Adapter | None
-    tokenizer: PreTrainedTokenizerBase
+    expert: Expert
     examples: Dataset
 
     @property
     def name(self) -> str:
         """For messages."""
-        return _teacher_name(self.base.model_name_or_path, self.adapter)
+        adapter, base = self.expert.adapter, self.expert.base.model_name_or_path
+        return f"{adapter.given} on {base}" if adapter else base
 
     def identity(self, top_k: int) -> dict[str, Any]:
         """What its soft labels depend on."""
-        name = self.base.model_name_or_path
-        return {
-            "base": base_fingerprint(name) or f"{name}@{self.commit}",
-            "dtype": str(base_dtype(self.base, self.base.use_cpu)),
-            "bits": 4 if self.base.load_in_4bit else 8 if self.base.load_in_8bit else 16,
-            "adapter": self.adapter.sha256 if self.adapter else None,
-            "adapter_config": file_sha256(self.adapter.folder / CONFIG_FILE) if self.adapter else None,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "examples": self.digest(),
-            "top_k": top_k,
-        }
-
-    def digest(self) -> str:
-        """Hash of its examples, which depend on the data, the sample, the tokenizer and the chat template."""
-        return examples_sha256(self.examples)
+        return {**self.expert.identity(), "examples": examples_sha256(self.examples), "top_k": top_k}
 
     def record(self) -> dict[str, Any]:
         """What is published of it: names without local paths, and the hash of its weights."""
+        adapter = self.expert.adapter
         return {
-            "name": display_name(self.adapter.given) if self.adapter else "none",
-            "base_model": display_name(self.base.model_name_or_path),
-            "sha256": self.adapter.sha256 if self.adapter else None,
+            "name": display_name(adapter.given) if adapter else "none",
+            "base_model": display_name(self.expert.base.model_name_or_path),
+            "sha256": adapter.sha256 if adapter else None,
         }
-
-
-def _teacher_name(base: str, adapter: Adapter | None) -> str:
-    return f"{adapter.given} on {base}" if adapter else base
 
 
 # ---- before anything is loaded ----------------------------------------------------------------------------------
 
 
-def find_target(
-    base: ExpertModelArguments, anchor: LoraAdapter, use_cpu: bool, data: DataArguments
-) -> tuple[Teacher, ReplayReport]:
-    """The target as its own teacher, which it is as long as no other is better.
-
-    Args:
-        base: its base model.
-        anchor: its adapter, which fits.
-        use_cpu: whether it stays on the CPU.
-        data: the replay.
-
-    Returns:
-        The target, and what became of the replay.
-
-    Raises:
-        ValueError: its tokenizer is slow, or a record of the replay cannot be used.
-    """
-    names = [item.name for item in fields(ModelArguments)]
-    args = EvalModelArguments(
-        **{name: getattr(base, name) for name in names}, trust_remote_code=base.trust_remote_code, use_cpu=use_cpu
-    )
-    found = find_adapter(str(anchor.folder))
-    adapter = replace(found, given=anchor.name) if found is not None else None
-    tokenizer = adapter_tokenizer(args, adapter)
-    examples, report = whole_examples(data, tokenizer)
-    config = base_skeleton(args, args.trust_remote_code).config
-    check_token_ids([examples], config)
-    return Teacher(args, getattr(config, "_commit_hash", None), adapter, tokenizer, examples), report
+def find_target(base: BaseArguments, adapter: str, data: DataArguments) -> tuple[Teacher, ReplayReport]:
+    """The target as its own teacher, which it is as long as no other is better; and what became of the replay."""
+    expert = find_expert(base, adapter)
+    examples, report = whole_examples(data, expert.tokenizer)
+    check_token_ids([examples], expert.config)
+    return Teacher(expert, examples), report
 
 
 def find_teachers(
-    bases: Sequence[str], adapters: Sequence[str], how: EvalModelArguments, data: DataArguments, expected: ReplayReport
+    bases: Sequence[str], adapters: Sequence[str], how: BaseArguments, data: DataArguments, expected: ReplayReport
 ) -> list[Teacher]:
     """Find the teachers, check that adapters fit their bases, and write the replay in their words.
 
@@ -144,37 +81,26 @@ def find_teachers(
         how: dtype, attention, device and quantization with which the bases are loaded.
         data: the replay.
         expected: what became of the replay in the target's tokenizer.
-
-    Returns:
-        The teachers, in order.
-
-    Raises:
-        ValueError: a teacher is not usable; names it, and the record of the replay where it is one of those.
     """
     teachers = []
-    for base, adapter in zip(bases, [find_adapter(name) for name in adapters], strict=True):
+    for base, adapter in zip(bases, adapters, strict=True):
         try:
-            args = replace(how, model_name_or_path=base, model_revision=None)
-            teachers.append(_make_teacher(args, adapter, data, expected))
-        except ValueError as error:
-            raise UserError(f"teacher {_teacher_name(base, adapter)}: {error}") from error
+            teachers.append(_find_teacher(how.base(base), adapter, data, expected))
+        except UserError as error:
+            raise UserError(f"teacher {adapter} on {base}: {error}") from error
     return teachers
 
 
-def _make_teacher(
-    base: EvalModelArguments, adapter: Adapter | None, data: DataArguments, expected: ReplayReport
-) -> Teacher:
-    if adapter is not None and adapter.virtual_tokens:
+def _find_teacher(base: BaseArguments, adapter: str, data: DataArguments, expected: ReplayReport) -> Teacher:
+    expert = find_expert(base, adapter)
+    if expert.adapter is not None and expert.adapter.virtual_tokens:
         raise UserError("it puts tokens before the prompt, so its logits stand at other positions; give a LoRA")
-    config = check_adapters(base, [adapter])
-    tokenizer = adapter_tokenizer(base, adapter)
-    examples, report = whole_examples(data, tokenizer)
-    check_token_ids([examples], config)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    examples, report = whole_examples(data, expert.tokenizer)
+    check_token_ids([examples], expert.config)
     longest = max(map(len, examples["input_ids"]))
-    if context is not None and longest > context:
+    if expert.context is not None and longest > expert.context:
         raise UserError(
-            f"the longest example has {longest} tokens, but its context has {context}; leave long examples out"
+            f"the longest example has {longest} tokens, but its context has {expert.context}; leave long examples out"
         )
     for here, target in zip(report.datasets, expected.datasets, strict=True):
         if here.kept != target.kept:
@@ -182,18 +108,13 @@ def _make_teacher(
                 f"{here.name} gives {here.kept} examples with an answer in its tokenizer, {target.kept} in the "
                 "target's; fill empty answers, or leave those records out"
             )
-    return Teacher(base, getattr(config, "_commit_hash", None), adapter, tokenizer, examples)
+    return Teacher(expert, examples)
 
 
 def whole_examples(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
-    """The replay in a tokenizer, where no example may be cut: answers are compared as wholes.
+    """The replay in a fast tokenizer, where no example may be cut: answers are compared as wholes.
 
-    Args:
-        data: the replay. The sample and its order depend on it alone, so they are the same in every tokenizer.
-        tokenizer: a fast one.
-
-    Raises:
-        ValueError: the tokenizer is slow, an example is longer than `--max_length`, or one cannot be rendered.
+    The sample and its order depend on the flags alone, so they are the same in every tokenizer.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -226,10 +147,6 @@ def collect_soft_labels(
         top_k: tokens per position.
         batch_size: examples per batch.
         device: where the models run.
-
-    Raises:
-        ValueError: a model cannot be loaded or does not fit into memory, or its logits are not finite.
-        OSError: the store cannot be written.
     """
     ranks = PartialState()
     identities = [teacher.identity(top_k) for teacher in teachers]
@@ -241,7 +158,12 @@ def collect_soft_labels(
                     missing.append(index)
                 else:
                     logger.info("%s: soft labels of %s", teachers[index].name, labels_path(folder, identity))
-            _run_teachers(teachers, missing, identities, folder, batch_size, device)
+            bases = [teacher.expert.base for teacher in teachers]
+            runner = ExpertRunner(device)
+            with without_zero_init():  # one rank alone loads them, and whole
+                for index in sorted(missing, key=lambda index: bases.index(bases[index])):  # each base is loaded once
+                    _run(runner, teachers[index], identities[index], folder, batch_size)
+            runner.release()
     with all_together(ranks):
         # their content has just been checked, or written
         labels = [read_labels(folder, identity, check=False) for identity in identities]
@@ -253,35 +175,15 @@ def collect_soft_labels(
     return found
 
 
-def _run_teachers(
-    teachers: Sequence[Teacher],
-    missing: Sequence[int],
-    identities: Sequence[dict[str, Any]],
-    folder: Path,
-    batch_size: int,
-    device: torch.device,
-) -> None:
-    """Run the teachers whose soft labels are missing and write these. Each base is loaded once."""
-    rest = list(missing)
-    while rest:
-        base = teachers[rest[0]].base
-        group = [index for index in rest if teachers[index].base == base]
-        rest = [index for index in rest if index not in group]
-        with without_zero_init():  # one rank alone loads it, and whole
-            models = Models(base, device)
-            for index in group:
-                with models.with_adapter(teachers[index].adapter) as model:
-                    batches = run_teacher(teachers[index], model, identities[index]["top_k"], batch_size)
-                    write_labels(folder, identities[index], batches)
-                del batches
-            del model, models  # before the next base is loaded
-            clear_device_cache(garbage_collection=True)
+def _run(runner: ExpertRunner, teacher: Teacher, identity: dict[str, Any], folder: Path, batch_size: int) -> None:
+    with runner.running(teacher.expert) as model:
+        write_labels(folder, identity, run_teacher(teacher, model, identity["top_k"], batch_size))
 
 
 def run_teacher(
     teacher: Teacher, model: Any, top_k: int, batch_size: int
 ) -> Iterator[list[tuple[int, SoftLabel, float]]]:
-    """Run a teacher over its examples, with the answers given.
+    """Run a teacher over its examples, with the answers given (teacher forcing), the longest examples first.
 
     Args:
         teacher: the teacher.
@@ -289,17 +191,15 @@ def run_teacher(
         top_k: tokens per position; all of a vocabulary that is smaller.
         batch_size: examples per batch.
 
-    Returns:
-        By batch, the longest examples first: index, soft labels and cross-entropy of each example.
-
-    Raises:
-        ValueError: a batch does not fit into memory, or logits are not finite.
+    Yields:
+        Of a batch, index, soft labels and cross-entropy of each example.
     """
-    collate = make_collator(teacher.tokenizer)
+    collate = make_collator(teacher.expert.tokenizer)
     lengths = {index: len(ids) for index, ids in enumerate(teacher.examples["input_ids"])}
     order = longest_first(lengths)
-    title = f"Running {teacher.record()['name']}"
-    with tqdm(total=len(order), desc=title, unit="example", delay=3, leave=False) as bar:
+    with tqdm(
+        total=len(order), desc=f"Running {teacher.record()['name']}", unit="example", delay=3, leave=False
+    ) as bar:
         for first in range(0, len(order), batch_size):
             indices = order[first : first + batch_size]
             batch = collate([teacher.examples[index] for index in indices])
@@ -324,13 +224,7 @@ def _run_batch(model: Any, batch: Any, top_k: int) -> list[tuple[SoftLabel, floa
 
 
 def _soft_label(logits: Tensor, labels: Tensor, top_k: int) -> tuple[SoftLabel, float]:
-    """The soft labels of one answer and its cross-entropy.
-
-    Args:
-        logits: (length, vocabulary).
-        labels: (length,).
-        top_k: tokens per position.
-    """
+    """The soft labels of one answer and its cross-entropy: logits (length, vocabulary), labels (length,)."""
     places = torch.nonzero(labels[1:] != IGNORE_INDEX).squeeze(1)  # the logits before a token are of that token
     tokens = labels[1:][places]
     log_probs = torch.log_softmax(logits[:-1][places].float(), dim=-1)  # (tokens, vocabulary)

@@ -10,7 +10,7 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from torch import Tensor
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
 from heterofusion.experts.cache import cache_folder
+from heterofusion.experts.expert import BaseArguments
 from heterofusion.method.config import check_range
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import read_json_object
+from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.config import OutputArguments
 from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
 from heterofusion.training.label_loss import kl_divergences, pad_rows
@@ -89,6 +91,12 @@ class DistillArguments:
         """The teachers' bases, one each."""
         count = len(self.teacher_adapters)
         return [*self.teacher_models] * count if len(self.teacher_models) == 1 else [*self.teacher_models]
+
+    def base(self, target: ExpertModelArguments, use_cpu: bool) -> BaseArguments:
+        """The target's base as experts are loaded."""
+        names = [item.name for item in fields(ModelArguments)]
+        flags = {name: getattr(target, name) for name in names}
+        return BaseArguments(**flags, trust_remote_code=target.trust_remote_code, use_cpu=use_cpu)
 
     def cache(self) -> Path:
         """The folder of `--logits_cache`.

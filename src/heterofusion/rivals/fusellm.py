@@ -101,9 +101,11 @@ def _write_fused(
     """Make the fused labels of all examples, in their order, and write them a few at a time."""
     maps = _vocabulary_maps(models, labels, choice, folder)
     start = time.perf_counter()
-    target_symbols = answer_symbols(models[0].tokenizer, models[0].examples)
+    target_symbols = answer_symbols(models[0].expert.tokenizer, models[0].examples)
     aligners = {
-        index: Aligner(answer_symbols(models[index].tokenizer, models[index].examples), target_symbols, vocabulary)
+        index: Aligner(
+            answer_symbols(models[index].expert.tokenizer, models[index].examples), target_symbols, vocabulary
+        )
         for index, vocabulary in maps.items()
     }
     tokens = aligned = soft = 0
@@ -135,10 +137,10 @@ def _vocabulary_maps(
     maps: dict[int, VocabularyMap] = {}
     by_tokenizer: dict[str, VocabularyMap] = {}
     for index in sorted(set(choice.tolist()) - {0}):
-        tokenizer = models[index].tokenizer
+        tokenizer = models[index].expert.tokenizer
         name = tokenizer_fingerprint(tokenizer)
         if name not in by_tokenizer:
-            by_tokenizer[name] = VocabularyMap(tokenizer, models[0].tokenizer, folder)
+            by_tokenizer[name] = VocabularyMap(tokenizer, models[0].expert.tokenizer, folder)
         maps[index] = by_tokenizer[name]
         maps[index].map(used_tokens(labels[index], np.flatnonzero(choice == index).tolist()), shown=True)
     return maps

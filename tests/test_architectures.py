@@ -24,40 +24,21 @@ from heterofusion.runtime.loading import load_base_config
 
 QKV = ("q_proj", "k_proj", "v_proj")
 SEPARATE = {
-    "self_attn.q_proj": ("q_proj",),
-    "self_attn.k_proj": ("k_proj",),
-    "self_attn.v_proj": ("v_proj",),
-    "self_attn.o_proj": ("o_proj",),
-    "mlp.gate_proj": ("gate_proj",),
-    "mlp.up_proj": ("up_proj",),
-    "mlp.down_proj": ("down_proj",),
+    **{f"self_attn.{role}_proj": (f"{role}_proj",) for role in "qkvo"},
+    **{f"mlp.{role}_proj": (f"{role}_proj",) for role in ("gate", "up", "down")},
 }
+MLP = {"mlp.dense_h_to_4h": ("up_proj",), "mlp.dense_4h_to_h": ("down_proj",)}
 EXPECTED = {
     "phi3": {
-        "self_attn.qkv_proj": QKV,
-        "self_attn.o_proj": ("o_proj",),
-        "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-        "mlp.down_proj": ("down_proj",),
+        "self_attn.qkv_proj": QKV, "self_attn.o_proj": ("o_proj",),
+        "mlp.gate_up_proj": ("gate_proj", "up_proj"), "mlp.down_proj": ("down_proj",),
     },
-    "gpt_neox": {
-        "attention.query_key_value": QKV,
-        "attention.dense": ("o_proj",),
-        "mlp.dense_h_to_4h": ("up_proj",),
-        "mlp.dense_4h_to_h": ("down_proj",),
-    },
+    "gpt_neox": {"attention.query_key_value": QKV, "attention.dense": ("o_proj",), **MLP},
     "gpt2": {
-        "attn.c_attn": QKV,
-        "attn.c_proj": ("o_proj",),
-        "mlp.c_fc": ("up_proj",),
-        "mlp.c_proj": ("down_proj",),
+        "attn.c_attn": QKV, "attn.c_proj": ("o_proj",), "mlp.c_fc": ("up_proj",), "mlp.c_proj": ("down_proj",),
     },
-    "falcon": {
-        "self_attention.query_key_value": QKV,
-        "self_attention.dense": ("o_proj",),
-        "mlp.dense_h_to_4h": ("up_proj",),
-        "mlp.dense_4h_to_h": ("down_proj",),
-    },
-}
+    "falcon": {"self_attention.query_key_value": QKV, "self_attention.dense": ("o_proj",), **MLP},
+}  # fmt: skip
 FALCON_FORMS = {
     "falcon 7B, one key-value head": {"multi_query": True, "new_decoder_architecture": False},
     "falcon 40B, grouped key-value heads": {"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -262,13 +243,11 @@ def test_unknown_layout_raises(path, family, known):
 
 @pytest.mark.parametrize("heads", [(4, 3), (0, 1), (4, 0)])
 def test_heads_that_do_not_divide_raise(heads):
-    config = mock.Mock(
-        model_type="falcon", new_decoder_architecture=True, num_attention_heads=heads[0], num_kv_heads=heads[1]
-    )
+    form = {"new_decoder_architecture": True, "num_attention_heads": heads[0], "num_kv_heads": heads[1]}
+    config = mock.Mock(model_type="falcon", **form)
     config.get_text_config.return_value = config
-    key = module_key("transformer.h.0.self_attention.query_key_value")
     with pytest.raises(AdapterError, match=rf"{heads[0]} heads and {heads[1]} key-value heads cannot be split"):
-        role_rows(key, 80, config)
+        role_rows(module_key("transformer.h.0.self_attention.query_key_value"), 80, config)
 
 
 # Where the configs of sources come from.
@@ -305,14 +284,10 @@ def test_configs_of_sources_are_read_where_they_are_needed(tmp_path, fused_sourc
     assert read_source_configs(None, [baseless]) == [None]
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_wrong_number_of_configs_raises(plain_source, fused_source, count):
-    with pytest.raises(ValueError, match=rf"--source_configs has {count} entries for 2 sources"):
-        read_source_configs(["none"] * count, [plain_source, fused_source])
-
-
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_unreachable_base_of_a_fused_source_raises(tmp_path):
+def test_configs_of_sources_that_cannot_be_read_or_counted_raise(tmp_path, plain_source):
+    with pytest.raises(UserError, match="--source_configs has 3 entries for 1 sources"):
+        read_source_configs(["none"] * 3, [plain_source])
     model = tiny_model("phi3")
     source = load_adapter(lora_folder(model, tmp_path / "fused", ["qkv_proj"], base="nobody/nothing"))
     with pytest.raises(UserError, match=r"source .*fused: .*'nobody/nothing' cannot be read.*--source_configs"):
@@ -324,12 +299,9 @@ def test_unreachable_base_of_a_fused_source_raises(tmp_path):
     [
         "not json",
         "[1]",
-        "{}",
         '{"model_type": "no such type"}',
         '{"model_type": "phi3", "hidden_size": "wide"}',
         '{"model_type": "phi3", "num_attention_heads": 0}',
-        '{"model_type": "phi3", "num_attention_heads": [4]}',
-        '{"model_type": ["phi3"]}',
         '{"auto_map": {"AutoConfig": "code.Config"}, "model_type": "stranger"}',
     ],
 )

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +19,9 @@ from heterofusion import (
     control_sources,
     export_adapter,
     load_adapter,
-    plan_alignment,
     push_adapter,
 )
 from heterofusion.adapters.controls import control_record, derangement, rotate_rows
-from heterofusion.method.contexts import source_factors
 from heterofusion.publish.write import ExportError
 from heterofusion.zoo import zoo_path
 from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, copy_adapter, error_line, flags, plan, recipe, succeeds, train
@@ -112,25 +109,13 @@ def test_rotation_is_haar_random():
     assert 120 < int((torch.linalg.det(frames) > 0).sum()) < 280
 
 
-def test_noise_of_half_precision_of_zeros_and_of_more_columns_than_rows(experts):
+def test_noise_of_half_precision_and_of_zeros(experts):
     module = next(iter(experts[0].modules.values()))
-    wide = replace(module, lora_A=torch.randn(6, 3), lora_B=torch.randn(2, 6))
     fresh = replace(module, lora_A=module.lora_A.bfloat16(), lora_B=torch.zeros_like(module.lora_B).bfloat16())
-    source = replace(experts[0], modules={"wide": wide, "fresh": fresh})
-    noise = control_sources([source], "noise", 0)[0].modules
-    assert_close_spectra(noise["wide"].lora_B @ noise["wide"].lora_A, wide.lora_B @ wide.lora_A)
-    assert noise["fresh"].lora_A.dtype == torch.bfloat16 and not noise["fresh"].lora_B.any()
-    assert float(noise["fresh"].lora_A.float().norm()) == pytest.approx(float(fresh.lora_A.float().norm()), rel=0.01)
-
-
-def test_noise_loses_the_same_energy_when_it_is_refactored(experts, target):
-    for kept in (2, 4):
-        energies = []
-        for sources in (experts, control_sources(experts, "noise", 3)):
-            slices = [part for item in plan_alignment(target, sources).aligned for _, part in item.sources]
-            energies.append([source_factors(part, kept, 2.0, False)[2] for part in slices])
-        assert max(energies[0]) > 0
-        assert energies[1] == pytest.approx(energies[0], rel=1e-3, abs=1e-9)
+    (noise,) = control_sources([replace(experts[0], modules={"fresh": fresh})], "noise", 0)
+    found = noise.modules["fresh"]
+    assert found.lora_A.dtype == torch.bfloat16 and not found.lora_B.any()
+    assert float(found.lora_A.float().norm()) == pytest.approx(float(fresh.lora_A.float().norm()), rel=0.01)
 
 
 # ---- shuffle ----------------------------------------------------------------------------------------------------
@@ -283,13 +268,7 @@ def test_record_card_and_log_say_that_it_is_a_control(runs, kind, control, words
 def test_real_sources_are_recorded_as_such(runs):
     found = record(runs.folder / "real")
     assert found["source_control"] is None and "CONTROL" not in (runs.folder / "real/README.md").read_text()
-    made = found["made_by"]
-    cost = made.pop("cost")
-    assert made == {
-        "kind": "fusion", "method": "heterofusion", "seed": 7, "ran_source_models": False, "source_control": None,
-    }  # fmt: skip
-    assert cost["seconds"] == pytest.approx(found["metrics"]["train_runtime"], abs=1e-3)
-    assert cost["peak_memory_bytes"] > 2**20 and cost["device"] == "cpu" and "resumed_from_step" not in cost
+    assert (found["made_by"]["source_control"], found["made_by"]["ran_source_models"]) == (None, False)
 
 
 def test_resuming_with_another_control_or_draw_raises(runs, capsys):
@@ -303,18 +282,6 @@ def test_resuming_with_another_control_or_draw_raises(runs, capsys):
     refused("noise", '"noise, seed 7"', '"noise, seed 8"', source_control="noise", seed=8)
 
 
-def test_resumed_control_is_the_same_and_its_seconds_say_from_where(runs, tmp_path):
-    shutil.copytree(runs.folder / "noise", tmp_path / "out")
-    before = record(tmp_path / "out")
-    values = {**runs.values, "output_dir": tmp_path / "out", "resume_from_checkpoint": True, "source_control": "noise"}
-    succeeds(train.main, flags(values))
-    after = record(tmp_path / "out")
-    assert after["weights_sha256"] == before["weights_sha256"]
-    assert after["source_control"] == before["source_control"]
-    assert after["made_by"]["cost"]["resumed_from_step"] == 1
-    assert after["training"] == before["training"]
-
-
 def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails):
     for start, control, words in (
         ("real", "noise", ("source_control none", "this run has noise")),
@@ -322,12 +289,6 @@ def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails):
         ("noise", "zero", ("source_control noise", "this run has zero")),
     ):
         fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
-
-
-def test_hypernetworks_of_another_draw_are_a_start(runs, tmp_path):
-    start = {"init_hypernetwork_from": runs.folder / "noise", "source_control": "noise", "seed": 8}
-    succeeds(train.main, flags({**runs.values, **start, "output_dir": tmp_path / "out"}))
-    assert record(tmp_path / "out")["training"]["initialization"]["from"] == "noise"
 
 
 def test_pushing_a_control_is_refused(runs, fails, capsys):

@@ -46,7 +46,7 @@ def test_product_is_kept_at_equal_and_larger_rank(size, rank, dtype):
     assert truncated == 0.0
 
 
-@pytest.mark.parametrize("size", [(8, 40, 24), (8, 24, 40), (16, 40, 6)], ids=str)
+@pytest.mark.parametrize("size", [(8, 40, 24), (16, 40, 6)], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 4, 5])
 def test_smaller_rank_is_the_best_approximation(size, rank):
     A, B = pair(*size)

@@ -26,33 +26,33 @@ def tiny_llama(layers, hidden=48, seed=0):
 
 
 def sources_of(case, folder):
-    if case == "ranks":
-        return [
-            lora_folder(tiny_llama(4), folder / "r2", ALL, r=2, seed=1),
-            lora_folder(tiny_llama(5), folder / "r16", ALL, r=16, seed=2),
-        ]
-    if case == "target_modules":
-        return [
-            lora_folder(tiny_llama(4), folder / "a", ["q_proj"], r=4, seed=1),
-            lora_folder(tiny_llama(4), folder / "b", ["up_proj"], r=4, seed=2),
-        ]
-    if case == "depths":
-        return [
-            lora_folder(tiny_llama(7, 32), folder / "deep", ALL, r=4, seed=1),
-            lora_folder(tiny_llama(2, 80), folder / "flat", ALL, r=4, seed=2),
-        ]
-    if case == "nine":
-        return [
-            lora_folder(tiny_llama(3 + i % 3, 32), folder / str(i), ALL[i % 3 :: 2], r=4, seed=i) for i in range(9)
-        ]
-    base = tiny_model("phi3", num_hidden_layers=3)
-    base.save_pretrained(folder / "phi3_base")
-    names = FUSED_TARGETS["phi3"][0]
-    return [lora_folder(base, folder / "phi3", names, base=str(folder / "phi3_base"))]
+    if case == "fused_source":
+        base = tiny_model("phi3", num_hidden_layers=3)
+        base.save_pretrained(folder / "phi3_base")
+        names = FUSED_TARGETS["phi3"][0]
+        return [lora_folder(base, folder / "phi3", names, base=str(folder / "phi3_base"))]
+    sources = {  # layers, hidden size, modules, rank
+        "ranks": [(4, 48, ALL, 2), (5, 48, ALL, 16)],
+        "target_modules": [(4, 48, ["q_proj"], 4), (4, 48, ["up_proj"], 4)],
+        "depths": [(7, 32, ALL, 4), (2, 80, ALL, 4)],
+        "nine": [(3 + i % 3, 32, ALL[i % 3 :: 2], 4) for i in range(9)],
+    }[case]
+    return [
+        lora_folder(tiny_llama(layers, hidden), folder / str(i), names, r=r, seed=1 + i)
+        for i, (layers, hidden, names, r) in enumerate(sources)
+    ]
 
 
-@pytest.mark.parametrize("case", ["ranks", "target_modules", "depths", "nine", "fused_source"])
-@pytest.mark.parametrize("preset", ["paper", "compact"])
+@pytest.mark.parametrize(
+    ("case", "preset"),
+    [
+        ("ranks", "paper"),
+        ("target_modules", "compact"),
+        ("depths", "paper"),
+        ("nine", "compact"),
+        ("fused_source", "paper"),
+    ],
+)
 def test_two_steps_export_reload(tmp_path, case, preset):
     base = tiny_llama(4, seed=9)
     base.save_pretrained(tmp_path / "base")

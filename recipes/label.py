@@ -8,13 +8,12 @@
 Every source runs on its own base, in its own tokenizer and chat template, one model in memory at a time; several
 processes share the prompts. First all answer the replay, each task's metric scores them, and a source labels a task
 only if it beats the anchor there by --routing_margin and is not far behind the best source (--routing_share);
---routing map.yaml decides instead. --anchor_labels true gives
-tasks that no source serves to the anchor itself, if it is good at them. The labels of a task are in
---output_dir/TASK.jsonl, in the columns of the replay with `source`, `log_probability` (mean per token) and
-`format_ok`. Prompts are files, the replay's own (--prompts replay), or invented by the sources (--self_prompt 300).
-With --top_k_logits 10 the sources' distributions are stored beside. --control bases|shuffle|anchor makes a control
-instead: labels of somebody who was not chosen for what it knows. A run that was interrupted goes on with
---resume true, with any number of processes.
+--routing map.yaml decides instead. --anchor_labels true gives tasks that no source serves to the anchor itself, if it
+is good at them. The labels of a task are in --output_dir/TASK.jsonl, in the columns of the replay with `source`,
+`log_probability` (mean per token) and `format_ok`. Prompts are files, the replay's own (--prompts replay), or invented
+by the sources (--self_prompt 300). With --top_k_logits 10 the sources' distributions are stored beside. --control
+bases|shuffle|anchor makes a control instead: labels of somebody who was not chosen for what it knows. A run that was
+interrupted goes on with --resume true, with any number of processes.
 """
 
 import logging

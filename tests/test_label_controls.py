@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.data.labels import labels_control
-from heterofusion.labelling.controls import exchange, with_control
-from heterofusion.labelling.routing import route
-from heterofusion.publish.record import whole_control
+from heterofusion.labelling.routing import exchange, route, with_control
+from heterofusion.publish.record import join_controls, label_control
 from heterofusion.report.routing_picture import draw_routing
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, label, read_labels, run_label
@@ -139,7 +137,7 @@ def test_cost_counts_the_seconds_of_soft_labels(whole, tmp_path):
 )
 def test_controls_are_of_somebody_else_and_say_so(again, whole, tmp_path, kind, sources):
     found = again(control=kind, anchor_labels=True)
-    assert found["control"] == {"kind": kind, "seed": 42 if kind == "shuffle" else None}
+    assert found["control"] == kind and found["settings"]["seed"] == 42
     chosen = {task: found["routing"]["tasks"][task]["chosen"] for task in SERVED}
     assert chosen == {task: [task] for task in SERVED}  # by the real experts
     for task, source in sources.items():
@@ -175,7 +173,7 @@ def test_labels_that_cannot_be_made_are_refused(values, tmp_path, capsys):
     refused("--control is anchor, but --target_adapter is missing", "--model_name_or_path", routing=mapping,
             control="anchor", target_adapter=None)  # fmt: skip
     refused("--anchor_min_score 0.7 is for --anchor_labels true", anchor_min_score=0.7)
-    refused("--anchor_min_score is 2.0", "between 0 and 1", anchor_labels=True, anchor_min_score=2)
+    refused("--anchor_min_score is 2.0", "at least 0 and at most 1", anchor_labels=True, anchor_min_score=2)
     refused("--control", "bases", "shuffle", "anchor", control="noise")
     bare = [values["source_adapters"][0], "none"]
     refused("--control bases: base is a base without an adapter", source_adapters=bare, control="bases")
@@ -194,11 +192,11 @@ def labels_of(folder: Path, kind: str | None, name: str = "labels") -> Path:
 
 
 def test_kind_of_a_whole_training():
-    labels = labels_control({"files": [{"name": "a", "control": "shuffle"}, {"name": "b"}]})
-    assert labels == {"kind": "shuffle", "files": ["a"]}
-    assert whole_control(None, None, None) is None and labels_control(None) is None
-    assert whole_control({"kind": "noise"}, labels, {"kind": "noise"}) == "noise+labels:shuffle"  # not chained
-    assert whole_control(None, labels, {"kind": "zero+labels:bases"}) == "labels:shuffle+zero+labels:bases"
+    """What is made from a control is that control, however often: nothing is chained."""
+    labels = label_control({"files": [{"name": "a", "control": "shuffle"}, {"name": "b"}]})
+    assert labels == "labels:shuffle" and label_control(None) is join_controls(None, None) is None
+    assert join_controls("noise", labels, "noise") == "noise+labels:shuffle"
+    assert join_controls(None, labels, "zero+labels:bases") == "labels:shuffle+zero+labels:bases"
 
 
 @pytest.fixture(scope="module")

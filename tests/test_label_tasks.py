@@ -7,13 +7,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from heterofusion.data.files import Records
-from heterofusion.evaluation.arguments import GenerationArguments
 from heterofusion.experts.generation import Answer as Label
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.labelling.arguments import LabelModelArguments
-from heterofusion.labelling.experts import find_experts
-from heterofusion.labelling.formats import format_check
-from heterofusion.labelling.self_prompt import find_template, invented_prompts
-from heterofusion.labelling.tasks import labelled_record, prompt_set
+from heterofusion.labelling.prompts import find_template, invented_prompts
+from heterofusion.labelling.tasks import format_check, labelled_record, prompt_set
 from heterofusion.zoo import TASKS, make_examples, zoo_path
 
 USER, SYSTEM = {"role": "user", "content": "tool?"}, {"role": "system", "content": "Be brief."}
@@ -178,7 +176,7 @@ def test_answers_are_not_those_of_a_model_that_ends_them_elsewhere(where, file, 
     args = {"source_models": [str(tmp_path / "base")], "source_adapters": [str(tmp_path / "adapter")], "use_cpu": True}
 
     def identity():
-        _, (source,) = find_experts(LabelModelArguments(**args), GenerationArguments())
+        (source,) = LabelModelArguments(**args).experts(GenerationArguments()).values()
         return source.identity()
 
     before = identity()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from heterofusion.experts.generation import Answer as Label
-from heterofusion.labelling.formats import format_check
 from heterofusion.labelling.routing import most_confident, read_map, route
+from heterofusion.labelling.tasks import format_check
 from heterofusion.report.routing_picture import draw_routing, framed_cells
 
 TASKS, SOURCES = ["a", "b"], ["x", "y"]

@@ -4,52 +4,109 @@ A source that does not know a task gives labels that harm; so it labels a task o
 replay prompts score better than the anchor's, by a margin, and it is not far behind the best source. Of several that
 are left, every prompt takes the most confident.
 A task that no source serves may go to the anchor itself, if it is good enough at it: that keeps what it can do.
+
+A control takes the place of the sources that were chosen: the same tasks and prompts, answered by somebody who was not
+chosen for what it knows. Tasks that the anchor labels stay its own in any control: they are not what the sources
+contribute.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from heterofusion.data.labels import ANCHOR
-from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.arguments import NO_ADAPTER
-from heterofusion.experts.generation import Answer as Label
-from heterofusion.labelling.formats import FormatCheck
-from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import read_yaml
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
+from heterofusion.data.labels import ANCHOR, LABEL_CONTROLS
+from heterofusion.data.markdown import markdown_table
+from heterofusion.experts.expert import NO_ADAPTER, Expert
+from heterofusion.experts.generation import Answer
+from heterofusion.labelling.tasks import FormatCheck
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import check_ranges, read_yaml
+
+_ANCHOR_MIN_SCORE = 0.5
 _ROUNDING = 1e-9  # of scores that are fractions
+
+
+@dataclass
+class RoutingArguments:
+    """Which source labels which task."""
+
+    routing: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file that says so instead of the scores: a mapping of tasks to a source, a list of sources, "
+            f"or none; the word {ANCHOR} stands for the anchor itself. Tasks that it leaves out are measured."
+        },
+    )
+    routing_margin: float = field(
+        default=0.1,
+        metadata={
+            "help": "How much better than the anchor's a source's score has to be for it to label a task.",
+            "range": "[0, 1]",
+        },
+    )
+    routing_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the best source's gain over the anchor that a source has to reach for it to label "
+            "a task beside that one (0: all that beat the anchor by the margin do).",
+            "range": "[0, 1]",
+        },
+    )
+    anchor_labels: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the anchor itself label measured tasks that no source serves, which keeps what it can do: "
+            "those where its own score is at least --anchor_min_score."
+        },
+    )
+    anchor_min_score: float = field(
+        default=_ANCHOR_MIN_SCORE,
+        metadata={
+            "help": "The anchor's score from which it labels a task, with --anchor_labels.",
+            "range": "[0, 1]",
+        },
+    )
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let somebody who does not know answer in place of the sources that were chosen, to see what "
+            "their labels contribute: bases (the sources' bases without adapters), shuffle (sources that were chosen "
+            "for other tasks; --seed draws) or anchor (the anchor itself). What trains on such labels is a control.",
+            "choices": [*LABEL_CONTROLS],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not self.anchor_labels and self.anchor_min_score != _ANCHOR_MIN_SCORE:
+            raise UserError(
+                f"--anchor_min_score {self.anchor_min_score} is for --anchor_labels true alone; leave it out"
+            )
+
+    @property
+    def anchor_from(self) -> float | None:
+        """The anchor's score from which it labels a task that no source serves; None if it does not."""
+        return self.anchor_min_score if self.anchor_labels else None
 
 
 @dataclass(frozen=True)
 class Routing:
-    """The routing of all tasks.
-
-    Args:
-        tasks: Their names, in order.
-        sources: Names of all sources, in order.
-        margin: What a source had to be better by.
-        share: Of the best source's gain over the anchor, what a source had to reach.
-        scores: By model (`anchor` and the sources) and task; tasks of the map have none.
-        chosen: The sources that label a task, in order, or the anchor; empty where nobody does.
-        mapped: Tasks whose sources the user named.
-        anchor_from: The anchor's score from which it labels a task that no source serves; None if it does not.
-        control: Kind of the control that takes the place of the chosen sources; None without.
-        replaced: With a control, who labels a task.
-    """
+    """The routing of all tasks."""
 
     tasks: list[str]
     sources: list[str]
-    margin: float
-    share: float
-    scores: dict[str, dict[str, float]]
-    chosen: dict[str, list[str]]
-    mapped: list[str]
-    anchor_from: float | None = None
-    control: str | None = None
-    replaced: dict[str, list[str]] | None = None
+    margin: float  # what a source had to be better by
+    share: float  # of the best source's gain over the anchor, what a source had to reach
+    scores: dict[str, dict[str, float]]  # by model (`anchor` and the sources) and task; tasks of the map have none
+    chosen: dict[str, list[str]]  # the sources that label a task, in order, or the anchor; empty where nobody does
+    mapped: list[str]  # tasks whose sources the user named
+    anchor_from: float | None = None  # the anchor's score from which it labels a task that no source serves
+    control: str | None = None  # which control takes the place of the chosen sources
+    replaced: dict[str, list[str]] | None = None  # with a control, who labels a task
 
     @property
     def labelled_by(self) -> dict[str, list[str]]:
@@ -68,11 +125,7 @@ class Routing:
         return [task for task in self.tasks if not self.chosen[task]]
 
     def record(self, metrics: Mapping[str, str | None]) -> dict[str, Any]:
-        """What `routing.json` holds.
-
-        Args:
-            metrics: By task; what a score is.
-        """
+        """What `routing.json` holds; `metrics` say what the scores are."""
         return {
             "control": self.control,
             "margin": self.margin,
@@ -121,24 +174,11 @@ class Routing:
 
 
 def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[str, list[str]]:
-    """Read the YAML file of `--routing`.
-
-    Args:
-        path: The file: a mapping of tasks to the name of a source or of the anchor, a list of names, or none.
-        tasks: Known tasks.
-        sources: Known sources.
-
-    Returns:
-        The sources of each task that the file names, in order, the anchor last.
-
-    Raises:
-        UserError: It cannot be read, or names a task or a source that is not there.
-    """
+    """The sources of each task that the YAML file of `--routing` names, in order, the anchor last."""
     where = f"--routing {path}"
-    content = read_yaml(path, where, "a mapping of tasks to sources")
     known = [*sources, ANCHOR]
     chosen: dict[str, list[str]] = {}
-    for task, value in content.items():
+    for task, value in read_yaml(path, where, "a mapping of tasks to sources").items():
         if task not in tasks:
             raise UserError(f"{where} names the task {task!r}, which is none of {', '.join(tasks)}; correct it")
         names = [] if value in (None, NO_ADAPTER) else value if isinstance(value, list) else [value]
@@ -164,16 +204,9 @@ def route(
 ) -> Routing:
     """Choose who labels every task.
 
-    Args:
-        tasks: Names of the tasks.
-        sources: Names of the sources.
-        scores: By model (`anchor` and the sources) and task, for tasks that the map leaves out.
-        margin: A source has to be better than the anchor by so much, and better in any case.
-        mapped: Sources of the tasks that the user's map names.
-        anchor_from: The anchor labels other tasks that no source serves, where its score is at least so much; None if
-            it labels none.
-        share: A source needs this share of the gain over the anchor that the best source has: one that is just better
-            than an anchor that knows nothing would spoil what another one knows, confident as it may be.
+    A source has to be better than the anchor, by the margin at least, and to have the given share of the best source's
+    gain over it: one that is just better than an anchor that knows nothing would spoil what another one knows,
+    confident as it may be. The anchor labels other tasks where its score is at least `anchor_from`, if that is given.
     """
     chosen = {}
     for task in tasks:
@@ -189,12 +222,63 @@ def route(
     return Routing([*tasks], [*sources], margin, share, scores, chosen, [t for t in tasks if t in mapped], anchor_from)
 
 
-def most_confident(labels: Mapping[str, Label], prompt: str, is_well_formed: FormatCheck) -> str:
-    """The source whose label a prompt takes: a well-formed one if there is one, of these the most confident.
-
-    Args:
-        labels: By source, in order; the first of equals is taken.
-        prompt: Text of the prompt.
-        is_well_formed: Of the task.
-    """
+def most_confident(labels: Mapping[str, Answer], prompt: str, is_well_formed: FormatCheck) -> str:
+    """The source whose label a prompt takes: the first of the most confident among well-formed ones, if there are."""
     return max(labels, key=lambda source: (is_well_formed(labels[source], prompt), labels[source].confidence))
+
+
+# ---- controls ---------------------------------------------------------------------------------------------------
+
+
+def with_control(routing: Routing, kind: str, seed: int) -> Routing:
+    """A routing with a control in the place of the sources that were chosen.
+
+    - `bases`: the same sources, of which `labellers` then takes the bases alone.
+    - `shuffle`: every task gets the sources that were chosen for another one, see `exchange`.
+    - `anchor`: the anchor.
+    """
+    sources = {task: [name for name in names if name != ANCHOR] for task, names in routing.chosen.items()}
+    served = {task: names for task, names in sources.items() if names}
+    if not served:
+        raise UserError(
+            f"--control {kind} takes the place of sources, but no source labels any task; leave it out, or lower "
+            "--routing_margin"
+        )
+    if kind == "shuffle":
+        others = exchange(served, seed)
+    else:
+        others = {task: [ANCHOR] if kind == "anchor" else names for task, names in served.items()}
+    replaced = {
+        task: [*dict.fromkeys([*others.get(task, []), *(name for name in names if name == ANCHOR)])]
+        for task, names in routing.chosen.items()
+    }
+    return replace(routing, control=kind, replaced=replaced)
+
+
+def exchange(served: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[str]]:
+    """Give every task the sources of another one, of which none is its own: a seeded choice among all such ways."""
+    tasks = [*served]
+    costs = np.random.default_rng(seed).random((len(tasks), len(tasks)))  # (task, task whose sources it gets)
+    own = [[bool(set(served[task]) & set(served[other])) for other in tasks] for task in tasks]
+    costs[np.array(own, dtype=bool).reshape(costs.shape)] = np.inf
+    try:
+        _, others = linear_sum_assignment(costs)
+    except ValueError as error:  # no assignment is finite
+        name, count = Counter(name for names in served.values() for name in names).most_common(1)[0]
+        why = "there is no other task" if len(tasks) == 1 else f"source {name} labels {count} of them"
+        raise UserError(
+            f"--control shuffle: the sources of the {len(tasks)} tasks that have some ({', '.join(tasks)}) cannot be "
+            f"exchanged so that every task gets only sources that were not chosen for it: {why}; choose --control "
+            "bases or anchor, or give more tasks and sources"
+        ) from error
+    return {task: [*served[tasks[other]]] for task, other in zip(tasks, others, strict=True)}
+
+
+def labellers(experts: Mapping[str, Expert], control: str | None) -> dict[str, Expert]:
+    """Who answers in the name of anchor and sources: with `bases`, the sources' bases, which say so in their names."""
+    if control != "bases":
+        return dict(experts)
+    return {
+        name: expert if name == ANCHOR else replace(expert.without_adapter(), name=f"{name}-base")
+        for name, expert in experts.items()
+    }

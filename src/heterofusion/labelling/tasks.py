@@ -1,11 +1,9 @@
 """The tasks of a labelling: how each is asked and scored, its prompts without answers, and labels as records."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,103 +11,213 @@ from datasets import Dataset
 
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import Message, Part, detect_format, to_conversation
+from heterofusion.evaluation.arguments import BASE_NAME, EvalDataArguments
 from heterofusion.evaluation.datasets import EvalSet, load_eval_sets
-from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, choose_metric
-from heterofusion.labelling.arguments import LabelDataArguments
+from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity
+from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, UIE, choose_metric
+from heterofusion.evaluation.uie import KINDS, normalize, parse_items, score_answers
+from heterofusion.experts.generation import Answer
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import check_ranges
 
+REPLAY = "replay"  # as a value of --prompts: the replay's own
+_ONLY_INVENTED = {"self_prompt_model": BASE_NAME, "temperature": 1.0, "top_p": 0.95}
+_MAX_PROMPTS = 300
 _NO_ANSWER: Message = {"role": "assistant", "content": ""}
 _TAGS = ("task", "kind")  # columns that labels have as the replay has them
+
+FormatCheck = Callable[[Answer, str], bool]
+
+
+@dataclass
+class LabelDataArguments(EvalDataArguments):
+    """The tasks: replay data that tells how each is asked and scored, and prompts without answers."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The replay's data sets with the right answers, one per task: local .json, .jsonl, .csv or "
+            ".parquet files, local folders, or ids on the Hub. Without them --routing and --prompts have to be given."
+        },
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["train"],
+        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+    )
+    dataset_label: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Name of each task, for files, tables and --routing; by default that of its replay file, or of "
+            "its prompt file where there is no replay."
+        },
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [300],
+        metadata={"help": "Number of replay examples per task that the routing is measured on at most; 0 takes all."},
+    )
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompts to label, one file per task in the order of --dataset_name: column `prompt`, or the "
+            f"replay's columns, whose answers are not looked at. The word {REPLAY} takes the replay's own prompts. "
+            "Folders and Hub data sets are read from their split train."
+        },
+    )
+    self_prompt: int = field(
+        default=0,
+        metadata={
+            "help": "In place of --prompts: number of times that the sources of a task continue its prompt template, "
+            "to invent inputs; what is repeated, or leaves the template, is dropped.",
+            "range": "[0, inf)",
+        },
+    )
+    self_prompt_model: str = field(
+        default=BASE_NAME,
+        metadata={
+            "help": "What continues the template: the source's base, or the expert itself, which may rather answer "
+            "than write on where it was trained on answers alone.",
+            "choices": [BASE_NAME, "expert"],
+        },
+    )
+    max_prompts: int = field(
+        default=_MAX_PROMPTS,
+        metadata={
+            "help": "Number of prompts that are sampled for each task at most; 0 takes all.",
+            "range": "[0, inf)",
+        },
+    )
+    temperature: float = field(
+        default=_ONLY_INVENTED["temperature"],  # type: ignore[assignment]
+        metadata={"help": "Temperature of --self_prompt.", "range": "(0, inf)"},
+    )
+    top_p: float = field(
+        default=_ONLY_INVENTED["top_p"],  # type: ignore[assignment]
+        metadata={"help": "Probability mass that --self_prompt draws tokens from.", "range": "(0, 1]"},
+    )
+    seed: int = field(
+        default=42,
+        metadata={
+            "help": "Seed of the sample of prompts, of --self_prompt, and of --control shuffle.",
+            "range": "[0, inf)",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if bool(self.prompts) == bool(self.self_prompt):
+            raise UserError(
+                "give either --prompts (files, or the word replay) or --self_prompt (a number of inputs to invent)"
+                + (", not both" if self.prompts else "")
+            )
+        if self.self_prompt and self.max_prompts != _MAX_PROMPTS:
+            raise UserError(
+                f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
+            )
+        for flag, default in _ONLY_INVENTED.items():
+            if not self.self_prompt and getattr(self, flag) != default:
+                raise UserError(f"--{flag} {getattr(self, flag)} is for --self_prompt alone; leave it out")
+        if self.dataset_name:
+            super().__post_init__()
+            if self.prompts and not self.own_prompts and len(self.prompts) != len(self.dataset_name):
+                raise UserError(
+                    f"--prompts has {len(self.prompts)} values, but --dataset_name has {len(self.dataset_name)}: give "
+                    f"one file per task, in the same order, or the word {REPLAY}"
+                )
+        elif self.self_prompt or self.own_prompts:
+            what = "--self_prompt" if self.self_prompt else f"--prompts {REPLAY}"
+            raise UserError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
+        else:
+            try:
+                self._named_by_prompts()
+            except UserError as error:  # the prompts' files stand for the replay's
+                raise UserError(str(error).replace("--dataset_name", "--prompts")) from error
+
+    def _named_by_prompts(self) -> EvalDataArguments:
+        return EvalDataArguments(dataset_name=self.prompts, dataset_label=self.dataset_label, metric=self.metric)
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether the replay's own prompts are labelled."""
+        return self.prompts == [REPLAY]
+
+    def labels(self) -> list[str]:
+        """The names of the tasks."""
+        return super().labels() if self.dataset_name else self._named_by_prompts().labels()
+
+    def metrics(self) -> list[str]:
+        """The metrics, one per task."""
+        return super().metrics() if self.dataset_name else self._named_by_prompts().metrics()
 
 
 @dataclass(frozen=True)
 class LabelTask:
-    """One task.
+    """One task."""
 
-    Args:
-        name: In files, tables and the routing.
-        metric: One of `heterofusion.evaluation.metrics.METRICS`; None without replay, where nothing tells it.
-        replay: Its replay sample with the right answers; None without replay.
-        prompts: What is labelled, the answers empty; None until it is invented.
-        tags: Values of the columns `task` and `kind` of its labels.
-    """
+    name: str  # in files, tables and the routing
+    metric: str | None  # None where nothing tells it
+    replay: EvalSet | None  # its sample with the right answers
+    prompts: EvalSet | None  # what is labelled, the answers empty; None until it is invented
+    tags: Mapping[str, str]  # values of the columns `task` and `kind` of its labels
 
-    name: str
-    metric: str | None
-    replay: EvalSet | None
-    prompts: EvalSet | None
-    tags: Mapping[str, str]
+    def tags_of(self, position: int) -> dict[str, str]:
+        """Values of these columns of a label: the prompt's own where it has them, else the task's."""
+        row = self.prompts.records.rows[self.prompts.indices[position]] if self.prompts else {}
+        return {**self.tags, **{tag: row[tag] for tag in _TAGS if isinstance(row.get(tag), str)}}
+
+    def format_check(self) -> FormatCheck:
+        """What tells its well-formed labels, by the replay's answers."""
+        texts = []
+        for _, answer in self.replay.examples if self.replay else []:
+            said = answer if isinstance(answer, str) else [m["content"] for m in answer if m["role"] == "assistant"]
+            texts.append(said if isinstance(said, str) else said[-1] if said else "")
+        return format_check(self.metric, texts)
 
 
 def load_tasks(args: LabelDataArguments) -> list[LabelTask]:
-    """Read replay and prompts of all tasks.
-
-    Args:
-        args: The flags.
-
-    Returns:
-        The tasks, in order.
-
-    Raises:
-        ValueError: A file or a record is not what it has to be; names it.
-    """
+    """Read replay and prompts of all tasks."""
     replays: Sequence[EvalSet | None] = load_eval_sets(args) if args.dataset_name else [None] * len(args.prompts)
     tasks = []
     for index, (name, metric, replay) in enumerate(zip(args.labels(), args.metrics(), replays, strict=True)):
         prompts = None
-        if args.own_prompts and replay is not None:
-            chosen = sample_indices(len(replay.indices), args.max_prompts or len(replay.indices), args.seed)
-            prompts = prompt_set(name, replay.records, [replay.indices[i] for i in chosen])
-        elif args.prompts:
-            records = load_records(args.prompts[index], None, "train", "prompt")
-            total = len(records.rows)
-            prompts = prompt_set(name, records, sample_indices(total, args.max_prompts or total, args.seed))
-        if replay is not None:
-            known: str | None = replay.metric
-        else:
-            assert prompts is not None  # for the type checker: the flags ask for prompts where there is no replay
-            known = _metric_of_prompts(metric, prompts)
+        if args.prompts:
+            if args.own_prompts and replay is not None:
+                records, places = replay.records, replay.indices
+            else:
+                records = load_records(args.prompts[index], None, "train", "prompt")
+                places = [*range(len(records.rows))]
+            chosen = sample_indices(len(places), args.max_prompts or len(places), args.seed)
+            prompts = prompt_set(name, records, [places[i] for i in chosen])
+        known = replay.metric if replay else _metric_of_prompts(metric, prompts)
         tasks.append(LabelTask(name, known, replay, prompts, _tags(name, replay)))
     return tasks
 
 
-def _metric_of_prompts(metric: str, prompts: EvalSet) -> str | None:
+def _metric_of_prompts(metric: str, prompts: EvalSet | None) -> str | None:
     """The metric that tells well-formed labels where there is no replay: as asked for, or by the prompts' `kind`."""
-    rows = [prompts.records.rows[i] for i in prompts.indices]
-    if metric == AUTO and not any(row.get("kind") for row in rows):
+    rows = [prompts.records.rows[i] for i in prompts.indices] if prompts else []
+    if prompts is None or (metric == AUTO and not any(row.get("kind") for row in rows)):
         return None
     return choose_metric(metric, rows, prompts.records.label)
 
 
 def _tags(name: str, replay: EvalSet | None) -> dict[str, str]:
-    tags = {"task": name}
-    if replay is not None:
-        rows = [replay.records.rows[i] for i in replay.indices]
-        for tag in _TAGS:
-            values = {row.get(tag) for row in rows}
-            value = values.pop() if len(values) == 1 else None
-            if isinstance(value, str):
-                tags[tag] = value
-    return tags
+    """The columns that are the same in all of the replay."""
+    rows = [replay.records.rows[i] for i in replay.indices] if replay else []
+    values = {tag: {row.get(tag) for row in rows} for tag in _TAGS}
+    found = {tag: value for tag, (value, *others) in values.items() if not others} if rows else {}
+    return {"task": name, **{tag: value for tag, value in found.items() if isinstance(value, str)}}
+
+
+def file_name(path: Path, task: str) -> Path:
+    """The file of a task's labels."""
+    return path / f"{task}.jsonl"
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
 
 def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
-    """Records as prompts without answers.
-
-    Args:
-        name: Of the task.
-        records: Where they are from.
-        indices: Those that are taken.
-
-    Returns:
-        A data set whose answers are empty, whatever the records hold.
-
-    Raises:
-        ValueError: The columns are not known, or a record has no prompt; names it.
-    """
+    """Records as prompts whose answers are empty, whatever the records hold."""
     rows = records.rows
     columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     format = _prompt_format(columns)
@@ -124,6 +232,11 @@ def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
     return EvalSet(name, format, records, indices, examples, digest, {"max_examples": len(indices)}, EXACT_MATCH)
 
 
+def asked(replay: EvalSet) -> EvalSet:
+    """The replay's prompts without their answers."""
+    return prompt_set(replay.label, replay.records, replay.indices)
+
+
 def _prompt_format(columns: Sequence[str]) -> str | None:
     """As `heterofusion.data.formats.detect_format`, but columns of answers may be missing."""
     whole = detect_format(columns)
@@ -134,27 +247,14 @@ def _prompt_format(columns: Sequence[str]) -> str | None:
 
 
 def read_prompt(row: Mapping[str, Any], format: str) -> tuple[Part, Part]:
-    """The prompt of a record, with an empty answer.
-
-    Args:
-        row: The record; an answer in it is not looked at.
-        format: `messages`, `prompt_completion` or `alpaca`.
-
-    Returns:
-        Prompt and empty answer, in the form of `heterofusion.data.formats.to_conversation`.
-
-    Raises:
-        ValueError: A field is missing or of another type, or nothing is asked.
-    """
+    """The prompt of a record with an empty answer, in the form of `to_conversation`."""
     if format == "messages":
-        _, turns = to_conversation(dict(row), format)
-        assert isinstance(turns, list)  # for the type checker
-        asked = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-        _check_asked(asked, "messages")
-        return [], [*asked, _NO_ANSWER]
+        turns: Any = to_conversation(dict(row), format)[1]
+        question = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
+        _check_asked(question, "messages")
+        return [], [*question, _NO_ANSWER]
     if format == "alpaca":
-        prompt, _ = to_conversation({**row, "output": ""}, format)
-        return prompt, [_NO_ANSWER]
+        return to_conversation({**row, "output": ""}, format)[0], [_NO_ANSWER]
     given = row.get("prompt")
     prompt, _ = to_conversation({"prompt": given, "completion": [] if isinstance(given, list) else ""}, format)
     if isinstance(prompt, str):
@@ -172,28 +272,18 @@ def _check_asked(turns: Sequence[Message], field: str) -> None:
         raise UserError(f"`{field}` ends with {found} where an answer is to follow: end it with the user's turn")
 
 
-def conversation(example: tuple[Part, Part]) -> list[Message]:
+def conversation(example: tuple[Any, Any]) -> list[Message]:
     """The turns of a prompt that is a conversation, up to its empty answer."""
-    prompt, answer = example
-    assert isinstance(prompt, list) and isinstance(answer, list)  # for the type checker
-    return [*prompt, *answer][:-1]
+    return [*example[0], *example[1]][:-1]
 
 
 # ---- labels -----------------------------------------------------------------------------------------------------
 
 
 def labelled_record(prompts: EvalSet, position: int, text: str, asked: str) -> dict[str, Any]:
-    """A prompt with its label, in the columns of the prompt.
+    """A prompt with its label, in the columns of the prompt; `asked` is the prompt as the model read it.
 
-    Args:
-        prompts: The prompts.
-        position: Of this one in `prompts.examples`.
-        text: What was generated for it.
-        asked: The prompt as the model read it, after which the text comes.
-
-    Returns:
-        The columns of prompt and answer. Of conversations the answer has no white space around it, which chat
-        templates bring themselves.
+    Of conversations the answer has no white space around it, which chat templates bring themselves.
     """
     prompt, _ = prompts.examples[position]
     answer = [{"role": "assistant", "content": text.strip()}]
@@ -210,14 +300,31 @@ def labelled_record(prompts: EvalSet, position: int, text: str, asked: str) -> d
     return {"prompt": prompt, "completion": answer}
 
 
-def tags_of(task: LabelTask, position: int) -> dict[str, str]:
-    """Values of the columns `task` and `kind` of a label: the prompt's own where it has them, else the task's."""
-    assert task.prompts is not None  # for the type checker
-    row = task.prompts.records.rows[task.prompts.indices[position]]
-    own = {tag: row[tag] for tag in _TAGS if isinstance(row.get(tag), str)}
-    return {**task.tags, **own}
+def format_check(metric: str | None, references: Sequence[str]) -> FormatCheck:
+    """A function of a label and its prompt that tells whether the label is one that the task's metric can read.
+
+    Whatever the task, a label must not be empty and must have ended by itself. Of an extraction task every item must
+    be `type: span` (of RE `relation: head, tail`) with a type that the replay's answers have or the prompt names; of a
+    GLUE task it must be one of the task's labels.
+    """
+    if metric is not None and metric in GLUE_LABELS:
+        labels = GLUE_LABELS[metric]
+        return lambda label, prompt: (
+            label.ended and (parse_label(label.text, labels) if labels else parse_similarity(label.text)) is not None
+        )
+    if metric in (*KINDS, UIE):
+        kind = None if metric == UIE else metric
+        known = frozenset(_type(item) for reference in references for item in parse_items(reference))
+        return lambda label, prompt: label.ended and _is_extraction(label.text, prompt, kind, known)
+    return lambda label, prompt: label.ended and bool(label.text.strip())
 
 
-def file_name(path: Path, task: str) -> Path:
-    """The file of a task's labels."""
-    return path / f"{task}.jsonl"
+def _is_extraction(text: str, prompt: str, kind: str | None, known: frozenset[str]) -> bool:
+    if score_answers([text], [text], kind)["format_failure_rate"]:
+        return False
+    named = normalize(prompt)
+    return all(name in known or name in named for name in map(_type, parse_items(text)))
+
+
+def _type(item: str) -> str:
+    return item.partition(":")[0]

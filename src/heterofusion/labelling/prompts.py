@@ -12,18 +12,17 @@ is an end, too. Whether an input makes sense is not checked, only its lines: whe
 many lines, and a line of all of them begins alike, those of an invented one must, too.
 """
 
-from __future__ import annotations
-
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.data.files import Records
 from heterofusion.data.formats import Message, Part, Prompt, render_prompt, tokenize_prompt
 from heterofusion.evaluation.datasets import EvalSet
-from heterofusion.experts.generation import Answer as Label
+from heterofusion.experts.generation import Answer
 from heterofusion.labelling.tasks import conversation, prompt_set
 from heterofusion.runtime.errors import UserError
 
@@ -33,28 +32,16 @@ _ROOM = 4  # tokens that an input may have more than the replay's longest
 
 @dataclass(frozen=True)
 class Template:
-    """What surrounds the inputs of a task.
+    """What surrounds the inputs of a task."""
 
-    Args:
-        turns: Earlier turns of a conversation; None where prompts are strings.
-        beginning: Common beginning of the prompts, or of their last turns, without a space at its end.
-        end: Their common end; may be empty in a conversation.
-        known: The replay's prompts, or last turns, white space collapsed.
-        lines: What each line of the inputs begins with; None where their number differs.
-    """
-
-    turns: list[Message] | None
-    beginning: str
-    end: str
-    known: frozenset[str]
-    lines: list[str] | None
+    turns: list[Message] | None  # earlier turns of a conversation; None where prompts are strings
+    beginning: str  # common beginning of the prompts, or of their last turns, without a space at its end
+    end: str  # their common end; may be empty in a conversation
+    known: frozenset[str]  # the replay's prompts, or last turns, white space collapsed
+    lines: list[str] | None  # what each line of the inputs begins with; None where their number differs
 
     def head(self, format: str, tokenizer: Any) -> list[int]:
-        """Token ids of everything before an input, in a tokenizer and its chat template.
-
-        Raises:
-            ValueError: The chat template refuses the conversation, or changes what stands in it.
-        """
+        """Token ids of everything before an input, in a tokenizer and its chat template."""
         whole = self.beginning + _HERE + self.end
         prompt: Part = whole
         answer: Part = ""
@@ -66,7 +53,7 @@ class Template:
             raise UserError("the chat template leaves out part of the prompt; give --prompts")
         return tokenize_prompt(Prompt(before, rendered.templated, ""), tokenizer)
 
-    def input_of(self, label: Label) -> str | None:
+    def input_of(self, label: Answer) -> str | None:
         """The prompt, or last turn, that a continuation makes; None where it leaves the template."""
         text, found, _ = label.text.partition(self.end) if self.end else (label.text, label.ended, "")
         return self.beginning + text + self.end if found and text.strip() and self._has_lines(text) else None
@@ -77,15 +64,8 @@ class Template:
 
 
 def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
-    """The template of a task's replay prompts.
-
-    Args:
-        replay: The replay, for messages.
-        prompts: Its prompts, of `prompt_set`.
-
-    Raises:
-        ValueError: The prompts have no common beginning or, as strings, no common end; or they are all the same.
-    """
+    """The template of a task's replay prompts, which `asked` gave without their answers."""
+    where = f"--self_prompt: the prompts of {replay.records.label}"
     turns: list[Message] | None = None
     contents: list[str] = []
     for example in prompts.examples:
@@ -95,20 +75,15 @@ def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
         *earlier, last = conversation(example)
         contents.append(last["content"])
         if turns is not None and earlier != turns:
-            raise UserError(
-                f"--self_prompt: conversations of {replay.records.label} differ in turns before the last, so they "
-                "have no template; give --prompts"
-            )
+            raise UserError(f"{where} differ in turns before the last, so they have no template; give --prompts")
         turns = earlier
-    where = f"--self_prompt: the prompts of {replay.records.label}"
     distinct = sorted(set(contents))
     if len(distinct) < 2:
         raise UserError(f"{where} are all the same, so nothing tells what is input; give more, or --prompts")
     beginning = _whole_words(_common_beginning(distinct))
     if not beginning.strip():
         raise UserError(f"{where} have no common beginning to continue; give --prompts")
-    rest = [text[len(beginning) :][::-1] for text in distinct]
-    end = _from_line(_common_beginning(rest)[::-1])
+    end = _from_line(_common_beginning([text[len(beginning) :][::-1] for text in distinct])[::-1])
     if not end.strip() and turns is None:
         raise UserError(f"{where} have no common end that tells where an input is over; give --prompts")
     inputs = [text[len(beginning) : len(text) - len(end)].split("\n") for text in distinct]
@@ -119,9 +94,7 @@ def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
 
 
 def _common_beginning(texts: Sequence[str]) -> str:
-    first, last = min(texts), max(texts)  # all others are between them
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:length]
+    return os.path.commonprefix(texts)  # noqa: RUF071  # by characters is meant
 
 
 def _whole_words(text: str) -> str:
@@ -141,7 +114,7 @@ def _collapsed(text: str) -> str:
     return " ".join(text.split())
 
 
-def longest_input(prompts: Iterable[Sequence[int]], head: Sequence[int]) -> int:
+def longest_input(prompts: Sequence[Sequence[int]], head: Sequence[int]) -> int:
     """Most tokens of an input that is invented, the template's end included: about those of the replay's longest."""
     return max(1, max(map(len, prompts)) - len(head)) + _ROOM
 
@@ -152,20 +125,9 @@ def draw_seed(seed: int, task: str, source: str) -> int:
 
 
 def invented_prompts(
-    name: str, template: Template, format: str, drawn: Sequence[Label]
+    name: str, template: Template, format: str, drawn: Sequence[Answer]
 ) -> tuple[EvalSet | None, dict[str, int]]:
-    """Prompts from continuations of a template.
-
-    Args:
-        name: Of the task.
-        template: Its template.
-        format: Of the replay's prompts.
-        drawn: The continuations, in order.
-
-    Returns:
-        The prompts, None where no one survives; and how many were `drawn`, `kept`, `off_template`, `repeated`, and
-        of the `replay`.
-    """
+    """Prompts from continuations of a template, None where no one survives; and counts of what became of them."""
     counts: Counter[str] = Counter(drawn=len(drawn), kept=0, off_template=0, repeated=0, replay=0)
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []

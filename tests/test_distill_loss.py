@@ -73,17 +73,6 @@ def test_losses_are_those_of_the_dense_reference(collator):
         torch.testing.assert_close(gradient, wanted.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_kl_is_zero_where_the_model_is_its_own_teacher():
-    logits = torch.randn(1, 4, 5)
-    labels = torch.tensor([[-100, -100, 1, 2]])
-    probs = torch.softmax(logits[:, 1:3], dim=-1)
-    ids = torch.arange(5).expand(1, 2, 5)
-    _, kl = distillation_losses(logits, labels, ids, probs)
-    assert abs(kl.item()) < 1e-6
-    nll, none = distillation_losses(logits, labels)
-    assert none.item() == 0 and nll.item() > 0
-
-
 def trained(folder, collator, rows, **changes):
     """The golden target's adapter after a plain SGD run; gives the trainer."""
     args = DistillConfig(

@@ -332,18 +332,14 @@ def fails(values, bare_base, tmp_path, capsys, monkeypatch):
 
 
 WRONG = {
-    "no teacher": ({"teacher_models": None}, ["--teacher_models"]),
     "no adapter": ({"teacher_adapters": None}, ["--teacher_adapters"]),
     "no anchor": ({"init_adapter": None}, ["--init_adapter"]),
     "numbers": ({"teacher_adapters": [QWEN] * 3}, ["--teacher_models has 2 values, but --teacher_adapters has 3"]),
     "lambda": ({"distill_lambda": -0.1}, ["--distill_lambda is -0.1"]),
     "top k": ({"top_k_logits": 0}, ["--top_k_logits is 0"]),
-    "batch": ({"teacher_batch_size": 0}, ["--teacher_batch_size is 0"]),
     "dropout": ({"lora_dropout": 1.0}, ["--lora_dropout is 1.0"]),
-    "no data": ({"dataset_name": None}, ["--dataset_name"]),
     "cut answers": ({"max_length": 6}, ["10 of 10 replay examples are longer than --max_length 6", "raise it to 7"]),
     "missing adapter": ({"teacher_adapters": ["no/such", "none"]}, ["no/such"]),
-    "missing base": ({"teacher_models": ["./none", "./none"]}, ["teacher", "./none"]),
     "anchor of another base": ({"init_adapter": QWEN}, ["source_qwen2"]),
 }
 

@@ -183,7 +183,7 @@ def hypernetwork_seconds(model: HeteroFusionModel, twice: bool) -> float:
         start = now()
         if twice:
             with torch.no_grad():
-                model.updates.predict()
+                model.updates.predictor.predict()
         model.updates.refresh()
         losses = [update.sum() for update in model.updates.by_module.values()]
         torch.autograd.backward([*losses, model.updates.rdm(0)])
@@ -212,9 +212,9 @@ def reduced_bytes(model: Any, arguments: RowArguments) -> int:
     if arguments.row == LORA or arguments.ddp_reduce == "parameters":
         return tensor_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     block_size = model.hypernetworks.config.block_size
-    contexts = model.updates.contexts.values()
+    contexts = model.updates.predictor.contexts.values()
     # T * b * r of every group, in float32
-    return 4 * sum(context.decode_index.numel() * block_size * context.key.rank for context in contexts)
+    return 4 * sum(sum(context.b_blocks) * block_size * context.members[0].target.module.rank for context in contexts)
 
 
 @command

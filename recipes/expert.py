@@ -26,7 +26,7 @@ from heterofusion.cli import command, parse_arguments, release_logging, set_up_l
 from heterofusion.data.labels import check_label_flags, labels_control
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.experts.soft_targets import add_soft_labels
-from heterofusion.method.expansion import FitBasis
+from heterofusion.method.basis import FitBasis
 from heterofusion.publish.expert_record import expert_record, write_record
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import initial_control, refuse_push, whole_control

@@ -1,6 +1,7 @@
 """Basis expansion: the expanded adapter computes what the anchor does; its rows, their fit to inputs, its contexts."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,22 +10,22 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from builders import llama_modules, write_adapter
-from conftest import TINY, fresh_base, logits, make_trainer, perturb, token_batch
+from conftest import TINY, TokenRows, fresh_base, logits, make_trainer, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter, plan_alignment
 from heterofusion.adapters.factors import canonical_factors
+from heterofusion.method.basis import fit_basis, sample_examples
 from heterofusion.method.contexts import build_contexts, cut_blocks, describe_blocks, source_factors
 from heterofusion.method.expansion import (
     ANCHOR_NORM,
+    BASIS_FILE,
     INPUTS,
     expand_adapter,
     expand_plan,
-    first_examples,
-    fit_basis,
-    plain_adapter,
-    scaled_alpha,
-    with_rows,
 )
 from heterofusion.publish.write import export_adapter
+from heterofusion.runtime.errors import UserError
+from heterofusion.training.checkpoints import load_hypernetworks
+from heterofusion.training.mixture import Mixture
 from recipe_runner import TARGET, copy_adapter
 
 K = 5
@@ -110,16 +111,6 @@ def test_ranks_and_alphas_that_vary_keep_every_scaling(tmp_path):
     for path, module in anchor.modules.items():
         assert expanded.modules[path].rank == module.rank + 7
         assert expanded.modules[path].scaling == module.scaling, path
-    assert set(expanded.config["alpha_pattern"]) >= {"down_proj", "v_proj", odd}  # roles where they do
-
-
-def test_scaled_alpha_is_exact_or_the_nearest_in_float32():
-    for rank in range(1, 200):
-        for scaling in (2.0, 1 / 3, 0.7, 16 / 7):
-            alpha = scaled_alpha(scaling, rank, False)
-            assert alpha / rank == pytest.approx(scaling, rel=3e-16)
-            assert torch.tensor(alpha / rank) == torch.tensor(scaling)
-    assert isinstance(scaled_alpha(2.0, 9, False), int)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -151,13 +142,6 @@ def test_rows_depend_on_seed_and_path_alone(target):
         assert torch.equal(rows, first.extra_rows()[path])
 
 
-def test_lora_a_of_zeros_gets_rows_of_a_new_adapter(target):
-    modules = {path: replace(m, lora_A=torch.zeros_like(m.lora_A)) for path, m in target.modules.items()}
-    rows = expand_adapter(replace(target, modules=modules), settings(), 0).extra_rows()
-    for part in rows.values():
-        assert part.norm(dim=1) == pytest.approx([3**-0.5] * K, rel=1e-5)
-
-
 def test_rank_that_a_module_has_no_room_for_raises(target):
     """More rows than outputs are fine: lora_A is frozen, and every row is a direction that the update can read."""
     assert min(module.out_features for module in target.modules.values()) < 4 + 44
@@ -166,30 +150,6 @@ def test_rank_that_a_module_has_no_room_for_raises(target):
     assert torch.linalg.matrix_rank(rows) == 48
     with pytest.raises(AdapterError, match=r"--extra_rank is 45, but model\.layers\.0\.\S+ .* 48 input .* at most 44"):
         expand_adapter(target, settings(extra_rank=45), 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"extra_rank": -1}, "--extra_rank is -1"),
-        ({"extra_rank": 2.5}, "--extra_rank is 2.5"),
-        ({"extra_basis": "pca"}, "--extra_basis is 'pca'; choose one of random, activations"),
-        ({"extra_rank": 0, "extra_basis": "activations"}, "--extra_rank is 0, so no rows are added"),
-    ],
-)
-def test_settings_out_of_range_raise(changes, message):
-    with pytest.raises(ValueError, match=message):
-        settings(**changes).check_method()
-
-
-def test_plan_that_was_expanded_otherwise_raises(target, sources):
-    plan = expand_plan(plan_alignment(target, sources), settings(), 0)
-    assert expand_plan(plan, settings(), 1) is plan
-    assert {key.rank for key in plan.groups} == {4 + K}
-    with pytest.raises(ValueError, match=r"expanded with extra_rank, extra_basis \(5, 'random'\).*\(3, 'random'\)"):
-        expand_plan(plan, settings(extra_rank=3), 0)
-    with pytest.raises(ValueError, match="no extra rows to fit"):
-        HeteroFusionModel(fresh_base(), plan_alignment(target, sources), settings(extra_rank=0)).fit_basis([])
 
 
 # ---- contexts ---------------------------------------------------------------------------------------------------
@@ -207,21 +167,23 @@ def test_sources_come_at_the_anchors_rank_and_are_padded_with_zeros(target, sour
         own_A, own_B, _ = canonical_factors(A[:4], B[:, :4])
         A, B = torch.cat([own_A, A[4:]]), torch.cat([own_B, B[:, 4:]], 1)
     blocks, descriptors = describe_blocks(torch.cat([cut_blocks(A.T, b), cut_blocks(B, b)]))
-    torch.testing.assert_close(context.target.blocks[-1], blocks)
-    torch.testing.assert_close(context.target.descriptors[-1], descriptors)
+    target_blocks, source_blocks = context.inputs.split(context.inputs.blocks)
+    target_descriptors, source_descriptors = context.inputs.split(context.inputs.descriptors)
+    torch.testing.assert_close(target_blocks[-1], blocks)
+    torch.testing.assert_close(target_descriptors[-1], descriptors)
     parts = []
     for _, source in item.sources:
         A, B, _ = source_factors(source, 4, module.scaling, canonicalize)
         parts += [cut_blocks(A.T, b), cut_blocks(B, b)]
     raw = torch.cat(parts)
     blocks, descriptors = describe_blocks(torch.cat([raw, torch.zeros(*raw.shape[:2], K)], 2))
-    torch.testing.assert_close(context.source.blocks[-1, : len(raw)], blocks)
-    torch.testing.assert_close(context.source.descriptors[-1, : len(raw)], descriptors)
+    torch.testing.assert_close(source_blocks[-1, : len(raw)], blocks)
+    torch.testing.assert_close(source_descriptors[-1, : len(raw)], descriptors)
     assert not descriptors[:, 4:].abs().gt(1e-5).any()
-    columns = context.source.blocks.unflatten(-1, (b, -1))[..., context.padded_from :]
-    assert context.padded_from == 4 and columns.shape[-1] == K
+    columns = source_blocks.unflatten(-1, (b, -1))[..., context.inputs.padded_from :]
+    assert context.inputs.padded_from == 4 and columns.shape[-1] == K
     assert (columns == columns[..., :1, :1]).all()
-    assert build_contexts(plan_alignment(target, sources), b)["down_proj_r4"].padded_from is None
+    assert build_contexts(plan_alignment(target, sources), b)["down_proj_r4"].inputs.padded_from is None
 
 
 @pytest.mark.parametrize("canonicalize", [False, True])
@@ -230,8 +192,9 @@ def test_compact_form_predicts_the_same_whether_or_not_it_is_told_of_the_padding
     model = perturb(HeteroFusionModel.from_adapters(base, target, sources, method))
     seen = []
     model.hypernetworks.shared.rows_in.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    told = model.updates.predict()
-    inputs = {name: each.inputs._replace(padded_from=None) for name, each in model.updates._constants.items()}
+    predictor = model.updates.predictor
+    told = predictor.predict()
+    inputs = {name: each.inputs._replace(padded_from=None) for name, each in predictor.contexts.items()}
     plain = model.hypernetworks(inputs)
     half = len(seen) // 2
     assert sum(seen[:half]) < 0.8 * sum(seen[half:])
@@ -319,19 +282,29 @@ def test_fit_is_of_the_anchor_alone_whatever_the_hypernetworks_predict(target, s
     assert one.plan.target.expanded_sha256() == two.plan.target.expanded_sha256()
 
 
-def test_no_examples_and_infinite_inputs_raise(target, sources):
+def test_sample_is_of_the_whole_mixture(tmp_path):
+    """Its replay comes first: the first 64 examples would be the same with any labels, and with none."""
+    replay, labels = (TokenRows(80, seed=seed).rows for seed in (0, 1))
+    fitted = {}
+    for data in (replay, Mixture(replay, labels[:30])):
+        trainer = make_trainer(tmp_path, rows=data, extra_rank=K, extra_basis="activations", max_steps=1)
+        trainer.train()
+        fitted[len(data)] = trainer.fusion_model.plan.target
+    assert fitted[80].expanded_sha256() != fitted[110].expanded_sha256()
+    assert fitted[110].expansion.examples == 64
+    device = torch.device("cpu")
+    one, again, other = (sample_examples(Mixture(replay, labels), seed, device) for seed in (0, 0, 1))
+    rows = {tuple(row["input_ids"].tolist()) for row in labels}
+    share = sum(tuple(ids[0].tolist()) in rows for ids in one) / 64
+    assert 0.3 < share < 0.7
+    assert all(map(torch.equal, one, again)) and not all(map(torch.equal, one, other))
+
+
+def test_infinite_inputs_raise(target, sources):
     model = HeteroFusionModel.from_adapters(fresh_base(), target, sources, settings())
-    with pytest.raises(ValueError, match=r"there are no examples; give some with --dataset_name"):
-        model.fit_basis([])
     model.get_base_model().model.embed_tokens.weight.data.fill_(torch.inf)
-    with pytest.raises(ValueError, match=r"inputs of model\.layers\.0\.\S+ are not finite.*--dtype"):
+    with pytest.raises(UserError, match=r"inputs of model\.layers\.0\.\S+ are not finite.*--dtype"):
         model.fit_basis(sequences())
-
-
-def test_first_examples_are_a_fixed_number(target):
-    rows = [{"input_ids": [i, i + 1]} for i in range(100)]
-    examples = first_examples(rows, torch.device("cpu"))
-    assert len(examples) == 64 and examples[3].tolist() == [[3, 4]]
 
 
 # ---- training and export ----------------------------------------------------------------------------------------
@@ -382,10 +355,42 @@ def test_without_extra_rank_nothing_is_recorded(tmp_path, model):
     assert "extra_share" not in (tmp_path / "out" / "diagnostics.json").read_text()
 
 
-def test_plain_adapter_is_one_of_its_whole_rank(target):
-    expanded = expand_adapter(target, settings(), 0)
-    plain = plain_adapter(with_rows(expanded, expanded.extra_rows(), expanded.expansion))
-    grown = expand_adapter(plain, settings(extra_rank=3), 0)
-    for path, module in grown.modules.items():
-        assert module.rank == 4 + K + 3 and torch.equal(module.lora_A[: 4 + K], expanded.modules[path].lora_A)
-        assert module.scaling == target.modules[path].scaling
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of a fusion whose rows were fitted."""
+    folder = tmp_path_factory.mktemp("expanded")
+    trainer = make_trainer(folder, extra_rank=K, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    return folder / "checkpoint-1", trainer.fusion_model.plan.target
+
+
+def test_checkpoint_brings_the_rows_back(checkpoint, tmp_path):
+    folder, wanted = checkpoint
+    again = make_trainer(tmp_path, extra_rank=K, max_steps=1)
+    assert again.fusion_model.plan.target.expanded_sha256() != wanted.expanded_sha256()
+    again.train(resume_from_checkpoint=str(folder))
+    found = again.fusion_model.plan.target
+    assert found.expanded_sha256() == wanted.expanded_sha256() and found.expansion == wanted.expansion
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra_rank": 3}, "another extra_rank: 5, this run has 3"),
+        ({"extra_rank": K, "extra_basis": "activations"}, 'another extra_basis: "random", this run has "activations"'),
+    ],
+)
+def test_checkpoint_of_another_basis_raises(checkpoint, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(tmp_path, **changes).train(resume_from_checkpoint=str(checkpoint[0]))
+
+
+def test_checkpoint_without_its_rows_raises(checkpoint, tmp_path, target, sources):
+    model = HeteroFusionModel.from_adapters(fresh_base(), target, sources, settings())
+    shutil.copytree(checkpoint[0], tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / BASIS_FILE).write_bytes(b"12345678")
+    with pytest.raises(UserError, match=rf"{BASIS_FILE} cannot be read"):
+        load_hypernetworks(model, tmp_path / "checkpoint-1")

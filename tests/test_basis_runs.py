@@ -13,8 +13,8 @@ from conftest import logits
 from heterofusion import load_adapter
 from heterofusion.training.expert import LORA_B
 from heterofusion.training.expert_lora import check_basis_engine
-from recipe_runner import MISTRAL, QWEN, TARGET, error_line, flags, plan, recipe, succeeds, train
-from sequence_runner import ADAPTER, record, remove, same_weights, write_yaml
+from recipe_runner import QWEN, TARGET, error_line, flags, plan, recipe, succeeds, train
+from sequence_runner import ADAPTER, record, remove, same_weights
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 expert = recipe("expert")
@@ -86,13 +86,6 @@ def test_resume_with_another_basis_is_refused(changed, words, expanded, capsys, 
     error_line(capsys, train.main, flags(values), *words)
 
 
-def test_bad_flags_are_refused_before_the_base_is_loaded(fails):
-    fails("--extra_rank is -1", "at least 0", extra_rank=-1)
-    fails("--extra_basis", "pca", extra_rank=2, extra_basis="pca")
-    fails("--extra_basis is activations", "--extra_rank is 0", extra_basis="activations")
-    fails("--extra_rank is 45", "48 input features", "give at most 44", extra_rank=45)
-
-
 def test_hypernetworks_of_another_rank_do_not_fit(expanded, fails):
     words = ["no group of this fusion", "--extra_rank was another"]
     fails(*words, init_hypernetwork_from=expanded["out"] / "checkpoint-2", save_steps=None)
@@ -121,27 +114,6 @@ def test_dry_run_and_plan_show_the_ranks(expanded, tmp_path, capsys):
     error_line(capsys, plan.main, flags({**values, "extra_rank": 45}), "--extra_rank is 45", "at most 44")
 
 
-def test_every_stage_adds_its_own_rank(common, tmp_path):
-    """The second takes all that the first has written for its own, and adds to it."""
-    stages = [
-        {"name": "one", "source_adapters": [QWEN], "extra_rank": K},
-        {"name": "two", "source_adapters": [MISTRAL], "extra_rank": 2, "carry_hypernetworks": True},
-        {"name": "three", "source_adapters": [MISTRAL], "carry_hypernetworks": True},
-    ]
-    config = write_yaml(tmp_path / "run.yaml", stages, target_adapter=TARGET)
-    values = {**common, "config": config, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
-    log = succeeds(train.main, flags(values))
-    one, two, three = (load_adapter(tmp_path / "out" / name) for name in ("one", "two", "."))
-    for path, module in load_adapter(TARGET).modules.items():
-        assert [adapter.modules[path].rank for adapter in (one, two, three)] == [9, 11, 11]
-        assert torch.equal(one.modules[path].lora_A[:4], module.lora_A)
-        assert torch.equal(two.modules[path].lora_A[:9], one.modules[path].lora_A)
-        assert torch.equal(three.modules[path].lora_A, two.modules[path].lora_A)
-        assert three.modules[path].scaling == module.scaling
-    assert "hypernetworks of stage 'one' (1 of 3): nothing is taken from them" in log  # of rank 9, these are of 11
-    assert "hypernetworks of stage 'two' (2 of 3): " in log and "q_proj_r11" in log
-
-
 # ---- the tuned adapter ------------------------------------------------------------------------------------------
 
 
@@ -156,18 +128,6 @@ def test_tuned_adapter_has_the_rows_of_the_fusion(twin, expanded):
     found = json.loads((twin["out"] / "expert.json").read_text())
     assert found["basis"] == record(expanded["out"])["basis"]
     assert found["lora"]["r"] == 9 and "Every lora_A has 5 rows more" in (twin["out"] / "README.md").read_text()
-
-
-def test_tuning_begins_at_the_anchor(twin, tmp_path):
-    """The first loss is that of the anchor with plain PEFT."""
-    values = {**twin["values"], "output_dir": tmp_path / "out", "max_steps": 1, "gradient_accumulation_steps": 1}
-    values |= {"per_device_train_batch_size": 6, "save_strategy": "no"}
-    succeeds(expert.main, flags(values))
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    plain = {name: value for name, value in values.items() if not name.startswith("extra")}
-    succeeds(expert.main, flags({**plain, "output_dir": tmp_path / "plain"}))
-    wanted = json.loads((tmp_path / "plain" / "trainer_state.json").read_text())
-    assert state["log_history"][0]["loss"] == pytest.approx(wanted["log_history"][0]["loss"], abs=1e-6)
 
 
 def test_resumed_tuning_equals_the_uninterrupted(twin, tmp_path, capsys):

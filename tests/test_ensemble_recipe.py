@@ -7,7 +7,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
-from heterofusion.rivals import ensemble_row
+from heterofusion.experts import expert
 from heterofusion.rivals.ensemble import EnsembleGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import ROOT, contents, error_line, flags, shell
@@ -133,7 +133,7 @@ def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_res
         "ensemble: gac, this one has unite": {"ensemble": "unite"},
         "members: 2, this one has 3": {"adapters": [*EXPERTS, "none"], "ensemble_models": [*BASES, BASES[0]]},
         "member 2 adapter": {"adapters": [EXPERTS[0], "none"]},
-        "member 1 base_files": {"adapters": EXPERTS[::-1], "ensemble_models": BASES[::-1]},
+        "member 1 base:": {"adapters": EXPERTS[::-1], "ensemble_models": BASES[::-1]},
         "max_new_tokens: 24, this one has 23": {"max_new_tokens": 23},
         "ensemble: gac, this one has None": {"ensemble": None, "ensemble_models": None, "adapters": EXPERTS[:1]},
     }.items():
@@ -149,7 +149,7 @@ def refused(values, capsys, logging_restored, monkeypatch):
     def no_weights(*args, **kwargs):
         raise AssertionError("a base model was loaded before the error")
 
-    monkeypatch.setattr("heterofusion.experts.models.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.expert.load_base", no_weights)
 
     def check(*words: object, **changed: object) -> None:
         error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
@@ -190,7 +190,7 @@ def test_members_that_cannot_be(refused, base_dir, tmp_path):
 
 
 def test_member_with_a_slow_tokenizer(refused, monkeypatch):
-    tokenizer = ensemble_row.adapter_tokenizer
+    tokenizer = expert.adapter_tokenizer
 
     class Slow:
         name_or_path, pad_token_id = "slow", 0
@@ -198,5 +198,5 @@ def test_member_with_a_slow_tokenizer(refused, monkeypatch):
     def second_is_slow(model, adapter):
         return Slow() if model.model_name_or_path == str(BASES[1]) else tokenizer(model, adapter)
 
-    monkeypatch.setattr(ensemble_row, "adapter_tokenizer", second_is_slow)
+    monkeypatch.setattr(expert, "adapter_tokenizer", second_is_slow)
     refused("tokenizer of 'slow' has no fast version")

@@ -120,7 +120,7 @@ def test_alignment(case):
         assert list(context.b_blocks) == [block["num_blocks_B"] for block in blocks]
         assert [item.target.out_features for item in members] == [block["orig_rows"] for block in blocks]
         assert context.ragged is not expected[key.role]["batched"]
-        assert context.target.blocks.shape[1] == max(b["num_blocks_A"] + b["num_blocks_B"] for b in blocks)
+        assert context.inputs.target_length == max(b["num_blocks_A"] + b["num_blocks_B"] for b in blocks)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,8 +139,9 @@ def test_token_contexts(case):
         parts.append(context_blocks(A, B, b))
     close(torch.cat(parts).flatten(-2), tokens["src_flat"], 0)
     context = build_contexts(plan, b)[key.name]
-    close(context.target.descriptors[0], tokens["tgt_s"])
-    close(context.source.descriptors[0, : len(tokens["src_s"])], tokens["src_s"])
+    target, source = context.inputs.split(context.inputs.descriptors)
+    close(target[0], tokens["tgt_s"])
+    close(source[0, : len(tokens["src_s"])], tokens["src_s"])
 
 
 class MicroBatches(Dataset):

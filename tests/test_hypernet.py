@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from conftest import TINY, perturb
-from heterofusion import HeteroFusionModel, MethodConfig
+from heterofusion import MethodConfig
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.hypernet import HyperNetwork, HypernetworkInput, HyperNetworks
 from heterofusion.method.rdm import rdm_loss, sliced_distance
@@ -134,36 +133,6 @@ def test_both_views_share_one_matrix_product():
     torch.testing.assert_close(features(batch, None)[0], wanted)
 
 
-def test_initialization_is_xavier_with_zero_biases():
-    torch.manual_seed(0)
-    net = HyperNetwork(8, HypernetworkConfig(block_size=64, embed_dim=128))
-    size = 64 * 8
-    bound = (6 / (size + 128)) ** 0.5
-    for half in net.features.views.weight.detach().split(128):
-        assert 0.95 * bound < half.abs().max() <= bound
-        assert half.std() == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert net.positions.weight.detach().std() == pytest.approx(1, rel=0.05)
-    assert not net.features.views.bias.any() and not net.q_proj.bias.any()
-
-
-@pytest.mark.parametrize(("rank", "changes"), [(3, {"form": "compact"}), (3, {})])
-def test_too_long_sequence_raises(rank, changes):
-    networks = HyperNetworks({"x_r3": rank}, small(max_position_embeddings=5, **changes))
-    with pytest.raises(ValueError, match="max_position_embeddings 5"):
-        networks.networks["x_r3"](join(*inputs()), shared=networks.shared)
-
-
-def test_compact_model_shares_factors_between_roles_and_trains_them(base, target, sources):
-    model = perturb(
-        HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**{**TINY, "preset": "compact"}))
-    )
-    shared = model.hypernetworks.shared
-    assert set(shared.columns_in) == {"4"}
-    ids = torch.randint(4, 64, (2, 8))
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in shared.parameters())
-
-
 # ---- RDM --------------------------------------------------------------------------------------------------------
 
 
@@ -185,7 +154,7 @@ def test_masked_sets_equal_a_loop_over_modules():
 
 def test_rdm_is_small_for_the_wanted_distribution_and_large_otherwise():
     torch.manual_seed(0)
-    settings = {"mu": 0.0, "sigma": 1.0, "num_projections": 64}
-    matching = rdm_loss(torch.randn(1, 4000, 8), generator=torch.Generator().manual_seed(1), **settings)
-    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, generator=torch.Generator().manual_seed(1), **settings)
+    method = MethodConfig(rdm_projections=64)
+    matching = rdm_loss(torch.randn(1, 4000, 8), method, torch.Generator().manual_seed(1))
+    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, method, torch.Generator().manual_seed(1))
     assert matching < 0.01 < 0.5 < shifted

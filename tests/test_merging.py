@@ -12,7 +12,7 @@ import heterofusion.merging.tau as tau_module
 from builders import CONFIG, WEIGHTS, write_adapter
 from heterofusion import load_adapter
 from heterofusion.merging.config import make_rule
-from heterofusion.merging.export import cut, low_rank, truncated
+from heterofusion.merging.export import low_rank, truncated
 from heterofusion.merging.merge import dense_update
 from heterofusion.merging.rules import RULES
 from heterofusion.merging.rules.breadcrumbs import crumbs
@@ -128,7 +128,7 @@ def test_average_and_task_arithmetic(experts, taus):
     assert_same(found, {path: update / 3 for path, update in weighted.items()})
 
 
-@pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.05, 0.2, 1.0])
 def test_ties_is_a_global_sort(experts, taus, density):
     found = dense(experts, "ties", density=density, merge_lambda=0.6)
     assert_same(found, reference_ties(taus, density, 0.6))
@@ -193,22 +193,18 @@ def test_emr(experts, taus):
         assert_same(updates, {path: scale * update for path, update in masked.items()})
 
 
-def test_emr_refuses_an_expert_without_an_update(experts, tmp_path):
-    key = f"base_model.model.{FIRST}.lora_B.weight"
-    folder = write_adapter(tmp_path / "zero", {FIRST: MODULES[FIRST]}, r=1, tensors={key: torch.zeros(10, 1)})
-    with pytest.raises(UserError, match=r"zero: its update is 0, so emr cannot scale it"):
-        factors([*experts, load_adapter(folder)], "emr")
-
-
-def test_emr_refuses_an_expert_whose_mask_is_empty(tmp_path):
+@pytest.mark.parametrize(
+    ("large", "message"),
+    [(0.0, "its update is 0, so emr cannot scale it"), (-2.0, "the others outweigh it with the opposite sign")],
+)
+def test_emr_refuses_an_expert_that_it_cannot_scale(tmp_path, large, message):
     experts = []
-    for name, sign in (("small", 1.0), ("large", -2.0)):
-        weights = {f"base_model.model.{FIRST}.lora_{part}.weight": torch.ones(shape)
+    for name, sign in (("small", 1.0), ("large", large)):
+        weights = {f"base_model.model.{FIRST}.lora_{part}.weight": torch.ones(shape) * (sign if part == "B" else 1)
                    for part, shape in (("A", (1, 12)), ("B", (10, 1)))}  # fmt: skip
-        weights[f"base_model.model.{FIRST}.lora_B.weight"] *= sign
         folder = write_adapter(tmp_path / name, {FIRST: MODULES[FIRST]}, r=1, tensors=weights)
         experts.append(load_adapter(folder))
-    with pytest.raises(UserError, match=r"small: the others outweigh it with the opposite sign everywhere"):
+    with pytest.raises(UserError, match=message):
         factors(experts, "emr")
 
 
@@ -351,13 +347,6 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
     told = result.truncation()
     assert told["overall"] == pytest.approx(lost / whole, abs=1e-6)
     assert told["max"] == result.lost(told["max_module"]) == max(map(result.lost, MODULES))
-
-
-def test_factors_stay_as_they_are_where_they_need_no_cut():
-    A, B = torch.randn(3, 5), torch.randn(4, 3)
-    (same_A, same_B), kept, energy = cut((A, B), 3)
-    assert torch.equal(A, same_A) and torch.equal(B, same_B)
-    assert kept == energy == pytest.approx(float((B @ A).square().sum()), rel=1e-5)
 
 
 def test_an_expert_of_weight_0_is_as_if_it_were_not_there(experts):

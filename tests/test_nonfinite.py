@@ -221,7 +221,8 @@ def test_role_with_bad_weights_or_context_is_named_alone(tmp_path, part):
         with torch.no_grad():
             model.hypernetworks.networks["o_proj_r4"].decoder.hidden.weight[0, 0] = float("nan")
     else:
-        model.updates.contexts["o_proj_r4"].source.blocks[0, 0] = float("inf")
+        inputs = model.updates.predictor.contexts["o_proj_r4"].inputs
+        inputs.split(inputs.blocks)[1][0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="step 1: the update of o_proj_r4 is not finite"):
         trainer.train()
 

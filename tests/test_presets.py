@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from conftest import TINY, TokenRows, make_args, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, MethodConfig
 from heterofusion.method.config import PRESETS
-from heterofusion.method.live import InstalledUpdate
+from heterofusion.method.live import LiveLinear
 from recipe_runner import flags, succeeds, train
 from sequence_runner import HYPERNETWORKS, ONE, TWO, record, write_yaml
 
@@ -18,12 +18,9 @@ FREE = {**TINY, "residual_scale": 0.5}
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_flags_that_are_not_given_are_those_of_the_preset(preset, tmp_path):
     args = HeteroFusionConfig(output_dir=str(tmp_path), preset=preset)
-    assert {name: getattr(args, name) for name in PRESETS[preset].values} == dict(PRESETS[preset].values)
+    assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
     method = MethodConfig(preset=preset)
     assert method.method_dict().items() <= args.method_dict().items()
-    assert not [
-        name for name, value in method.method_dict().items() if value is None and name in PRESETS[preset].values
-    ]
 
 
 def test_flags_that_are_given_stand():
@@ -65,14 +62,6 @@ def test_free_update_moves_by_the_scaled_learning_rate(free, tmp_path):
         assert moved.max() == pytest.approx(0.5 * 1e-2, rel=1e-3), name
 
 
-def test_free_update_needs_memory_that_the_plan_counts(free, base, target, sources):
-    plain = HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY))
-    added = sum(p.numel() for p in free.hypernetworks.parameters()) - sum(
-        p.numel() for p in plain.hypernetworks.parameters()
-    )
-    assert added == sum(network.residual.weight.numel() for network in free.hypernetworks.networks.values()) > 0
-
-
 def test_next_stage_starts_without_the_free_update_of_the_last(single, watch, tmp_path):
     """The target has it already: it would be added twice."""
     config = write_yaml(tmp_path / "run.yaml", [ONE, TWO], carry_hypernetworks=True, residual_scale=1.0)
@@ -95,18 +84,19 @@ def test_small_updates_are_not_rounded_away(dtype):
     torch.nn.init.zeros_(lora_B.weight)
     lora_B.weight.data[0] = 1.0
     update = torch.tensor([[2.0**-9], [2.0**-9]], requires_grad=True)
-    installed = InstalledUpdate(lora_B, "b", {"b": update})
+    live = {"b": update}
+    lora_B = LiveLinear(lora_B, "b", live)
     out = lora_B(torch.ones(1, 1, dtype=dtype))
     out.sum().backward()
     assert out[0, 1].item() == 2.0**-9 and update.grad.tolist() == [[1.0], [1.0]]
-    installed.remove()
+    live.clear()
     assert lora_B(torch.ones(1, 1, dtype=dtype)).tolist() == [[1.0, 0.0]]
 
 
 def test_forward_under_autocast_keeps_the_two_products_apart():
     lora_B = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(lora_B.weight)
-    InstalledUpdate(lora_B, "b", {"b": torch.full((1, 1), -1 + 2.0**-12)})
+    lora_B = LiveLinear(lora_B, "b", {"b": torch.full((1, 1), -1 + 2.0**-12)})
     x = torch.full((1, 1), 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = lora_B(x).item()

@@ -66,7 +66,7 @@ def test_two_steps_export_reload(tmp_path, case, preset):
     if case == "fused_source":
         assert {key.role for key in model.plan.groups} == set(ALL)
     if case == "nine":
-        assert any(context.ragged for context in model.updates.contexts.values())
+        assert any(context.ragged for context in model.updates.predictor.contexts.values())
 
 
 @pytest.mark.parametrize("family", FUSED_TARGETS)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from heterofusion.evaluation.arguments import EvalDataArguments, EvalModelArguments, GenerationArguments
+from heterofusion.evaluation.arguments import EvalDataArguments
+from heterofusion.experts.expert import BaseArguments
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.rules import RULES
 from heterofusion.merging.rules.rule import Rule
 from heterofusion.runtime.errors import UserError
@@ -117,9 +119,9 @@ class MergeArguments:
         """Whether the method gives an adapter per expert."""
         return RULES[self.method].per_task
 
-    def eval_arguments(self, use_cpu: bool) -> EvalModelArguments:
-        """The base as the evaluation loads it."""
-        return EvalModelArguments(
+    def base(self, use_cpu: bool) -> BaseArguments:
+        """The base as experts on it are loaded."""
+        return BaseArguments(
             model_name_or_path=self.model_name_or_path,
             model_revision=self.model_revision,
             dtype=self.base_dtype,

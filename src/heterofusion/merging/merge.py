@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.arguments import GenerationArguments, is_file_name
+from heterofusion.evaluation.arguments import is_file_name
 from heterofusion.evaluation.results import mean_score
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.config import (
     MergeArguments,
     MergeDataArguments,
@@ -72,16 +73,15 @@ class MergeRun:
         self.experts = [load_adapter(name) for name in flags.adapters]
         check_experts(self.experts)
         self.folders = self._folders()
-        skeleton = base_skeleton(flags.eval_arguments(device.type == "cpu"), flags.trust_remote_code)
+        base = flags.base(use_cpu=device.type == "cpu")
+        skeleton = base_skeleton(base, flags.trust_remote_code)
         check_experts_fit(skeleton, self.experts)
         self.layers = linear_layers(skeleton)
         self.dtype = export_dtype(self.experts, flags.dtype)
         self.base_model = display_name(self.experts[0].base_model or flags.model_name_or_path)
         self.scorer: Scorer | None = None
         if data.dataset_name:
-            self.scorer = Scorer(
-                flags.eval_arguments(device.type == "cpu"), data, generation, self.experts[0], skeleton.config, device
-            )
+            self.scorer = Scorer(base, data, generation, self.experts[0].folder, device)
         self.updates = Updates(self.experts, flags.weights, device)
 
     def _check_data(self, data: MergeDataArguments) -> None:

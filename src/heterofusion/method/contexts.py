@@ -1,47 +1,25 @@
 """An alignment plan becomes tensors: blocks of A^T and B, their singular values, masks (METHOD: contexts).
 
-Everything here is a constant of a fusion run and is computed once. The modules of one group form one padded batch:
+Everything here is a constant of a fusion and is computed once. The modules of one group form one padded batch:
 M modules, at most N blocks each, of block_size b and rank r.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, GroupKey, RoleSlice
+from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, RoleSlice
 from heterofusion.adapters.factors import canonical_factors
 from heterofusion.adapters.lora import AdapterError
 from heterofusion.method.expansion import extra_rank
+from heterofusion.method.hypernet import HypernetworkInput
 
 LAYER_NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class BlockSequences:
-    """A padded batch of block sequences.
-
-    Attributes:
-        blocks: (M, N, b * r) float32, each block standardized to mean 0 and variance 1 (the fixed half of the
-            encoder's LayerNorm).
-        descriptors: (M, N, r) singular values of the blocks before standardizing, largest first.
-        mask: (M, N) bool, True at real blocks; None if every sequence has N.
-    """
-
-    blocks: Tensor
-    descriptors: Tensor
-    mask: Tensor | None
-
-    def to(self, device: torch.device) -> "BlockSequences":
-        """The same on another device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return BlockSequences(self.blocks.to(device), self.descriptors.to(device), mask)
-
-    def real_index(self) -> Tensor | None:
-        """(K,) positions of the real blocks in the flattened (M * N) batch; None if all are real."""
-        return None if self.mask is None else self.mask.flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -49,36 +27,37 @@ class GroupContext:
     """All constants of one (role, rank) group.
 
     Attributes:
-        key: the group.
         members: the aligned slices, in batch order.
-        target: contexts of the target modules.
-        source: contexts of the matched source modules, concatenated in the user's order.
-        decode_index: (T,) positions, in the flattened (M * N) target batch, of the blocks that belong to B.
+        inputs: what the group's hypernetwork reads; `padded_from` where extra rows of the target (see
+            `method.expansion`) make its rank larger than the one that sources come at.
+        target_mask: (M, N_t) bool, True at real blocks; None if all are.
+        real_blocks: (K,) positions of the real blocks in the flattened batch of the target, and of the sources; None
+            if all are.
+        source_of_block: (M, N_s) index of the source adapter a source block comes from, -1 at padding.
         b_blocks: per module, the number of B blocks; they sum to T.
-        source_of_block: (M, N) index of the source adapter a source block comes from, -1 at padding.
+        rows: per module, the rows that a role of a fused projection has in it; None if it has them all.
         ragged: whether modules have different numbers of source blocks.
-        padded_from: first of the zero columns that bring the sources to the rank of an expanded target; None without.
     """
 
-    key: GroupKey
     members: tuple[AlignedSlice, ...]
-    target: BlockSequences
-    source: BlockSequences
-    decode_index: Tensor
-    b_blocks: tuple[int, ...]
+    inputs: HypernetworkInput
+    target_mask: Tensor | None
+    real_blocks: tuple[Tensor | None, Tensor | None]
     source_of_block: Tensor
+    b_blocks: tuple[int, ...]
+    rows: tuple[Tensor | None, ...]
     ragged: bool
-    padded_from: int | None
 
     def to(self, device: torch.device) -> "GroupContext":
         """The same with its tensors on another device."""
-        return replace(
-            self,
-            target=self.target.to(device),
-            source=self.source.to(device),
-            decode_index=self.decode_index.to(device),
-            source_of_block=self.source_of_block.to(device),
-        )
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        members = values.pop("members")
+        return GroupContext(members, **send_to_device(values, device))
+
+
+def block_count(rows: int, block_size: int) -> int:
+    """Blocks that a matrix of so many rows is cut into."""
+    return -(-rows // block_size)
 
 
 def cut_blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -108,7 +87,8 @@ def describe_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks: (..., b, r).
 
     Returns:
-        Standardized blocks (..., b * r), flattened row-major, and descriptors (..., r).
+        Blocks (..., b * r), flattened row-major and standardized to mean 0 and variance 1 (the fixed half of the
+        encoder's LayerNorm), and descriptors (..., r): singular values, largest first.
     """
     descriptors = torch.linalg.svdvals(blocks.float())
     missing = blocks.shape[-1] - descriptors.shape[-1]  # only if b < r
@@ -164,14 +144,15 @@ def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = Fa
     """
     extra = extra_rank(plan.target)
     return {
-        key.name: _build_group(key, members, block_size, canonicalize, extra) for key, members in plan.groups.items()
+        key.name: _build_group(members, key.rank - extra, extra, block_size, canonicalize)
+        for key, members in plan.groups.items()
     }
 
 
 def predicted_blocks(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
     """Blocks of B that each group's hypernetwork predicts, over all of its modules, by group name."""
     return {
-        key.name: sum(-(-item.target.out_features // block_size) for item in members)
+        key.name: sum(block_count(item.target.out_features, block_size) for item in members)
         for key, members in plan.groups.items()
     }
 
@@ -180,7 +161,7 @@ def sequence_lengths(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
     """The longest block sequence of every group, from shapes alone."""
 
     def blocks(item: RoleSlice) -> int:
-        return -(-item.module.in_features // block_size) - (-item.out_features // block_size)
+        return block_count(item.module.in_features, block_size) + block_count(item.out_features, block_size)
 
     return {
         key.name: max(max(blocks(item.target), sum(blocks(source) for _, source in item.sources)) for item in members)
@@ -189,17 +170,16 @@ def sequence_lengths(plan: AlignmentPlan, block_size: int) -> dict[str, int]:
 
 
 def _build_group(
-    key: GroupKey, members: tuple[AlignedSlice, ...], block_size: int, canonicalize: bool, extra: int
+    members: tuple[AlignedSlice, ...], own: int, extra: int, block_size: int, canonicalize: bool
 ) -> GroupContext:
-    targets, sources, origins, b_blocks = [], [], [], []
-    own = key.rank - extra  # of the anchor, that the sources come at
+    """Constants of a group whose modules have rank `own`, at which sources come, and so many extra rows."""
+    targets, sources, origins = [], [], []
     for item in members:
         A, B = item.target.module.lora_A.float(), item.target.lora_B.float()
         if canonicalize:
             canonical_A, canonical_B, _ = canonical_factors(A[:own], B[:, :own])
             A, B = torch.cat([canonical_A, A[own:]]), torch.cat([canonical_B, B[:, own:]], dim=1)
         targets.append(context_blocks(A, B, block_size))
-        b_blocks.append(-(-item.target.out_features // block_size))
         parts = []
         for index, source in item.sources:
             A, B, _ = source_factors(source, own, item.target.module.scaling, canonicalize)
@@ -207,29 +187,40 @@ def _build_group(
             parts.append(context_blocks(A, B, block_size))
             origins.append(torch.full((len(parts[-1]),), index))
         sources.append(torch.cat(parts))
-    target_batch, source_batch = _pad(targets), _pad(sources)
-    lengths = [len(blocks) for blocks in targets]
-    width = target_batch.blocks.shape[1]
-    decode_index = torch.cat(
-        [
-            torch.arange(row * width + length - count, row * width + length)
-            for row, (length, count) in enumerate(zip(lengths, b_blocks, strict=True))
-        ]
-    )
-    source_of_block = torch.full(source_batch.blocks.shape[:2], -1)
-    real = source_batch.mask if source_batch.mask is not None else torch.ones_like(source_of_block, dtype=torch.bool)
-    source_of_block[real] = torch.cat(origins)
-    ragged = len({len(blocks) for blocks in sources}) > 1
-    padded_from = own if extra else None
+    (target, target_mask), (sources_batch, source_mask) = _pad(targets), _pad(sources)
+    b_blocks = tuple(block_count(item.target.out_features, block_size) for item in members)
+    positions = torch.arange(target.shape[0] * target.shape[1]).view(target.shape[:2])
+    decode_index = [
+        row[len(blocks) - count : len(blocks)] for row, blocks, count in zip(positions, targets, b_blocks, strict=True)
+    ]
+    blocks, descriptors = describe_blocks(torch.cat([target.flatten(0, 1), sources_batch.flatten(0, 1)]))
+    lengths = [len(blocks) for blocks in sources]
     return GroupContext(
-        key, members, target_batch, source_batch, decode_index, tuple(b_blocks), source_of_block, ragged, padded_from
+        members,
+        HypernetworkInput(
+            blocks,
+            descriptors,
+            len(members),
+            target.shape[1],
+            source_mask,
+            torch.cat(decode_index),
+            padded_from=own if extra else None,
+        ),
+        target_mask,
+        real_blocks=(_real_index(target_mask), _real_index(source_mask)),
+        source_of_block=pad_sequence(torch.cat(origins).split(lengths), batch_first=True, padding_value=-1),
+        b_blocks=b_blocks,
+        rows=tuple(item.target.rows for item in members),
+        ragged=len(set(lengths)) > 1,
     )
 
 
-def _pad(sequences: Sequence[Tensor]) -> BlockSequences:
-    """Pad (N_i, b, r) blocks to one (M, N, b, r) batch and describe them."""
+def _pad(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Pad (N_i, b, r) blocks to one (M, N, b, r) batch, with its (M, N) mask if anything was padded."""
     lengths = torch.tensor([len(blocks) for blocks in sequences])
-    batch = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
-    blocks, descriptors = describe_blocks(batch)
-    mask = torch.arange(batch.shape[1]) < lengths.unsqueeze(1)
-    return BlockSequences(blocks, descriptors, None if mask.all() else mask)
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    return pad_sequence(list(sequences), batch_first=True), None if mask.all() else mask
+
+
+def _real_index(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.flatten().nonzero().squeeze(1)

@@ -16,23 +16,72 @@ from heterofusion.runtime.files import display_name
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 
-def diagnostic_logs(model: HeteroFusionModel) -> dict[str, float]:
-    """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
-    groups = {key.name: key for key in model.plan.groups}
-    roles = [key.role for key in groups.values()]
-    shares = defaultdict(list)
-    logs: dict[str, float] = {}
-    for name, values in fusion_diagnostics(model).items():
-        label = groups[name].role if roles.count(groups[name].role) == 1 else name
-        for entry, value in values.items():
-            if entry.startswith("attention/"):
-                shares[int(entry.removeprefix("attention/"))].append(value)
-            else:
-                logs[f"{entry}/{label}"] = value
-    for index, parts in sorted(shares.items()):
-        source = display_name(model.plan.sources[index].name)
-        logs[f"attention/{index + 1}-{source}"] = sum(parts) / len(parts)
-    return logs
+@dataclass(frozen=True)
+class SliceState:
+    """State of one aligned slice.
+
+    Attributes:
+        item: the slice.
+        update_norm: ||alpha dB||.
+        extra_norm: the same in the columns of extra rows.
+        weight_norm: ||B||.
+        gate_sparsity: share of zeros in the gates of its source blocks.
+        attention: by source, the share of attention of its B blocks.
+        source_blocks: number of its source blocks.
+        b_blocks: number of its B blocks.
+    """
+
+    item: AlignedSlice
+    update_norm: float
+    extra_norm: float
+    weight_norm: float
+    gate_sparsity: float
+    attention: dict[int, float]
+    source_blocks: int
+    b_blocks: int
+
+
+@torch.no_grad()
+def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceState]]]:
+    """Alpha and the state of every aligned slice, by group name: one forward of the hypernetworks, on all ranks."""
+    report = {}
+    extra = extra_rank(model.plan.target)
+    predictor = model.updates.predictor
+    for name, output in predictor.predict(diagnostics=True).items():
+        context = predictor.contexts[name]
+        assert output.attention is not None and output.source_gate is not None and output.alpha is not None
+        origin = context.source_of_block  # (M, N_s)
+        real = (origin >= 0).float()
+        closed = (output.source_gate == 0).float().mean(-1)  # (M, N_s)
+        sparsity = (closed * real).sum(-1) / real.sum(-1)
+        attention = output.attention.flatten(0, 1)[context.inputs.decode_index].split(context.b_blocks)
+        updates = output.update.split(context.b_blocks)
+        rows = []
+        for position, item in enumerate(context.members):
+            # padded rows are part of the blocks but not of the update: cut them as the update does
+            update = updates[position].flatten(0, 1)[: item.target.out_features]
+            extra_columns = update[:, update.shape[1] - extra :]
+            figures = [update.norm(), extra_columns.norm(), sparsity[position], real[position].sum()]
+            weights = attention[position].mean(0)  # (N_s,), 0 at padding
+            shares = weights.new_zeros(len(model.plan.sources)).index_add(0, origin[position].clamp(min=0), weights)
+            rows.append(torch.cat([torch.stack(figures), shares]))
+        states = [
+            SliceState(
+                item,
+                update_norm,
+                extra_norm,
+                float(item.target.lora_B.float().norm()),
+                closed_share,
+                {index: shares[index] for index, _ in item.sources},
+                int(blocks),
+                b_blocks,
+            )
+            for item, b_blocks, (update_norm, extra_norm, closed_share, blocks, *shares) in zip(
+                context.members, context.b_blocks, torch.stack(rows).tolist(), strict=True
+            )  # one wait for the device
+        ]
+        report[name] = (float(output.alpha), states)
+    return report
 
 
 def fusion_diagnostics(model: HeteroFusionModel) -> dict[str, dict[str, float]]:
@@ -47,24 +96,39 @@ def fusion_diagnostics(model: HeteroFusionModel) -> dict[str, dict[str, float]]:
         to source i (counted from 0).
     """
     report = {}
-    for name, (alpha, slices) in _slice_diagnostics(model).items():
-        sources, blocks = sum(part.source_blocks for part in slices), sum(part.b_blocks for part in slices)
+    for name, (alpha, states) in slice_states(model).items():
+        sources, blocks = sum(state.source_blocks for state in states), sum(state.b_blocks for state in states)
         report[name] = {
             "alpha": alpha,
-            "gate_sparsity": sum(part.gate_sparsity * part.source_blocks for part in slices) / sources,
-            "delta_ratio": _ratio(slices),
+            "gate_sparsity": sum(state.gate_sparsity * state.source_blocks for state in states) / sources,
+            "delta_ratio": _ratio(states),
         }
         for index in range(len(model.plan.sources)):
-            share = sum(part.attention.get(index, 0.0) * part.b_blocks for part in slices)
+            share = sum(state.attention.get(index, 0.0) * state.b_blocks for state in states)
             report[name][f"attention/{index}"] = share / blocks
     return report
 
 
+def diagnostic_logs(model: HeteroFusionModel) -> dict[str, float]:
+    """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
+    roles = {key.name: key.role for key in model.plan.groups}
+    shares = defaultdict(list)
+    logs: dict[str, float] = {}
+    for name, values in fusion_diagnostics(model).items():
+        label = roles[name] if list(roles.values()).count(roles[name]) == 1 else name
+        for entry, value in values.items():
+            if entry.startswith("attention/"):
+                shares[int(entry.removeprefix("attention/"))].append(value)
+            else:
+                logs[f"{entry}/{label}"] = value
+    for index, parts in sorted(shares.items()):
+        source = display_name(model.plan.sources[index].name)
+        logs[f"attention/{index + 1}-{source}"] = sum(parts) / len(parts)
+    return logs
+
+
 def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
     """What `diagnostics.json` beside a fused adapter holds: the fusion module by module, for the report's pictures.
-
-    Args:
-        model: the trained model; all ranks together.
 
     Returns:
         `target` and `sources` with their names and layers, and `modules`: of each aligned module `path`, `role`,
@@ -73,23 +137,24 @@ def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
         `extra_rank` also `extra_share`: the share of ||alpha dB||^2 in the columns of the extra rows.
     """
     plan = model.plan
-    modules: list[dict[str, Any]] = [
-        {
-            "path": part.item.target.module.path,
-            "role": part.item.target.role,
-            "layer": part.item.target.layer,
-            "rank": part.item.target.module.rank,
-            "delta_ratio": _ratio([part]),
-            "gate_sparsity": part.gate_sparsity,
+    modules = []
+    for state in [state for _, states in slice_states(model).values() for state in states]:
+        target = state.item.target
+        row = {
+            "path": target.module.path,
+            "role": target.role,
+            "layer": target.layer,
+            "rank": target.module.rank,
+            "delta_ratio": _ratio([state]),
+            "gate_sparsity": state.gate_sparsity,
             "sources": [
-                {"source": index, "layer": source.layer, "attention": part.attention[index]}
-                for index, source in part.item.sources
+                {"source": index, "layer": source.layer, "attention": state.attention[index]}
+                for index, source in state.item.sources
             ],
-            **({} if part.extra_share is None else {"extra_share": part.extra_share}),
         }
-        for _, slices in _slice_diagnostics(model).values()
-        for part in slices
-    ]
+        if extra_rank(plan.target):
+            row["extra_share"] = (state.extra_norm / max(state.update_norm, 1e-12)) ** 2
+        modules.append(row)
     return {
         "target": {"name": display_name(plan.target.name), "layers": adapter_depth(plan.target)},
         "sources": [{"name": display_name(s.name), "layers": adapter_depth(s)} for s in plan.sources],
@@ -97,75 +162,7 @@ def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _SliceDiagnostics:
-    """State of one aligned slice.
-
-    Attributes:
-        item: the slice.
-        update_norm: ||alpha dB||.
-        weight_norm: ||B||.
-        gate_sparsity: share of zeros in the gates of its source blocks.
-        attention: by source, the share of attention of its B blocks.
-        source_blocks: number of its source blocks.
-        b_blocks: number of its B blocks.
-        extra_share: share of ||alpha dB||^2 in the columns of extra rows; None without any.
-    """
-
-    item: AlignedSlice
-    update_norm: float
-    weight_norm: float
-    gate_sparsity: float
-    attention: dict[int, float]
-    source_blocks: int
-    b_blocks: int
-    extra_share: float | None
-
-
-def _ratio(slices: Sequence[_SliceDiagnostics]) -> float:
+def _ratio(states: Sequence[SliceState]) -> float:
     """||alpha dB|| / ||B|| over some slices."""
-    update, weight = (math.hypot(*(getattr(part, name) for part in slices)) for name in ("update_norm", "weight_norm"))
-    return update / max(weight, 1e-12)
-
-
-@torch.no_grad()
-def _slice_diagnostics(model: HeteroFusionModel) -> dict[str, tuple[float, list[_SliceDiagnostics]]]:
-    """Alpha and the state of every aligned slice, by group name: one forward of the hypernetworks."""
-    report = {}
-    extra = extra_rank(model.plan.target)
-    for name, output in model.updates.predict(diagnostics=True).items():
-        context = model.updates.contexts[name]
-        assert output.attention is not None and output.source_gate is not None and output.alpha is not None
-        origin = context.source_of_block  # (M, N_s)
-        real = origin >= 0
-        closed = (output.source_gate == 0).float().mean(-1)  # (M, N_s)
-        sparsity = ((closed * real).sum(-1) / real.sum(-1)).tolist()
-        counts = torch.tensor(context.b_blocks, device=origin.device)
-        rows = output.attention.flatten(0, 1)[context.decode_index]  # (T, N_s)
-        module = torch.arange(len(counts), device=origin.device).repeat_interleave(counts)  # (T,)
-        shares = []  # (M,) per source
-        for index in range(len(model.plan.sources)):
-            share = (rows * (origin[module] == index)).sum(-1)
-            shares.append((share.new_zeros(len(counts)).index_add(0, module, share) / counts).tolist())
-        # padded rows are part of the blocks but not of the update: cut them as the update does
-        updates = [
-            blocks.flatten(0, 1)[: item.target.out_features]
-            for item, blocks in zip(context.members, output.update.split(context.b_blocks), strict=True)
-        ]
-        norms = torch.stack([update.norm() for update in updates]).tolist()
-        extra_norms = torch.stack([update[:, update.shape[1] - extra :].norm() for update in updates]).tolist()
-        slices = [
-            _SliceDiagnostics(
-                item,
-                norms[position],
-                float(item.target.lora_B.float().norm()),
-                sparsity[position],
-                {index: shares[index][position] for index, _ in item.sources},
-                int(real[position].sum()),
-                context.b_blocks[position],
-                (extra_norms[position] / max(norms[position], 1e-12)) ** 2 if extra else None,
-            )
-            for position, item in enumerate(context.members)
-        ]
-        report[name] = (float(output.alpha), slices)
-    return report
+    update = math.hypot(*(state.update_norm for state in states))
+    return update / max(math.hypot(*(state.weight_norm for state in states)), 1e-12)

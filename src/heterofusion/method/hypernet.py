@@ -5,6 +5,8 @@ Notation: M modules, N_t target and N_s source blocks, b block size, r rank, e e
 Two forms share gate, positions and attention. `paper` reads and writes a block through dense b*r x e matrices, so
 its size grows with the rank. `compact` factorizes them: rows go through one b x k matrix and columns through one
 r x m matrix, both shared by all roles, so its size hardly depends on the rank.
+
+Whatever holds a parameter here is a module that uses it in its own forward: engines that shard gather by module.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterofusion.method.config import HypernetworkConfig
-from heterofusion.method.large_linear import LargeLinear
 from heterofusion.runtime.errors import UserError
 
 
@@ -67,9 +68,9 @@ class HypernetworkOutput(NamedTuple):
     update: Tensor
     target_embedding: Tensor
     source_embedding: Tensor
-    attention: Tensor | None
-    source_gate: Tensor | None
-    alpha: Tensor | None
+    attention: Tensor | None = None
+    source_gate: Tensor | None = None
+    alpha: Tensor | None = None
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -80,8 +81,9 @@ def _linear(inputs: int, outputs: int, bias: bool = True, kind: type[nn.Linear] 
     return layer
 
 
-def _zero(layer: nn.Linear) -> nn.Linear:
-    """Set a layer to zeros: predictions start at 0, so training starts from the target adapter exactly."""
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer of zeros: predictions start at 0, so training starts from the target adapter exactly."""
+    layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -105,7 +107,7 @@ class SharedFactors(nn.Module):
 
 
 class ColumnProjection(nn.Linear):
-    """Columns of a block from r to m. A module of its own: engines that shard gather by module."""
+    """Columns of a block from r to m."""
 
     def forward(self, columns: Tensor) -> Tensor:
         """Mix columns.
@@ -135,14 +137,13 @@ class DenseFeatures(nn.Module):
         size, e = config.block_size * rank, config.embed_dim
         self.norm_weight = nn.Parameter(torch.ones(size))  # the affine half of the input LayerNorm
         self.norm_bias = nn.Parameter(torch.zeros(size))
-        self.views = LargeLinear(size, 2 * e)
+        self.views = nn.Linear(size, 2 * e)
         for half in self.views.weight.detach().split(e):
             nn.init.xavier_uniform_(half)
         nn.init.zeros_(self.views.bias)
 
     def forward(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> Tensor:
-        blocks = inputs.blocks
-        row, column = self.views(blocks * self.norm_weight + self.norm_bias).chunk(2, dim=-1)  # (..., e) each
+        row, column = self.views(inputs.blocks * self.norm_weight + self.norm_bias).chunk(2, dim=-1)  # (..., e) each
         return F.gelu(row) + F.gelu(column)
 
 
@@ -174,7 +175,7 @@ class DenseDecoder(nn.Module):
         super().__init__()
         self.rank = rank
         self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero(LargeLinear(config.embed_dim, config.block_size * rank))
+        self.output = _zero_linear(config.embed_dim, config.block_size * rank)
 
     def forward(self, z: Tensor, shared: SharedFactors | None) -> Tensor:
         return self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.rank))  # (..., b, r)
@@ -188,7 +189,7 @@ class FactorizedDecoder(nn.Module):
         self.rank = rank
         self.columns = config.column_features
         self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero(nn.Linear(config.embed_dim, config.row_features * config.column_features))
+        self.output = _zero_linear(config.embed_dim, config.row_features * config.column_features)
 
     def forward(self, z: Tensor, shared: SharedFactors) -> Tensor:
         core = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., k, m)
@@ -197,18 +198,14 @@ class FactorizedDecoder(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Learned embeddings of positions. A module of its own: engines that shard gather by module."""
+    """Learned embeddings of positions."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(length, width))
 
     def forward(self, length: int) -> Tensor:
-        """Give the first `length` rows, (length, e).
-
-        Raises:
-            ValueError: the table is shorter.
-        """
+        """The first `length` rows, (length, e)."""
         if length > len(self.weight):
             raise UserError(
                 f"a sequence of {length} blocks is longer than max_position_embeddings {len(self.weight)}; raise it, "
@@ -218,7 +215,7 @@ class PositionTable(nn.Module):
 
 
 class FreeUpdate(nn.Module):
-    """Blocks of updates that depend on no adapter. A module of its own: engines that shard gather by module."""
+    """Blocks of updates that depend on no adapter."""
 
     def __init__(self, blocks: int, rank: int, config: HypernetworkConfig) -> None:
         super().__init__()
@@ -261,15 +258,7 @@ class HyperNetwork(nn.Module):
         self.residual = FreeUpdate(blocks, rank, config) if blocks and config.residual_scale else None
 
     def encode(self, inputs: HypernetworkInput, shared: SharedFactors | None) -> tuple[Tensor, Tensor]:
-        """Embed blocks.
-
-        Args:
-            inputs: blocks and descriptors.
-            shared: factors of the compact form.
-
-        Returns:
-            Embedding and gate, each (M * N_t + M * N_s, e).
-        """
+        """Embedding and gate of the blocks, each (M * N_t + M * N_s, e)."""
         gate = torch.clamp(torch.relu(self.gate(inputs.descriptors) + self.mu_gate), 0.0, 1.0)
         return self.fusion_norm(self.features(inputs, shared) * gate), gate
 
@@ -296,26 +285,30 @@ class HyperNetwork(nn.Module):
         update = self.alpha * self.decoder(self.out_proj(mixed), shared)
         if self.residual is not None:
             update = self.residual(update, self.residual_scale)
+        output = HypernetworkOutput(update, z_target, z_source)
         if not diagnostics:
-            return HypernetworkOutput(update, z_target, z_source, None, None, None)
-        attention = self._attention_map(queries, keys, mask)
-        return HypernetworkOutput(
-            update, z_target, z_source, attention, inputs.split(gate)[1], self.alpha.detach().clone()
+            return output
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5  # (M, h, N_t, N_s)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        attention = scores.softmax(dim=-1).mean(dim=1)
+        return output._replace(
+            attention=attention, source_gate=inputs.split(gate)[1], alpha=self.alpha.detach().clone()
         )
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (M, h, N, e / h)
 
-    @staticmethod
-    def _attention_map(queries: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
-        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5  # (M, h, N_t, N_s)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(dim=-1).mean(dim=1)
-
 
 class HyperNetworks(nn.Module):
-    """One hypernetwork with its alpha per group, and what the compact form shares among them."""
+    """One hypernetwork with its alpha per group, and what the compact form shares among them.
+
+    Args:
+        ranks: rank by group name.
+        config: sizes.
+        alpha_init: first value of every alpha.
+        blocks: predicted blocks by group name, for the free updates; None leaves these out.
+    """
 
     def __init__(
         self,
@@ -324,14 +317,6 @@ class HyperNetworks(nn.Module):
         alpha_init: float = 0.3,
         blocks: Mapping[str, int] | None = None,
     ) -> None:
-        """Build them.
-
-        Args:
-            ranks: rank by group name.
-            config: sizes.
-            alpha_init: first value of every alpha.
-            blocks: predicted blocks by group name, for the free updates; None leaves these out.
-        """
         super().__init__()
         self.config = config
         self.shared = SharedFactors(set(ranks.values()), config) if config.form == "compact" else None

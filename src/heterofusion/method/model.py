@@ -4,9 +4,9 @@ The model IS a PeftModelForCausalLM, so Trainer, accelerate and DeepSpeed treat 
 and installed stands in `live.py`.
 """
 
-import logging
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
 from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter, check_base_fits
 from heterofusion.method.base_model import disable_dropout_config, refuse_reentrant_checkpointing
+from heterofusion.method.basis import fit_basis
 from heterofusion.method.config import HypernetworkConfig, MethodConfig
-from heterofusion.method.contexts import build_contexts, predicted_blocks, sequence_lengths
-from heterofusion.method.expansion import ExpandedAdapter, expand_plan, fit_basis, set_ranks, with_target
+from heterofusion.method.contexts import predicted_blocks, sequence_lengths
+from heterofusion.method.expansion import ExpandedAdapter, expand_plan, set_ranks, with_target
 from heterofusion.method.hypernet import HyperNetworks
-from heterofusion.method.live import InstalledUpdate, LiveUpdates
+from heterofusion.method.live import LiveLinear, LiveUpdates
+from heterofusion.method.predictor import BlockPredictor
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.sharding import is_sharded, load_whole_tensors
-
-logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
 
@@ -41,12 +41,8 @@ def target_width(plan: AlignmentPlan) -> int:
 
 
 def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> HypernetworkConfig:
-    """Sizes of the hypernetworks for a plan.
-
-    Raises:
-        ValueError: sizes do not go together, or a sequence of blocks is longer than the position table.
-    """
-    config = HypernetworkConfig.fitted(method.form, target_width(plan), **method.hypernetwork_overrides())
+    """Sizes of the hypernetworks for a plan, whose sequences of blocks must fit the position table."""
+    config = HypernetworkConfig.fitted(method.form, target_width(plan), method)
     lengths = sequence_lengths(plan, config.block_size)
     name = max(lengths, key=lambda key: lengths[key])
     if lengths[name] > config.max_position_embeddings:
@@ -55,24 +51,6 @@ def hypernetwork_config(plan: AlignmentPlan, method: MethodConfig) -> Hypernetwo
             f"{config.max_position_embeddings}; raise it, or raise --block_size {config.block_size}"
         )
     return config
-
-
-def _align(
-    target: LoraAdapter,
-    sources: Sequence[LoraAdapter],
-    method: MethodConfig,
-    target_config: PretrainedConfig,
-    source_configs: Sequence[PretrainedConfig | None] | None,
-) -> AlignmentPlan:
-    """The alignment as the method's settings say."""
-    return plan_alignment(
-        target,
-        sources,
-        layer_alignment=method.layer_alignment,
-        transfer_ratio=method.transfer_ratio,
-        target_config=target_config,
-        source_configs=source_configs,
-    )
 
 
 class HeteroFusionModel(PeftModelForCausalLM):
@@ -93,7 +71,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
     Raises:
         AdapterError: the base does not fit the target adapter.
-        ValueError: settings are out of range.
+        UserError: sizes do not go together, or the base checkpoints activations with reentrance.
     """
 
     hypernetworks: HyperNetworks
@@ -108,30 +86,26 @@ class HeteroFusionModel(PeftModelForCausalLM):
         seed: int | None = None,
     ) -> None:
         method = method or MethodConfig()
-        method.check_method()
         seed = getattr(method, "seed", 42) if seed is None else seed
         plan = expand_plan(plan, method, seed)
         sizes = hypernetwork_config(plan, method)
         check_base_fits(model, plan.target)
-        lora_config = LoraConfig.from_pretrained(str(plan.target.folder))
-        set_ranks(lora_config, plan.target)
-        lora_config.inference_mode = True
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # peft 0.21 reads a name that transformers 5.23 deprecates
-            warnings.filterwarnings(
-                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-            )
-            super().__init__(model, lora_config, ADAPTER_NAME)
-            torch.manual_seed(seed)
+        with _own_randomness(seed), _without_peft_warning():
+            super().__init__(model, _lora_config(plan.target), ADAPTER_NAME)
+            torch.default_generator.manual_seed(seed)  # whatever PEFT drew
             ranks = {key.name: key.rank for key in plan.groups}
             blocks = predicted_blocks(plan, sizes.block_size)
             self.hypernetworks = HyperNetworks(ranks, sizes, method.alpha_init, blocks).float()
-        self.plan = plan
         self.method = method
+        self.seed = seed
         self._mode_set = self._anchor_alone = False
-        self._load_target(plan.target)
-        self._installed: list[InstalledUpdate] = []
-        self._install_updates(seed)
+        _load_adapter(self, plan.target.state_dict(), plan.target)
+        self._live: dict[str, Tensor] = {}
+        base: Any = self.get_base_model()
+        for path in plan.target.modules:
+            layer = base.get_submodule(path)
+            layer.lora_B[ADAPTER_NAME] = LiveLinear(layer.lora_B[ADAPTER_NAME], path, self._live)
+        self._follow(plan)
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()
@@ -165,65 +139,43 @@ class HeteroFusionModel(PeftModelForCausalLM):
         method = method or MethodConfig()
         return cls(model, _align(target, sources, method, model.config, source_configs), method, seed)
 
-    def _load_target(self, target: LoraAdapter) -> None:
-        try:
-            result: Any = set_peft_model_state_dict(self, target.state_dict(), ADAPTER_NAME)
-        except (RuntimeError, KeyError) as error:
-            raise AdapterError(
-                f"target adapter {target.weights_file} does not fit the base model: "
-                f"{str(error).strip().splitlines()[-1]}"
-            ) from error
-        missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
-        if missing or result.unexpected_keys:
-            raise AdapterError(
-                f"target adapter {target.weights_file} and its config disagree about the modules of the base model: "
-                f"missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
-            )
+    def _follow(self, plan: AlignmentPlan) -> None:
+        """Live updates for a plan, in place of those of the one before."""
+        old = getattr(self, "updates", None)
+        self.plan = plan
+        self._live.clear()
+        self.updates = LiveUpdates(BlockPredictor(self.hypernetworks, plan, self.method, self.seed), self._live)
+        if old is not None:
+            self.updates.predictor.device = old.predictor.device
+            self.updates.average_over_ranks = old.average_over_ranks
 
-    def _install_updates(self, seed: int) -> None:
-        """Live updates for the plan as it is, in place of those that there were."""
-        for installed in self._installed:
-            installed.remove()
-        contexts = build_contexts(self.plan, self.hypernetworks.config.block_size, self.method.canonicalize)
-        self.updates = LiveUpdates(self.hypernetworks, contexts, self.method, seed)
-        base: Any = self.get_base_model()
-        paths = dict.fromkeys(item.target.module.path for item in self.plan.aligned)
-        self._installed = [self.updates.install(path, base.get_submodule(path).lora_B[ADAPTER_NAME]) for path in paths]
-
-    # ---- basis expansion ----------------------------------------------------------------------------------------
+    # ---- other rows, other sources ------------------------------------------------------------------------------
 
     def fit_basis(self, examples: Sequence[Tensor]) -> None:
-        """Fit the rows of `extra_rank` to the inputs that the modules see: see `method.basis_inputs.fit_basis`.
+        """Fit the rows of `extra_rank` to the inputs that the modules see, see `method.basis`.
 
         Without it they have the norm of the anchor's rows, and are random. All ranks together, before training.
 
         Args:
             examples: token ids, each (1, tokens), on the model's device.
-
-        Raises:
-            ValueError: the model was made without `extra_rank`, there are no examples, or inputs are not finite.
         """
-        if not isinstance(self.plan.target, ExpandedAdapter):
-            raise UserError("the model has no extra rows to fit; give its method an extra_rank above 0")
+        target = self.plan.target
+        assert isinstance(target, ExpandedAdapter), "the model was made without extra_rank"
         self._anchor_alone = True
-        self.updates.by_module.clear()
+        self._live.clear()
         try:
-            fitted = fit_basis(self, self.plan.target, examples)
+            fitted = fit_basis(self, target, examples)
         finally:
             self._anchor_alone = False
             self.updates.invalidate()
         self.set_basis(fitted)
 
     def set_basis(self, target: ExpandedAdapter) -> None:
-        """Take the extra rows of an adapter that differs from the target in them alone. All ranks together.
-
-        Args:
-            target: the expanded target adapter with other rows.
-        """
+        """Take a target that differs from this one in its extra rows alone. All ranks together."""
         base: Any = self.get_base_model()
         for path, module in target.modules.items():
             load_whole_tensors(base.get_submodule(path).lora_A[ADAPTER_NAME], {"weight": module.lora_A})
-        self._take_plan(with_target(self.plan, target))
+        self._follow(with_target(self.plan, target))
 
     def set_sources(
         self, sources: Sequence[LoraAdapter], *, source_configs: Sequence[PretrainedConfig | None] | None = None
@@ -239,7 +191,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
 
         Raises:
             AdapterError: they do not fit the target, see `plan_alignment`.
-            ValueError: they bring other roles or ranks than the sources that there were, or with a `residual_scale`
+            UserError: they bring other roles or ranks than the sources that there were, or with a `residual_scale`
                 other modules, of which each has a free update; or a sequence of blocks is too long.
         """
         base: Any = self.get_base_model()
@@ -259,14 +211,9 @@ class HeteroFusionModel(PeftModelForCausalLM):
                 f"are made for it: {', '.join(sorted(old ^ new)[:4])}"
             )
         hypernetwork_config(plan, self.method)
-        self._take_plan(plan)
+        self._follow(plan)
 
-    def _take_plan(self, plan: AlignmentPlan) -> None:
-        """Live updates of another plan for the same hypernetworks."""
-        self.plan = plan
-        old = self.updates
-        self._install_updates(old.seed)
-        self.updates.device, self.updates.average_over_ranks = old.device, old.average_over_ranks
+    # ---- modes --------------------------------------------------------------------------------------------------
 
     def freeze_base(self) -> None:
         """Leave hypernetworks and alphas alone trainable (`set_adapter` thaws LoRA: call this after it)."""
@@ -300,19 +247,12 @@ class HeteroFusionModel(PeftModelForCausalLM):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Enable non-reentrant activation checkpointing of the base.
-
-        Raises:
-            ValueError: reentrant checkpointing is asked for; it gives the hypernetworks no gradient.
-        """
+        """Enable activation checkpointing of the base; with reentrance it would give no gradient."""
         settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if settings["use_reentrant"]:
-            raise UserError(
-                "reentrant activation checkpointing gives the hypernetworks no gradient; set use_reentrant=False"
-            )
         base: Any = self.get_base_model()
         self._mode_set = False
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings, **kwargs)
+        refuse_reentrant_checkpointing(base)
 
     # ---- live updates -------------------------------------------------------------------------------------------
 
@@ -344,7 +284,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         with torch.no_grad():
             self.updates.invalidate()
             self.updates.refresh()
-            return dict(self.updates.by_module)
+            return dict(self._live)
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -361,23 +301,40 @@ class HeteroFusionModel(PeftModelForCausalLM):
             state[key] = torch.where(delta == 0, B, (B.float() + delta).to(B.dtype)).contiguous()
         return state
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: it would save the anchor without the updates.
+    def fuse(self) -> PeftModelForCausalLM:
+        """Give the base model a plain LoRA adapter with the updates in its B; do not use this object afterwards.
+
+        Returns:
+            A `PeftModelForCausalLM` of the same base model, in eval mode.
 
         Raises:
-            NotImplementedError: always; names the ways to save.
+            RuntimeError: ZeRO-3 or FSDP2 has sharded the parameters.
         """
+        if is_sharded(self):
+            raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
+        state = self.fused_state_dict()
+        for config, name, rate in self._dropout:
+            setattr(config, name, rate)
+        base: Any = self.get_base_model()
+        del base.peft_config  # PEFT would take the adapter, which it replaces, for a second one
+        with _own_randomness(self.seed), _without_peft_warning():
+            plain = PeftModelForCausalLM(base, _lora_config(self.plan.target), ADAPTER_NAME)
+        _load_adapter(plain, state, self.plan.target)
+        return plain.eval()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Fuse, then merge the fused adapter into the base (PEFT's `merge_and_unload`)."""
+        return self.fuse().merge_and_unload(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not available: it would save the anchor without the updates."""
         raise NotImplementedError(
             "save_pretrained would save the anchor without the live updates; use export_adapter(model, folder) or "
             "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: it would merge the anchor without the updates.
-
-        Raises:
-            NotImplementedError: always; names the way to merge.
-        """
+        """Not available: it would merge the anchor without the updates."""
         raise NotImplementedError(
             "merge_adapter would merge the anchor without the live updates; use model.fuse().merge_adapter()"
         )
@@ -388,31 +345,64 @@ class HeteroFusionModel(PeftModelForCausalLM):
             "hypernetworks.state_dict(), or copy model.fuse()"
         )
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Fuse, then merge the fused adapter into the base (PEFT's `merge_and_unload`)."""
-        return self.fuse().merge_and_unload(*args, **kwargs)
 
-    def fuse(self) -> PeftModelForCausalLM:
-        """Write the updates into B and become a plain PeftModel: live updates and hypernetworks are gone afterwards.
+def _align(
+    target: LoraAdapter,
+    sources: Sequence[LoraAdapter],
+    method: MethodConfig,
+    target_config: PretrainedConfig,
+    source_configs: Sequence[PretrainedConfig | None] | None,
+) -> AlignmentPlan:
+    return plan_alignment(
+        target,
+        sources,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        target_config=target_config,
+        source_configs=source_configs,
+    )
 
-        Returns:
-            This object, now a `PeftModelForCausalLM` in eval mode.
 
-        Raises:
-            RuntimeError: ZeRO-3 or FSDP2 has sharded the parameters.
-        """
-        if is_sharded(self):
-            raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
-        state = self.fused_state_dict()
-        for installed in self._installed:
-            installed.remove()
-        for config, name, rate in self._dropout:
-            setattr(config, name, rate)
-        for name in ("hypernetworks", "updates", "plan", "method", "rdm_loss", "_installed", "_dropout", "_mode_set",
-                     "_anchor_alone"):  # fmt: skip
-            delattr(self, name)
-        for name in ("forward", "_original_forward"):  # accelerate's autocast around our forward
-            self.__dict__.pop(name, None)
-        self.__class__ = PeftModelForCausalLM  # type: ignore[assignment]
-        set_peft_model_state_dict(self, state, ADAPTER_NAME)
-        return self.eval()
+def _lora_config(target: LoraAdapter) -> LoraConfig:
+    config = LoraConfig.from_pretrained(str(target.folder))
+    set_ranks(config, target)
+    config.inference_mode = True
+    return config
+
+
+def _load_adapter(model: PeftModelForCausalLM, state: dict[str, Tensor], target: LoraAdapter) -> None:
+    """Load a state like the target's into a model with its config."""
+    try:
+        result: Any = set_peft_model_state_dict(model, state, ADAPTER_NAME)
+    except (RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"target adapter {target.weights_file} does not fit the base model: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if missing or result.unexpected_keys:
+        raise AdapterError(
+            f"target adapter {target.weights_file} and its config disagree about the modules of the base model: "
+            f"missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+        )
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """What is drawn on the CPU in here depends on the seed alone, and leaves the generators of all devices alone.
+
+    `torch.manual_seed` would reseed those of GPUs too.
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _without_peft_warning() -> Iterator[None]:
+    """peft 0.21 reads a name that transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield

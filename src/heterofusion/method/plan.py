@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, RoleSlice
-from heterofusion.adapters.architectures import module_key
+from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, RoleSlice, adapter_depth
 from heterofusion.adapters.controls import control_record, describe_control
 from heterofusion.method.config import FORMS, HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import predicted_blocks, sequence_lengths, source_factors
@@ -33,7 +32,7 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
             "name": plan.target.name,
             "base_model": plan.target.base_model,
             "sha256": plan.target.sha256,
-            "layers": 1 + max(key.layer for path in plan.target.modules if (key := module_key(path)) is not None),
+            "layers": adapter_depth(plan.target),
             "lora_modules": len(plan.target.modules),
         },
         "layer_alignment": plan.layer_alignment,
@@ -81,13 +80,13 @@ def _slice_row(item: RoleSlice) -> dict[str, Any]:
 def _source_row(index: int, plan: AlignmentPlan, modules: list[dict[str, Any]]) -> dict[str, Any]:
     source, pairs = plan.sources[index], plan.layer_maps[index]
     used = [part for row in modules for part in row["sources"] if part["source"] == index + 1]
-    offsets = sorted({target - layer for target, layer in pairs.items()})
+    offsets = {target - layer for target, layer in pairs.items()}
     return {
         "name": source.name,
         "base_model": source.base_model,
         "sha256": source.sha256,
         "layer_map": {str(target): layer for target, layer in pairs.items()},
-        "layer_offset": offsets[0] if len(offsets) == 1 else None,
+        "layer_offset": offsets.pop() if len(offsets) == 1 else None,
         "links": len(used),
         "max_truncated_energy": max((part["truncated_energy"] for part in used), default=0.0),
         "unused": plan.unused[index],
@@ -102,27 +101,26 @@ def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str,
         Sizes, `parameters`, and bytes of weights, gradients, AdamW states, activations (an estimate of what one
         forward with gradient keeps) and of all updates dB.
     """
-    config = HypernetworkConfig.fitted(form, target_width(plan), **method.hypernetwork_overrides())
+    config = HypernetworkConfig.fitted(form, target_width(plan), method)
+    predicted = predicted_blocks(plan, config.block_size)
     with torch.device("meta"):
-        ranks = {key.name: key.rank for key in plan.groups}
-        networks = HyperNetworks(ranks, config, blocks=predicted_blocks(plan, config.block_size))
-    parameters = sum(parameter.numel() for parameter in networks.parameters())
-    delta = sum(item.target.out_features * item.target.module.rank for item in plan.aligned)
+        networks = HyperNetworks({key.name: key.rank for key in plan.groups}, config, blocks=predicted)
+    size = _FLOAT * sum(parameter.numel() for parameter in networks.parameters())
     lengths = sequence_lengths(plan, config.block_size)
     floats = 0
     for key, members in plan.groups.items():
         block = config.block_size * key.rank
-        width = block if config.form == "paper" else (config.row_features + key.rank) * config.column_features * 2
-        decoded = predicted_blocks(plan, config.block_size)[key.name]
-        floats += len(members) * 2 * lengths[key.name] * (width + 14 * config.embed_dim) + decoded * 2 * block
+        width = block if form == "paper" else (config.row_features + key.rank) * config.column_features * 2
+        floats += len(members) * 2 * lengths[key.name] * (width + 14 * config.embed_dim)
+        floats += predicted[key.name] * 2 * block
     return {
         **config.to_dict(),
-        "parameters": parameters,
-        "weight_bytes": _FLOAT * parameters,
-        "gradient_bytes": _FLOAT * parameters,
-        "optimizer_bytes": 2 * _FLOAT * parameters,
+        "parameters": size // _FLOAT,
+        "weight_bytes": size,
+        "gradient_bytes": size,
+        "optimizer_bytes": 2 * size,
         "activation_bytes_estimate": _FLOAT * floats,
-        "delta_bytes": _FLOAT * delta,
+        "delta_bytes": _FLOAT * sum(item.target.out_features * item.target.module.rank for item in plan.aligned),
         "longest_sequence": max(lengths.values()),
         "fits_positions": max(lengths.values()) <= config.max_position_embeddings,
     }
@@ -130,13 +128,12 @@ def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str,
 
 def format_plan(summary: dict[str, Any]) -> str:
     """The summary as text for a terminal."""
-    target = summary["target"]
-    lines = [
+    target, control = summary["target"], summary["source_control"]
+    lines = [] if control is None else [f"CONTROL: {describe_control(control)}"]
+    lines.append(
         f"target  {target['name']}  (base {target['base_model'] or 'not named'}, {target['layers']} layers, "
         f"{target['lora_modules']} LoRA modules)"
-    ]
-    if summary["source_control"] is not None:
-        lines.insert(0, f"CONTROL: {describe_control(summary['source_control'])}")
+    )
     for number, source in enumerate(summary["sources"], start=1):
         offset = source["layer_offset"]
         where = f"layer offset {offset:+d}" if offset is not None else "layers scaled"
@@ -144,51 +141,34 @@ def format_plan(summary: dict[str, Any]) -> str:
             f"source {number}  {source['name']}  (base {source['base_model'] or 'not named'}, {where}, "
             f"{source['links']} links, truncated energy at most {source['max_truncated_energy']:.2%})"
         )
-    lines += ["", f"alignment: {summary['layer_alignment']}, transfer ratio {summary['transfer_ratio']}", ""]
+    lines += ["", f"alignment: {summary['layer_alignment']}, transfer ratio {summary['transfer_ratio']}"]
     if summary["extra_rank"]:
-        lines[-1:] = [f"extra rank: {summary['extra_rank']} ({summary['extra_basis']}), counted in the target's", ""]
-    lines += _table(
+        lines.append(f"extra rank: {summary['extra_rank']} ({summary['extra_basis']}), counted in the target's")
+    lines += ["", *_table(
         ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)"),
-        [
-            (row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", _sources_text(row))
-            for row in summary["modules"]
-        ],
-    )
-    if summary["untouched"]:
-        lines += ["", f"untouched target modules ({len(summary['untouched'])}):"]
-        lines += _by_reason(summary["untouched"])
+        [(row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", _sources_text(row))
+         for row in summary["modules"]],
+    )]  # fmt: skip
+    lines += _by_reason("untouched target modules", summary["untouched"])
     for number, source in enumerate(summary["sources"], start=1):
-        if source["unused"]:
-            lines += [
-                "",
-                f"unused modules of source {number} ({len(source['unused'])}):",
-                *_by_reason(source["unused"]),
-            ]
+        lines += _by_reason(f"unused modules of source {number}", source["unused"])
         if source["ignored_tensors"]:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
     of_run = f"preset of this run: {summary['preset']}, form {summary['form']}"
-    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})"]
-    lines += _table(
-        (
-            "form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~",
-            "dB",
-        ),
-        [(name, *_cost_cells(cost)) for name, cost in summary["forms"].items()],
+    header = (
+        "form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~", "dB"
     )  # fmt: skip
+    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})"]
+    lines += _table(header, [(name, *_cost_cells(cost)) for name, cost in summary["forms"].items()])
     return "\n".join(lines)
 
 
 def _cost_cells(cost: dict[str, Any]) -> tuple[Any, ...]:
     positions = f"{cost['longest_sequence']}/{cost['max_position_embeddings']}"
+    positions += "" if cost["fits_positions"] else " TOO LONG"
     kinds = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes_estimate", "delta_bytes")
-    return (
-        cost["block_size"],
-        cost["embed_dim"],
-        cost["num_heads"],
-        positions if cost["fits_positions"] else f"{positions} TOO LONG",
-        f"{cost['parameters']:,}",
-        *(_bytes(cost[kind]) for kind in kinds),
-    )
+    sizes = (f"{cost[kind] / 2**20:,.1f} MiB" for kind in kinds)
+    return cost["block_size"], cost["embed_dim"], cost["num_heads"], positions, f"{cost['parameters']:,}", *sizes
 
 
 def _sources_text(row: dict[str, Any]) -> str:
@@ -202,23 +182,17 @@ def _sources_text(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _by_reason(modules: dict[str, str]) -> list[str]:
-    counts = Counter(modules.values())
+def _by_reason(what: str, modules: dict[str, str]) -> list[str]:
     examples = {reason: path for path, reason in reversed(modules.items())}
-    return [f"  {count:4d}  {reason}  (such as {examples[reason]})" for reason, count in counts.most_common()]
+    lines = [
+        f"  {count:4d}  {reason}  (such as {examples[reason]})"
+        for reason, count in Counter(modules.values()).most_common()
+    ]
+    return ["", f"{what} ({len(modules)}):", *lines] if modules else []
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     cells = [header, *[tuple(map(str, row)) for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
-def _bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")

@@ -6,6 +6,8 @@ METHOD section "RDM regularizer". Both sets are projected on random unit directi
 import torch
 from torch import Tensor
 
+from heterofusion.method.config import MethodConfig
+
 
 def sliced_distance(
     z: Tensor, noise: Tensor, directions: Tensor, mu: float, sigma: float, mask: Tensor | None = None
@@ -37,22 +39,12 @@ def sliced_distance(
     return (gaps.sum(dim=(1, 2)) / (lengths * directions.shape[1])).mean()
 
 
-def rdm_loss(
-    z: Tensor,
-    *,
-    mu: float,
-    sigma: float,
-    num_projections: int,
-    generator: torch.Generator,
-    mask: Tensor | None = None,
-) -> Tensor:
+def rdm_loss(z: Tensor, method: MethodConfig, generator: torch.Generator, mask: Tensor | None = None) -> Tensor:
     """RDM with fresh draws: first the Gaussian, then the directions, which all sets have in common.
 
     Args:
         z: (S, M, e): S sets of M embeddings, compared set by set.
-        mu: mean of the Gaussian.
-        sigma: its standard deviation.
-        num_projections: P.
+        method: its settings `rdm_mu`, `rdm_sigma` and `rdm_projections`.
         generator: source of the draws, on z's device.
         mask: (S, M) bool, True at real embeddings; None if all are.
 
@@ -60,5 +52,6 @@ def rdm_loss(
         Scalar loss.
     """
     noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-    directions = torch.randn(z.shape[-1], num_projections, generator=generator, device=z.device, dtype=z.dtype)
-    return sliced_distance(z, noise, directions, mu, sigma, mask)
+    shape = z.shape[-1], method.rdm_projections
+    directions = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)
+    return sliced_distance(z, noise, directions, method.rdm_mu, method.rdm_sigma, mask)

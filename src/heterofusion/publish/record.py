@@ -272,7 +272,7 @@ def fusion_record(
         "heterofusion",
         fused_config(model)["base_model_name_or_path"],
         training_cost(metrics or {}, training.pop("resumed_from_step", None)),
-        seed=model.updates.seed,
+        seed=model.seed,
         ran_source_models=is_labelled_by_sources(labels),
         control=join_controls(control_kind(sources), label_control(labels), control_of(plan.target)),
         source_control=sources,
@@ -286,7 +286,7 @@ def fusion_record(
             "untouched_modules": len(plan.untouched),
             "layer_maps": [{str(i): j for i, j in pairs.items()} for pairs in plan.layer_maps],
         },
-        method={**model.method.method_dict(), "seed": model.updates.seed},
+        method={**model.method.method_dict(), "seed": model.seed},
         hypernetwork={
             **model.hypernetworks.config.to_dict(),
             "parameters": sum(p.numel() for p in model.hypernetworks.parameters()),

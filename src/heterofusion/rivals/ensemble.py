@@ -85,11 +85,6 @@ class EnsembleGenerator:
         self.tokens_needed = [0] * len(members)
 
     @property
-    def batch_size(self) -> int:
-        """Prompts per batch, as it stands."""
-        return self.batches.size
-
-    @property
     def dtype(self) -> str:
         """The first member's dtype, by torch's name without the prefix."""
         return str(self.members[0].model.dtype).removeprefix("torch.")

@@ -1,39 +1,27 @@
 """An ensemble as a row of an evaluation: `recipes/eval.py --ensemble gac|unite`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from heterofusion.adapters.config import AdapterError
-from heterofusion.evaluation.arguments import EnsembleArguments, EvalArguments, EvalModelArguments, GenerationArguments
+from heterofusion.evaluation.arguments import EnsembleArguments, EvalArguments
 from heterofusion.evaluation.datasets import EvalSet, check_references
-from heterofusion.evaluation.rows import AnswerSource, Lineup, adapter_hash, adapter_name, base_state
-from heterofusion.experts.examples import Prompts, encode
-from heterofusion.experts.generation import padding_id, stop_ids
-from heterofusion.experts.models import (
-    Adapter,
-    Models,
-    adapter_tokenizer,
-    check_adapters,
-    find_adapter,
-    prompt_limit,
-)
+from heterofusion.evaluation.rows import AnswerSource, Lineup, adapter_name
+from heterofusion.experts.examples import Prompts
+from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.generation import GenerationArguments, padding_id, stop_ids
 from heterofusion.publish.record import made_by
 from heterofusion.rivals.codec import AnswerCodec
 from heterofusion.rivals.ensemble import EnsembleGenerator, Member
 from heterofusion.rivals.voting import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
-from heterofusion.runtime.loading import check_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +29,14 @@ KIND = "ensemble"  # in `made_by`
 
 
 def ensemble_lineup(arguments: EvalArguments, device: torch.device) -> Lineup:
-    """One row: the adapters of the flags, each on its base, that answer together.
+    """One row: the adapters of the flags, each on its base, that answer together. Nothing is loaded yet.
 
     Args:
         arguments: The flags.
         device: Where all of the models go.
 
-    Returns:
-        The row; nothing is loaded yet.
-
     Raises:
-        AdapterError: An adapter is not usable, or does not fit its base.
-        ValueError: A flag is not what it has to be, or does not apply to ensembles.
+        UserError: A flag does not apply to ensembles, or a member is not usable.
     """
     model, _, generation, output, ensemble = arguments
     method = str(ensemble.ensemble)
@@ -65,118 +49,65 @@ def ensemble_lineup(arguments: EvalArguments, device: torch.device) -> Lineup:
             "leave it out"
         )
     name = output.row_name(method, f"--ensemble {method}")
-    parts = [
-        _part(replace(model, model_name_or_path=base, adapters=[given], adapter_revision=None), revision, device)
-        for base, given, revision in zip(bases, model.adapters, model.revisions(), strict=True)
+    experts = [
+        find_member(model.base(base, model.model_revision), adapter, revision, generation, model.merge_adapters)
+        for base, adapter, revision in zip(bases, model.adapters, model.revisions(), strict=True)
     ]
+    row = EnsembleRow(name, display_name(model.model_name_or_path), experts, ensemble, generation, device)
     state = {
         "ensemble": method,
         "unite_top_k": ensemble.unite_top_k if method == "unite" else None,
-        "members": len(parts),
-        **{
-            f"member {number}": {**base_state(part.args), "adapter": adapter_hash(part.adapter)}
-            for number, part in enumerate(parts, start=1)
-        },
+        "members": len(experts),
+        **{f"member {number}": expert.identity() for number, expert in enumerate(experts, start=1)},
     }
-    return Lineup([EnsembleRow(name, parts, model, ensemble, generation)], state)
+    return Lineup([row], state)
 
 
-@dataclass
-class Part:
-    """What becomes a member of an ensemble.
-
-    Args:
-        args: Its base and how it is loaded.
-        adapter: None for the base alone.
-        config: The base's.
-        models: Loads the base and puts the adapter on it.
-        tokenizer: Of the adapter, else of the base.
-        codec: Of the tokenizer.
-    """
-
-    args: EvalModelArguments
-    adapter: Adapter | None
-    config: PretrainedConfig
-    models: Models
-    tokenizer: Any
-    codec: AnswerCodec
-
-    @property
-    def context(self) -> int | None:
-        """Most tokens of prompt and answer."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _part(args: EvalModelArguments, revision: str | None, device: torch.device) -> Part:
-    """Check one member as far as that goes without its weights."""
-    adapter = find_adapter(args.adapters[0], revision)
-    config = check_adapters(args, [adapter])
-    if adapter is not None and adapter.config.is_prompt_learning:
+def find_member(
+    base: BaseArguments, adapter: str, revision: str | None, generation: GenerationArguments, merged: bool
+) -> Expert:
+    """An expert that can be a member, checked as far as that goes without its weights."""
+    expert = find_expert(base, adapter, revision, generation=generation, merged=merged)
+    if expert.adapter is not None and expert.adapter.config.is_prompt_learning:
         raise AdapterError(
-            f"adapter {adapter.given} puts tokens before the prompt, which no member of an ensemble can; name a LoRA "
+            f"adapter {adapter} puts tokens before the prompt, which no member of an ensemble can; name a LoRA "
             "adapter, or evaluate it alone"
         )
-    layers = DynamicCache(config=config.get_text_config()).layers
+    layers = DynamicCache(config=expert.config.get_text_config()).layers
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(
-            f"base model {args.model_name_or_path} keeps a running state in place of keys and values, which cannot be "
+            f"base model {base.model_name_or_path} keeps a running state in place of keys and values, which cannot be "
             "cropped where a text is tokenized anew; no ensemble can have it as a member"
         )
-    tokenizer = adapter_tokenizer(args, adapter)
-    padding_id(tokenizer)
-    codec = AnswerCodec(tokenizer, config.get_text_config().vocab_size)
-    return Part(args, adapter, config, Models(args, device), tokenizer, codec)
+    padding_id(expert.tokenizer)
+    return expert
 
 
 class EnsembleRow:
-    """Models that answer all data sets together, as a row of an evaluation.
-
-    Args:
-        name: Of the row.
-        parts: The members.
-        model: The flags that all members share.
-        ensemble: The method.
-        generation: How answers are generated.
-    """
+    """Models that answer all data sets together, as a row of an evaluation."""
 
     def __init__(
         self,
         name: str,
-        parts: Sequence[Part],
-        model: EvalModelArguments,
+        base_model: str,
+        experts: Sequence[Expert],
         ensemble: EnsembleArguments,
         generation: GenerationArguments,
+        device: torch.device,
     ) -> None:
-        self.name = name
-        self.parts = parts
-        self.model = model
-        self.ensemble = ensemble
-        self.generation = generation
-        self.limit: int | None = None
+        self.name, self.base_model = name, base_model
+        self.experts, self.ensemble, self.generation, self.device = experts, ensemble, generation, device
+        self.codecs = [AnswerCodec(expert.tokenizer, expert.config.get_text_config().vocab_size) for expert in experts]
+        self.runners = [ExpertRunner(device) for _ in experts]  # all bases are in memory at once
+        self.limit = min((expert.limit for expert in experts if expert.limit is not None), default=None)
 
     def encode(self, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
-        """The prompts of all data sets, by label: ids of every member, the text of the first one.
+        """The prompts of all data sets, by label: ids of every member, the text of the first one."""
+        return {examples.label: self._encode(examples) for examples in sets}
 
-        Args:
-            sets: The data sets.
-
-        Raises:
-            ValueError: As `heterofusion.experts.examples.encode`, or an answer leaves no room for a prompt.
-        """
-        generation = self.generation
-        limits = [
-            prompt_limit(part.config, generation.max_new_tokens, generation.max_prompt_length) for part in self.parts
-        ]
-        self.limit = min((limit for limit in limits if limit is not None), default=None)
-        return {examples.label: self._encode(examples, limits) for examples in sets}
-
-    def _encode(self, examples: EvalSet, limits: Sequence[int | None]) -> Prompts:
-        members = []
-        for part, limit in zip(self.parts, limits, strict=True):
-            prompts = encode(examples, part.tokenizer, limit)
-            check_references(examples, prompts)
-            check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], part.config)
-            members.append(prompts)
+    def _encode(self, examples: EvalSet) -> Prompts:
+        members = [expert.encode(examples) for expert in self.experts]
+        check_references(examples, members[0])
         texts = zip(*(prompts.texts for prompts in members), strict=True)
         split = sum(len({*row}) > len({text.rstrip(" ") for text in row}) for row in texts)
         if split:
@@ -196,40 +127,27 @@ class EnsembleRow:
         )
 
     def load(self) -> None:
-        """Load all bases.
-
-        Raises:
-            ValueError: One cannot be loaded.
-        """
-        for part in self.parts:
-            part.models.load()
+        """Load all bases."""
+        for runner, expert in zip(self.runners, self.experts, strict=True):
+            runner.load(expert.base)
 
     def answering(self, labels: Sequence[str]) -> Iterator[tuple[str, AnswerSource]]:
-        """The ensemble, for each data set; its models are there until all are answered.
-
-        Args:
-            labels: Of the data sets.
-
-        Raises:
-            AdapterError: An adapter does not fit its base.
-            ValueError: A base cannot be loaded.
-        """
+        """The ensemble, for each data set; its models are there until all are answered."""
         with ExitStack() as stack:
-            models = [stack.enter_context(part.models.with_adapter(part.adapter)) for part in self.parts]
-            generator = self._generator(models)
+            pairs = zip(self.runners, self.experts, strict=True)
+            generator = self._generator([stack.enter_context(runner.running(expert)) for runner, expert in pairs])
             for label in labels:
                 yield label, generator
             run, needed = sum(generator.tokens_run), sum(generator.tokens_needed)
             logger.info("%s: all members ran %d tokens, %.2f times what was written", self.name, run, run / needed)
 
     def _generator(self, models: Sequence[Any]) -> EnsembleGenerator:
-        codecs = [part.codec for part in self.parts]
-        stops = [stop_ids(model, part.tokenizer) for model, part in zip(models, self.parts, strict=True)]
-        union = Union(codecs, stops, self.parts[0].models.device)
-        vote = GaC(union) if self.ensemble.ensemble == "gac" else UniTE(union, codecs, self.ensemble.unite_top_k)
+        stops = [stop_ids(model, expert.tokenizer) for model, expert in zip(models, self.experts, strict=True)]
+        union = Union(self.codecs, stops, self.device)
+        vote = GaC(union) if self.ensemble.ensemble == "gac" else UniTE(union, self.codecs, self.ensemble.unite_top_k)
         members = [
-            Member(model, part.codec, padding_id(part.tokenizer), part.context)
-            for model, part in zip(models, self.parts, strict=True)
+            Member(model, codec, padding_id(expert.tokenizer), expert.context)
+            for model, codec, expert in zip(models, self.codecs, self.experts, strict=True)
         ]
         generation = self.generation
         return EnsembleGenerator(members, union, vote, generation.max_new_tokens, generation.fixed_batch_size())
@@ -237,15 +155,18 @@ class EnsembleRow:
     def record(self) -> dict[str, Any]:
         """What `results.json` tells of what answered; with `members`."""
         return {
-            "base_model": display_name(self.model.model_name_or_path),
+            "base_model": self.base_model,
             "adapter": None,
             "members": [
-                {"base_model": display_name(part.args.model_name_or_path), "adapter": adapter_name(part.adapter)}
-                for part in self.parts
+                {
+                    "base_model": display_name(expert.base.model_name_or_path),
+                    "adapter": adapter_name(expert.adapter),
+                }
+                for expert in self.experts
             ],
             "fusion": None,
             # it costs nothing to make; what it costs are its answers
             "made_by": made_by(KIND, str(self.ensemble.ensemble), {"seconds": 0.0}, ran_source_models=True),
-            "models_at_inference": len(self.parts),
+            "models_at_inference": len(self.experts),
             "needs_task_id": False,
         }

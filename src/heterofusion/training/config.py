@@ -20,7 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from heterofusion.data.replay import DataArguments
-from heterofusion.method.config import MethodConfig, _of_preset, check_range
+from heterofusion.method.config import MethodConfig, check_range, preset_field
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import set_zero_init_dtype
 
@@ -125,11 +125,11 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8. Presets differ in the first four.
     """
 
-    learning_rate: float = _of_preset("learning_rate", "Peak learning rate")
+    learning_rate: float = preset_field("learning_rate", "Peak learning rate")
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = _of_preset("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
-    weight_decay: float = _of_preset("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
-    max_grad_norm: float = _of_preset("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
+    warmup_steps: float = preset_field("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
+    weight_decay: float = preset_field("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
+    max_grad_norm: float = preset_field("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
     num_train_epochs: float = field(
@@ -167,8 +167,7 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.fill_preset()
-        self.check_method()
+        MethodConfig.__post_init__(self)
         self._check_training()
         with self._mixed_precision_taken_over():
             TrainingArguments.__post_init__(self)

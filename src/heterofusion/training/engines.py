@@ -141,7 +141,7 @@ def set_up_engine(model: HeteroFusionModel, accelerator: Accelerator, once_per_w
     """
     updates, hypernetworks, engine = model.updates, model.hypernetworks, accelerator.distributed_type
     offloads = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    updates.device = accelerator.device if offloads else None
+    updates.predictor.device = accelerator.device if offloads else None
     updates.average_over_ranks = once_per_window and engine in DATA_PARALLEL and ddp_reduce == "updates"
     kept = hypernetworks.alphas.values() if updates.average_over_ranks else hypernetworks.parameters()
     exclude_from_reduction(model, hypernetworks, kept)

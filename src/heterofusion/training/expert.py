@@ -116,7 +116,7 @@ class LoraArguments(BasisArguments):
     )
 
     def __post_init__(self) -> None:
-        self.check_basis()
+        super().__post_init__()
         check_range("r", self.r, 1, False)
         check_range("lora_alpha", self.lora_alpha, 1, False)
         if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 from heterofusion.adapters.architectures import module_key
 from heterofusion.adapters.config import AdapterError, read_adapter_config
 from heterofusion.adapters.lora import LoraAdapter, check_base_fits, load_adapter
+from heterofusion.method.basis import fit_basis
 from heterofusion.method.expansion import (
     ExpandedAdapter,
     Expansion,
     expand_adapter,
-    fit_basis,
     read_rows,
     set_ranks,
     write_rows,
@@ -101,7 +101,7 @@ class ExpertLora:
 
         Args:
             model: what `put_on` gave, before its first step.
-            examples: see `heterofusion.method.expansion.fit_basis`.
+            examples: see `heterofusion.method.basis.fit_basis`.
         """
         assert isinstance(self.initial, ExpandedAdapter)
         self.initial = fit_basis(model, self.initial, examples)

@@ -149,7 +149,15 @@ def check_finished(stage: Stage) -> None:
         "source_sha256": [source.get("sha256") if isinstance(source, dict) else None for source in sources],
         "carry_hypernetworks or init_hypernetwork_from": "initialization" in training,
     }  # fmt: skip
-    as_sizes = {"preset", *stage.args.hypernetwork_overrides()}
+    as_sizes = {
+        "preset",
+        "block_size",
+        "embed_dim",
+        "num_heads",
+        "max_position_embeddings",
+        "mu_gate",
+        "residual_scale",
+    }
     wanted = {
         **{name: value for name, value in stage.args.method_dict().items() if name not in as_sizes},
         "layer_alignment": stage.plan.layer_alignment,

@@ -14,28 +14,28 @@ adapters, each on its own base of --ensemble_models, write every answer together
 
 import logging
 import sys
+from functools import partial
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.evaluation.arguments import EVAL_ARGUMENTS, EvalArguments
 from heterofusion.evaluation.results import results_table
-from heterofusion.evaluation.rows import adapter_lineup
-from heterofusion.evaluation.runner import Evaluation
-from heterofusion.rivals.ensemble_row import ensemble_lineup
+from heterofusion.evaluation.run import EVAL_ARGUMENTS, EvalArguments, Evaluation, expert_rows
+from heterofusion.rivals.ensemble_row import EnsembleArguments, ensemble_rows
 from heterofusion.runtime.ranks import start_ranks
 
 
 @command
 def main(argv: list[str]) -> None:
-    arguments = EvalArguments(*parse_arguments(EVAL_ARGUMENTS, argv, __doc__))
+    *flags, ensemble = parse_arguments((*EVAL_ARGUMENTS, EnsembleArguments), argv, __doc__)
+    arguments = EvalArguments(*flags)
     set_up_logging(logging.INFO, hold=True)
     ranks = start_ranks(arguments.model.use_cpu)
     try:
         # everything that can be checked is checked before the base model is loaded
-        lineup = ensemble_lineup if arguments.ensemble.ensemble else adapter_lineup
-        evaluation = Evaluation(arguments, ranks, lineup)
+        make_rows = partial(ensemble_rows, ensemble) if ensemble.ensemble else expert_rows
+        evaluation = Evaluation(arguments, ranks, make_rows, ensemble.settings())
         release_logging()
         results = evaluation.run()
     finally:

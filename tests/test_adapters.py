@@ -31,7 +31,7 @@ from builders import (
 )
 from heterofusion import load_adapter
 from heterofusion.adapters import config as adapter_config
-from heterofusion.experts.models import find_adapter
+from heterofusion.experts.expert import find_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 A0, B0 = (f"base_model.model.{Q0}.lora_{name}.weight" for name in "AB")

@@ -331,13 +331,13 @@ def test_adapter_of_another_kind_that_does_not_fit(refused, values, tmp_path, ca
 def test_names_that_clash(refused, test_sets, tmp_path):
     copy = tmp_path / "ner_kitchen.json"
     shutil.copy(test_sets["ner_kitchen"], copy)
-    refused("the same label 'ner_kitchen'", "--dataset_label", dataset_name=[test_sets["ner_kitchen"], copy])
+    refused("the same name 'ner_kitchen'", "--dataset_label", dataset_name=[test_sets["ner_kitchen"], copy])
     refused(
         "the same name 'ner_kitchen'", "--names", adapters=[zoo_path(f, "ner_kitchen") for f in ("llama", "qwen2")]
     )
     refused("cannot be the name of a file", dataset_label=["a/b"])
-    refused("cannot name the folder", adapters=["none", "none"], names=["..", "b"])
-    refused("--names has 1 values, but --adapters has 2", adapters=["none", "none"], names=["b"])
+    refused("cannot be the name of a file", adapters=["none", "none"], names=["..", "b"])
+    refused("--names has 1 values for 2", adapters=["none", "none"], names=["b"])
     refused("--name is for one adapter", adapters=["none", zoo_path("llama", "re_town")], name="x")
     refused("--dataset_label has 2 values", dataset_label=["a", "b"])
 
@@ -394,5 +394,5 @@ def test_fixed_batch_size_that_does_not_fit(values, capsys, monkeypatch, logging
 def test_help_names_every_flag(capsys):
     assert evaluation.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for kind in evaluation.EVAL_ARGUMENTS:
+    for kind in (*evaluation.EVAL_ARGUMENTS, evaluation.EnsembleArguments):
         assert all(f"--{name}" in text for name in kind.__dataclass_fields__)

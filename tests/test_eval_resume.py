@@ -1,12 +1,14 @@
 """Interrupted evaluations: the same answers in the end, nothing generated twice, no other settings."""
 
 import json
+import os
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
-from heterofusion.evaluation import runner
+from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts.answering import PartWriter, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
 from heterofusion.zoo import zoo_path
@@ -107,21 +109,17 @@ def test_answers_of_other_processes_count(values, whole, kill_after):
     same(values, whole)
 
 
-@pytest.mark.parametrize("at", ["metric_record", "remove_parts"])
-def test_killed_at_the_end(values, whole, kill_after, monkeypatch, at):
-    """Before the results were written, and before the parts were removed."""
-
+def test_killed_before_the_results_were_written(values, whole, kill_after, monkeypatch):
     def killed(*_):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, at, killed)
+        patch.setattr(evaluation_run, "metric_record", killed)
         fails_inside(values)
     sizes = kill_after(None)
     found = run(values, resume=True)
-    assert sizes == []
+    assert sizes == [] and found["peak_memory_bytes"] is None  # no model was loaded this time
     same(values, whole)
-    assert (found["peak_memory_bytes"] is None) == (at == "metric_record")  # no model was loaded this time
 
 
 def test_finished_results_are_only_printed(values, whole, kill_after, capsys, logging_restored):
@@ -171,19 +169,15 @@ def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_pa
     other = tmp_path / "other" / "ner_kitchen.jsonl"
     other.parent.mkdir()
     other.write_text(test_sets["ner_kitchen"].read_text().replace("tool", "tol").replace("dish", "dsh"))
-    base = tmp_path / "renamed"
-    shutil.copytree(zoo_path("llama"), base)
     for field, changes in {
-        "base_model: base, this one has renamed": {"model_name_or_path": base},
-        "base_files": {"model_name_or_path": zoo_path("qwen2"), "adapters": ["none"]},
-        "base_revision": {"model_revision": "main"},
+        "base": {"model_name_or_path": zoo_path("qwen2"), "adapters": ["none"]},
         "adapter: ": {"adapters": [zoo_path("llama", "re_town")]},
         "adapter:": {"adapters": ["none"]},
-        "adapters none: None": {"adapters": ["none", zoo_path("llama", "ner_kitchen")], "names": ["none", "b"]},
+        "rows": {"adapters": ["none", zoo_path("llama", "ner_kitchen")], "names": ["none", "b"]},
         "dtype: float32, this one has bfloat16": {"dtype": "bfloat16"},
         "datasets ner_kitchen sha256": {"dataset_name": [other]},
         "datasets ner_kitchen max_examples: 10, this one has 3": {"max_examples": 3},
-        "datasets re_town sha256": {"dataset_name": [*test_sets.values()]},
+        "rows re_town": {"dataset_name": [*test_sets.values()]},
         "max_new_tokens: 40, this one has 41": {"max_new_tokens": 41},
         "max_prompt_length: None, this one has 90": {"max_prompt_length": 90},
     }.items():
@@ -192,21 +186,42 @@ def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_pa
     assert contents(values["output_dir"]) == before
 
 
+def test_an_edited_adapter_is_another_one(values, kill_after, tmp_path, capsys, logging_restored):
+    """Its weights are the same, but not what they are scaled by, or how prompts are written."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(zoo_path("llama", "ner_kitchen"), adapter)
+    kill_after(1)
+    fails_inside(values, adapters=[adapter])
+    argv = flags({**values, "adapters": [adapter], "resume": True})
+    config = adapter / "adapter_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), "lora_alpha": 3}))
+    error_line(capsys, evaluation.main, argv, "holds an evaluation with another", "adapter_config")
+    config.write_text(before)
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(adapter)
+    error_line(capsys, evaluation.main, argv, "holds an evaluation with another", "tokenizer")
+
+
+def test_copies_are_the_same(values, whole, kill_after, tmp_path):
+    """Base, adapter and results that were copied, with other file times, under other names."""
+    shutil.copytree(whole[0], values["output_dir"], copy_function=shutil.copyfile)
+    copies = {"base": zoo_path("llama"), "expert": zoo_path("llama", "ner_kitchen")}
+    for name, folder in copies.items():
+        shutil.copytree(folder, tmp_path / name, copy_function=shutil.copyfile)
+        for path in (tmp_path / name).iterdir():
+            os.utime(path, (1, 1))
+    kill_after(0)
+    found = run(values, model_name_or_path=tmp_path / "base", adapters=[tmp_path / "expert"], resume=True)
+    assert found["datasets"] == whole[1]["datasets"]
+
+
 def test_damaged_files_are_told(values, whole, capsys, logging_restored):
-    out = values["output_dir"]
-    for name, content, words in (
-        ("state.json", "{", "state.json cannot be read"),
-        ("results.json", "[]", "results.json holds no JSON object"),
-    ):
-        shutil.copytree(whole[0], out)
-        (out / name).write_text(content)
-        error_line(capsys, evaluation.main, flags({**values, "resume": True}), words, "--overwrite true")
-        shutil.rmtree(out)
-    shutil.copytree(whole[0], out)
-    found = json.loads((out / "results.json").read_text())
-    (out / "results.json").write_text(json.dumps({**found, "datasets": {}}))
-    assert evaluation.main(flags({**values, "resume": True})) == 2
-    assert "error:" in (err := capsys.readouterr().err) and "is damaged" in err
+    for name in ("state.json", "results.json"):
+        shutil.copytree(whole[0], values["output_dir"], dirs_exist_ok=True)
+        (values["output_dir"] / name).write_text("{")
+        error_line(capsys, evaluation.main, flags({**values, "resume": True}), f"{name} cannot be read", "--overwrite")
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------

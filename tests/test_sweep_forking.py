@@ -23,7 +23,7 @@ VARIABLES = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PLACE": "the s
 # Instead of the seconds that torch takes, the server imports the package's parts that it needs itself.
 LIGHT = f"""
 import os, sys, types
-for name in ("heterofusion", "heterofusion.sweeps", "heterofusion.evaluation", "heterofusion.evaluation.runner"):
+for name in ("heterofusion", "heterofusion.sweeps", "heterofusion.evaluation", "heterofusion.evaluation.run"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [os.path.join({str(Path(heterofusion.__file__).parents[1])!r}, *name.split("."))]
 """
@@ -186,7 +186,7 @@ def test_run_whose_watcher_was_killed_is_not_taken_for_finished(pool):
 @pytest.mark.parametrize(
     ("trouble", "message", "said"),
     [
-        ("sys.modules['heterofusion.evaluation.runner'] = None", r"has ended \[exit code 1\]", "ModuleNotFoundError"),
+        ("sys.modules['heterofusion.evaluation.run'] = None", r"has ended \[exit code 1\]", "ModuleNotFoundError"),
         (
             "from threading import Thread; import time\n"
             "Thread(target=time.sleep, args=(9,), daemon=True, name='eager').start()",

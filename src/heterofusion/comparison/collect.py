@@ -17,8 +17,7 @@ from heterofusion.comparison.runs import (
     part_folders,
     read_record,
 )
-from heterofusion.evaluation.results import join_results
-from heterofusion.evaluation.store import RESULTS_FILE
+from heterofusion.evaluation.results import RESULTS_FILE, join_results
 from heterofusion.publish.record import library_versions
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import is_finished

@@ -8,7 +8,7 @@ from typing import Any
 
 from heterofusion.comparison.gains import Gain
 from heterofusion.data.files import SUFFIXES
-from heterofusion.evaluation.arguments import EvalDataArguments
+from heterofusion.evaluation.datasets import EvalDataArguments
 from heterofusion.labelling.tasks import REPLAY
 from heterofusion.report.fields import Fields
 from heterofusion.runtime.errors import UserError

@@ -15,8 +15,9 @@ from heterofusion.comparison.data import check_same_data
 from heterofusion.comparison.entries import point_name
 from heterofusion.comparison.plan import Comparison, Method
 from heterofusion.data.files import load_json, read_text
-from heterofusion.evaluation.arguments import EvalDataArguments, GenerationArguments
-from heterofusion.evaluation.store import RESULTS_FILE
+from heterofusion.evaluation.datasets import EvalDataArguments
+from heterofusion.evaluation.results import RESULTS_FILE
+from heterofusion.experts.generation import GenerationArguments
 from heterofusion.publish.record import MERGE_FILE
 from heterofusion.report.fields import Fields
 from heterofusion.sweeps import Run, Step, check_step

@@ -2,15 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from heterofusion.data.files import Records
-from heterofusion.evaluation.arguments import EvalDataArguments
-from heterofusion.evaluation.metrics import choose_metric, score
+from heterofusion.data.replay import DataArguments, DatasetSpec
+from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric, choose_metric, score
 from heterofusion.experts.examples import Examples, Prompts, load_examples
 from heterofusion.runtime.errors import UserError
+
+# No colon, slash or leading dot: these become names of files and folders, and columns of a Markdown table.
+_FILE_NAME = re.compile(r"\w[\w.+=-]*")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a label or a name can be that of a file or a folder everywhere."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+def check_file_names(names: Sequence[str], owners: Sequence[str], what: str, flag: str) -> list[str]:
+    """Names of files or folders, one for each owner: all different, and none that a file cannot have."""
+    if len(names) != len(owners):
+        raise UserError(f"--{flag} has {len(names)} values for {len(owners)} of them; give one per {what}")
+    for index, (name, owner) in enumerate(zip(names, owners, strict=True)):
+        if not is_file_name(name):
+            raise UserError(
+                f"{name!r}, the name of {what} {owner}, cannot be the name of a file; give --{flag}, one per {what}, "
+                "of letters, digits and . _ + = -"
+            )
+        if name in names[:index]:
+            raise UserError(
+                f"{what} {owners[names.index(name)]} and {what} {owner} have the same name {name!r}; give --{flag}, "
+                f"one per {what}, all different"
+            )
+    return [*names]
+
+
+@dataclass
+class EvalDataArguments:
+    """What it is evaluated on; list flags have one value for all data sets, or one per data set."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data sets with the right answers: local .json, .jsonl, .csv or .parquet files, local folders, or "
+            "ids on the Hub."
+        },
+    )
+    dataset_config: list[str] | None = field(
+        default=None,
+        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    )
+    dataset_split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Split of each data set; a local file has no splits and is read whole."},
+    )
+    dataset_label: list[str] | None = field(
+        default=None,
+        metadata={"help": "Name of each data set in results; by default its file's, or the last part of its Hub id."},
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Number of examples that are sampled from each data set at most; 0 takes all."},
+    )
+    dataset_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
+    metric: list[str] = field(
+        default_factory=lambda: [AUTO],
+        metadata={
+            "help": f"Metric of each data set: {', '.join(METRICS)}; {AUTO} reads the columns kind and task of its "
+            "records."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.dataset_name:
+            raise UserError("--dataset_name is missing: name at least one data set to evaluate on")
+        self.specs()
+        if len(self.metric) not in (1, len(self.dataset_name)):
+            raise UserError(
+                f"--metric has {len(self.metric)} values, but --dataset_name has {len(self.dataset_name)}: give one "
+                "per data set"
+            )
+        for metric in self.metric:
+            if metric != AUTO:
+                check_metric(metric)
+        self.labels()
+
+    def specs(self) -> list[DatasetSpec]:
+        """The data sets, checked as those of a replay mixture are."""
+        return DataArguments(
+            dataset_name=self.dataset_name,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_split,
+            max_examples=self.max_examples,
+            dataset_seed=self.dataset_seed,
+        ).replay_sets()
+
+    def labels(self) -> list[str]:
+        """The names of the data sets in results, one per data set."""
+        labels = self.dataset_label or [_default_label(name) for name in self.dataset_name]
+        return check_file_names(labels, self.dataset_name, "data set", "dataset_label")
+
+    def metrics(self) -> list[str]:
+        """The metrics, one per data set."""
+        return self.metric * len(self.dataset_name) if len(self.metric) == 1 else self.metric
+
+
+def _default_label(name: str) -> str:
+    path = Path(name).expanduser()
+    # A Hub id may hold a dot too; what ends like a data file is one.
+    return path.stem if path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet") else path.resolve().name
 
 
 @dataclass(frozen=True)

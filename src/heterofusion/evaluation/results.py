@@ -1,29 +1,58 @@
-"""Results of an evaluation as plain JSON values, and as a table."""
+"""What an evaluation leaves: scores as plain JSON values, what made an adapter, rows that are joined, and a table.
+
+    output_dir/state.json                  what is evaluated; written first, so that a resumed run can compare
+    output_dir/parts/<label>/rank-0.jsonl  answers as they come, until all is finished
+    output_dir/predictions/<label>.jsonl   all answers, in the order of the data set
+    output_dir/results.json                written last: where it stands, the evaluation is complete
+
+With several rows, all but the state is in a folder per row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.metrics import primary_score, score
+from heterofusion.experts.expert import Adapter
+from heterofusion.publish.record import read_record
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE, RESULTS_FILE, PREDICTIONS, PARTS = "state.json", "results.json", "predictions", "parts"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is there as a whole or not at all."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, so that the file is there as a whole or not at all."""
+    write_whole(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object that `write_json` wrote; None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------
 
 
 def metric_record(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """What `results.json` holds of the scores of one data set.
-
-    Args:
-        metric: One of `heterofusion.evaluation.metrics.METRICS`.
-        predictions: The answers.
-        references: The right answers, as many.
-
-    Returns:
-        `metric`, `primary`, `score` and `scores`.
-
-    Raises:
-        ValueError: the metric cannot score these references.
-    """
+    """What results hold of the scores of one data set: `metric`, `primary`, `score` and `scores`."""
     scores = score(metric, predictions, references)
     primary = primary_score(metric)
     return {"metric": metric, "primary": primary, "score": scores[primary], "scores": scores}
@@ -34,38 +63,89 @@ def mean_score(datasets: Mapping[str, Mapping[str, Any]]) -> float:
     return sum(record["score"] for record in datasets.values()) / len(datasets)
 
 
-def tokens_per_second(new_tokens: int, seconds: float) -> float:
-    """Speed of generation, rounded; 0 where no time is known."""
-    return round(new_tokens / seconds, 1) if seconds else 0.0
+def totals(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean score, seconds and tokens of data sets together."""
+    seconds = sum(record["seconds"] for record in datasets.values())
+    new_tokens = sum(record["new_tokens"] for record in datasets.values())
+    return {
+        "mean": mean_score(datasets),
+        "seconds": round(seconds, 3),
+        "new_tokens": new_tokens,
+        "tokens_per_second": round(new_tokens / seconds, 1) if seconds else 0.0,
+    }
+
+
+# ---- what made an adapter ---------------------------------------------------------------------------------------
+
+
+def made_record(adapter: Adapter | None) -> dict[str, Any]:
+    """`fusion` and `made_by` of the record that was written for an adapter's weights; None where nothing tells."""
+    nothing = {"fusion": None, "made_by": None}
+    try:
+        record = None if adapter is None else read_record(adapter.folder, adapter.sha256)
+    except UserError as error:
+        logger.warning("%s; results do not tell what made adapter %s", error, adapter and adapter.given)
+        return nothing
+    if record is None:
+        return nothing
+    made_by = record.get("made_by")
+    if "sources" not in record or "preset" not in record.get("method", {}):
+        return {**nothing, "made_by": made_by}
+    fusion = {name: record["method"].get(name) for name in ("preset", "alpha_init", "mu_gate", "seed")}
+    fusion["sources"] = [source["name"] for source in record["sources"]]
+    fusion["train_seconds"] = record.get("metrics", {}).get("train_runtime")
+    return {"fusion": fusion, "made_by": made_by}
+
+
+def common_made_by(records: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What made several adapters of one kind and method, else None.
+
+    Records that are equal are of one run, which made several adapters. What other runs took adds up; a seed that they
+    do not share is None, and a source control of one of them is told.
+    """
+    told = [record for record in records if record is not None]
+    if len(told) < len(records) or len({(record.get("kind"), record.get("method")) for record in told}) != 1:
+        return None
+    runs = [record for index, record in enumerate(told) if record not in told[:index]]
+    if len(runs) == 1:
+        return dict(runs[0])
+    costs = [run.get("cost") or {} for run in runs]
+    seconds = [cost.get("seconds") for cost in costs]
+    devices = {cost.get("device") for cost in costs}
+    resumed = [cost["resumed_from_step"] for cost in costs if cost.get("resumed_from_step") is not None]
+    controls = dict.fromkeys(run["source_control"] for run in runs if run.get("source_control") is not None)
+    return {
+        **runs[0],
+        "seed": runs[0].get("seed") if len({run.get("seed") for run in runs}) == 1 else None,
+        "ran_source_models": any(run.get("ran_source_models") for run in runs),
+        "source_control": "+".join(controls) or None,
+        "cost": {
+            "seconds": None if None in seconds else round(sum(filter(None, seconds)), 3),
+            "peak_memory_bytes": _largest(cost.get("peak_memory_bytes") for cost in costs),
+            "device": devices.pop() if len(devices) == 1 else None,
+            **({"resumed_from_step": max(resumed)} if resumed else {}),
+        },
+    }
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+# ---- several results --------------------------------------------------------------------------------------------
 
 
 def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join results of disjoint data sets into one row, such as those of experts on bases of their own.
 
-    Args:
-        parts: Contents of `results.json` files, each with data sets of its own.
-
-    Returns:
-        Contents of a `results.json`: data sets of all; seconds, tokens and models summed; the largest peak of memory.
-        It needs the task id. `parts` says which base and adapters answered what; the rest is the first part's.
-
-    Raises:
-        ValueError: There are no parts, one is no content of a `results.json`, or two have a data set in common.
+    Seconds, tokens and models are summed; it needs the task id. `parts` says which base and adapters answered what.
     """
-    if not parts:
-        raise UserError("no results to join; give the contents of one results.json at least")
     datasets: dict[str, Any] = {}
-    for number, part in enumerate(parts, start=1):
-        missing = [key for key in ("name", "datasets", "seconds", "new_tokens") if key not in part]
-        if missing:
-            raise UserError(f"part {number} of the results to join has no {missing[0]}; give a whole results.json")
+    for part in parts:
         for label, record in part["datasets"].items():
             if label in datasets:
                 raise UserError(f"two of the results to join have the data set {label!r}; join disjoint ones only")
             datasets[label] = record
-    seconds = sum(part["seconds"] for part in parts)
-    new_tokens = sum(part["new_tokens"] for part in parts)
-    peaks = [part["peak_memory_bytes"] for part in parts if part.get("peak_memory_bytes") is not None]
     bases = {part.get("base_model") for part in parts}
     told = ("base_model", "adapter", "adapters", "made_by")
     return {
@@ -80,62 +160,13 @@ def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "models_at_inference": sum(part.get("models_at_inference", 1) for part in parts),
         "needs_task_id": True,
         "datasets": datasets,
-        "mean": mean_score(datasets),
-        "seconds": round(seconds, 3),
-        "new_tokens": new_tokens,
-        "tokens_per_second": tokens_per_second(new_tokens, seconds),
-        "peak_memory_bytes": max(peaks, default=None),
-    }
-
-
-def common_made_by(records: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """What made several adapters of one kind and method, else None.
-
-    Records that are equal are of one run, which made several adapters. What other runs took adds up; a seed that they
-    do not share is None, and a source control of one of them is told.
-    """
-    first = records[0]
-    if first is None or any(
-        record is None or any(record.get(key) != first.get(key) for key in ("kind", "method")) for record in records
-    ):
-        return None
-    told = [record for record in records if record is not None]
-    runs = [record for index, record in enumerate(told) if record not in told[:index]]
-    if len(runs) == 1:
-        return dict(first)
-    controls = dict.fromkeys(run["source_control"] for run in runs if run.get("source_control") is not None)
-    return {
-        **first,
-        "seed": first.get("seed") if all(run.get("seed") == first.get("seed") for run in runs) else None,
-        "ran_source_models": any(run.get("ran_source_models") for run in runs),
-        "source_control": "+".join(controls) or None,
-        "cost": _added_cost([run.get("cost") or {} for run in runs]),
-    }
-
-
-def _added_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Cost of several runs together: seconds of all, None if those of one are not known, and the largest peak."""
-    known = [cost["seconds"] for cost in costs if cost.get("seconds") is not None]
-    peaks = [cost["peak_memory_bytes"] for cost in costs if cost.get("peak_memory_bytes") is not None]
-    devices = {cost.get("device") for cost in costs}
-    resumed = [cost["resumed_from_step"] for cost in costs if cost.get("resumed_from_step") is not None]
-    return {
-        "seconds": round(sum(known), 3) if len(known) == len(costs) else None,
-        "peak_memory_bytes": max(peaks, default=None),
-        "device": devices.pop() if len(devices) == 1 else None,
-        **({"resumed_from_step": max(resumed)} if resumed else {}),
+        **totals(datasets),
+        "peak_memory_bytes": _largest(part.get("peak_memory_bytes") for part in parts),
     }
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown table of results: a row per adapter, a column per data set, mean, seconds and tokens per second.
-
-    Args:
-        results: Contents of `results.json` files of the same data sets.
-
-    Returns:
-        The table.
-    """
+    """Markdown table of results of the same data sets: a row each, with mean, seconds and tokens per second."""
     labels = list(results[0]["datasets"])
     rows = [
         [

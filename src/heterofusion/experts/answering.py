@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from heterofusion.experts.examples import Examples, Prompts
 from heterofusion.experts.expert import Expert, ExpertRunner
 from heterofusion.experts.generation import Answer, AnswerGenerator, GenerationArguments, Sampling, longest_first
 from heterofusion.runtime.errors import UserError
@@ -44,6 +45,7 @@ class Answers(NamedTuple):
 
     answers: list[Answer]
     seconds: float
+    generated: int  # how many of them now, by all processes
 
 
 class Answerer(Protocol):
@@ -66,6 +68,19 @@ class ExpertAnswerer:
     runner: ExpertRunner
     generation: GenerationArguments
     in_context: bool = False  # see `AnswerGenerator`
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt at most."""
+        return self.expert.limit
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, prompts aside."""
+        return self.expert.identity()
+
+    def encode(self, examples: Examples) -> Prompts:
+        """The prompts in its words."""
+        return self.expert.encode(examples)
 
     def load(self) -> None:
         """Load the base."""
@@ -118,7 +133,7 @@ def ask(ranks: PartialState, answerer: Answerer, questions: Mapping[str, Questio
                 f"{asked.folder} lacks {lacking} answers that were generated; all processes must write to the same "
                 "file system: check --output_dir, then --resume true"
             )
-        found[name] = Answers([answers[i] for i in range(len(asked.ids))], seconds)
+        found[name] = Answers([answers[i] for i in range(len(asked.ids))], seconds, len(missing[name]))
     return found
 
 

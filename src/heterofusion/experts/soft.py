@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import detect_format, render, to_conversation, tokenize
-from heterofusion.evaluation.store import write_json
+from heterofusion.evaluation.results import write_json
 from heterofusion.experts.expert import Expert
 from heterofusion.experts.soft_labels import SoftLabels, labels_path, read_labels
 from heterofusion.experts.teachers import Teacher, collect_soft_labels

@@ -20,10 +20,9 @@ from typing import Any
 from accelerate import PartialState
 
 from heterofusion.data.labels import ANCHOR, LABELS_FILE
-from heterofusion.evaluation.arguments import BASE_NAME, is_file_name
-from heterofusion.evaluation.datasets import EvalSet, check_references
-from heterofusion.evaluation.results import metric_record
-from heterofusion.evaluation.store import read_json, write_json, write_lines
+from heterofusion.evaluation.datasets import EvalSet, check_references, is_file_name
+from heterofusion.evaluation.results import metric_record, read_json, write_json, write_lines
+from heterofusion.evaluation.run import BASE_NAME
 from heterofusion.experts.answering import ExpertAnswerer, Questions, ask
 from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import Expert, ExpertRunner
@@ -231,8 +230,8 @@ class Labelling:
         """The answers of an expert by name, in the order of the questions."""
         answerer = ExpertAnswerer(expert, self.runner, self.arguments.generation, in_context=True)
         found = ask(self.ranks, answerer, questions, f"{expert.name}, {title}")
-        self._seconds |= {questions[name].folder: seconds for name, (_, seconds) in found.items()}
-        return {name: answers for name, (answers, _) in found.items()}
+        self._seconds |= {questions[name].folder: answers.seconds for name, answers in found.items()}
+        return {name: answers.answers for name, answers in found.items()}
 
     def _answers(self, expert: Expert, prompts: Mapping[str, Prompts], title: str) -> dict[str, list[Answer]]:
         most = self.arguments.generation.max_new_tokens

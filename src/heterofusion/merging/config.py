@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from heterofusion.evaluation.arguments import EvalDataArguments
+from heterofusion.evaluation.datasets import EvalDataArguments
 from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.rules import RULES

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.arguments import is_file_name
+from heterofusion.evaluation.datasets import is_file_name
 from heterofusion.evaluation.results import mean_score
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.config import (

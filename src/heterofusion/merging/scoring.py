@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from heterofusion.evaluation.arguments import EvalDataArguments
-from heterofusion.evaluation.datasets import check_references, load_eval_sets
+from heterofusion.evaluation.datasets import EvalDataArguments, check_references, load_eval_sets
 from heterofusion.evaluation.results import metric_record
 from heterofusion.experts.expert import BaseArguments, ExpertRunner, find_expert
 from heterofusion.experts.generation import AnswerGenerator, GenerationArguments

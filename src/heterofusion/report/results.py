@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.data.files import load_json, read_text
-from heterofusion.evaluation.store import RESULTS_FILE
+from heterofusion.evaluation.results import RESULTS_FILE
 from heterofusion.report.fields import Fields, shown
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import as_text

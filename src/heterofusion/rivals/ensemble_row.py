@@ -1,8 +1,9 @@
 """An ensemble as a row of an evaluation: `recipes/eval.py --ensemble gac|unite`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from heterofusion.adapters.config import AdapterError
-from heterofusion.evaluation.arguments import EnsembleArguments, EvalArguments
-from heterofusion.evaluation.datasets import EvalSet, check_references
-from heterofusion.evaluation.rows import AnswerSource, Lineup, adapter_name
-from heterofusion.experts.examples import Prompts
-from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
-from heterofusion.experts.generation import GenerationArguments, padding_id, stop_ids
+from heterofusion.evaluation.run import EvalArguments, EvalModelArguments, Row, adapter_record
+from heterofusion.experts.answering import Questions
+from heterofusion.experts.examples import Examples, Prompts
+from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.generation import Answer, GenerationArguments, padding_id, stop_ids
 from heterofusion.publish.record import made_by
 from heterofusion.rivals.codec import AnswerCodec
 from heterofusion.rivals.ensemble import EnsembleGenerator, Member
@@ -28,17 +28,77 @@ logger = logging.getLogger(__name__)
 KIND = "ensemble"  # in `made_by`
 
 
-def ensemble_lineup(arguments: EvalArguments, device: torch.device) -> Lineup:
-    """One row: the adapters of the flags, each on its base, that answer together. Nothing is loaded yet.
+ENSEMBLES = ("gac", "unite")
+TOP_K = 10
 
-    Args:
-        arguments: The flags.
-        device: Where all of the models go.
 
-    Raises:
-        UserError: A flag does not apply to ensembles, or a member is not usable.
-    """
-    model, _, generation, output, ensemble = arguments
+@dataclass
+class EnsembleArguments:
+    """Models that answer together."""
+
+    ensemble: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
+            "of their next-token distributions, unite the mean over the union of their top tokens.",
+            "choices": [*ENSEMBLES],
+        },
+    )
+    ensemble_models: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base model of each of --adapters in an ensemble: local folders or Hub ids, --model_name_or_path "
+            "among them; by default it is the base of all."
+        },
+    )
+    unite_top_k: int = field(
+        default=TOP_K, metadata={"help": "Number of top tokens of each model that --ensemble unite takes."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.ensemble is None and self.ensemble_models is not None:
+            raise UserError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
+        if self.unite_top_k < 1:
+            raise UserError(f"--unite_top_k is {self.unite_top_k}: give an integer of at least 1, such as {TOP_K}")
+        if self.ensemble != "unite" and self.unite_top_k != TOP_K:
+            raise UserError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
+
+    def settings(self) -> dict[str, Any]:
+        """For results, without local paths."""
+        models = self.ensemble_models and [display_name(name) for name in self.ensemble_models]
+        return {**vars(self), "ensemble_models": models}
+
+    def bases(self, model: EvalModelArguments) -> list[str]:
+        """The base models of the members, one each."""
+        count = len(model.adapters)
+        if count < 2:
+            raise UserError(
+                f"--ensemble {self.ensemble} needs two members at least, but --adapters has {count}; name an adapter "
+                f"for each, or {NO_ADAPTER}"
+            )
+        if self.ensemble_models is None:
+            return [model.model_name_or_path] * count
+        if len(self.ensemble_models) != count:
+            raise UserError(
+                f"--ensemble_models has {len(self.ensemble_models)} values, but --adapters has {count}: give one "
+                f"base per adapter, and {NO_ADAPTER} as the adapter of a base alone"
+            )
+        if model.model_name_or_path not in self.ensemble_models:
+            raise UserError(
+                f"--model_name_or_path {model.model_name_or_path} is not among --ensemble_models "
+                f"({', '.join(self.ensemble_models)}); give one of them"
+            )
+        if model.model_revision is not None:
+            raise UserError(
+                f"--model_revision {model.model_revision} cannot be of all --ensemble_models; download the revision "
+                "and name its folder"
+            )
+        return [*self.ensemble_models]
+
+
+def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device: torch.device) -> list[Row]:
+    """One row: the adapters of the flags, each on its base, that answer together. Nothing is loaded yet."""
+    model, data, generation, output = arguments
     method = str(ensemble.ensemble)
     bases = ensemble.bases(model)
     if model.adapter_per_dataset:
@@ -53,14 +113,21 @@ def ensemble_lineup(arguments: EvalArguments, device: torch.device) -> Lineup:
         find_member(model.base(base, model.model_revision), adapter, revision, generation, model.merge_adapters)
         for base, adapter, revision in zip(bases, model.adapters, model.revisions(), strict=True)
     ]
-    row = EnsembleRow(name, display_name(model.model_name_or_path), experts, ensemble, generation, device)
-    state = {
-        "ensemble": method,
-        "unite_top_k": ensemble.unite_top_k if method == "unite" else None,
-        "members": len(experts),
-        **{f"member {number}": expert.identity() for number, expert in enumerate(experts, start=1)},
+    record = {
+        "base_model": display_name(model.model_name_or_path),
+        "adapter": None,
+        "members": [
+            {"base_model": display_name(expert.base.model_name_or_path), "adapter": adapter_record(expert)}
+            for expert in experts
+        ],
+        "fusion": None,
+        # it costs nothing to make; what it costs are its answers
+        "made_by": made_by(KIND, method, {"seconds": 0.0}, ran_source_models=True),
+        "models_at_inference": len(experts),
+        "needs_task_id": False,
     }
-    return Lineup([row], state)
+    together = EnsembleAnswerer(experts, ensemble, generation, device)
+    return [Row(name, dict.fromkeys(data.labels(), together), record)]
 
 
 def find_member(
@@ -83,31 +150,35 @@ def find_member(
     return expert
 
 
-class EnsembleRow:
-    """Models that answer all data sets together, as a row of an evaluation."""
+class EnsembleAnswerer:
+    """Experts that write every answer together; all are in memory at once."""
 
     def __init__(
         self,
-        name: str,
-        base_model: str,
         experts: Sequence[Expert],
         ensemble: EnsembleArguments,
         generation: GenerationArguments,
         device: torch.device,
     ) -> None:
-        self.name, self.base_model = name, base_model
         self.experts, self.ensemble, self.generation, self.device = experts, ensemble, generation, device
         self.codecs = [AnswerCodec(expert.tokenizer, expert.config.get_text_config().vocab_size) for expert in experts]
         self.runners = [ExpertRunner(device) for _ in experts]  # all bases are in memory at once
         self.limit = min((expert.limit for expert in experts if expert.limit is not None), default=None)
 
-    def encode(self, sets: Sequence[EvalSet]) -> dict[str, Prompts]:
-        """The prompts of all data sets, by label: ids of every member, the text of the first one."""
-        return {examples.label: self._encode(examples) for examples in sets}
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, prompts aside."""
+        method = self.ensemble.ensemble
+        return {
+            "ensemble": method,
+            "unite_top_k": self.ensemble.unite_top_k if method == "unite" else None,
+            "dtype": self.experts[0].dtype,
+            "members": len(self.experts),
+            **{f"member {number}": expert.identity() for number, expert in enumerate(self.experts, start=1)},
+        }
 
-    def _encode(self, examples: EvalSet) -> Prompts:
+    def encode(self, examples: Examples) -> Prompts:
+        """The prompts: ids of every member, the text of the first one."""
         members = [expert.encode(examples) for expert in self.experts]
-        check_references(examples, members[0])
         texts = zip(*(prompts.texts for prompts in members), strict=True)
         split = sum(len({*row}) > len({text.rstrip(" ") for text in row}) for row in texts)
         if split:
@@ -131,15 +202,17 @@ class EnsembleRow:
         for runner, expert in zip(self.runners, self.experts, strict=True):
             runner.load(expert.base)
 
-    def answering(self, labels: Sequence[str]) -> Iterator[tuple[str, AnswerSource]]:
-        """The ensemble, for each data set; its models are there until all are answered."""
+    def answer(
+        self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]
+    ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
+        """As `heterofusion.experts.answering.Answerer` says."""
         with ExitStack() as stack:
             pairs = zip(self.runners, self.experts, strict=True)
             generator = self._generator([stack.enter_context(runner.running(expert)) for runner, expert in pairs])
-            for label in labels:
-                yield label, generator
+            for name, share in shares.items():
+                yield name, generator.answers({i: questions[name].ids[i] for i in share})
             run, needed = sum(generator.tokens_run), sum(generator.tokens_needed)
-            logger.info("%s: all members ran %d tokens, %.2f times what was written", self.name, run, run / needed)
+            logger.info("all members ran %d tokens, %.2f times what was written", run, run / needed)
 
     def _generator(self, models: Sequence[Any]) -> EnsembleGenerator:
         stops = [stop_ids(model, expert.tokenizer) for model, expert in zip(models, self.experts, strict=True)]
@@ -151,22 +224,3 @@ class EnsembleRow:
         ]
         generation = self.generation
         return EnsembleGenerator(members, union, vote, generation.max_new_tokens, generation.fixed_batch_size())
-
-    def record(self) -> dict[str, Any]:
-        """What `results.json` tells of what answered; with `members`."""
-        return {
-            "base_model": self.base_model,
-            "adapter": None,
-            "members": [
-                {
-                    "base_model": display_name(expert.base.model_name_or_path),
-                    "adapter": adapter_name(expert.adapter),
-                }
-                for expert in self.experts
-            ],
-            "fusion": None,
-            # it costs nothing to make; what it costs are its answers
-            "made_by": made_by(KIND, str(self.ensemble.ensemble), {"seconds": 0.0}, ran_source_models=True),
-            "models_at_inference": len(self.experts),
-            "needs_task_id": False,
-        }

@@ -113,7 +113,7 @@ def _end(process: subprocess.Popen, requests: socket.socket) -> None:
 
 def serve(descriptor: int) -> None:
     """What the process does: import, and fork for what comes from a socket, until nobody holds its other end."""
-    import heterofusion.evaluation.runner  # noqa: F401 - brings nearly all that recipes import
+    import heterofusion.evaluation.run  # noqa: F401 - brings nearly all that recipes import
 
     if threading.active_count() > 1:
         names = ", ".join(thread.name for thread in threading.enumerate()[1:])

@@ -1,0 +1,463 @@
+"""The evaluation itself: rows of results one after the other, their data sets shared by the processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import PartialState
+
+from heterofusion.evaluation.datasets import (
+    EvalDataArguments,
+    EvalSet,
+    check_file_names,
+    check_references,
+    is_file_name,
+    load_eval_sets,
+)
+from heterofusion.evaluation.results import (
+    PARTS,
+    PREDICTIONS,
+    RESULTS_FILE,
+    STATE_FILE,
+    common_made_by,
+    made_record,
+    metric_record,
+    read_json,
+    totals,
+    write_json,
+    write_lines,
+)
+from heterofusion.experts.answering import Answerer, Answers, ExpertAnswerer, Questions, ask
+from heterofusion.experts.examples import Examples, Prompts
+from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.generation import GenerationArguments
+from heterofusion.publish.record import library_versions
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import check_output_dir, display_name
+from heterofusion.runtime.ranks import all_together, from_all, from_main, peak_memory
+
+logger = logging.getLogger(__name__)
+
+BASE_NAME = "base"
+PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name
+
+
+@dataclass
+class EvalModelArguments(BaseArguments):
+    """What is evaluated: a base model and adapters on it."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model of the adapters: local folder or Hub id."})
+    adapters: list[str] = field(
+        default_factory=lambda: [NO_ADAPTER],
+        metadata={
+            "help": "PEFT adapters to evaluate one after the other: local folders or Hub ids; the word none is the "
+            "base model alone, which is also the default."
+        },
+    )
+    adapter_revision: list[str] | None = field(
+        default=None, metadata={"help": "Hub revision of the adapters: one for all, or one per adapter."}
+    )
+    merge_adapters: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
+            "in bfloat16 the weights are rounded once more, so answers may differ."
+        },
+    )
+    adapter_per_dataset: bool = field(
+        default=False,
+        metadata={
+            "help": "Give each data set an adapter of its own: the first of --adapters answers the first of "
+            "--dataset_name alone, and so on, in one row of results that needs to know the task."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.adapters or not all(self.adapters):
+            raise UserError(f"--adapters has an empty name; write {NO_ADAPTER} for the base model alone")
+        if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
+            raise UserError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
+        if self.adapter_revision is not None and len(self.adapter_revision) not in (1, len(self.adapters)):
+            raise UserError(
+                f"--adapter_revision has {len(self.adapter_revision)} values, but --adapters has "
+                f"{len(self.adapters)}: give one for all, or one per adapter"
+            )
+
+    def revisions(self) -> list[str | None]:
+        """The Hub revisions of the adapters, one each."""
+        revisions: list[str | None] = [None] if self.adapter_revision is None else [*self.adapter_revision]
+        return revisions * len(self.adapters) if len(revisions) == 1 else revisions
+
+
+@dataclass
+class EvalOutputArguments:
+    """Where results go, and how reports call them."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json and the predictions."})
+    resume: bool = field(
+        default=False, metadata={"help": "Go on with the evaluation of the same settings that output_dir holds."}
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Write into an output_dir that is not empty; what an earlier evaluation wrote there goes."},
+    )
+    name: str | None = field(
+        default=None,
+        metadata={"help": "Name of the row in reports, for one adapter; by default the adapter's, or base."},
+    )
+    names: list[str] | None = field(
+        default=None,
+        metadata={"help": "One name per adapter, for its folder and its row in reports; by default its own."},
+    )
+    labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Labels key=value by which reports group results, such as experiment=noise seed=0."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other; choose one")
+        self.label_values()
+
+    def label_values(self) -> dict[str, str]:
+        """The labels as a dictionary."""
+        values: dict[str, str] = {}
+        for label in self.labels:
+            key, sign, value = label.partition("=")
+            if not (key.strip() and sign):
+                raise UserError(f"--labels has {label!r}; write key=value, such as seed=0")
+            if key in values:
+                raise UserError(f"--labels has the key {key!r} twice; give it once")
+            values[key] = value
+        return values
+
+    def adapter_names(self, adapters: list[str]) -> list[str]:
+        """Names of the adapters, one each, for folders and rows."""
+        if self.name is not None and len(adapters) > 1:
+            raise UserError(f"--name is for one adapter, but --adapters has {len(adapters)}; give --names, one each")
+        names = self.names or [BASE_NAME if a == NO_ADAPTER else Path(a).expanduser().resolve().name for a in adapters]
+        return check_file_names(names, adapters, "adapter", "names") if self.name is None else [self.name]
+
+    def row_name(self, default: str, flag: str) -> str:
+        """The name of a row into which a flag puts several adapters."""
+        if self.names is not None:
+            raise UserError(f"--names names adapters, but {flag} puts all of them into one row; give --name instead")
+        return self.name or default
+
+
+class EvalArguments(NamedTuple):
+    """What every evaluation needs, in the order of the flags."""
+
+    model: EvalModelArguments
+    data: EvalDataArguments
+    generation: GenerationArguments
+    output: EvalOutputArguments
+
+
+EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------
+
+
+class RowAnswerer(Answerer, Protocol):
+    """Who answers in a row of results: `ExpertAnswerer`, or several experts together."""
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt at most."""
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, prompts aside; with `dtype`."""
+
+    def encode(self, examples: Examples) -> Prompts:
+        """The prompts in its words."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of results."""
+
+    name: str
+    answerers: Mapping[str, RowAnswerer]  # by data set
+    record: dict[str, Any]  # what results tell of it: `base_model`, `adapter`, `made_by`, ...
+
+
+def expert_rows(arguments: EvalArguments, device: torch.device) -> list[Row]:
+    """Adapters on one base: a row each or, with `--adapter_per_dataset`, one in which each answers its data set."""
+    model, data, generation, output = arguments
+    labels = data.labels()
+    if model.adapter_per_dataset:
+        name = output.row_name(PER_DATASET_NAME, "--adapter_per_dataset")
+        if len(model.adapters) != len(labels):
+            raise UserError(
+                f"--adapter_per_dataset: --adapters has {len(model.adapters)} values, but --dataset_name has "
+                f"{len(labels)}; give one adapter per data set, in the same order"
+            )
+        names: list[str | None] = [None] * len(labels)
+    else:
+        names = [*output.adapter_names(model.adapters)]
+    runner = ExpertRunner(device)
+    experts = [
+        find_expert(model.base(), adapter, revision, own, generation, model.merge_adapters)
+        for adapter, revision, own in zip(model.adapters, model.revisions(), names, strict=True)
+    ]
+    answerers = [ExpertAnswerer(expert, runner, generation) for expert in experts]
+    told = {"base_model": display_name(model.model_name_or_path), "models_at_inference": 1}
+    if not model.adapter_per_dataset:
+        return [
+            Row(
+                expert.name,
+                dict.fromkeys(labels, answerer),
+                {**told, "adapter": adapter_record(expert), **made_record(expert.adapter), "needs_task_id": False},
+            )
+            for expert, answerer in zip(experts, answerers, strict=True)
+        ]
+    record = {
+        **told,
+        "adapter": None,
+        "adapters": {label: adapter_record(expert) for label, expert in zip(labels, experts, strict=True)},
+        "fusion": None,
+        "made_by": common_made_by([made_record(expert.adapter)["made_by"] for expert in experts]),
+        "needs_task_id": True,
+    }
+    return [Row(name, dict(zip(labels, answerers, strict=True)), record)]
+
+
+def adapter_record(expert: Expert) -> dict[str, str] | None:
+    """What results call an adapter."""
+    adapter = expert.adapter
+    return {"name": display_name(adapter.given), "sha256": adapter.sha256} if adapter else None
+
+
+# ---- the evaluation ---------------------------------------------------------------------------------------------
+
+
+class Evaluation:
+    """An evaluation whose flags, files and adapters are in order; nothing is written and no weights are loaded yet.
+
+    Args:
+        arguments: On what is evaluated, how, and where results go.
+        ranks: The processes; all of them construct and run this together.
+        make_rows: Gives the rows; the rows of the adapters by default.
+        settings: More flags for `results.json`.
+    """
+
+    def __init__(
+        self,
+        arguments: EvalArguments,
+        ranks: PartialState,
+        make_rows: Callable[[EvalArguments, torch.device], list[Row]] = expert_rows,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.arguments, self.ranks, self.settings = arguments, ranks, settings or {}
+        self.folder = Path(arguments.output.output_dir).expanduser().absolute()
+        self._encoded: dict[tuple[Any, ...], Prompts] = {}
+        with all_together(ranks):
+            self.rows = make_rows(arguments, ranks.device)
+            self.sets = load_eval_sets(arguments.data)
+            self.identities = [{label: who.identity() for label, who in row.answerers.items()} for row in self.rows]
+            several = len(self.rows) > 1
+            self.state = {
+                # the name of a single row may change: no folder is called by it
+                "rows": {row.name if several else "": i for row, i in zip(self.rows, self.identities, strict=True)},
+                "datasets": {examples.label: examples.identity() for examples in self.sets},
+                "max_new_tokens": arguments.generation.max_new_tokens,
+                "max_prompt_length": arguments.generation.max_prompt_length,
+            }
+            if ranks.is_main_process:
+                check_output_dir(
+                    str(self.folder), arguments.output.resume, arguments.output.overwrite, resume_flag="--resume"
+                )
+                if arguments.output.resume:
+                    check_same(self.folder, self.state)
+        with all_together(ranks):
+            self.prompts = [
+                {examples.label: self._encode(examples, row, number) for examples in self.sets}
+                for number, row in enumerate(self.rows)
+            ]
+
+    def _encode(self, examples: EvalSet, row: Row, number: int) -> Prompts:
+        """Prompts of a data set; experts with the same tokenizer share them."""
+        who = row.answerers[examples.label]
+        tokenizer = self.identities[number][examples.label].get("tokenizer", number)
+        key = (tokenizer, who.limit, examples.label)
+        if key not in self._encoded:
+            self._encoded[key] = who.encode(examples)
+            check_references(examples, self._encoded[key])
+        prompts = self._encoded[key]
+        if prompts.cut and self.ranks.is_main_process:
+            count = f"{prompts.cut} of {len(prompts.ids)} prompts of {examples.label}"
+            logger.warning("%s: %s were cut to %d tokens on the left", row.name, count, who.limit)
+        return prompts
+
+    def run(self) -> list[dict[str, Any]]:
+        """Evaluate all rows, write their results, and give them on rank 0."""
+        self._begin()
+        results = []
+        for number, row in enumerate(self.rows):
+            folder = self.folder / row.name if len(self.rows) > 1 else self.folder
+            finished = self._on_main(partial(read_json, folder / RESULTS_FILE))
+            found: dict[str, Answers] = {}
+            peak = None
+            if finished is None:
+                place = f"{row.name} ({number + 1} of {len(self.rows)})" if len(self.rows) > 1 else row.name
+                found, peak = self._answer(row, self.prompts[number], folder, place)
+            with all_together(self.ranks):
+                if self.ranks.is_main_process:
+                    made = self._renewed(finished, folder) if finished else self._results(number, found, peak, folder)
+                    made |= {"name": row.name, "labels": self.arguments.output.label_values()}
+                    if made != finished:
+                        write_json(folder / RESULTS_FILE, made)
+                    shutil.rmtree(folder / PARTS, ignore_errors=True)
+                    results.append(made)
+                    logger.info("%s: results in %s", row.name, folder / RESULTS_FILE)
+        return results
+
+    def _on_main(self, read: Callable[[], Any]) -> Any:
+        with all_together(self.ranks):
+            found = read() if self.ranks.is_main_process else None
+        return from_main(self.ranks, found)
+
+    def _begin(self) -> None:
+        """Write the state, once the first model is loaded: the last thing that may be wrong."""
+        if self._on_main((self.folder / STATE_FILE).is_file) and self.arguments.output.resume:
+            return
+        with all_together(self.ranks):
+            next(iter(self.rows[0].answerers.values())).load()
+        with all_together(self.ranks):
+            if self.ranks.is_main_process:
+                if self.arguments.output.overwrite:
+                    remove_evaluation(self.folder)
+                write_json(self.folder / STATE_FILE, self.state)
+
+    def _answer(
+        self, row: Row, prompts: Mapping[str, Prompts], folder: Path, place: str
+    ) -> tuple[dict[str, Answers], int | None]:
+        """All answers of a row, and the most memory that a process took for them."""
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)  # of the row before
+        most = self.arguments.generation.max_new_tokens
+        found: dict[str, Answers] = {}
+        for who in {id(who): who for who in row.answerers.values()}.values():
+            questions = {
+                label: Questions(folder / PARTS / label, prompts[label].ids, prompts[label].lengths, most)
+                for label in prompts
+                if row.answerers[label] is who
+            }
+            found |= ask(self.ranks, who, questions, place)
+        generated = any(answers.generated for answers in found.values())
+        peak = max(from_all(self.ranks, peak_memory() if generated else 0))
+        return found, peak or None  # None where an interrupted run had left nothing to generate
+
+    def _results(self, number: int, found: Mapping[str, Answers], peak: int | None, folder: Path) -> dict[str, Any]:
+        """Score the answers and write the predictions."""
+        row, datasets = self.rows[number], {}
+        for examples in self.sets:
+            prompts, answers = self.prompts[number][examples.label], found[examples.label].answers
+            rows = zip(examples.indices, prompts.texts, answers, prompts.references, strict=True)
+            write_lines(
+                folder / PREDICTIONS / f"{examples.label}.jsonl",
+                (
+                    {"index": i, "prompt": p, "prediction": a.text, "reference": r, "new_tokens": a.new_tokens}
+                    for i, p, a, r in rows
+                ),
+            )
+            datasets[examples.label] = {
+                **metric_record(examples.metric, [answer.text for answer in answers], prompts.references),
+                "examples": len(answers),
+                "prompts_cut": prompts.cut,
+                "new_tokens": sum(answer.new_tokens for answer in answers),
+                "seconds": round(found[examples.label].seconds, 3),
+                "sha256": examples.sha256,
+            }
+        device, generation = self.ranks.device, self.arguments.generation
+        limits = [who.limit for who in row.answerers.values() if who.limit is not None]
+        return {
+            **row.record,
+            "datasets": datasets,
+            **totals(datasets),
+            "generation": {
+                "max_new_tokens": generation.max_new_tokens,
+                "batch_size": generation.fixed_batch_size() or generation.batch_size,
+                "cache_implementation": generation.cache_implementation,
+                "dtype": next(iter(self.identities[number].values()))["dtype"],
+                "max_prompt_length": min(limits, default=None),
+            },
+            "peak_memory_bytes": peak,
+            "processes": self.ranks.num_processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "settings": self._settings(),
+            "versions": library_versions(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        model, data, generation, _ = self.arguments
+        settings = {**asdict(model), **asdict(data), **self.settings, "batch_size": generation.batch_size}
+        for flag in ("adapters", "dataset_name"):
+            settings[flag] = [display_name(name) for name in settings[flag]]
+        return {**settings, "model_name_or_path": display_name(model.model_name_or_path)}
+
+    def _renewed(self, finished: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Finished results by the metrics of this run; nothing is generated."""
+        datasets = dict(finished["datasets"])
+        for examples in self.sets:
+            if datasets[examples.label]["metric"] != examples.metric:
+                path = folder / PREDICTIONS / f"{examples.label}.jsonl"
+                answers = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+                texts, references = ([answer[key] for answer in answers] for key in ("prediction", "reference"))
+                datasets[examples.label] |= metric_record(examples.metric, texts, references)
+        return {**finished, "datasets": datasets, **totals(datasets)}
+
+
+# ---- the folder as a whole --------------------------------------------------------------------------------------
+
+
+def check_same(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """Check that an output folder holds an evaluation with these settings, or nothing; names what differs."""
+    found = read_json(output_dir / STATE_FILE)
+    if found is None:
+        if output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(f"--resume: {output_dir} holds no evaluation ({STATE_FILE} is missing); name another")
+        return
+    there, here = _flat(found), _flat(state)
+    for name in dict.fromkeys((*here, *there)):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"--resume: {output_dir} holds an evaluation with another {name}: {there.get(name)}, this one has "
+                f"{here.get(name)}; give the same flags, or another --output_dir"
+            )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix} {key}".strip()
+        flat |= _flat(item, name) if isinstance(item, dict) else {name: item}
+    return flat
+
+
+def remove_evaluation(output_dir: Path) -> None:
+    """Remove what an earlier evaluation wrote, and nothing else."""
+    try:
+        state = read_json(output_dir / STATE_FILE) or {}
+    except UserError:
+        state = {}
+    names = [name for name in state.get("rows", {}) if is_file_name(name)]
+    for folder in [output_dir / name for name in names] or [output_dir]:
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+        for label in filter(is_file_name, state.get("datasets", {})):
+            (folder / PREDICTIONS / f"{label}.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(folder / PARTS, ignore_errors=True)
+        for emptied in (folder / PREDICTIONS, *([folder] if folder != output_dir else [])):
+            if emptied.is_dir() and not any(emptied.iterdir()):
+                emptied.rmdir()
+    (output_dir / STATE_FILE).unlink(missing_ok=True)

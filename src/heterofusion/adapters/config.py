@@ -107,15 +107,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}: bias is {config['bias']!r}: trained biases cannot be fused; train the adapter with bias='none'"
         )
-    _check_init(path, config.get("init_lora_weights", True))
-    _check_numbers(path, config)
-    _check_layer_choice(path, config)
-    base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
-    if base is not None and not isinstance(base, str):
-        raise AdapterError(f"{path}: base_model_name_or_path is {_short(base)}, a name or null was expected")
-    if saved is not None and not _is_list_of(saved, str):
-        raise AdapterError(f"{path}: modules_to_save is {_short(saved)}, a list of module names was expected")
+    if not keeps_base(config.get("init_lora_weights")):
+        raise AdapterError(
+            f"{path}: init_lora_weights is {_short(config['init_lora_weights'])}: it changes the base weights, so the "
+            "stored B A is not the whole update; convert the adapter to plain LoRA (PEFT: "
+            "path_initial_model_for_weight_conversion)"
+        )
+    for key, default in (("use_rslora", False), ("rank_pattern", {}), ("alpha_pattern", {})):
+        if config.get(key) is None:
+            config[key] = default
+    _check_values(path, config)
     return config
+
+
+def keeps_base(init: Any) -> bool:
+    """Whether an `init_lora_weights` leaves the base model as it was."""
+    return init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _BASE_PRESERVING_INITS)
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
@@ -147,49 +154,30 @@ def _check_unknown_keys(path: Path, config: dict[str, Any]) -> None:
         logger.warning("%s: unknown field %r = %s is empty and ignored", path, key, _short(config[key]))
 
 
-def keeps_base(init: Any) -> bool:
-    """Whether an `init_lora_weights` leaves the base model as it was."""
-    return init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _BASE_PRESERVING_INITS)
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    def expect(key: str, value: Any, good: bool, what: str) -> None:
+        if not good:
+            raise AdapterError(f"{path}: {key} is {_short(value)}, {what} was expected")
 
-
-def _check_init(path: Path, init: Any) -> None:
-    if not keeps_base(init):
-        raise AdapterError(
-            f"{path}: init_lora_weights is {_short(init)}: it changes the base weights, so the stored B A is not the "
-            "whole update; convert the adapter to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
-        )
-
-
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    for key, default in (("use_rslora", False), ("rank_pattern", {}), ("alpha_pattern", {})):
-        if config.get(key) is None:
-            config[key] = default
-    for key in ("r", "lora_alpha"):
-        _check_positive(path, key, config.get(key), integer=key == "r")
-    if not isinstance(config["use_rslora"], bool):
-        raise AdapterError(f"{path}: use_rslora is {_short(config['use_rslora'])}, true or false was expected")
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config[key], dict):
-            raise AdapterError(f"{path}: {key} is {_short(config[key])}, an object was expected")
-        for pattern, value in config[key].items():
-            _check_positive(path, f"{key}[{pattern!r}]", value, integer=key == "rank_pattern")
-            _check_pattern(path, key, pattern)
-
-
-def _check_layer_choice(path: Path, config: dict[str, Any]) -> None:
-    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
-    if layers is not None:
-        indices = layers if isinstance(layers, list) else [layers]
-        if not _is_list_of(indices, int) or any(index < 0 for index in indices):
-            raise AdapterError(
-                f"{path}: layers_to_transform is {_short(layers)}, a layer index or a list of them was expected"
-            )
-    if patterns is not None:
-        names = patterns if isinstance(patterns, list) else [patterns]
-        if not _is_list_of(names, str):
-            raise AdapterError(f"{path}: layers_pattern is {_short(patterns)}, a name or a list of them was expected")
-        for name in names:
-            _check_pattern(path, "layers_pattern", name)
+    for key, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
+        what = f"a positive {'integer' if kind is int else 'number'}"
+        expect(key, config.get(key), _is_positive(config.get(key), kind), what)
+        expect(patterns, config[patterns], isinstance(config[patterns], dict), "an object")
+        for pattern, value in config[patterns].items():
+            expect(f"{patterns}[{pattern!r}]", value, _is_positive(value, kind), what)
+            _check_pattern(path, patterns, pattern)
+    expect("use_rslora", config["use_rslora"], isinstance(config["use_rslora"], bool), "true or false")
+    layers, names = config.get("layers_to_transform"), config.get("layers_pattern")
+    indices = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    good = _is_list_of(indices, int) and all(index >= 0 for index in indices)
+    expect("layers_to_transform", layers, good, "a layer index or a list of them")
+    names = names if isinstance(names, list) else [] if names is None else [names]
+    expect("layers_pattern", config.get("layers_pattern"), _is_list_of(names, str), "a name or a list of them")
+    for name in names:
+        _check_pattern(path, "layers_pattern", name)
+    base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
+    expect("base_model_name_or_path", base, base is None or isinstance(base, str), "a name or null")
+    expect("modules_to_save", saved, saved is None or _is_list_of(saved, str), "a list of module names")
 
 
 def _check_pattern(path: Path, key: str, pattern: str) -> None:
@@ -199,12 +187,9 @@ def _check_pattern(path: Path, key: str, pattern: str) -> None:
         raise AdapterError(f"{path}: {key} has an invalid pattern {_short(pattern)}: {error}") from None
 
 
-def _check_positive(path: Path, key: str, value: Any, integer: bool) -> None:
-    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= sys.float_info.max:
-        raise AdapterError(
-            f"{path}: {key} is {_short(value)}, a positive {'integer' if integer else 'number'} was expected"
-        )
+def _is_positive(value: Any, kind: type) -> bool:
+    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 def _short(value: Any) -> str:

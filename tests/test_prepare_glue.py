@@ -8,7 +8,6 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
-from heterofusion.preparation.glue import QUESTIONS
 from preparation_runner import check_accounts, check_replay_keeps_all, glue, prepare, texts, written
 from recipe_runner import contents, error_line, flags
 from replay_builders import write
@@ -21,7 +20,7 @@ def rows_of(task: str, count: int, first: int = 0) -> list[dict]:
     labels = len(GLUE_LABELS[task])
     return [
         {
-            **{column: f"{title} number {i} ." for column, title in QUESTIONS[task].columns.items()},
+            **{column: f"{title} number {i} ." for column, title in glue.QUESTIONS[task][1].items()},
             "label": i % labels if labels else (i % 26) / 5,
             "idx": i,
         }
@@ -32,7 +31,7 @@ def rows_of(task: str, count: int, first: int = 0) -> list[dict]:
 def write_task(root: Path, task: str, train=None, test=None, suffix: str = ".jsonl") -> Path:
     folder = root / task
     folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in (("train", train), (QUESTIONS[task].test_split, test)):
+    for split, rows in (("train", train), (glue.TEST_SPLITS[task], test)):
         if rows is not None:
             write(folder / f"{split}{suffix}", rows)
     return folder
@@ -41,7 +40,7 @@ def write_task(root: Path, task: str, train=None, test=None, suffix: str = ".jso
 def as_dataset(task: str, rows: list[dict], names: list[str] | None = None) -> Dataset:
     """Rows with the features that the Hub's files have."""
     names = names or [label.replace(" ", "_") for label in GLUE_LABELS[task]]
-    features = {column: Value("string") for column in QUESTIONS[task].columns}
+    features = {column: Value("string") for column in glue.QUESTIONS[task][1]}
     features["label"] = ClassLabel(names=names) if names else Value("float32")
     return Dataset.from_list(rows, features=Features({**features, "idx": Value("int32")}))
 
@@ -115,7 +114,7 @@ def test_files_and_manifest(data, tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("task", list(QUESTIONS))
+@pytest.mark.parametrize("task", list(glue.QUESTIONS))
 def test_every_task_is_read_whole_and_answers_itself(tmp_path, task):
     write_task(tmp_path / "glue", task, rows_of(task, 60), rows_of(task, 30, 100))
     out = tmp_path / "out"
@@ -301,6 +300,6 @@ def test_bad_flags(data, capsys):
     out = data.parent / "out"
     out.mkdir()
     (out / "notes.txt").write_text(json.dumps("mine"))
-    fails(capsys, data, "is not empty", "--overwrite true", tasks=["rte"])
+    fails(capsys, data, "not empty", "--overwrite true", tasks=["rte"])
     run(data, out, tasks=["rte"], overwrite=True)
     assert (out / "notes.txt").is_file()

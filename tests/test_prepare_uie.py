@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from heterofusion.evaluation.uie import UIEF1
-from heterofusion.preparation.prompts import INSTRUCTIONS
 from preparation_runner import (
     FILMS,
     check_accounts,
@@ -54,7 +53,7 @@ def test_prompts_and_answers(data, tmp_path):
         "kind": "RE",
     }
     used = {row["prompt"].split("\n")[0] for row in films.values()}
-    assert used == set(INSTRUCTIONS["NER"])  # all wordings, each text always in the same
+    assert used == set(uie.INSTRUCTIONS["NER"])  # all wordings, each text always in the same
     replay = written(out, "replay/NER_films")
     assert len(replay) == 10 and all(row in films.values() for row in replay)
 
@@ -134,7 +133,7 @@ def test_entity_typing_gives_the_entities(data, tmp_path):
     train = {row["prompt"].split("\n")[2]: row for row in written(out, "train/ET_films")}
     assert list(train) == ["Text: show Film 1 of 1960 s", "Text: show Film 4 of 1960 s"]  # film 3 has no entity
     row = train["Text: show Film 4 of 1960 s"]
-    assert row["prompt"].split("\n")[0] in INSTRUCTIONS["ET"]
+    assert row["prompt"].split("\n")[0] in uie.INSTRUCTIONS["ET"]
     assert row["prompt"].endswith("\nEntities: Film 4, 1960 s, Film 1\nAnswer:") and row["kind"] == "ET"
     assert row["completion"] == " title: Film 4; year: 1960 s; actor: Film 1"
     assert manifest["tasks"]["ET_films"]["source"] == "ET/films"

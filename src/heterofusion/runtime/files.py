@@ -79,7 +79,7 @@ def told_writes(what: str, outcome: str = "") -> Iterator[None]:
 
 
 def check_output_dir(
-    output_dir: str, resuming: bool, overwrite: bool, resume_flag: str = "--resume_from_checkpoint"
+    output_dir: str, resuming: bool, overwrite: bool, resume_flag: str | None = "--resume_from_checkpoint"
 ) -> None:
     """Refuse to write over another run, or where nothing can be written. The folder is not made yet."""
     folder = Path(output_dir).absolute()
@@ -89,9 +89,9 @@ def check_output_dir(
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--output_dir {folder}: {nearest} is not writable; name another folder")
     if folder == nearest and any(folder.iterdir()) and not (resuming or overwrite):
+        resume = f"resume with {resume_flag} true, " if resume_flag else ""
         raise UserError(
-            f"--output_dir {folder} exists and is not empty; name another, resume with "
-            f"{resume_flag} true, or pass --overwrite true"
+            f"--output_dir {folder} exists and is not empty; name another, {resume}or pass --overwrite true"
         )
 
 

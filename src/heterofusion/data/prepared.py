@@ -1,0 +1,263 @@
+"""Published data sets as the files of an experiment: samples with no text in two splits, a manifest, a table.
+
+`recipes/uie/prepare.py` and `recipes/glue/prepare.py` read the data; this is what they share. A sample is drawn by the
+SHA-256 of seed, task and example, not by a generator: it depends neither on the order of the examples nor on a
+library's version, a larger one holds the smaller, and an example that is added pushes out one other at most.
+"""
+
+import hashlib
+import heapq
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from heterofusion.data.markdown import markdown_table
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import check_output_dir, file_sha256, read_json_object, staging_folder
+from heterofusion.runtime.flags import check_ranges
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FILES = ("replay", "train", "validation", "test", "unlabelled")
+CUT_SHARE = 10  # what is cut from train is one in this many examples at most
+
+# Columns of the table: counts over all splits. Those in brackets are left out where they are zero for all tasks.
+_COLUMNS = {
+    "without_text": "no text",
+    "without_answer": "no answer",
+    "repeated": "repeated",
+    "in_other_split": "in another split",
+    "cut_for_validation": "(cut for validation)",
+    "cut_for_unlabelled": "(cut for unlabelled)",
+    "untyped_items": "(untyped items)",
+    "repeated_items": "(repeated items)",
+    "items_with_semicolon": "(items with ;)",
+}
+
+
+@dataclass
+class PrepareArguments:
+    """What is written."""
+
+    output_dir: str = field(metadata={"help": "Folder for the files."})
+    seed: int = field(default=42, metadata={"help": "Seed of the samples and of the choice between wordings."})
+    num_replay: int = field(
+        default=300, metadata={"help": "Examples of train in a replay file, at most.", "range": "[1, inf)"}
+    )
+    num_validation: int = field(
+        default=300,
+        metadata={
+            "help": "Examples in a validation file, at most: of the published split, else cut from train, a tenth of "
+            "it at most; 0 writes none.",
+            "range": "[0, inf)",
+        },
+    )
+    num_test: int | None = field(
+        default=None, metadata={"help": "Examples in a test file, at most; all by default.", "range": "[1, inf)"}
+    )
+    num_unlabelled: int = field(
+        default=0,
+        metadata={
+            "help": "Prompts without answers for recipes/label.py, cut from train, a tenth of it at most.",
+            "range": "[0, inf)",
+        },
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Write into an output_dir that is not empty; files that its manifest.json lists go."},
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_output_dir(self.output_dir, resuming=False, overwrite=self.overwrite, resume_flag=None)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as prompt and answer (with its leading space); no two splits hold the same `text`."""
+
+    text: str
+    prompt: str
+    completion: str
+
+    @property
+    def key(self) -> str:
+        """What makes two texts the same one: case and white space do not."""
+        return " ".join(self.text.casefold().split())
+
+
+@dataclass
+class PreparedTask:
+    """A task: its examples by split as it was read, by file (see `FILES`) when it is ready to be written.
+
+    `counts` has by split how many rows were `read`, how many were left out, by reason, and how many `kept`; `record`
+    is what the manifest says of the source: its name, labels and hashes.
+    """
+
+    name: str
+    kind: str
+    examples: dict[str, list[Example]]
+    counts: dict[str, Counter[str]]
+    record: dict[str, Any]
+
+
+def make_splits(task: PreparedTask, args: PrepareArguments) -> PreparedTask:
+    """Draw the samples of a task that was read with `train`, `test` and, where the data has one, `validation`.
+
+    A text that is in test is taken out of validation and train, one that is in validation out of train. Examples of
+    validation and train that repeat another one with the same answer are taken out too; test stays as published.
+    Without a validation split one is cut from train, and so are unlabelled prompts. Replay is a sample of the rest.
+    """
+    salt = f"{args.seed} {task.name}"
+    counts = {split: Counter(found) for split, found in task.counts.items()}
+    test = task.examples["test"]
+    in_test = {example.key for example in test}
+    validation = _distinct(task.examples.get("validation", []), counts.get("validation", Counter()), in_test=in_test)
+    in_validation = {example.key for example in validation}
+    train = _distinct(task.examples["train"], counts["train"], in_test=in_test, in_validation=in_validation)
+    if "validation" in counts:
+        counts["validation"]["kept"] = len(validation)
+        validation = _sample(validation, args.num_validation, f"{salt} validation")
+    else:
+        validation, train = _cut(train, args.num_validation, salt, "validation", counts["train"])
+    unlabelled, train = _cut(train, args.num_unlabelled, salt, "unlabelled", counts["train"])
+    counts["train"]["kept"], counts["test"]["kept"] = len(train), len(test)
+    for split, left in (("train", train), ("test", test)):
+        if not left:
+            found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts[split].items()) if count)
+            raise UserError(f"{task.name}: no record of {split} can be used ({found}): check the data of this task")
+    files = {
+        "replay": _sample(train, args.num_replay, f"{salt} replay"),
+        "train": train,
+        "validation": validation,
+        "test": _sample(test, args.num_test, f"{salt} test"),
+        "unlabelled": unlabelled,
+    }
+    if len(train) < args.num_replay:
+        logger.warning("%s: replay has %d records, not %d: train has no more", task.name, len(train), args.num_replay)
+    if args.num_validation and not validation:
+        logger.warning("%s: no validation file, since no record is left for one", task.name)
+    return replace(task, examples=files, counts=counts)
+
+
+def stable_number(salt: str, *parts: str) -> int:
+    """A number that looks random and is the same everywhere."""
+    return int.from_bytes(hashlib.sha256("\0".join((salt, *parts)).encode()).digest()[:8], "big")
+
+
+def _distinct(examples: list[Example], counts: Counter[str], **others: set[str]) -> list[Example]:
+    """Those whose text is in none of the other splits, without repeats; `counts` says what was left out."""
+    kept: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        reason = next((name for name, keys in others.items() if example.key in keys), None)
+        if reason is None and (example.key, example.completion) in kept:
+            reason = "repeated"
+        if reason is None:
+            kept[example.key, example.completion] = example
+        else:
+            counts[reason] += 1
+    return list(kept.values())
+
+
+def _cut(
+    train: list[Example], count: int, salt: str, name: str, counts: Counter[str]
+) -> tuple[list[Example], list[Example]]:
+    """Cut a sample from train; gives it and the rest, without other answers to the same texts."""
+    if not count or len(train) < 2:
+        return [], train
+    sample = _sample(train, min(count, max(1, len(train) // CUT_SHARE)), f"{salt} {name}")
+    keys = {example.key for example in sample}
+    rest = [example for example in train if example.key not in keys]
+    counts[f"cut_for_{name}"] = len(sample)
+    counts[f"in_{name}"] += len(train) - len(rest) - len(sample)
+    return sample, rest
+
+
+def _sample(examples: list[Example], count: int | None, salt: str) -> list[Example]:
+    """At most `count` of the examples, in their order."""
+    if count is None or count >= len(examples):
+        return examples
+
+    def rank(index: int) -> tuple[int, int]:
+        return stable_number(salt, examples[index].text, examples[index].completion), index
+
+    return [examples[index] for index in sorted(heapq.nsmallest(count, range(len(examples)), key=rank))]
+
+
+def write_tasks(tasks: Sequence[PreparedTask], args: PrepareArguments, layout: str) -> None:
+    """Write `replay/NAME.jsonl`, `train/`, `validation/`, `test/`, `unlabelled/` and `manifest.json`.
+
+    All is written beside its place and then moved there; files that an earlier manifest in the folder lists are
+    removed first. The manifest is moved last: where it stands, the files that it lists are complete.
+    """
+    folder = Path(args.output_dir).absolute()
+    with staging_folder(folder, ".preparing-") as staging:
+        entries = {}
+        for task in tasks:
+            written = {}
+            for name in FILES:
+                if task.examples[name]:  # a data set that is empty is refused by what reads it
+                    path = staging / name / f"{task.name}.jsonl"
+                    _write_examples(path, task, name)
+                    written[f"{name}/{path.name}"] = {
+                        "records": len(task.examples[name]),
+                        "sha256": file_sha256(path),
+                    }
+            splits = {
+                split: {name: count for name, count in counts.items() if count or name in ("read", "kept")}
+                for split, counts in task.counts.items()
+            }
+            entries[task.name] = {"kind": task.kind, **task.record, "splits": splits, "files": written}
+        sizes = {name: getattr(args, name) for name in ("seed", *(f"num_{file}" for file in FILES if file != "train"))}
+        manifest = {"heterofusion": version("heterofusion"), "layout": layout, **sizes, "tasks": entries}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _remove_old(folder)
+        for path in sorted(staging.rglob("*.jsonl")):
+            target = folder / path.relative_to(staging)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        os.replace(staging / MANIFEST, folder / MANIFEST)
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove what the manifest of a folder lists, and nothing that no preparation writes."""
+    if (folder / MANIFEST).exists():
+        tasks = read_json_object(folder / MANIFEST).get("tasks", {})
+        (folder / MANIFEST).unlink()
+        for name in (name for task in tasks.values() for name in task["files"]):
+            if re.fullmatch(rf"({'|'.join(FILES)})/[^/]+\.jsonl", name):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _write_examples(path: Path, task: PreparedTask, name: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for example in task.examples[name]:
+            answer = {} if name == "unlabelled" else {"completion": example.completion}
+            row = {"prompt": example.prompt, **answer, "task": task.name, "kind": task.kind}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def summary_table(tasks: Sequence[PreparedTask]) -> str:
+    """A row per task: rows read (train + validation + test), those left out by reason, and those in every file."""
+    totals = []
+    for task in tasks:
+        total: Counter[str] = sum(task.counts.values(), Counter())
+        total["in_other_split"] = total["in_test"] + total["in_validation"] + total["in_unlabelled"]
+        totals.append(total)
+    shown = [key for key, title in _COLUMNS.items() if title[0] != "(" or any(total[key] for total in totals)]
+    files = [name for name in FILES if name != "unlabelled" or any(task.examples[name] for task in tasks)]
+    rows = []
+    for task, total in zip(tasks, totals, strict=True):
+        read = " + ".join(str(task.counts[name]["read"]) for name in FILES if name in task.counts)
+        rows.append([task.name, read, *(total[key] for key in shown), *(len(task.examples[name]) for name in files)])
+    return markdown_table(["task", "read", *(_COLUMNS[key].strip("()") for key in shown), *files], rows)

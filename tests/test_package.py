@@ -19,7 +19,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def imported(folder: str) -> set[str]:
-    """Top-level modules that the Python files of a folder import, but for the standard library and their own."""
+    """Packages that the Python files of a folder import, but for the standard library and their own."""
     found: set[str] = set()
     files = list((ROOT / folder).rglob("*.py"))
     for file in files:
@@ -28,15 +28,20 @@ def imported(folder: str) -> set[str]:
                 found.update(alias.name.split(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found.add(node.module.split(".")[0])
-    return found - sys.stdlib_module_names - {file.stem for file in files} - {"heterofusion"}
+    own = {"heterofusion"} if folder == "src" else {"heterofusion", *(file.stem for file in files)}
+    packages = {DISTRIBUTIONS.get(module, module) for module in found - sys.stdlib_module_names - own}
+    return {name.replace("_", "-") for name in packages}
 
 
 @pytest.mark.parametrize("folder", ["src", "recipes"])
 def test_every_imported_module_is_declared(folder):
     extras = PROJECT["optional-dependencies"]
     declared = names(PROJECT["dependencies"]).union(*(names(extras[name]) for name in extras if name != "dev"))
-    packages = {DISTRIBUTIONS.get(module, module).replace("_", "-") for module in imported(folder)}
-    assert packages <= declared
+    assert imported(folder) <= declared
+
+
+def test_every_declared_package_is_imported():
+    assert names(PROJECT["dependencies"]) <= imported("src")
 
 
 def test_transformers_has_an_upper_bound_because_the_trainer_overrides_private_methods():

@@ -89,11 +89,6 @@ def test_two_copies_answer_as_one_model(values, tmp_path):
     assert both["mean"] == alone["mean"] and both["new_tokens"] == alone["new_tokens"]
 
 
-def test_merged_members_answer_as_they_do_unmerged(values, whole):
-    run(values, merge_adapters=True)
-    assert predictions(values["output_dir"]) == predictions(whole[0])
-
-
 @pytest.mark.distributed
 def test_two_processes_give_the_same(whole, settings, tmp_path):
     folder, found = whole

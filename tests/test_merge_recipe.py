@@ -1,7 +1,6 @@
 """recipes/merge.py as a program: what it writes, scores and searches, its flags, its errors."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import heterofusion.merging.merge as merge_run
-from builders import LLAMA_ROLES, WEIGHTS, edit_config, input_ids, lora_folder, tiny_model, write_adapter
+from builders import LLAMA_ROLES, WEIGHTS, input_ids, lora_folder, tiny_model, write_adapter
 from conftest import GOLDEN, restored_logging
 from eval_runner import TASKS, evaluation, results
 from heterofusion import load_adapter
@@ -357,13 +356,6 @@ def test_experts_with_more_than_lora_raise(refused, tmp_path):
 
     other = copy_adapter(tmp_path / "head", str(EXPERTS[1]), {"modules_to_save": ["lm_head"]}, head)
     refused("base_model.model.lm_head.weight besides LoRA", adapters=[EXPERTS[0], other])
-
-
-def test_the_same_base_under_two_names_is_one(values, tmp_path):
-    other = shutil.copytree(EXPERTS[1], tmp_path / "other")
-    edit_config(other, base_model_name_or_path="/models/Llama/")
-    _, record = run(values, adapters=[EXPERTS[0], other])
-    assert record["adapters"][1]["base_model"] == "Llama"
 
 
 def test_weights_out_of_range_raise_and_leave_nothing(values, tmp_path, capsys, logging_restored):

@@ -291,13 +291,6 @@ def check_experts(experts: Sequence[LoraAdapter]) -> None:
                 f"{_FUSE}. If both are the same model, give both the same base_model_name_or_path in their "
                 "adapter_config.json"
             )
-        for path in expert.modules.keys() & other.modules.keys():
-            here, there = expert.modules[path], other.modules[path]
-            if (here.out_features, here.in_features) != (there.out_features, there.in_features):
-                raise UserError(
-                    f"{path} maps {there.in_features} to {there.out_features} features in adapter {other.name}, "
-                    f"but {here.in_features} to {here.out_features} in {expert.name}: {_FUSE}"
-                )
 
 
 def check_experts_fit(base: nn.Module, experts: Sequence[LoraAdapter]) -> None:

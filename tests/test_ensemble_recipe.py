@@ -130,7 +130,7 @@ def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_res
         "member 2 adapter": {"adapters": [EXPERTS[0], "none"]},
         "member 1 base:": {"adapters": EXPERTS[::-1], "ensemble_models": BASES[::-1]},
         "max_new_tokens: 24, this one has 23": {"max_new_tokens": 23},
-        "ensemble: gac, this one has None": {"ensemble": None, "ensemble_models": None, "adapters": EXPERTS[:1]},
+        "base: None": {"ensemble": None, "ensemble_models": None, "adapters": EXPERTS[:1]},
     }.items():
         argv = flags({**values, **changes, "resume": True})
         error_line(capsys, evaluation.main, argv, "holds an evaluation with another", field)

@@ -22,13 +22,10 @@ from heterofusion.rivals.ensemble import EnsembleGenerator, Member
 from heterofusion.rivals.voting import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
+from heterofusion.runtime.flags import check_ranges
 
 logger = logging.getLogger(__name__)
 
-KIND = "ensemble"  # in `made_by`
-
-
-ENSEMBLES = ("gac", "unite")
 TOP_K = 10
 
 
@@ -41,7 +38,7 @@ class EnsembleArguments:
         metadata={
             "help": "Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
             "of their next-token distributions, unite the mean over the union of their top tokens.",
-            "choices": [*ENSEMBLES],
+            "choices": ["gac", "unite"],
         },
     )
     ensemble_models: list[str] | None = field(
@@ -52,14 +49,14 @@ class EnsembleArguments:
         },
     )
     unite_top_k: int = field(
-        default=TOP_K, metadata={"help": "Number of top tokens of each model that --ensemble unite takes."}
+        default=TOP_K,
+        metadata={"help": "Number of top tokens of each model that --ensemble unite takes.", "range": "[1, inf)"},
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.ensemble is None and self.ensemble_models is not None:
             raise UserError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
-        if self.unite_top_k < 1:
-            raise UserError(f"--unite_top_k is {self.unite_top_k}: give an integer of at least 1, such as {TOP_K}")
         if self.ensemble != "unite" and self.unite_top_k != TOP_K:
             raise UserError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
 
@@ -122,7 +119,7 @@ def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device:
         ],
         "fusion": None,
         # it costs nothing to make; what it costs are its answers
-        "made_by": made_by(KIND, method, {"seconds": 0.0}, ran_source_models=True),
+        "made_by": made_by("ensemble", method, {"seconds": 0.0}, ran_source_models=True),
         "models_at_inference": len(experts),
         "needs_task_id": False,
     }

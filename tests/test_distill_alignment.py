@@ -19,8 +19,7 @@ from heterofusion.experts.token_alignment import (
     one_to_one,
     token_costs,
 )
-from heterofusion.experts.tokens import token_bytes
-from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, token_bytes
 from heterofusion.rivals.fusellm import min_ce
 from replay_builders import CHAT, byte_level, encode, word_level
 from test_tokens import sentencepiece_like

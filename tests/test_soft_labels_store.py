@@ -224,7 +224,7 @@ def test_adapter_is_trained_on_them_too(labelled, tmp_path):
     ("changed", "words"),
     [
         ({"label_loss": "soft"}, ["--label_loss is soft", "no soft labels beside", "--top_k_logits"]),
-        ({"label_loss": "soft", "soft_weight": 2}, ["--soft_weight is 2.0", "from 0 to 1"]),
+        ({"label_loss": "soft", "soft_weight": 2}, ["--soft_weight is 2.0", "at least 0 and at most 1"]),
         ({"label_loss": "soft", "label_smoothing_factor": 0.1}, ["--label_smoothing_factor is 0.1"]),
         ({"label_loss": "soft", "logits_cache": "FILE"}, ["--logits_cache", "is a file"]),
         ({"soft_weight": 0.2}, ["--soft_weight is 0.2", "--label_loss is hard"]),

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.vocabulary import token_bytes
 from heterofusion.zoo import FAMILIES, zoo_path
 from replay_builders import byte_level, word_level
 

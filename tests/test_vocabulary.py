@@ -5,13 +5,13 @@ import random
 import pytest
 
 from heterofusion.experts import vocabulary
-from heterofusion.experts.tokens import token_bytes
 from heterofusion.experts.vocabulary import (
     UNMAPPED,
     TokenIndex,
     VocabularyMap,
     as_columns,
     edit_distances,
+    token_bytes,
     tokenizer_fingerprint,
 )
 from replay_builders import byte_level, word_level
@@ -164,7 +164,7 @@ def test_map_is_not_written_where_it_cannot_be(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("heterofusion.experts.cache.os.replace", full)
+    monkeypatch.setattr("heterofusion.experts.store.os.replace", full)
     with pytest.raises(OSError, match=r"--logits_cache: .*vocabulary-.* could not be written \(no space left"):
         VocabularyMap(byte_level(), sentencepiece_like(), tmp_path).map([300])
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ import evaluate
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from heterofusion.evaluation.answers import check_answers
+from heterofusion.evaluation.uie import check_answers
 from heterofusion.runtime.errors import UserError
 
 # The names GLUE gives its labels, in the order of its label numbers, as words. STS-B has a number from 0 to 5 instead.
@@ -58,28 +58,13 @@ _CITATION = ""
 
 
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer is, whatever its case, white space and surrounding punctuation.
-
-    Args:
-        text: An answer.
-        labels: The labels of the task, in lower case.
-
-    Returns:
-        The label, or None if the answer is something else, or says more than a label.
-    """
+    """The label that an answer is, whatever its case, white space and surrounding punctuation."""
     words = " ".join(text.lower().split()).strip(_EDGES)
     return words if words in labels else None
 
 
 def parse_similarity(text: str) -> float | None:
-    """The number from 0 to 5 that an answer is.
-
-    Args:
-        text: An answer.
-
-    Returns:
-        The number, or None if the answer is something else.
-    """
+    """The number from 0 to 5 that an answer is."""
     number = text.strip().rstrip(".")
     if not _NUMBER.fullmatch(number) or float(number) > MAX_SIMILARITY:
         return None
@@ -157,9 +142,6 @@ class GLUEText(evaluate.Metric):
 
     Args:
         config_name: The task, a key of `GLUE_LABELS`.
-
-    Raises:
-        ValueError: For an unknown task, or none.
     """
 
     def _info(self) -> evaluate.MetricInfo:

@@ -8,9 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from heterofusion.evaluation.answers import check_answers
 from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
-from heterofusion.evaluation.uie import KINDS, UIEF1
+from heterofusion.evaluation.uie import KINDS, UIEF1, check_answers
 from heterofusion.runtime.errors import UserError
 
 AUTO = "auto"
@@ -50,29 +49,13 @@ class ExactMatch(evaluate.Metric):
 
 
 def check_metric(metric: str) -> None:
-    """Refuse a metric that is not there.
-
-    Raises:
-        ValueError: names it and those that are.
-    """
+    """Refuse a metric that is not there."""
     if metric not in METRICS:
         raise UserError(f"--metric {metric!r} is not known; choose one of {AUTO}, {', '.join(METRICS)}")
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
-    """Score answers.
-
-    Args:
-        metric: One of `METRICS`.
-        predictions: The generated answers.
-        references: The right answers, as many.
-
-    Returns:
-        All scores of the metric; `primary_score` says which one stands for it.
-
-    Raises:
-        ValueError: For an unknown metric, or answers that it cannot score.
-    """
+    """Score answers."""
     check_metric(metric)
     # The functions behind the metrics are not called directly: what is published is what `evaluate` gives. An id of
     # its own keeps processes that score at the same time out of each other's cache files.
@@ -87,11 +70,7 @@ def score(metric: str, predictions: Sequence[str], references: Sequence[str]) ->
 
 
 def primary_score(metric: str) -> str:
-    """The score that stands for a metric in tables and means: a key of what `score` gives.
-
-    Raises:
-        ValueError: For an unknown metric.
-    """
+    """The score that stands for a metric in tables and means: a key of what `score` gives."""
     check_metric(metric)
     if metric in GLUE_LABELS:
         return "accuracy" if GLUE_LABELS[metric] else "pearson"  # STS-B has numbers in place of labels
@@ -99,19 +78,7 @@ def primary_score(metric: str) -> str:
 
 
 def choose_metric(metric: str, rows: Iterable[Mapping[str, Any]], label: str) -> str:
-    """The metric of a data set.
-
-    Args:
-        metric: One of `METRICS`, or `auto` to take it from the columns `kind` and `task` of the records.
-        rows: The records.
-        label: Names the data set in messages.
-
-    Returns:
-        One of `METRICS`.
-
-    Raises:
-        ValueError: `auto` and the records have no `kind`, an unknown one, or not all the same.
-    """
+    """The metric of a data set."""
     if metric != AUTO:
         check_metric(metric)
         return metric

@@ -10,10 +10,8 @@ With several rows, all but the state is in a folder per row.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from heterofusion.data.markdown import markdown_table
@@ -21,31 +19,10 @@ from heterofusion.evaluation.metrics import primary_score, score
 from heterofusion.experts.expert import Adapter
 from heterofusion.publish.record import read_record
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import write_whole
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE, RESULTS_FILE, PREDICTIONS, PARTS = "state.json", "results.json", "predictions", "parts"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that the file is there as a whole or not at all."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, so that the file is there as a whole or not at all."""
-    write_whole(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that `write_json` wrote; None where there is no file."""
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------

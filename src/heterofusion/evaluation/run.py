@@ -30,10 +30,7 @@ from heterofusion.evaluation.results import (
     common_made_by,
     made_record,
     metric_record,
-    read_json,
     totals,
-    write_json,
-    write_lines,
 )
 from heterofusion.experts.answering import Answerer, Answers, ExpertAnswerer, Questions, ask
 from heterofusion.experts.examples import Examples, Prompts
@@ -41,7 +38,7 @@ from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, Exper
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import check_output_dir, display_name
+from heterofusion.runtime.files import check_output_dir, display_name, read_json, write_json, write_lines
 from heterofusion.runtime.ranks import all_together, from_all, from_main, peak_memory
 
 logger = logging.getLogger(__name__)

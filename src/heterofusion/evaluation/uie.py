@@ -16,7 +16,6 @@ from typing import Any
 import datasets
 import evaluate
 
-from heterofusion.evaluation.answers import check_answers
 from heterofusion.runtime.errors import UserError
 
 KINDS = ("NER", "RE", "ET")
@@ -39,14 +38,7 @@ _CITATION = ""
 
 
 def normalize(text: str) -> str:
-    """Brings an answer into the form in which items are compared.
-
-    Args:
-        text: An answer or a part of one.
-
-    Returns:
-        The text in Unicode form NFKC, lowercased, white space collapsed, no spaces around punctuation.
-    """
+    """Brings an answer into the form in which items are compared."""
     words = unicodedata.normalize("NFKC", text).lower().split()
     joined = " ".join(words)
     out: list[str] = []
@@ -69,12 +61,6 @@ def parse_items(text: str) -> frozenset[str]:
 
     A type is what stands before the first colon of an item, so spans may hold colons. A semicolon always ends an
     item, as in the format itself: a span with one falls into pieces, on both sides of the comparison alike.
-
-    Args:
-        text: An answer.
-
-    Returns:
-        The normalized items; the empty set for `None`, for an empty answer, and for none but empty items.
     """
     items = {item for item in re.split(";", normalize(text)) if item}
     return frozenset(items - {"none"})
@@ -157,9 +143,6 @@ class UIEF1(evaluate.Metric):
 
     Args:
         config_name: `"NER"`, `"RE"` or `"ET"`.
-
-    Raises:
-        ValueError: For another name.
     """
 
     def _kind(self) -> str | None:
@@ -178,3 +161,15 @@ class UIEF1(evaluate.Metric):
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
         return score_answers(predictions, references, self._kind())
+
+
+def check_answers(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """Refuse answers that cannot be scored."""
+    if len(predictions) != len(references):
+        raise UserError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
+    if not predictions:
+        raise UserError("no predictions to score")
+    for name, answers in (("predictions", predictions), ("references", references)):
+        for index, answer in enumerate(answers):
+            if not isinstance(answer, str):
+                raise UserError(f"{name}[{index}] is {answer!r}; give a string, '' where there is no answer")

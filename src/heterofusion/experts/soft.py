@@ -24,12 +24,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import detect_format, render, to_conversation, tokenize
-from heterofusion.evaluation.results import write_json
 from heterofusion.experts.expert import Expert
 from heterofusion.experts.soft_labels import SoftLabels, labels_path, read_labels
 from heterofusion.experts.teachers import Teacher, collect_soft_labels
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import read_json_object, told_writes
+from heterofusion.runtime.files import read_json_object, told_writes, write_json
 from heterofusion.runtime.loading import ModelArguments, load_tokenizer
 from heterofusion.runtime.ranks import all_together
 
@@ -56,11 +55,7 @@ class OwnLabel:
 
 
 def check_soft(experts: Sequence[Expert]) -> None:
-    """Check, before anything is loaded, that sources can be run over answers.
-
-    Raises:
-        ValueError: One cannot; names it.
-    """
+    """Check, before anything is loaded, that sources can be run over answers."""
     for expert in experts:
         if not expert.tokenizer.is_fast:
             raise UserError(
@@ -82,25 +77,7 @@ def store_soft_labels(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Run sources over their labels and keep what they think. All ranks together: the main one runs models.
-
-    Args:
-        output_dir: Of the labels.
-        experts: The sources by name.
-        labels: What each of them labelled.
-        top_k: Tokens per position.
-        batch_size: Labels per batch.
-        device: Where models run.
-
-    Returns:
-        What `index.json` holds: `top_k`, the `seconds` that all sources took and, by source, `file`, `identity` (both
-        of the store), `tokenizer` (its folder), `labels`: task and line of every answer in the file, in its order, and
-        `label_sha256` of their records.
-
-    Raises:
-        ValueError: A model cannot be loaded or does not fit into memory, or its logits are not finite.
-        OSError: A file cannot be written.
-    """
+    """Run sources over their labels and keep what they think. All ranks together: the main one runs models."""
     folder = output_dir / FOLDER
     teachers, kept, seconds = [], {}, 0.0
     for name, own in labels.items():
@@ -153,14 +130,7 @@ class StoredSource:
     tokenizer: PreTrainedTokenizerBase
 
     def read(self, check: bool) -> SoftLabels:
-        """Open the soft labels, memory-mapped.
-
-        Args:
-            check: Whether to hash them.
-
-        Raises:
-            ValueError: They are missing or damaged.
-        """
+        """Open the soft labels, memory-mapped."""
         labels = read_labels(self.folder, self.identity, check)
         if labels is None:
             raise UserError(
@@ -188,14 +158,7 @@ class StoredLabels:
 
 
 def read_store(output_dir: Path) -> StoredLabels:
-    """What is stored beside files of labels, without its tables.
-
-    Args:
-        output_dir: Of the labels.
-
-    Raises:
-        ValueError: There is nothing, or it is damaged.
-    """
+    """What is stored beside files of labels, without its tables."""
     folder = output_dir / FOLDER
     path = folder / INDEX_FILE
     if not path.is_file():

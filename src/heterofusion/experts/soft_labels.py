@@ -15,8 +15,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from heterofusion.experts.cache import cache_key
-from heterofusion.experts.mapped import new_table, read_table
+from heterofusion.experts.store import cache_key, new_table, read_table
 from heterofusion.runtime.errors import UserError
 
 _FORMAT = 2  # another number is another name
@@ -86,18 +85,7 @@ def labels_path(folder: Path, identity: Mapping[str, Any]) -> Path:
 def write_labels(
     folder: Path, identity: Mapping[str, Any], batches: Iterable[Sequence[tuple[int, SoftLabel, float]]]
 ) -> None:
-    """Write soft labels, a batch at a time, while they are made. They are there once all of them are.
-
-    Args:
-        folder: of the store.
-        identity: plain values that tell what the labels depend on; kept with them.
-        batches: index, labels and cross-entropy of the answers of a batch; each index from 0 on comes once, in any
-            order. What it takes to make them is kept as `seconds`.
-
-    Raises:
-        OSError: they cannot be written.
-        ValueError: an answer is missing or comes twice.
-    """
+    """Write soft labels, a batch at a time, while they are made. They are there once all of them are."""
     start = time.perf_counter()
     seen: list[int] = []
     with new_table(labels_path(folder, identity), _FEATURES) as table:
@@ -115,15 +103,6 @@ def write_labels(
 
 
 def read_labels(folder: Path, identity: Mapping[str, Any], check: bool = True) -> SoftLabels | None:
-    """Open the soft labels of an identity.
-
-    Args:
-        folder: of the store.
-        identity: as they were written with.
-        check: whether to hash them, which reads them through once.
-
-    Returns:
-        The labels; None if there are none, or (with a warning) if they are damaged.
-    """
+    """Open the soft labels of an identity."""
     found = read_table(labels_path(folder, identity), _FEATURES, check)
     return None if found is None else SoftLabels(*found)

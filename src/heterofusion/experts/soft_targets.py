@@ -26,13 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.labels import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, Origin, SourceLabelArguments, SourceLabels
 from heterofusion.data.replay import examples_sha256
-from heterofusion.experts.cache import cache_folder, cache_key
-from heterofusion.experts.mapped import new_table, read_table
 from heterofusion.experts.soft import StoredLabels, StoredSource, read_store, record_sha256
 from heterofusion.experts.soft_labels import SoftLabels
+from heterofusion.experts.store import cache_folder, cache_key, new_table, read_table
 from heterofusion.experts.token_alignment import Aligner, Mapped, answer_symbols, symbols_of, used_tokens
 from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
-from heterofusion.labelling.tasks import file_name
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.ranks import all_together
@@ -64,22 +62,7 @@ class Answer:
 def add_soft_labels(
     labels: SourceLabels, args: SourceLabelArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset, dict[str, Any], str]:
-    """Give examples the soft labels of their sources. All ranks together: the main one makes them.
-
-    Args:
-        labels: the examples, and where they come from.
-        args: gives the weight, and the folder where the result is kept; all ranks must see it.
-        tokenizer: the target's.
-
-    Returns:
-        The examples with the columns of `training.label_loss`, memory-mapped, plain values for the provenance, and
-        a line for the log.
-
-    Raises:
-        ValueError: no soft labels are stored beside a file, they are of other labels or damaged, no token of the
-            labels has one, or ranks see different folders.
-        OSError: the result cannot be written.
-    """
+    """Give examples the soft labels of their sources. All ranks together: the main one makes them."""
     cache = cache_folder(args.logits_cache)
     stores = {folder: read_store(folder) for folder in {origin.path.parent: None for origin in labels.origins}}
     answers = [find_answer(stores[origin.path.parent], origin) for origin in labels.origins]
@@ -121,16 +104,12 @@ def add_soft_labels(
 
 
 def find_answer(store: StoredLabels, origin: Origin) -> Answer | None:
-    """Where the soft labels of an example are; None if its label was stored without, as those too long are.
-
-    Raises:
-        ValueError: the store knows nothing of the file, or was made of another label.
-    """
+    """Where the soft labels of an example are; None if its label was stored without, as those too long are."""
     task = origin.path.stem
-    if origin.path != file_name(origin.path.parent, task) or task not in store.tasks:
+    if origin.path != origin.path.parent / f"{task}.jsonl" or task not in store.tasks:
         raise UserError(
             f"--source_labels {origin.path}: the soft labels beside it are of other files ("
-            f"{', '.join(file_name(Path(), name).name for name in sorted(store.tasks)) or 'none'}); name those, label "
+            f"{', '.join(f'{name}.jsonl' for name in sorted(store.tasks)) or 'none'}); name those, label "
             "with --top_k_logits again, or leave --label_loss out"
         )
     found = store.places.get((task, origin.line))

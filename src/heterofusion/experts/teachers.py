@@ -73,15 +73,7 @@ def find_target(base: BaseArguments, adapter: str, data: DataArguments) -> tuple
 def find_teachers(
     bases: Sequence[str], adapters: Sequence[str], how: BaseArguments, data: DataArguments, expected: ReplayReport
 ) -> list[Teacher]:
-    """Find the teachers, check that adapters fit their bases, and write the replay in their words.
-
-    Args:
-        bases: base of each adapter.
-        adapters: local folders or Hub ids; `none` for a base alone.
-        how: dtype, attention, device and quantization with which the bases are loaded.
-        data: the replay.
-        expected: what became of the replay in the target's tokenizer.
-    """
+    """Find the teachers, check that adapters fit their bases, and write the replay in their words."""
     teachers = []
     for base, adapter in zip(bases, adapters, strict=True):
         try:
@@ -139,15 +131,7 @@ def whole_examples(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> t
 def collect_soft_labels(
     teachers: Sequence[Teacher], folder: Path, top_k: int, batch_size: int, device: torch.device
 ) -> list[SoftLabels]:
-    """The soft labels of all teachers, from disk where they are there. All ranks together: the main one runs models.
-
-    Args:
-        teachers: the teachers.
-        folder: of the store; all ranks must see it.
-        top_k: tokens per position.
-        batch_size: examples per batch.
-        device: where the models run.
-    """
+    """The soft labels of all teachers, from disk where they are. All ranks together: the main one runs models."""
     ranks = PartialState()
     identities = [teacher.identity(top_k) for teacher in teachers]
     with all_together(ranks):
@@ -183,17 +167,7 @@ def _run(runner: ExpertRunner, teacher: Teacher, identity: dict[str, Any], folde
 def run_teacher(
     teacher: Teacher, model: Any, top_k: int, batch_size: int
 ) -> Iterator[list[tuple[int, SoftLabel, float]]]:
-    """Run a teacher over its examples, with the answers given (teacher forcing), the longest examples first.
-
-    Args:
-        teacher: the teacher.
-        model: its model, in evaluation mode.
-        top_k: tokens per position; all of a vocabulary that is smaller.
-        batch_size: examples per batch.
-
-    Yields:
-        Of a batch, index, soft labels and cross-entropy of each example.
-    """
+    """Run a teacher over its examples, with the answers given (teacher forcing), the longest examples first."""
     collate = make_collator(teacher.expert.tokenizer)
     lengths = {index: len(ids) for index, ids in enumerate(teacher.examples["input_ids"])}
     order = longest_first(lengths)

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
-from heterofusion.experts.tokens import token_bytes
-from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, as_columns, edit_distances
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, as_columns, edit_distances, token_bytes
 
 Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
 
@@ -57,12 +56,7 @@ class Aligner:
         self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
 
     def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
-        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself.
-
-        Args:
-            labels: the teacher's, of m tokens.
-            target_tokens: (n,): the answer in the target's tokens.
-        """
+        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself."""
         found, aligned = self.distributions(labels, target_tokens)
         ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
         for place, label in found.items():
@@ -70,16 +64,7 @@ class Aligner:
         return FusedAnswer(ids, probs, aligned, len(found))
 
     def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
-        """The teacher's distributions at those tokens of one answer that both models see alike.
-
-        Args:
-            labels: the teacher's, of m tokens.
-            target_tokens: (n,): the answer in the target's tokens.
-
-        Returns:
-            By place in the target's answer, ascending, token ids and probabilities as of `mapped_distribution`; and
-            the number of tokens that are aligned one to one.
-        """
+        """The teacher's distributions at those tokens of one answer that both models see alike."""
         tokens, top_ids, top_log_probs = labels
         source_places, source = self._source.of(tokens.tolist())
         target_places, target = self._target.of(target_tokens.tolist())
@@ -140,15 +125,7 @@ class AnswerSymbols:
 
 
 def one_to_one(source: Sequence[Symbols], target: Sequence[Symbols]) -> list[tuple[int, int]]:
-    """Pairs of tokens that DTW aligns with each other and with nothing else.
-
-    Args:
-        source: symbols of each token.
-        target: those of the other tokenization.
-
-    Returns:
-        (source index, target index), ascending.
-    """
+    """Pairs of tokens that DTW aligns with each other and with nothing else."""
     if not source or not target:
         return []
     if list(source) == list(target):  # where the diagonal costs nothing
@@ -235,22 +212,12 @@ def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDAr
 
 
 def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
-    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first.
-
-    Args:
-        tokenizer: the model's.
-        examples: the replay in it; its EOS is an end whether or not it occurs there.
-    """
+    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first."""
     return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
 
 
 def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
-    """`answer_symbols` of answers that are token ids alone.
-
-    Args:
-        tokenizer: the model's.
-        answers: in its tokens.
-    """
+    """`answer_symbols` of answers that are token ids alone."""
     texts = token_bytes(tokenizer)
     learned = Counter(token for answer in answers for token in answer)
     ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
@@ -259,12 +226,7 @@ def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[in
 
 
 def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
-    """All tokens of some answers and of their soft labels.
-
-    Args:
-        labels: of a model.
-        answers: their indices.
-    """
+    """All tokens of some answers and of their soft labels."""
     used: set[int] = set()
     for index in answers:
         answer = labels.of(index)

@@ -1,6 +1,6 @@
 """Minimum edit distance (MinED): which token of the target's vocabulary stands for a token of another model.
 
-A token of equal bytes (after the space marks are gone, see `tokens.py`) if there is one, else the one of smallest
+A token of equal bytes (after the space marks are gone) if there is one, else the one of smallest
 edit distance. Equally good ones are told apart by: the same text but for the space before it, the smaller difference
 in length, the shorter spelling in the vocabulary (`A` before `<0x41>`), the lower token id.
 
@@ -9,18 +9,38 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.3.
 
 import hashlib
 import json
+import logging
+import os
+import re
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from heterofusion.experts.cache import cache_key, read_tensors, write_tensors
-from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.store import cache_key, naming
+from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import TEMPORARY
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+_WORD_MARK = "▁"
+
+
+_CONTINUATION = "##"
+
+
+_MARKED = {"Metaspace", "ByteFallback", "Unigram"}
+
+
+logger = logging.getLogger(__name__)
 
 UNMAPPED = -1
 _FORMAT = 1  # of the files; another number is another file name
@@ -190,19 +210,11 @@ class VocabularyMap:
         self._path: Path | None = None
         if folder is not None and not self.identity:
             key = cache_key({"format": _FORMAT, "source": names[0], "target": names[1]})
-            self._path = folder / f"vocabulary-{key}.safetensors"
+            self._path = folder / f"vocabulary-{key}.json"
             self._load(self._path)
 
     def map(self, tokens: Iterable[int], shown: bool = False) -> Mapping[int, int]:
-        """Map tokens.
-
-        Args:
-            tokens: ids of the source tokenizer; ids beyond it are of rows that a model has for no token.
-            shown: whether to show a progress bar.
-
-        Returns:
-            Target id by source id; `UNMAPPED` for what has no counterpart.
-        """
+        """Map tokens."""
         wanted = {int(token) for token in tokens}
         if self.identity:
             return {token: token if token < self._size else UNMAPPED for token in wanted}
@@ -230,20 +242,26 @@ class VocabularyMap:
                 self._known[token] = by_text[text]
 
     def _load(self, path: Path) -> None:
-        found = read_tensors(path, {"source_ids", "target_ids"})
-        if found is not None:
-            tensors, record = found
-            self._known = dict(zip(tensors["source_ids"].tolist(), tensors["target_ids"].tolist(), strict=True))
-            self.seconds = float(record["seconds"])
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self._known = {int(token): int(target) for token, target in found["tokens"]}
+                self.seconds = float(found["seconds"])
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("%s is damaged (%s): it is made anew", path, error)
 
     def _save(self) -> None:
-        if self._path is not None:
-            ids = {"source_ids": list(self._known), "target_ids": list(self._known.values())}
-            write_tensors(
-                self._path,
-                {name: np.array(values, dtype=np.int64) for name, values in ids.items()},
-                {"seconds": round(self.seconds, 3)},
-            )
+        if self._path is None:
+            return
+        content = json.dumps({"seconds": round(self.seconds, 3), "tokens": [*self._known.items()]})
+        temporary = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # others may write it
+        with naming(self._path):
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(content, encoding="utf-8")
+                os.replace(temporary, self._path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def _spellings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -259,3 +277,67 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
     added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
     return list(named.values()), list(named)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """The bytes that each token adds to a text.
+
+    A token that begins a word begins with a space. Tokens of byte-level and sentencepiece tokenizers may be parts of
+    a character, so that they are no valid UTF-8.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"tokenizer of {tokenizer.name_or_path!r} has no fast version; save one with a tokenizer.json")
+    kinds = set(_types(json.loads(backend.to_str())))
+    decode = _decode_byte_level if "ByteLevel" in kinds else _decode_marked if kinds & _MARKED else _decode_word
+    special = set(tokenizer.all_special_ids)
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    pieces: list[bytes | None] = [None] * len(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        if index >= len(pieces):
+            continue
+        if decode is _decode_marked and _BYTE_TOKEN.fullmatch(token):  # which some tokenizers call special
+            pieces[index] = decode(token)
+        elif index not in special and not (index in added and added[index].special):
+            pieces[index] = token.encode() if index in added else decode(token)
+    return pieces
+
+
+def _types(part: Any) -> list[str]:
+    """All `type` fields of a tokenizer's parts, and `Metaspace` where a normalizer or decoder swaps the word mark."""
+    if isinstance(part, list):
+        return [kind for item in part for kind in _types(item)]
+    if not isinstance(part, dict):
+        return []
+    found = [part["type"]] if isinstance(part.get("type"), str) else []
+    if part.get("type") == "Replace" and _WORD_MARK in (
+        part.get("content"),
+        (part.get("pattern") or {}).get("String"),
+    ):
+        found.append("Metaspace")
+    return found + [kind for key, item in part.items() if key not in ("vocab", "merges") for kind in _types(item)]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokenizers write bytes (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _decode_byte_level(token: str) -> bytes:
+    if all(character in _ALPHABET for character in token):
+        return bytes(_ALPHABET[character] for character in token)
+    return token.encode()
+
+
+def _decode_marked(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(_WORD_MARK, " ").encode()
+
+
+def _decode_word(token: str) -> bytes:
+    return token.removeprefix(_CONTINUATION).encode() if token.startswith(_CONTINUATION) else f" {token}".encode()

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from heterofusion.data.labels import ANCHOR, LABELS_FILE
 from heterofusion.evaluation.datasets import EvalSet, check_references, is_file_name
-from heterofusion.evaluation.results import metric_record, read_json, write_json, write_lines
+from heterofusion.evaluation.results import metric_record
 from heterofusion.evaluation.run import BASE_NAME
 from heterofusion.experts.answering import ExpertAnswerer, Questions, ask
 from heterofusion.experts.examples import Prompts
@@ -37,7 +37,14 @@ from heterofusion.labelling.routing import Routing, labellers, read_map, route, 
 from heterofusion.labelling.tasks import LabelTask, asked, file_name, load_tasks
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import check_output_dir, display_name, staging_folder
+from heterofusion.runtime.files import (
+    check_output_dir,
+    display_name,
+    read_json,
+    staging_folder,
+    write_json,
+    write_lines,
+)
 from heterofusion.runtime.ranks import all_together, cost_record
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ puts around a text, and without the space that a sentencepiece tokenizer puts be
 
 from typing import Any
 
-from heterofusion.experts.tokens import token_bytes
+from heterofusion.experts.vocabulary import token_bytes
 
 # Texts after which an answer is tokenized where it cannot be alone; their own tokens are then taken off.
 _ANCHORS = ("\n", ":", "x")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
-from heterofusion.experts.cache import cache_folder
 from heterofusion.experts.expert import BaseArguments
+from heterofusion.experts.store import cache_folder
 from heterofusion.method.config import check_range
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError

@@ -24,9 +24,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from heterofusion.experts.cache import cache_key
-from heterofusion.experts.mapped import new_table, read_table
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
+from heterofusion.experts.store import cache_key, new_table, read_table
 from heterofusion.experts.teachers import Teacher
 from heterofusion.experts.token_alignment import Aligner, FusedAnswer, answer_symbols, used_tokens
 from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint

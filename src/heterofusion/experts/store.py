@@ -1,15 +1,15 @@
-"""Tables on disk that are larger than memory: written batch by batch, read by memory map, there whole or not at all.
+"""What several runs share on disk: tables larger than memory, written batch by batch and read by memory map.
 
     NAME/table.arrow   an Arrow stream, which `datasets.Dataset.from_file` opens
     NAME/record.json   plain values, size and SHA-256 of the table
 
 A table is filled in a folder beside its place, which is renamed once both files are on the disk: what bears the name
 is complete, whenever a program was killed. What a disk or a copy did to it later is told by the hash, for which one
-process reads it through in pieces once per run. That takes seconds per gigabyte, where the models that filled the
-table took hours; without it, damaged labels would be trained on without a word.
+process reads it through once per run.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +22,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
+from huggingface_hub import constants
 
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import TEMPORARY, file_sha256
@@ -33,65 +34,61 @@ _CONTENT, _BYTES = "content_sha256", "bytes"
 _ABANDONED = 24 * 3600  # seconds without a batch, after which a table's writer is taken for dead
 
 
+def cache_folder(logits_cache: str | None) -> Path:
+    """The folder of `--logits_cache`, by default `heterofusion/soft_labels` in HF_HOME."""
+    folder = Path(logits_cache or Path(constants.HF_HOME) / "heterofusion" / "soft_labels").expanduser()
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        kind = "not writable" if nearest.is_dir() else "a file"
+        raise UserError(f"--logits_cache {folder.absolute()}: {nearest} is {kind}; name another folder")
+    return folder
+
+
+def cache_key(identity: Mapping[str, Any]) -> str:
+    """A short name for plain values: it differs when one of them does."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of a failed write which file it was, and which flag names another place."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"--logits_cache: {path} could not be written ({error}); name another folder") from error
+
+
 class TableWriter:
-    """A table that is being filled.
-
-    Args:
-        path: the table's folder, for messages.
-        file: where its rows go.
-        features: names and types of the columns.
-
-    Attributes:
-        record: plain values that go with the table; to be filled too.
-    """
+    """A table that is being filled; `record` takes plain values that go with it."""
 
     def __init__(self, path: Path, file: Path, features: Features) -> None:
         self.record: dict[str, Any] = {}
         self._path = path
-        self._writer = ArrowWriter(path=str(file), features=features)
+        self.writer = ArrowWriter(path=str(file), features=features)
 
     def add(self, columns: Mapping[str, Any]) -> None:
-        """Append rows. They go to the file at once, only a small buffer of it stays in memory.
-
-        Args:
-            columns: the values of every column.
-
-        Raises:
-            OSError: they cannot be written; names the table.
-        """
-        with _naming(self._path):
-            self._writer.write_batch(dict(columns))
-
-    def finish(self) -> None:
-        """Write the end of the table."""
-        self._writer.finalize()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._writer.close()
+        """Append rows. They go to the file at once, only a small buffer of it stays in memory."""
+        with naming(self._path):
+            self.writer.write_batch(dict(columns))
 
 
 @contextlib.contextmanager
 def new_table(path: Path, features: Features) -> Iterator[TableWriter]:
-    """Write a table; it is at its path once the block is left without an error. Several programs may write the same.
+    """Write a table; it is at its path once the block is left without an error.
 
-    Args:
-        path: its folder, which is made, in place of a damaged one. If another program was first, its table stays.
-        features: names and types of the columns.
-
-    Raises:
-        OSError: it cannot be written; names it.
+    It takes the place of a damaged one. Several programs may write the same: the first one's stays.
     """
     staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
-        with _naming(path):
+        with naming(path):
             _remove_abandoned(path.parent)
             staging.mkdir(parents=True)
-        with contextlib.closing(TableWriter(path, staging / TABLE_FILE, features)) as table:
+        table = TableWriter(path, staging / TABLE_FILE, features)
+        with contextlib.closing(table.writer):
             yield table
-            with _naming(path):
-                table.finish()
-        with _naming(path):
+            with naming(path):
+                table.writer.finalize()
+        with naming(path):
             _seal(staging, table.record)
             _move(staging, path, features)
     finally:
@@ -99,15 +96,9 @@ def new_table(path: Path, features: Features) -> Iterator[TableWriter]:
 
 
 def read_table(path: Path, features: Features, check: bool = True) -> tuple[Dataset, dict[str, Any]] | None:
-    """Open what `new_table` wrote. Nothing is read into memory but the record.
+    """Open what `new_table` wrote, memory-mapped, with its record; None if it is not there or damaged.
 
-    Args:
-        path: the table's folder.
-        features: names and types that its columns must have.
-        check: whether to hash the content; its size is always checked.
-
-    Returns:
-        The table, memory-mapped, and its record; None if there is no such table, or (with a warning) if it is damaged.
+    Its size is always checked, its content with `check`.
     """
     if not path.exists():
         return None
@@ -125,12 +116,12 @@ def _open(path: Path, features: Features, check: bool) -> tuple[Dataset, dict[st
     record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
     file = path / TABLE_FILE
     if file.stat().st_size != record[_BYTES]:
-        raise UserError(f"{TABLE_FILE} has {file.stat().st_size} bytes, {record[_BYTES]} were written")
+        raise ValueError(f"{TABLE_FILE} has {file.stat().st_size} bytes, {record[_BYTES]} were written")
     if check and file_sha256(file) != record[_CONTENT]:
-        raise UserError("its content is not what was written")
+        raise ValueError("its content is not what was written")
     data = Dataset.from_file(str(file))
     if data.features != features:
-        raise UserError(f"its columns are {data.features}")
+        raise ValueError(f"its columns are {data.features}")
     return data, record
 
 
@@ -163,14 +154,6 @@ def _move(staging: Path, path: Path, features: Features) -> None:
     except OSError:
         if not _is_whole(path, features):  # else another program was faster by a moment
             raise
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"--logits_cache: {path} could not be written ({error}); name another folder") from error
 
 
 def _remove_abandoned(folder: Path) -> None:

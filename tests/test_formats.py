@@ -1,6 +1,5 @@
 """Formats of a record: what is written, what gets loss, and what a user reads when a field is bad."""
 
-import datasets
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -177,13 +176,6 @@ def test_conversational_prompt_completion_gets_loss_on_completion_only(template)
     assert labelled(record, byte_level(template=template)) == ["no</s>"]
 
 
-@pytest.mark.parametrize("template", [CHAT, MARKED])
-def test_empty_assistant_turn_gets_no_loss(template):
-    turns = [("user", "yes?"), ("assistant", " "), ("user", "no?"), ("assistant", "no")]
-    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    assert labelled(record, byte_level(template=template)) == ["no</s>"]
-
-
 def test_template_with_several_marks_in_a_turn():
     turns = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes"}]
     assert labelled({"messages": turns}, byte_level(template=TWO_MARKS)) == ["think", "yes"]
@@ -198,12 +190,6 @@ def test_marks_find_turns_that_the_template_rewrites():
     tokenizer = byte_level(template=template)
     assert "</s><|assistant|>(thinks) (no)</s>" in whole(record, tokenizer)
     assert [text.strip() for text in labelled(record, tokenizer)] == ["yes</s>", "(no)</s>"]
-
-
-def test_chat_with_word_level_tokenizer():
-    turns = [{"role": "user", "content": " q0 "}, {"role": "assistant", "content": " a b "}]
-    assert labelled({"messages": turns}, word_level(MARKED)) == ["a b </s>"]
-    assert labelled({"messages": turns}, word_level(CHAT)) == ["a b </s>"]
 
 
 @pytest.mark.parametrize(
@@ -297,13 +283,6 @@ def test_bad_field_raises(tmp_path, first, second, match):
     refused(write(tmp_path / "a.json", records), rf"a\.json, record 2: {match}", max_examples=1)
     lines = write(tmp_path / "b.jsonl", records)
     refused(lines, rf"b\.jsonl, line 2: {match}", max_examples=1)
-
-
-def test_bad_field_in_parquet_raises(tmp_path):
-    datasets.Dataset.from_list([GOOD, {**GOOD, "completion": None}]).to_parquet(tmp_path / "a.parquet")
-    refused(tmp_path / "a.parquet", r"a\.parquet, record 2: `completion` is null")
-    datasets.Dataset.from_list([{"text": 1}]).to_parquet(tmp_path / "b.parquet")
-    refused(tmp_path / "b.parquet", r"record 1: `text` is of type int")
 
 
 def test_messages_without_template_raises(tmp_path):

@@ -41,12 +41,10 @@ from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
 from heterofusion.runtime.ranks import is_main_process
-from heterofusion.training.checkpoints import checkpoint_step
-from heterofusion.training.config import check_run_flags
+from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
+from heterofusion.training.config import LoraArguments, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
-from heterofusion.training.expert import LoraArguments, StopAtNonFiniteLoss, check_finite
-from heterofusion.training.expert_lora import check_expert_checkpoint, choose_lora
-from heterofusion.training.expert_run import clear_remains, find_checkpoint, run_training
+from heterofusion.training.expert import choose_lora
 
 logger = logging.getLogger("heterofusion.distill")
 
@@ -84,7 +82,7 @@ def main(argv: list[str]) -> None:
     }
 
     def check(checkpoint: Path) -> None:
-        check_expert_checkpoint(checkpoint, lora)
+        lora.check_checkpoint(checkpoint)
         check_distill_state(checkpoint, state)
 
     def add_state(checkpoint: Path) -> None:
@@ -108,7 +106,7 @@ def main(argv: list[str]) -> None:
     model = load_base(base, args.use_cpu, base.trust_remote_code)
     model.config.use_cache = False
     model = lora.put_on(model, args.seed)
-    clear_remains(folder, args.should_save, keep_checkpoints=resume is not None)
+    clear_remains(folder, args.should_save, resume)
     push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
     trainer = DistillationTrainer(
         model,
@@ -117,12 +115,10 @@ def main(argv: list[str]) -> None:
         eval_dataset=evaluation,
         processing_class=target.expert.tokenizer,
         data_collator=DistillCollator(target.expert.tokenizer),
-        callbacks=[StopAtNonFiniteLoss()],
     )
     trainer.add_to_checkpoint = add_state
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
-    metrics = run_training(trainer, resume)
-    check_finite(model)
+    metrics = trainer.run(resume)
     record = distillation_record(
         base.model_name_or_path,
         lora.initial,

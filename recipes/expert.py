@@ -20,40 +20,21 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from peft import PeftModel
-
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.data.labels import check_label_flags, labels_control
+from heterofusion.data.labels import check_label_flags
 from heterofusion.data.replay import build_eval, make_collator
-from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.method.basis import FitBasis
-from heterofusion.publish.expert_record import expert_record, write_record
 from heterofusion.publish.hub import push_output
-from heterofusion.publish.record import initial_control, refuse_push, whole_control
+from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import told_writes
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
 from heterofusion.runtime.ranks import is_main_process
-from heterofusion.training.checkpoints import checkpoint_step
-from heterofusion.training.config import check_run_flags
+from heterofusion.training.base import AdapterTrainer
+from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
+from heterofusion.training.config import EXPERT_ARGUMENTS, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
-from heterofusion.training.expert import (
-    EXPERT_ARGUMENTS,
-    ExpertConfig,
-    ExpertModelArguments,
-    StopAtNonFiniteLoss,
-    check_finite,
-)
-from heterofusion.training.expert_lora import (
-    ExpertLora,
-    check_basis_engine,
-    check_expert_checkpoint,
-    check_expert_data,
-    choose_lora,
-)
-from heterofusion.training.expert_run import clear_remains, find_checkpoint, run_training
-from heterofusion.training.mixture_data import build_training_data
-from heterofusion.training.mixture_training import MixtureTrainer
+from heterofusion.training.expert import about_expert, check_basis_engine, choose_lora, expert_record, export_lora
+from heterofusion.training.mixture import build_training_data
 
 logger = logging.getLogger("heterofusion.expert")
 
@@ -74,14 +55,13 @@ def main(argv: list[str]) -> None:
     folder = Path(args.output_dir).absolute()
     if planned.initial is not None and planned.initial.folder == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
-    resume = find_checkpoint(args, output.overwrite, lambda found: check_expert_checkpoint(found, planned))
-    if resume is not None:
-        planned.restore_basis(resume)
+    resume = find_checkpoint(args, output.overwrite, planned.check_checkpoint)
     tokenizer = load_tokenizer(base, planned.initial and planned.initial.folder, base.trust_remote_code)
-    training = build_training_data(data, labels, tokenizer, args, add_soft_labels, kind="training")
+    training = build_training_data(data, labels, tokenizer, args, kind="training")
     if resume is not None:
-        check_expert_data(resume, training.state)
-    control = whole_control(None, labels_control(training.labels_record), initial_control(planned.initial))
+        planned.check_checkpoint(resume, training.state)
+        planned.restore_basis(resume)
+    control = join_controls(label_control(training.labels_record), control_of(planned.initial))
     if args.push_to_hub:
         refuse_push(control)
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
@@ -90,45 +70,29 @@ def main(argv: list[str]) -> None:
     release_logging()
     for part, lines in training.summary.items():
         logger.info("%s data:\n%s", part, "\n".join(lines))
-    model = load_model(base, planned, args)
-    clear_remains(folder, args.should_save, keep_checkpoints=resume is not None)
-    push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
-    trainer = MixtureTrainer(
+    weights = load_base(base, args.use_cpu, base.trust_remote_code)
+    weights.config.use_cache = False
+    model = planned.put_on(weights, args.seed)
+    logger.info("LoRA: %s trainable parameters of %s", *(f"{n:,}" for n in model.get_nb_trainable_parameters()))
+    clear_remains(folder, args.should_save, resume)
+    trainer = AdapterTrainer(
         model,
         args,
         train_dataset=training.examples,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=make_collator(tokenizer),
-        callbacks=[StopAtNonFiniteLoss()],
     )
     trainer.add_to_checkpoint = partial(planned.write_state, data=training.state)
     if planned.expansion is not None:
         trainer.add_callback(FitBasis(partial(planned.fit_basis, model), training.examples))
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
-    metrics = run_training(trainer, resume)
-    check_finite(model)
-    with told_writes(f"the adapter could not be written to {folder}"):
-        trainer.save_model()  # the tokenizer too
-    if args.should_save:
-        record = expert_record(
-            base.model_name_or_path, planned, args, trainer.state.global_step, training, metrics, start
-        )
-        write_record(folder, record)
+    metrics = trainer.run(resume)
+    record = expert_record(base.model_name_or_path, planned, args, trainer.state.global_step, training, metrics, start)
+    export_lora(trainer, folder, record, about_expert(record))
     logger.info("expert written to %s", folder)
-    trainer.accelerator.wait_for_everyone()
-    if push and is_main_process():
+    if args.push_to_hub and is_main_process():
         logger.info("pushed: %s", push_output(args, "Upload LoRA expert"))
-
-
-def load_model(base: ExpertModelArguments, lora: ExpertLora, args: ExpertConfig) -> PeftModel:
-    """Load the base and give it the LoRA, the same for the same seed."""
-    model = load_base(base, args.use_cpu, base.trust_remote_code)
-    model.config.use_cache = False
-    expert = lora.put_on(model, args.seed)
-    trainable, total = expert.get_nb_trainable_parameters()
-    logger.info("LoRA: %s trainable parameters of %s", f"{trainable:,}", f"{total:,}")
-    return expert
 
 
 if __name__ == "__main__":

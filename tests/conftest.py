@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 TINY = {"preset": "paper", "block_size": 32, "embed_dim": 32, "num_heads": 4, "max_position_embeddings": 64}
 GOLDEN = Path(__file__).parent / "golden"
 
-pytest_plugins = ["recipe_runner", "sequence_runner"]
+pytest_plugins = ["recipe_runner"]
 
 
 def pytest_collection_finish() -> None:

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,7 @@ from conftest import GOLDEN, restored_logging
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 TARGET, QWEN, MISTRAL = (str(GOLDEN / name) for name in ("target_llama", "source_qwen2", "source_mistral"))
+ADAPTER, HYPERNETWORKS = WEIGHTS, "hypernetworks.safetensors"
 SIZES = {"block_size": 32, "embed_dim": 32, "num_heads": 4, "max_position_embeddings": 64, "rdm_projections": 16}
 
 
@@ -104,6 +107,91 @@ def arguments(bare_base, replay, tmp_path) -> dict:
         "dataset_name": [replay], "output_dir": tmp_path / "out", "use_cpu": True, "max_steps": 1,
         "gradient_accumulation_steps": 2, "learning_rate": 0.01, **SIZES,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def common(base_dir, replay) -> dict:
+    """Flags of small fusions, without adapters and folder."""
+    return {
+        "model_name_or_path": base_dir, "dataset_name": [replay], "use_cpu": True, "max_steps": 2,
+        "gradient_accumulation_steps": 2, "learning_rate": 0.01, "save_steps": 2, **SIZES,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def single(common, tmp_path) -> dict:
+    """Flags of a single run of one step."""
+    return {
+        **common, "target_adapter": TARGET, "source_adapters": [QWEN], "output_dir": tmp_path / "out", "max_steps": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def two(common, tmp_path_factory) -> SimpleNamespace:
+    """Two fusions in a row: that in `out` has the result of that in `out/one` for its target and goes on with its
+    hypernetworks; the first target has a tokenizer of its own.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    out = folder / "out"
+    target = copy_adapter(folder / "target", TARGET)
+    save_tokenizer(target)
+    one = {**common, "target_adapter": target, "source_adapters": [QWEN], "seed": 1, "output_dir": out / "one"}
+    succeeds(train.main, flags(one))
+    last = {
+        **common, "target_adapter": out / "one", "source_adapters": [MISTRAL], "init_hypernetwork_from": out / "one",
+        "max_steps": 3, "output_dir": out, "overwrite": True,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        log = succeeds(train.main, flags(last))
+    return SimpleNamespace(out=out, values=last, log=log, watch=watch)
+
+
+class Watch:
+    """The hypernetworks before a run's first step, by the name of its folder."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.begun: dict[str, dict[str, torch.Tensor]] = {}
+        fit = train.HeteroFusionTrainer.train
+
+        def watched(trainer, *args, **kwargs):
+            parameters = trainer.fusion_model.hypernetworks.named_parameters()
+            self.begun[Path(trainer.args.output_dir).name] = {name: p.detach().clone() for name, p in parameters}
+            return fit(trainer, *args, **kwargs)
+
+        patch.setattr(train.HeteroFusionTrainer, "train", watched)
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupt a run after so many optimizer steps."""
+    original = train.HeteroFusionTrainer.training_step
+
+    def step_or_stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    patch.setattr(train.HeteroFusionTrainer, "training_step", step_or_stop)
+
+
+def record(folder: Path) -> dict:
+    """The provenance of a fusion."""
+    return json.loads((folder / "fusion.json").read_text())
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def remove(folder: Path, *names: str) -> None:
+    for path in [path for name in names for path in folder.glob(name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ---- running ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.training.expert import LORA_B
-from heterofusion.training.expert_lora import check_basis_engine
-from recipe_runner import QWEN, TARGET, error_line, flags, plan, recipe, succeeds, train
-from sequence_runner import ADAPTER, record, remove, same_weights
+from heterofusion.training.config import LORA_B
+from heterofusion.training.expert import check_basis_engine
+from recipe_runner import (
+    ADAPTER,
+    MISTRAL,
+    QWEN,
+    TARGET,
+    error_line,
+    flags,
+    plan,
+    recipe,
+    record,
+    remove,
+    same_weights,
+    succeeds,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 expert = recipe("expert")
@@ -114,6 +127,23 @@ def test_dry_run_and_plan_show_the_ranks(expanded, tmp_path, capsys):
     error_line(capsys, plan.main, flags({**values, "extra_rank": 45}), "--extra_rank is 45", "at most 44")
 
 
+def test_every_fusion_in_a_row_adds_its_own_rank(common, tmp_path):
+    """The second takes all that the first has written for its own, and adds to it."""
+    values = {**common, "source_adapters": [MISTRAL], "max_steps": 1, "save_steps": 1}
+    start = {"target_adapter": tmp_path / "two", "init_hypernetwork_from": tmp_path / "two"}
+    succeeds(train.main, flags({**values, "target_adapter": TARGET, "extra_rank": K, "output_dir": tmp_path / "one"}))
+    second = {"target_adapter": tmp_path / "one", "extra_rank": 2, "output_dir": tmp_path / "two"}
+    succeeds(train.main, flags({**values, **second}))
+    assert "q_proj_r11" in succeeds(train.main, flags({**values, **start, "output_dir": tmp_path / "three"}))
+    one, two, three = (load_adapter(tmp_path / name) for name in ("one", "two", "three"))
+    for path, module in load_adapter(TARGET).modules.items():
+        assert [adapter.modules[path].rank for adapter in (one, two, three)] == [9, 11, 11]
+        assert torch.equal(one.modules[path].lora_A[:4], module.lora_A)
+        assert torch.equal(two.modules[path].lora_A[:9], one.modules[path].lora_A)
+        assert torch.equal(three.modules[path].lora_A, two.modules[path].lora_A)
+        assert three.modules[path].scaling == module.scaling
+
+
 # ---- the tuned adapter ------------------------------------------------------------------------------------------
 
 
@@ -141,7 +171,7 @@ def test_resumed_tuning_equals_the_uninterrupted(twin, tmp_path, capsys):
     error_line(capsys, expert.main, flags({**values, "extra_rank": 3}), "another extra_rank: 5, this run has 3")
     error_line(capsys, expert.main, flags({**values, "extra_basis": "random"}), "another extra_basis")
     plain = {name: value for name, value in values.items() if not name.startswith("extra")}
-    error_line(capsys, expert.main, flags(plain), "another extra_rank: 5, this run has None")
+    error_line(capsys, expert.main, flags(plain), "another extra_rank: 5, this run has null")
 
 
 def test_all_of_an_expanded_adapter_can_be_tuned(twin, base_dir, tmp_path):

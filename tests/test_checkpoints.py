@@ -78,31 +78,11 @@ def test_folder_in_place_of_a_file_is_missing(tmp_path):
     assert missing_part(folder) == "optimizer.pt is missing"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"{", b"[]", b"null", b"7", b"{}", b'{"files": null}', b'{"files": {}}', b'{"files": []}',
-        b'{"files": ["optimizer.pt"]}', b'{"files": "optimizer.pt"}', b"\xff\xfe", b"[" * 100_000, b"\x00" * 200,
-    ],
-    ids=lambda content: repr(content[:30]),
-)  # fmt: skip
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": {}}', b"\xff\xfe", b"\x00" * 200])
 def test_damaged_marker_is_told(tmp_path, content):
     folder = write_checkpoint(tmp_path / "checkpoint-2")
     (folder / COMPLETE_FILE).write_bytes(content)
-    assert missing_part(folder).startswith(f"{COMPLETE_FILE} is damaged")
-
-
-@pytest.mark.parametrize("size", ["10", None, [10], 10.5])
-def test_size_that_is_no_size_does_not_fit(tmp_path, size):
-    folder = write_checkpoint(tmp_path / "checkpoint-2")
-    (folder / COMPLETE_FILE).write_text(json.dumps({"files": {"optimizer.pt": size}}))
-    assert missing_part(folder) == f"optimizer.pt has 10 bytes instead of {size}"
-
-
-def test_marker_itself_may_not_be_a_folder(tmp_path):
-    folder = write_checkpoint(tmp_path / "checkpoint-2", complete=False)
-    (folder / COMPLETE_FILE).mkdir()
-    assert missing_part(folder).startswith(f"{COMPLETE_FILE} is damaged")
+    assert missing_part(folder) == f"{COMPLETE_FILE} is damaged"
 
 
 # ---- which is the last ------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,20 @@ from heterofusion import (
 from heterofusion.adapters.controls import control_record, derangement, rotate_rows
 from heterofusion.publish.write import ExportError
 from heterofusion.zoo import zoo_path
-from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, copy_adapter, error_line, flags, plan, recipe, succeeds, train
+from recipe_runner import (
+    MISTRAL,
+    QWEN,
+    SIZES,
+    TARGET,
+    copy_adapter,
+    error_line,
+    flags,
+    plan,
+    recipe,
+    record,
+    succeeds,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 push = recipe("push").main
@@ -37,10 +49,6 @@ def experts():
     return [
         replace(expert, modules={path: whole(module) for path, module in expert.modules.items()}) for expert in loaded
     ]
-
-
-def record(folder: Path) -> dict:
-    return json.loads((folder / "fusion.json").read_text())
 
 
 def whole(module):
@@ -284,9 +292,9 @@ def test_resuming_with_another_control_or_draw_raises(runs, capsys):
 
 def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails):
     for start, control, words in (
-        ("real", "noise", ("source_control none", "this run has noise")),
-        ("noise", None, ("source_control noise", "this run has none")),
-        ("noise", "zero", ("source_control noise", "this run has zero")),
+        ("real", "noise", ("of the control none", "this run is of noise")),
+        ("noise", None, ("of the control noise", "this run is of none")),
+        ("noise", "zero", ("of the control noise", "this run is of zero")),
     ):
         fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
 

@@ -14,7 +14,7 @@ from heterofusion.rivals.distillation import (
     distillation_losses,
 )
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
-from heterofusion.training.expert_lora import load_initial
+from heterofusion.training.expert import load_initial
 from recipe_runner import save_tokenizer
 
 VOCABULARY, K = 64, 3

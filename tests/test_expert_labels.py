@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from builders import WEIGHTS
 from conftest import fresh_base
 from heterofusion import load_adapter
-from heterofusion.training.expert import ExpertConfig
+from heterofusion.training.base import AdapterTrainer
+from heterofusion.training.config import ExpertConfig
 from heterofusion.training.mixture import PART
-from heterofusion.training.mixture_training import MixtureTrainer
 from recipe_runner import QWEN, SIZES, TARGET, error_line, flags, recipe, succeeds, train, write_replay
 from test_source_labels import label, write_labels
 from test_source_labels_training import in_order, mixture, naive_means
@@ -64,14 +64,14 @@ def twin(shared, tmp_path_factory) -> dict:
 def watched(main, argv: list[str]) -> list[tuple]:
     """The micro-batches that a recipe trains on: token ids, labels and parts."""
     seen = []
-    compute = MixtureTrainer.compute_loss
+    compute = AdapterTrainer.compute_loss
 
     def note(self, model, inputs, *args, **kwargs):
         seen.append(tuple(inputs[name].tolist() for name in ("input_ids", "labels", PART)))
         return compute(self, model, inputs, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MixtureTrainer, "compute_loss", note)
+        patch.setattr(AdapterTrainer, "compute_loss", note)
         succeeds(main, argv)
     return seen
 
@@ -147,7 +147,7 @@ def test_without_labels_no_parts_are_told(twin, tmp_path):
 # ---- how it trains ----------------------------------------------------------------------------------------------
 
 
-def make(folder: Path, data, accumulation: int, evaluation=None, **changes) -> MixtureTrainer:
+def make(folder: Path, data, accumulation: int, evaluation=None, **changes) -> AdapterTrainer:
     model = PeftModel.from_pretrained(fresh_base(), TARGET, is_trainable=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -157,7 +157,7 @@ def make(folder: Path, data, accumulation: int, evaluation=None, **changes) -> M
         "per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation,
     }  # fmt: skip
     args = ExpertConfig(str(folder), **{**options, **changes})
-    return MixtureTrainer(model, args, train_dataset=data, eval_dataset=evaluation)
+    return AdapterTrainer(model, args, train_dataset=data, eval_dataset=evaluation)
 
 
 def test_losses_of_the_parts_are_the_token_means_since_the_last_line(tmp_path):
@@ -241,4 +241,4 @@ def test_bad_flags_are_refused_before_the_base_is_loaded(changed, words, twin, t
 def test_settings_that_break_the_shares_raise(tmp_path):
     args = ExpertConfig(str(tmp_path), use_cpu=True, train_sampling_strategy="sequential")
     with pytest.raises(ValueError, match="--train_sampling_strategy is sequential"):
-        MixtureTrainer(fresh_base(), args, train_dataset=mixture())
+        AdapterTrainer(fresh_base(), args, train_dataset=mixture())

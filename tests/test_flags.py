@@ -20,8 +20,8 @@ from heterofusion.data.labels import SourceLabelArguments
 from heterofusion.data.replay import DataArguments
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import ModelArguments
+from heterofusion.training.config import FUSION_ARGUMENTS as ARGUMENTS
 from heterofusion.training.config import RunArguments
-from heterofusion.training.stages import ARGUMENTS
 from recipe_runner import QWEN, ROOT, TARGET, error_line, flags, plan, shell, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -304,10 +304,10 @@ def test_command_launches_processes(monkeypatch, capsys):
 
 def test_debug_of_transformers_passes_through(fails, monkeypatch, arguments):
     seen = {}
-    original = train.read_stages
-    monkeypatch.setattr(train, "read_stages", lambda *args: seen.setdefault("stages", original(*args)))
+    original = train.parse_arguments
+    monkeypatch.setattr(train, "parse_arguments", lambda *args: seen.setdefault("flags", original(*args)))
     fails("nowhere", debug="underflow_overflow", target_adapter="./nowhere")
-    assert [str(option.value) for option in seen["stages"][0].args.debug] == ["underflow_overflow"]
+    assert [str(option.value) for option in seen["flags"][-1].debug] == ["underflow_overflow"]
     fails("nowhere", debug=False, target_adapter="./nowhere")
     fails("sideways", debug="sideways")
 

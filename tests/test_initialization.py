@@ -8,8 +8,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from heterofusion.runtime.files import file_sha256
-from recipe_runner import QWEN, copy_adapter, error_line, flags, succeeds, train
-from sequence_runner import ADAPTER, HYPERNETWORKS, ONE, TWO, record, remove, same_weights, stop_at, write_yaml
+from recipe_runner import (
+    ADAPTER,
+    HYPERNETWORKS,
+    QWEN,
+    copy_adapter,
+    error_line,
+    flags,
+    record,
+    remove,
+    same_weights,
+    stop_at,
+    succeeds,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -19,14 +31,14 @@ pytestmark = pytest.mark.usefixtures("logging_restored")
 
 @pytest.mark.parametrize("place", ["one/checkpoint-2", "one", "."])
 def test_run_starts_from_other_hypernetworks(place, two, single, watch, tmp_path):
-    """A checkpoint, a folder with hypernetworks, or an output_dir, whose last complete checkpoint counts."""
+    """A checkpoint, or an output_dir, whose last complete checkpoint counts."""
     folder = tmp_path / "from"
     shutil.copytree(two.out, folder)
     remove(folder, "checkpoint-3/checkpoint_complete.json")
     log = succeeds(train.main, flags({**single, "init_hypernetwork_from": folder / place}))
-    file = folder / ("checkpoint-2" if place == "." else place) / HYPERNETWORKS
+    file = folder / {"one": "one/checkpoint-2", ".": "checkpoint-2"}.get(place, place) / HYPERNETWORKS
     saved = load_file(file)
-    for name, tensor in watch.begun[""].items():
+    for name, tensor in watch.begun["out"].items():
         assert name not in saved or torch.equal(tensor, saved[name]), name
     found = record(tmp_path / "out")["training"]["initialization"]
     assert found["sha256"] == file_sha256(file)
@@ -48,16 +60,6 @@ def test_checkpoint_wins_over_other_hypernetworks_on_resume(two, single, watch, 
     assert same_weights(tmp_path / "out" / ADAPTER, whole / ADAPTER)
     assert record(tmp_path / "out")["training"] == record(whole)["training"]
     assert "hypernetworks of from" not in log
-
-
-def test_sequence_starts_from_other_hypernetworks(two, single, watch, tmp_path):
-    config = write_yaml(tmp_path / "run.yaml", [ONE, TWO])
-    values = {**single, "config": config, "source_adapters": None, "init_hypernetwork_from": two.out / "one"}
-    succeeds(train.main, flags(values))
-    saved = load_file(two.out / "one" / HYPERNETWORKS)
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in watch.begun["one"].items())
-    assert "initialization" in record(tmp_path / "out" / "one")["training"]
-    assert "initialization" not in record(tmp_path / "out")["training"]
 
 
 def damage_shape(folder: Path) -> None:
@@ -124,7 +126,7 @@ def test_overwritten_run_is_not_resumed_from_the_old_one(single, monkeypatch, ca
     succeeds(train.main, flags(single))
     again = {**single, "learning_rate": 0.02}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, "out", 0)
+        stop_at(patch, 0)
         train.main(flags({**again, "overwrite": True}))
     error_line(capsys, train.main, flags({**again, "resume_from_checkpoint": True}), "no checkpoint-N folder")
 

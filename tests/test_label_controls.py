@@ -246,10 +246,10 @@ def test_fusion_on_a_control_is_a_control(fused, capsys):
 def test_what_begins_as_a_control_is_a_control(tuned, capsys):
     out = tuned["output_dir"]
     record = json.loads((out / "expert.json").read_text())
-    assert record["initial_control"] == {"name": "out", "kind": "labels:bases"} and record["label_control"] is None
+    assert record["init_adapter"]["name"] == "out"
     assert record["made_by"]["source_control"] == "labels:bases"
     card = (out / "README.md").read_text()
-    assert "# CONTROL (labels:bases): not an expert" in card and "- control" in card
+    assert "# CONTROL (labels:bases): LoRA expert" in card and "- control" in card
     argv = flags({"adapter": out, "hub_model_id": "me/it"})
     error_line(capsys, push, argv, "holds a control (source_control labels:bases in expert.json)")
 
@@ -263,7 +263,7 @@ def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, cap
     words = "checkpoint-2 was trained with another source_labels.files[0]"
     error_line(capsys, train.main, flags({**real, "resume_from_checkpoint": True}), words)
     start = {**real, "output_dir": tmp_path / "new", "init_hypernetwork_from": fused["output_dir"] / "checkpoint-1"}
-    error_line(capsys, train.main, flags(start), "source labels of the control bases, this run's are of none")
+    error_line(capsys, train.main, flags(start), "are of the control labels:bases, this run is of none")
 
 
 # ---- a run that goes on -----------------------------------------------------------------------------------------
@@ -295,19 +295,23 @@ def test_resuming_with_other_data_is_refused(fused, tuned, tmp_path, capsys, mon
         record = {"weight": 0.5, "top_k": 4, "examples": {}, "one_to_one": 1.0, "soft": 1.0}
     for values, main in ((fused, train), (tuned, expert)):
         monkeypatch.setattr(main, "load_base", lambda *args: pytest.fail("the base was loaded"))
-        monkeypatch.setattr(main, "add_soft_labels", lambda labels, *args: (labels.examples, record, ""))
+        monkeypatch.setattr(
+            "heterofusion.training.mixture.add_soft_labels", lambda labels, *args: (labels.examples, record, "")
+        )
         argv = flags({**values, **changed, "resume_from_checkpoint": values["output_dir"] / "checkpoint-1"})
         error_line(capsys, main.main, argv, "checkpoint-1 was trained with another", name)
 
 
 def test_resuming_with_another_soft_weight_is_refused():
-    from heterofusion.training.mixture_data import check_data_state, data_state
+    from heterofusion.training.checkpoints import check_same
+    from heterofusion.training.mixture import TrainingData
 
     soft = {"replay_fraction": 0.5, "loss": "soft", "soft": {"weight": 0.5, "top_k": 4}}
     other = {**soft, "soft": {"weight": 0.25, "top_k": 4}}
-    check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, dict(soft)))
+    there, same, here = (TrainingData([], (), {}, dict(record), {}).state for record in (soft, soft, other))
+    check_same("checkpoint-1", there, same)
     with pytest.raises(ValueError, match=r"another source_labels\.soft\.weight: 0\.5, this run has 0\.25"):
-        check_data_state(Path("checkpoint-1"), data_state({}, soft), data_state({}, other))
+        check_same("checkpoint-1", there, here)
 
 
 # ---- without replay ---------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from conftest import TINY, TokenRows, make_args, perturb
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, MethodConfig
 from heterofusion.method.config import PRESETS
 from heterofusion.method.live import LiveLinear
-from recipe_runner import flags, succeeds, train
-from sequence_runner import HYPERNETWORKS, ONE, TWO, record, write_yaml
+from recipe_runner import HYPERNETWORKS, flags, record, succeeds, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 FREE = {**TINY, "residual_scale": 0.5}
@@ -62,19 +61,18 @@ def test_free_update_moves_by_the_scaled_learning_rate(free, tmp_path):
         assert moved.max() == pytest.approx(0.5 * 1e-2, rel=1e-3), name
 
 
-def test_next_stage_starts_without_the_free_update_of_the_last(single, watch, tmp_path):
+def test_next_fusion_starts_without_the_free_update_of_the_last(single, watch, tmp_path):
     """The target has it already: it would be added twice."""
-    config = write_yaml(tmp_path / "run.yaml", [ONE, TWO], carry_hypernetworks=True, residual_scale=1.0)
-    values = {**single, "config": config}
-    for name in ("source_adapters", "max_steps"):
-        del values[name]
-    succeeds(train.main, flags({**values, "max_steps": 1}))
-    left = load_file(tmp_path / "out" / "one" / HYPERNETWORKS)
+    first = {**single, "residual_scale": 1.0, "output_dir": tmp_path / "one", "save_steps": 1}
+    succeeds(train.main, flags(first))
+    left = load_file(tmp_path / "one" / "checkpoint-1" / HYPERNETWORKS)
+    start = {"target_adapter": tmp_path / "one", "init_hypernetwork_from": tmp_path / "one"}
+    succeeds(train.main, flags({**first, **start, "output_dir": tmp_path / "two"}))
     begun = watch.begun["two"]
     names = [name for name in left if ".residual." in name and name in begun]
     assert names and all(left[name].any() and not begun[name].any() for name in names)
     assert all(torch.equal(begun[name], left[name]) for name in left if name in begun and name not in names)
-    assert record(tmp_path / "out")["method"]["residual_scale"] == 1.0
+    assert record(tmp_path / "two")["method"]["residual_scale"] == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,8 +8,7 @@ from torch.optim import AdamW
 
 from conftest import TokenRows, make_trainer
 from heterofusion.data.labels import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, SourceLabelArguments
-from heterofusion.training.label_loss import SoftCollator, soft_losses
-from heterofusion.training.mixture import PART, Mixture, MixtureSampler
+from heterofusion.training.mixture import PART, Mixture, MixtureSampler, SoftCollator, soft_losses
 
 VOCABULARY, K, WEIGHT = 64, 3, 0.3
 
@@ -198,5 +197,5 @@ def test_trainer_refuses(tmp_path, changes, options, words):
 def test_weight_out_of_range_raises(weight):
     with pytest.raises(ValueError, match=r"soft_weight is .*from 0 to 1"):
         mixture(weight)
-    with pytest.raises(ValueError, match=r"--soft_weight is .*from 0 to 1"):
+    with pytest.raises(ValueError, match=r"--soft_weight is .*at most 1"):
         SourceLabelArguments(["labels.jsonl"], label_loss="soft", soft_weight=weight)

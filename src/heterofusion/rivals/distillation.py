@@ -26,11 +26,10 @@ from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import read_json_object
 from heterofusion.runtime.loading import ModelArguments
-from heterofusion.training.config import OutputArguments
-from heterofusion.training.expert import ExpertConfig, ExpertModelArguments
-from heterofusion.training.label_loss import kl_divergences, pad_rows
+from heterofusion.training.base import AdapterTrainer
+from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
 from heterofusion.training.metrics import WindowMeans
-from heterofusion.training.whole_checkpoints import WholeCheckpointTrainer
+from heterofusion.training.mixture import kl_divergences, pad_rows
 
 STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of
 
@@ -186,7 +185,7 @@ class DistillCollator:
         return batch
 
 
-class DistillationTrainer(WholeCheckpointTrainer):
+class DistillationTrainer(AdapterTrainer):
     """`Trainer` with the loss of FuseLLM: a mean over the answers' tokens of an accumulation window on all ranks.
 
     Both parts are logged: `clm_loss` and `kl_loss`, of which `loss` is the weighted sum. An evaluation has no

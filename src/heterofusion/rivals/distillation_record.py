@@ -30,7 +30,6 @@ from heterofusion.rivals.distillation import DistillConfig
 from heterofusion.rivals.fusellm import FusionReport
 from heterofusion.runtime.files import display_name, file_sha256, staging_folder, told_writes
 from heterofusion.runtime.ranks import all_together, from_main
-from heterofusion.training.config import training_settings
 
 _STAGING = ".distill-"
 
@@ -76,7 +75,7 @@ def distillation_record(
 
 def training_record(args: DistillConfig, steps: int, data: dict[str, Any]) -> dict[str, Any]:
     """The part of the record that tells of the training."""
-    return {**training_settings(args), "steps": steps, "processes": args.world_size, "data": data}
+    return {**args.training_dict(), "steps": steps, "processes": args.world_size, "data": data}
 
 
 def made_by_distillation(

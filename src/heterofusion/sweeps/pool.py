@@ -31,7 +31,7 @@ from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import write_whole
 from heterofusion.sweeps.forking import ForkedRun, ForkServer
 from heterofusion.sweeps.runs import Run, Step
-from heterofusion.training.progress import checkpoint_folders
+from heterofusion.training.checkpoints import checkpoint_folders
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from heterofusion.rivals.distillation import DISTILL_ARGUMENTS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import as_text, read_yaml
 from heterofusion.sweeps.template import Template
-from heterofusion.training.expert import EXPERT_ARGUMENTS
-from heterofusion.training.stages import ARGUMENTS, WHOLE_RUN
+from heterofusion.training.config import EXPERT_ARGUMENTS
+from heterofusion.training.config import FUSION_ARGUMENTS as ARGUMENTS
 
 RECIPES: Mapping[str, tuple[type, ...]] = {  # in the order in which a run goes through them
     "label": LABEL_ARGUMENTS,
@@ -244,21 +244,9 @@ def check_step(step: Step, where: str) -> None:
     Raises:
         UserError: an unknown or missing flag, or a value that it cannot have.
     """
-    stages = step.flags.get("stages") if step.recipe == "train" else None
-    if stages is None:
-        check_flags(RECIPES[step.recipe], step.flags, where)
-        if step.recipe == "eval":
-            _check_names(step.flags, where)
-        return
-    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise UserError(f"{where}: stages must be a list of mappings")
-    common = {key: value for key, value in step.flags.items() if key != "stages"}
-    for number, stage in enumerate(stages, start=1):
-        misplaced = [key for key in stage if key in (*WHOLE_RUN, "config", "stages")]
-        if misplaced:
-            raise UserError(f"{where}, stage {number} has {misplaced[0]}, which belongs beside stages")
-        own = {key: value for key, value in stage.items() if key != "name"}
-        check_flags(RECIPES["train"], {**common, **own}, f"{where}, stage {number}")
+    check_flags(RECIPES[step.recipe], step.flags, where)
+    if step.recipe == "eval":
+        _check_names(step.flags, where)
 
 
 def _check_names(flags: Mapping[str, Any], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Flags of a fusion as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`.
+"""Flags of trainings as dataclasses, in TRL's manner: `HeteroFusionConfig` belongs to `HeteroFusionTrainer`.
 
 Every range that can be checked without a file is checked here.
 """
@@ -7,21 +7,23 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
+from heterofusion.adapters.alignment import AdapterArguments
+from heterofusion.data.labels import SourceLabelArguments
 from heterofusion.data.replay import DataArguments
-from heterofusion.method.config import MethodConfig, check_range, preset_field
+from heterofusion.method.config import BasisArguments, MethodConfig, preset_field
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import describe_range, in_range
+from heterofusion.runtime.loading import ModelArguments
 from heterofusion.runtime.ranks import set_zero_init_dtype
 
 
@@ -47,89 +49,26 @@ class RunArguments(OutputArguments):
             "output_dir for its last one. Groups (role and rank) that it lacks start fresh."
         },
     )
-    carry_hypernetworks: bool = field(
-        default=False,
-        metadata={"help": "With `stages:` in the YAML file: start from the hypernetworks of the stage before."},
-    )
 
 
-def check_training(args: TrainingArguments) -> None:
-    """Check ranges that `TrainingArguments` leaves open; a value outside would train nothing, or fail late.
-
-    Raises:
-        ValueError: names the flag, its value and the range.
-    """
-    for name, low, strict in (
-        ("learning_rate", 0.0, True),
-        ("weight_decay", 0.0, False),
-        ("max_grad_norm", 0.0, False),
-        ("adam_epsilon", 0.0, False),
-        ("per_device_train_batch_size", 1, False),
-        ("per_device_eval_batch_size", 1, False),
-        ("gradient_accumulation_steps", 1, False),
-        ("dataloader_num_workers", 0, False),
-        ("logging_steps", 0, False),
-        ("save_steps", 0, False),
-        ("eval_steps", 0, False),
-    ):
-        check_range(name, getattr(args, name), low, strict)
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
-    if args.max_steps <= 0:
-        check_range("num_train_epochs", args.num_train_epochs, 0, True)
-    for name in ("seed", "data_seed"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < 2**32:
-            raise UserError(f"--{name} is {value}; it must be at least 0 and below 2^32")
-    for name in args._VALID_DICT_FIELDS:
-        value = getattr(args, name)
-        if isinstance(value, str) and value.startswith("{"):
-            try:
-                json.loads(value)
-            except ValueError as error:
-                raise UserError(f"--{name} is {value}, which is not JSON: {error}") from None
+# Ranges that `TrainingArguments` leaves open; a value outside would train nothing, or fail late.
+_RANGES = {
+    "learning_rate": "(0, inf)", "weight_decay": "[0, inf)", "max_grad_norm": "[0, inf)", "adam_epsilon": "[0, inf)",
+    "adam_beta1": "[0, 1)", "adam_beta2": "[0, 1)", "per_device_train_batch_size": "[1, inf)",
+    "per_device_eval_batch_size": "[1, inf)", "gradient_accumulation_steps": "[1, inf)",
+    "dataloader_num_workers": "[0, inf)", "logging_steps": "[0, inf)", "save_steps": "[0, inf)",
+    "eval_steps": "[0, inf)", "seed": "[0, 4294967295]", "data_seed": "[0, 4294967295]",
+}  # fmt: skip
 
 
-def avoid_reentrant(args: TrainingArguments, consequence: str) -> None:
-    """Have activation checkpointing, if it is on, without reentrance: frozen inputs end the gradient with it.
-
-    Raises:
-        ValueError: reentrance is asked for; the message ends with the consequence.
-    """
-    kwargs = cast("dict[str, Any] | None", args.activation_checkpointing_kwargs)  # parsed by TrainingArguments
-    if args.activation_checkpointing:
-        if kwargs and kwargs.get("use_reentrant"):
-            raise UserError(
-                f"activation_checkpointing_kwargs has use_reentrant=True: {consequence}; set use_reentrant to false"
-            )
-        args.activation_checkpointing_kwargs = {**(kwargs or {}), "use_reentrant": False}
-
-
-def training_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The settings of training that its result depends on, as plain values."""
-    names = (
-        "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed",
-        "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
-        "optim",
-    )  # fmt: skip
-    settings = args.to_dict()  # enums as plain values
-    return {name: settings[name] for name in names}
+ALL_LINEAR, LORA_B = "all-linear", "lora_B"
 
 
 @dataclass
-class HeteroFusionConfig(MethodConfig, TrainingArguments):
-    """`TrainingArguments` with the method's settings; the defaults are the paper's training recipe.
+class TrainingConfig(TrainingArguments):
+    """Settings of training: AdamW, cosine, batch 8, on top of transformers' `TrainingArguments`."""
 
-    AdamW (weight decay 0.01 on all parameters), learning rate 5e-5, cosine to 0 after `int(0.05 * steps)` warm-up
-    steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8. Presets differ in the first four.
-    """
-
-    learning_rate: float = preset_field("learning_rate", "Peak learning rate")
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = preset_field("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
-    weight_decay: float = preset_field("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
-    max_grad_norm: float = preset_field("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
     num_train_epochs: float = field(
@@ -141,12 +80,64 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
     optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DDP look for parameters without gradient; a fusion uses them all."}
+        default=False, metadata={"help": "Let DDP look for parameters without gradient; here all are used."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Let Trainer look at every micro-batch's loss; a fusion stops at one that is not finite."},
+        default=False, metadata={"help": "Hide losses that are not finite; a run stops at one instead."}
     )
+    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
+        default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
+    )
+
+    def __post_init__(self) -> None:
+        ranges = _RANGES | ({} if self.max_steps > 0 else {"num_train_epochs": "(0, inf)"})
+        for name, interval in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not in_range(value, interval):
+                raise UserError(f"--{name} is {value}; it must be {describe_range(interval)}")
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise UserError(f"--{name} is {value}, which is not JSON: {error}") from None
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise UserError(f"--{name} would cast what is trained, which must stay float32: leave it out")
+        super().__post_init__()
+        if self.activation_checkpointing:
+            kwargs = cast("dict[str, Any]", self.activation_checkpointing_kwargs or {})  # parsed by now
+            if kwargs.get("use_reentrant"):
+                raise UserError(
+                    "activation_checkpointing_kwargs has use_reentrant=True: reentrant checkpointing gives what is "
+                    "trained behind a frozen base no gradient; set use_reentrant to false"
+                )
+            self.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
+
+    def training_dict(self) -> dict[str, Any]:
+        """The settings of training that its result depends on, as plain values."""
+        names = (
+            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed",
+            "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+            "gradient_accumulation_steps", "bf16", "optim",
+        )  # fmt: skip
+        settings = self.to_dict()  # enums as plain values
+        return {name: settings[name] for name in names}
+
+
+@dataclass
+class HeteroFusionConfig(MethodConfig, TrainingConfig):
+    """`TrainingArguments` with the method's settings; the defaults are the paper's training recipe.
+
+    AdamW (weight decay 0.01 on all parameters), learning rate 5e-5, cosine to 0 after `int(0.05 * steps)` warm-up
+    steps, no gradient clipping, 3 epochs of batch 1 with accumulation 8. Presets differ in the first four.
+    """
+
+    learning_rate: float = preset_field("learning_rate", "Peak learning rate")
+    warmup_steps: float = preset_field("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
+    weight_decay: float = preset_field("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
+    max_grad_norm: float = preset_field("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
     ddp_reduce: str = field(
         default="updates",
         metadata={
@@ -155,25 +146,20 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
             "choices": ["updates", "parameters"],
         },
     )
-    skip_nonfinite_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Optimizer steps to skip, at most, whose loss or gradient is not finite; one more ends the run. "
-            "Above 0 every step waits for the device once."
-        },
-    )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
-        default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
-    )
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        self._check_training()
+        if self.neftune_noise_alpha is not None:
+            raise UserError("--neftune_noise_alpha is set, but the base stays in eval mode in a fusion: leave it out")
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise UserError(
+                "--torch_compile compiles the wrapper that all micro-batches of an accumulation window but the last "
+                "pass by, so little would be gained for minutes of compiling: leave it out"
+            )
         with self._mixed_precision_taken_over():
-            TrainingArguments.__post_init__(self)
+            TrainingConfig.__post_init__(self)
         if self.base_in_bf16:
             set_zero_init_dtype(torch.bfloat16)
-        avoid_reentrant(self, "reentrant checkpointing gives the hypernetworks no gradient")
 
     @contextlib.contextmanager
     def _mixed_precision_taken_over(self) -> Iterator[None]:
@@ -200,20 +186,6 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
         finally:
             os.environ["ACCELERATE_MIXED_PRECISION"] = precision
 
-    def _check_training(self) -> None:
-        check_training(self)
-        check_range("skip_nonfinite_steps", self.skip_nonfinite_steps, 0, False)
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise UserError(f"--{name} would cast the hypernetworks, which must stay float32: leave it out")
-        if self.neftune_noise_alpha is not None:
-            raise UserError("--neftune_noise_alpha is set, but the base stays in eval mode in a fusion: leave it out")
-        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise UserError(
-                "--torch_compile compiles the wrapper that all micro-batches of an accumulation window but the last "
-                "pass by, so little would be gained for minutes of compiling: leave it out"
-            )
-
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps: a share of the steps is rounded down, as in the published recipe (Trainer rounds up)."""
         if self.warmup_steps >= 1:
@@ -222,15 +194,142 @@ class HeteroFusionConfig(MethodConfig, TrainingArguments):
 
     def training_dict(self) -> dict[str, Any]:
         """The settings of training that a fused adapter depends on, as plain values."""
-        return training_settings(self) | {"bf16": self.bf16 or self.base_in_bf16}
+        return super().training_dict() | {"bf16": self.bf16 or self.base_in_bf16}
+
+
+FUSION_ARGUMENTS = (
+    ModelArguments, AdapterArguments, DataArguments, SourceLabelArguments, RunArguments, HeteroFusionConfig
+)  # fmt: skip
+
+
+# ---- experts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExpertModelArguments(ModelArguments):
+    """The base model of an expert and how it is loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model of the expert: local folder or Hub id."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+
+
+@dataclass
+class ExpertDataArguments(DataArguments):
+    """Flags for the training data, as those of the replay; but everything is used by default."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Training data sets: local .json, .jsonl, .csv or .parquet files, local folders, or Hub ids."
+        },
+    )
+    max_examples: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Number of examples that are sampled from each training data set at most; 0 takes all."},
+    )
+    eval_max_examples: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Number of examples that are sampled from each evaluation data set at most; 0 takes all."},
+    )
+
+
+_BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout", "extra_rank", "extra_basis")
+
+
+@dataclass
+class LoraArguments(BasisArguments):
+    """The LoRA of an expert, in the names of PEFT's `LoraConfig`."""
+
+    r: int = field(default=16, metadata={"help": "Rank of the update.", "range": "[1, inf)"})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "Scale of the update, which is lora_alpha / r.", "range": "[1, inf)"}
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter.",
+            "range": "[0, 1)",
+        },
+    )
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules that get LoRA, or all-linear; by default the attention and MLP projections, "
+            "by whatever names the base has them."
+        },
+    )
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers that get LoRA; all by default.", "range": "[0, inf)"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that are trained whole and saved with the adapter; a fusion keeps the target's."},
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
+            "scaling and modules."
+        },
+    )
+    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
+    train_only: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train these weights alone, as a fusion does: lora_A and modules_to_save stay as they are.",
+            "choices": [LORA_B],
+        },
+    )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "First lora_A: PEFT's default (true), or another that leaves the base as it is.",
+            "choices": ["true", "gaussian", "orthogonal"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules and ALL_LINEAR in self.target_modules:
+            if len(self.target_modules) > 1:
+                raise UserError(f"--target_modules names {ALL_LINEAR} and others; give it alone")
+            if self.layers_to_transform is not None:
+                raise UserError(
+                    f"--layers_to_transform cannot be used with --target_modules {ALL_LINEAR}; name the modules"
+                )
+        if self.init_adapter is None:
+            if self.init_revision is not None:
+                raise UserError("--init_revision is of --init_adapter, which is not given")
+            if self.extra_rank:
+                raise UserError(
+                    f"--extra_rank is {self.extra_rank}: it adds to the rank of --init_adapter, which is not given; "
+                    "give a new LoRA its rank with --r"
+                )
+            return
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name not in _BESIDE_INIT and value != item.default:
+                raise UserError(
+                    f"--{item.name} is {value}, but --init_adapter brings its own: leave one of the two out"
+                )
+
+
+@dataclass
+class ExpertConfig(TrainingConfig):
+    """`TrainingArguments` with defaults for LoRA: AdamW without decay, learning rate 2e-4, cosine, batch 8."""
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the LoRA weights."})
+    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, the share of all steps."})
+
+
+EXPERT_ARGUMENTS = (
+    ExpertModelArguments, LoraArguments, ExpertDataArguments, SourceLabelArguments, OutputArguments, ExpertConfig
+)  # fmt: skip
 
 
 def check_run_flags(args: TrainingArguments, data: DataArguments) -> None:
-    """Refuse flags that would fail once the base model is loaded, or at the end of the run.
-
-    Raises:
-        ValueError: evaluation without data, an integration that is not there, or a name that the Hub cannot have.
-    """
+    """Refuse flags that would fail once the base model is loaded, or at the end of the run."""
     if args.eval_strategy != "no" and not data.eval_dataset_name:
         strategy = IntervalStrategy(args.eval_strategy).value
         raise UserError(f"--eval_strategy is {strategy}, but --eval_dataset_name is not given; name one")

@@ -45,12 +45,7 @@ def engine_record(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:
-    """Refuse several GPUs in one process.
-
-    Raises:
-        ValueError: Trainer would use DataParallel: its replicas do not see the live updates of a fusion, and the loss
-            of an expert would be a mean of means over them.
-    """
+    """Refuse several GPUs in one process: replicas of DataParallel do not see the live updates of a fusion."""
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs in one process would use DataParallel, which is not supported; "
@@ -59,12 +54,7 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Refuse engines that cannot carry a fusion.
-
-    Raises:
-        ValueError: FSDP1, FSDP that does not wrap by layers or loads on one rank only; DeepSpeed or FSDP that would
-            cast the hypernetworks; compiling; tensor, context or sequence parallelism.
-    """
+    """Refuse engines that cannot carry a fusion, or would cast the hypernetworks."""
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO:
         raise UserError(
@@ -104,26 +94,14 @@ def _wraps_by_class(plugin: object) -> bool:
 
 
 def wrap_hypernetworks_apart(accelerator: Accelerator, model: nn.Module, name: str) -> None:
-    """Let FSDP2 shard the hypernetworks as a unit of their own, so that they can run outside the base's forward.
-
-    Args:
-        accelerator: of an FSDP run, before the model is prepared.
-        model: the model.
-        name: class name of the hypernetworks.
-    """
+    """Let FSDP2 shard the hypernetworks as a unit of their own, so that they can run outside the base's forward."""
     plugin = accelerator.state.fsdp_plugin
     names = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
     plugin.transformer_cls_names_to_wrap = sorted({*names, name})
 
 
 def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable[Tensor]) -> None:
-    """Let DDP leave the gradients of a part of a model alone.
-
-    Args:
-        model: what will be wrapped in DDP.
-        excluded: the part.
-        kept: parameters of it that DDP reduces all the same; it refuses to wrap nothing at all.
-    """
+    """Let DDP leave the gradients of a part of a model alone, but for those `kept`: it refuses to wrap nothing."""
     keep = {id(parameter) for parameter in kept}
     part = {id(parameter) for parameter in excluded.parameters()} - keep
     names = [name for name, parameter in model.named_parameters() if id(parameter) in part]
@@ -133,11 +111,8 @@ def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable
 def set_up_engine(model: HeteroFusionModel, accelerator: Accelerator, once_per_window: bool, ddp_reduce: str) -> None:
     """Get a model ready for its engine; call it before the model is wrapped.
 
-    Args:
-        model: the model; where its hypernetworks run and what its ranks exchange is set.
-        accelerator: of the run.
-        once_per_window: whether the hypernetworks backpropagate once per accumulation window.
-        ddp_reduce: `updates` if DDP ranks are to exchange the gradient of the updates, where the engine allows it.
+    `once_per_window`: the hypernetworks backpropagate once per accumulation window; `ddp_reduce`: `updates` if DDP
+    ranks are to exchange the gradient of the updates, where the engine allows it.
     """
     updates, hypernetworks, engine = model.updates, model.hypernetworks, accelerator.distributed_type
     offloads = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -1,219 +1,328 @@
-"""LoRA supervised fine-tuning of one expert: its flags, and what watches over its training.
+"""Experts: LoRA supervised fine-tuning, of a new adapter or of one that is there; what a fusion is compared with.
 
-Training itself is transformers' `Trainer`. What `load_adapter` would refuse (DoRA, biases, PiSSA, ...) has no flag.
+Trained by `AdapterTrainer` on the examples of `heterofusion.data`, so that the same flags give a fusion and its
+directly tuned twin the same token ids in the same order. What `load_adapter` would refuse (DoRA, biases, PiSSA, ...)
+has no flag.
 """
 
+import copy
 import json
-import math
-import sys
-from dataclasses import dataclass, field, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
-from heterofusion.data.labels import SourceLabelArguments
-from heterofusion.data.replay import DataArguments
-from heterofusion.method.config import BasisArguments, check_range
+from heterofusion.adapters.architectures import module_key
+from heterofusion.adapters.config import AdapterError, read_adapter_config
+from heterofusion.adapters.lora import LoraAdapter, check_base_fits, load_adapter
+from heterofusion.data.labels import is_labelled_by_sources
+from heterofusion.method.basis import fit_basis
+from heterofusion.method.expansion import (
+    ExpandedAdapter,
+    Expansion,
+    expand_adapter,
+    read_rows,
+    set_ranks,
+    write_rows,
+)
+from heterofusion.publish.record import (
+    adapter_record,
+    basis_record,
+    control_of,
+    describe_basis,
+    describe_labels,
+    join_controls,
+    label_control,
+    make_record,
+    training_cost,
+)
+from heterofusion.publish.write import write_adapter
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.loading import ModelArguments
-from heterofusion.training.checkpoints import last_good
-from heterofusion.training.config import OutputArguments, avoid_reentrant, check_training
-from heterofusion.training.nonfinite import NonFiniteError
+from heterofusion.runtime.files import read_json_object
+from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
+from heterofusion.training.base import AdapterTrainer
+from heterofusion.training.checkpoints import check_complete, check_same
+from heterofusion.training.config import ALL_LINEAR, LORA_B, LoraArguments, TrainingConfig
+from heterofusion.training.mixture import TrainingData
 
-ALL_LINEAR = "all-linear"
-LORA_B = "lora_B"
-_ALL = sys.maxsize
-
-
-# ---- flags ------------------------------------------------------------------------------------------------------
+STATE_FILE = "expert_state.json"  # in a checkpoint: what the LoRA began as, what of it is trained, and on what
 
 
-@dataclass
-class ExpertModelArguments(ModelArguments):
-    """The base model of an expert and how it is loaded."""
-
-    model_name_or_path: str = field(metadata={"help": "Base model of the expert: local folder or Hub id."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+# ---- the LoRA ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class ExpertDataArguments(DataArguments):
-    """Flags for the training data, as those of the replay; but everything is used by default."""
+class ExpertLora:
+    """The LoRA that an expert is trained with.
 
-    dataset_name: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Training data sets: local .json, .jsonl, .csv or .parquet files, local folders, or Hub ids."
-        },
-    )
-    max_examples: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Number of examples that are sampled from each training data set at most; 0 takes all."},
-    )
-    eval_max_examples: list[int] = field(
-        default_factory=lambda: [0],
-        metadata={"help": "Number of examples that are sampled from each evaluation data set at most; 0 takes all."},
-    )
-
-    def __post_init__(self) -> None:
-        for flag in ("max_examples", "eval_max_examples"):
-            values = getattr(self, flag)
-            values = values if isinstance(values, list) else [values]
-            setattr(self, flag, [_ALL if value == 0 else value for value in values])
-        super().__post_init__()
-
-
-_BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout", "extra_rank", "extra_basis")
-
-
-@dataclass
-class LoraArguments(BasisArguments):
-    """The LoRA of an expert, in the names of PEFT's `LoraConfig`."""
-
-    r: int = field(default=16, metadata={"help": "Rank of the update."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the update, which is lora_alpha / r."})
-    lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter."}
-    )
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules that get LoRA, or all-linear; by default the attention and MLP projections, "
-            "by whatever names the base has them."
-        },
-    )
-    layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers that get LoRA; all by default."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that are trained whole and saved with the adapter; a fusion keeps the target's."},
-    )
-    init_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
-            "scaling and modules."
-        },
-    )
-    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
-    train_only: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train these weights alone, as a fusion does: lora_A and modules_to_save stay as they are.",
-            "choices": [LORA_B],
-        },
-    )
-    init_lora_weights: str = field(
-        default="true",
-        metadata={
-            "help": "First lora_A: PEFT's default (true), or another that leaves the base as it is.",
-            "choices": ["true", "gaussian", "orthogonal"],
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("r", self.r, 1, False)
-        check_range("lora_alpha", self.lora_alpha, 1, False)
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
-        if self.target_modules and ALL_LINEAR in self.target_modules:
-            if len(self.target_modules) > 1:
-                raise UserError(f"--target_modules names {ALL_LINEAR} and others; give it alone")
-            if self.layers_to_transform is not None:
-                raise UserError(
-                    f"--layers_to_transform cannot be used with --target_modules {ALL_LINEAR}; name the modules"
-                )
-        if any(index < 0 for index in self.layers_to_transform or ()):
-            raise UserError(f"--layers_to_transform is {self.layers_to_transform}; layers count from 0")
-        if self.train_only not in (None, LORA_B):
-            raise UserError(f"--train_only is {self.train_only!r}; it can be {LORA_B}, or left out")
-        if self.init_adapter is None:
-            if self.init_revision is not None:
-                raise UserError("--init_revision is of --init_adapter, which is not given")
-            if self.extra_rank:
-                raise UserError(
-                    f"--extra_rank is {self.extra_rank}: it adds to the rank of --init_adapter, which is not given; "
-                    "give a new LoRA its rank with --r"
-                )
-            return
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name not in _BESIDE_INIT and value != item.default:
-                raise UserError(
-                    f"--{item.name} is {value}, but --init_adapter brings its own: leave one of the two out"
-                )
-
-
-@dataclass
-class ExpertConfig(TrainingArguments):
-    """`TrainingArguments` with defaults for LoRA: AdamW without decay, learning rate 2e-4, cosine, batch 8."""
-
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the LoRA weights."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, the share of all steps."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DDP look for parameters without gradient; LoRA uses them all."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; a run stops at one instead."}
-    )
-    report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
-        default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
-    )
-
-    def __post_init__(self) -> None:
-        check_training(self)
-        for name in ("bf16_full_eval", "fp16_full_eval"):
-            if getattr(self, name):
-                raise UserError(f"--{name} would cast the adapter before it is saved: leave it out")
-        super().__post_init__()
-        avoid_reentrant(self, "reentrant checkpointing gives LoRA on a frozen base no gradient")
-
-
-EXPERT_ARGUMENTS = (
-    ExpertModelArguments, LoraArguments, ExpertDataArguments, SourceLabelArguments, OutputArguments, ExpertConfig
-)  # fmt: skip
-
-
-# ---- training ---------------------------------------------------------------------------------------------------
-
-
-class StopAtNonFiniteLoss(TrainerCallback):
-    """Ends a training whose logged loss is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"step {state.global_step}: the loss is not finite; {last_good(args.output_dir)}. Lower "
-                "--learning_rate, clip with --max_grad_norm, or look at the data"
-            )
-
-
-def is_at_end(checkpoint: Path, args: TrainingArguments) -> bool:
-    """Whether a checkpoint is of a run's last step: Trainer would make one step more."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if args.max_steps > 0:
-        return state["global_step"] >= args.max_steps
-    return state["epoch"] >= args.num_train_epochs
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse to save a diverged adapter, which `load_adapter` would refuse.
-
-    Raises:
-        NonFiniteError: names the first weight.
+    Attributes:
+        config: PEFT's config of it.
+        initial: the adapter that it begins as; None for a new one. With `--extra_rank` an expanded one.
+        train_only: `lora_B` if nothing else is trained.
     """
+
+    config: LoraConfig
+    initial: LoraAdapter | None = None
+    train_only: str | None = None
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """What was added to the adapter that it begins as."""
+        return self.initial.expansion if isinstance(self.initial, ExpandedAdapter) else None
+
+    def put_on(self, base: PreTrainedModel, seed: int) -> PeftModel:
+        """Give a base the LoRA, in fp32, with gradients for what is trained; `seed` is of a new LoRA's lora_A."""
+        set_seed(seed)
+        if self.initial is not None:
+            return load_initial(base, self.initial, self.train_only, self.config)
+        return _freeze_all_but(get_peft_model(base, self.config), self.train_only)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint to resume from must agree with, beside the config."""
+        return {
+            "init_adapter": self.initial.sha256 if self.initial else None,
+            "train_only": self.train_only,
+            "extra_rank": self.expansion.extra_rank if self.expansion else None,
+            "extra_basis": self.expansion.extra_basis if self.expansion else None,
+        }
+
+    def write_state(self, checkpoint: Path, data: Mapping[str, Any] | None = None) -> None:
+        """Write that into a checkpoint, with the extra rows that it began with and what it was trained on."""
+        if self.initial is not None:
+            write_rows(checkpoint, self.initial)
+        state = json.dumps(self.state() | dict(data or {}))
+        (checkpoint / STATE_FILE).write_text(state + "\n", encoding="utf-8")
+
+    def fit_basis(self, model: PeftModel, examples: Sequence[Tensor]) -> None:
+        """Fit the extra rows to the inputs that the modules see, and put them into the model. All ranks together."""
+        assert isinstance(self.initial, ExpandedAdapter)
+        self.initial = fit_basis(model, self.initial, examples)
+        base: Any = model.get_base_model()
+        for path, module in self.initial.modules.items():
+            load_whole_tensors(base.get_submodule(path).lora_A["default"], {"weight": module.lora_A})
+
+    def restore_basis(self, checkpoint: Path) -> None:
+        """Take the extra rows from a checkpoint to resume from; its adapter has what became of them."""
+        if isinstance(self.initial, ExpandedAdapter):
+            self.initial = read_rows(checkpoint, self.initial)
+
+    def check_checkpoint(self, folder: Path, data: Mapping[str, Any] | None = None) -> None:
+        """Check that a checkpoint to resume from is complete and of the same LoRA and data; reads no weights."""
+        check_complete(folder)
+        in_folders = any(path.is_dir() for path in folder.iterdir())  # where DeepSpeed and FSDP keep the optimizer
+        if not (folder / "optimizer.pt").is_file() and not in_folders:
+            raise UserError(f"{folder} holds no optimizer (--save_only_model?); resume from another checkpoint")
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
+                 "modules_to_save", "rank_pattern", "alpha_pattern")  # fmt: skip
+        found, wanted = read_adapter_config(folder), self.config.to_dict()
+        same = {name: plain(wanted[name]) for name in names}
+        check_same(folder, read_json_object(folder / STATE_FILE), self.state() | dict(data or {}))
+        check_same(folder, {name: plain(found.get(name)) for name in names}, same)
+
+
+def plain(value: Any) -> Any:
+    """A setting so that it can be compared and written: sets and lists in order."""
+    return sorted(value) if isinstance(value, (list, set)) else value
+
+
+def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments, seed: int = 42) -> ExpertLora:
+    """A new LoRA, or that of `--init_adapter`, as the flags say; everything is checked.
+
+    Args:
+        skeleton: the base on the meta device; it may get the LoRA.
+        lora: the flags.
+        seed: of the rows of `--extra_rank`: those of a fusion with the same seed.
+    """
+    if lora.init_adapter is None:
+        return ExpertLora(_plan_new(skeleton, lora), None, lora.train_only)
+    adapter = load_adapter(lora.init_adapter, revision=lora.init_revision)
+    if lora.extra_rank:
+        adapter = expand_adapter(adapter, lora, seed)
+    config = _plan_initial(skeleton, adapter)
+    if lora.lora_dropout is not None:
+        config.lora_dropout = lora.lora_dropout
+    return ExpertLora(config, adapter, lora.train_only)
+
+
+def check_basis_engine(lora: ExpertLora, args: TrainingArguments) -> None:
+    """Refuse extra rows that an engine would not take: DeepSpeed's optimizers train copies that it made before."""
+    if lora.expansion is not None and lora.train_only != LORA_B and args.deepspeed_plugin is not None:
+        raise UserError(
+            "--extra_rank fits rows of lora_A once the engine is set up, but DeepSpeed trains copies of them that it "
+            f"made before; add --train_only {LORA_B}, or launch with DDP or FSDP2"
+        )
+
+
+def _plan_initial(skeleton: PreTrainedModel, adapter: LoraAdapter) -> LoraConfig:
+    """PEFT's config of an adapter that fits a base, for training."""
+    check_base_fits(skeleton, adapter)
+    config = LoraConfig.from_pretrained(str(adapter.folder))
+    set_ranks(config, adapter)
+    config.inference_mode = False
+    # as of a new LoRA; PEFT looks this base up when it saves, on the Hub if need be
+    config.base_model_name_or_path = skeleton.config.name_or_path
+    return config
+
+
+def load_initial(
+    base: PreTrainedModel, adapter: LoraAdapter, train_only: str | None = None, config: LoraConfig | None = None
+) -> PeftModel:
+    """Put an adapter on a base (changed in place) to be trained on, in fp32; its own config by default."""
+    config = config or _plan_initial(base, adapter)
+    model: Any
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            if isinstance(adapter, ExpandedAdapter):  # of shapes that its file does not have
+                model = get_peft_model(base, config)
+                placed: Any = set_peft_model_state_dict(model, adapter.state_dict())
+                lacking = [key for key in placed.missing_keys if "lora_" in key or "modules_to_save" in key]
+                if lacking or placed.unexpected_keys:
+                    raise UserError(f"missing {lacking[:3]}, unexpected {[*placed.unexpected_keys][:3]}")
+            else:
+                model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, config=config)
+    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise AdapterError(
+            f"--init_adapter {adapter.name} does not fit base model {base.config.name_or_path} ({error}); give the "
+            f"base it was trained on ({adapter.base_model or 'not named in its config'})"
+        ) from error
+    return _freeze_all_but(model, train_only)
+
+
+def _freeze_all_but(model: PeftModel, train_only: str | None) -> PeftModel:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise NonFiniteError(f"{name} is not finite, so no adapter is written; lower --learning_rate")
+        if train_only is not None and f".{train_only}." not in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def _plan_new(skeleton: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
+    """PEFT's config of a new LoRA, tried out on a base without weights: it must be one that can be fused."""
+    name = skeleton.config.name_or_path
+    for saved in lora.modules_to_save or ():
+        if not any(path == saved or path.endswith(f".{saved}") for path, _ in skeleton.named_modules()):
+            raise UserError(f"--modules_to_save: base model {name} has no module {saved}; name one that it has")
+    targets = lora.target_modules or _projections(skeleton)
+    layers = None if lora.layers_to_transform is None else sorted(set(lora.layers_to_transform))
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        bias="none",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=0.05 if lora.lora_dropout is None else lora.lora_dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        layers_to_transform=layers,
+        use_rslora=lora.use_rslora,
+        modules_to_save=lora.modules_to_save,
+        init_lora_weights=True if lora.init_lora_weights == "true" else lora.init_lora_weights,  # type: ignore[arg-type]
+    )
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(skeleton, config)
+    except ValueError as error:
+        raise UserError(f"--target_modules {' '.join(targets)} with --r {lora.r}: PEFT refuses ({error})") from error
+    layers_found = set()
+    for path, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+            kind = type(module.get_base_layer()).__name__
+            raise UserError(f"--target_modules: {path} is a {kind}; only LoRA of linear layers can be fused")
+        try:
+            key = module_key(path)
+        except AdapterError as error:
+            raise UserError(f"--target_modules: an adapter of {path} could not be fused: {error}") from error
+        layers_found |= set() if key is None else {key.layer}
+    if not layers_found:
+        raise UserError(f"--target_modules {targets}: none lies in a decoder layer of base model {name}")
+    if layers is not None and set(layers) != layers_found:
+        missing = sorted(set(layers) - layers_found)
+        raise UserError(f"--layers_to_transform: base model {name} has no layers {missing} with {targets}")
+    for target in targets if targets != [ALL_LINEAR] else ():
+        if not any(path == target or path.endswith(f".{target}") for path in model.targeted_module_names):
+            raise UserError(f"--target_modules: base model {name} has no module {target}; name one that it has")
+    return config
+
+
+def _projections(skeleton: nn.Module) -> list[str]:
+    """Names of the linear layers that do one of the seven roles, as far as a base has them."""
+    names = set()
+    for path, module in skeleton.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            try:
+                key = module_key(path)
+            except AdapterError:  # a layer of another kind, such as a router: it gets no LoRA
+                continue
+            if key is not None:
+                names.add(path.rpartition(".")[2])
+    if not names:
+        raise UserError("the base model has no linear layers of known roles; name some with --target_modules")
+    return sorted(names)
+
+
+# ---- the result -------------------------------------------------------------------------------------------------
+
+
+def expert_record(
+    base: str,
+    lora: ExpertLora,
+    args: TrainingConfig,
+    steps: int,
+    data: TrainingData,
+    metrics: Mapping[str, Any],
+    resumed_from_step: int | None = None,
+) -> dict[str, Any]:
+    """What `expert.json` records of a run: settings, data and metrics."""
+    labels = data.labels_record
+    training = {**args.training_dict(), "steps": steps, "processes": args.world_size, "data": data.replay_record}
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
+             "modules_to_save", "init_lora_weights")  # fmt: skip
+    return make_record(
+        "tuning",
+        lora.train_only or "lora",
+        base,
+        training_cost(metrics, resumed_from_step),
+        seed=args.seed,
+        ran_source_models=is_labelled_by_sources(labels),
+        control=join_controls(label_control(labels), control_of(lora.initial)),
+        lora={name: plain(getattr(lora.config, name)) for name in names},
+        init_adapter=adapter_record(lora.initial) if lora.initial else None,
+        basis=basis_record(lora.initial),
+        train_only=lora.train_only,
+        training=training if labels is None else training | {"source_labels": labels},
+        metrics=dict(metrics),
+    )
+
+
+def about_expert(record: Mapping[str, Any]) -> str:
+    """What the card of an expert tells."""
+    labels = record["training"].get("source_labels")
+    begun = f", begun as the adapter `{record['init_adapter']['name']}`" if record["init_adapter"] else ""
+    part = f" Its `{record['train_only']}` alone was trained." if record["train_only"] else ""
+    rank, base = record["lora"]["r"], record["base_model"]
+    text = f"A LoRA adapter of rank {rank} for `{base}`{begun}, trained with the loss on the answers only.{part}"
+    sets = [*record["training"]["data"].get("datasets", []), *(labels["files"] if labels else [])]
+    rows = "\n".join(["| data set | examples |", "|---|---|", *(f"| {one['name']} | {one['kept']} |" for one in sets)])
+    return "\n\n".join(filter(None, [text, describe_basis(record["basis"]), rows, describe_labels(labels)]))
+
+
+def export_lora(trainer: AdapterTrainer, folder: Path, record: Mapping[str, Any], about: str) -> None:
+    """Write the adapter that was trained, with its record and card. All ranks together."""
+    model: Any = trainer.model
+    names = ((name, p) for name, p in model.named_parameters() if "lora_" in name or ".modules_to_save." in name)
+    weights = get_peft_model_state_dict(model, whole_tensors(names), save_embedding_layers=False)
+    if trainer.args.should_save:
+        config = copy.copy(model.peft_config["default"])
+        config.inference_mode = True
+        write_adapter(folder, weights, config, record, about=about, tokenizer=trainer.processing_class)
+    trainer.accelerator.wait_for_everyone()

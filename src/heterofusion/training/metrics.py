@@ -1,6 +1,5 @@
 """Figures of a training: means over accumulation windows, what a log line holds, the metrics of a whole run."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.method.diagnostics import diagnostic_logs
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.training.config import HeteroFusionConfig
 
 
 class FusionProgressCallback(ProgressCallback):
@@ -40,10 +38,6 @@ class WindowMeans:
     def add(self, name: str, value: Tensor) -> None:
         """Add a micro-batch's value to the open window; under the same names on all ranks."""
         self.window[name] = self.window[name] + value.detach() if name in self.window else value.detach()
-
-    def drop(self) -> None:
-        """Forget the open window."""
-        self.window = {}
 
     def commit(self) -> None:
         """Close the open window."""
@@ -79,54 +73,23 @@ def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
     return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
 
 
-def mean_logged_loss(history: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean training loss per optimizer step over a run's log, resumed or not; None if nothing was logged.
+def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Trainer's metrics of a run for its record, with the mean loss of all its steps by `TrainerState.log_history`.
 
-    Args:
-        history: `TrainerState.log_history`. Steps after its last `loss` do not count.
+    Trainer's own mean begins anew when a run resumes. Steps after the last logged loss do not count.
     """
+    kept = {name: value for name, value in metrics.items() if name not in ("total_flos", "train_loss")}
     total, last = 0.0, 0
     for entry in history:
         if "loss" in entry:
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
-    return total / last if last else None
+    return kept | ({"train_loss": total / last} if last else {})
 
 
-def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Trainer's metrics of a run for its record, with the mean loss of all its steps, resumed or not."""
-    kept = {name: value for name, value in metrics.items() if name not in ("total_flos", "train_loss")}
-    loss = mean_logged_loss(history)  # Trainer's own begins anew when a run resumes
-    return kept if loss is None else kept | {"train_loss": loss}
-
-
-def complete_log(
-    logs: dict[str, float],
-    means: WindowMeans,
-    model: HeteroFusionModel,
-    args: HeteroFusionConfig,
-    accelerator: Accelerator,
-) -> None:
-    """Add the method's own figures to a line of Trainer's that has a `loss`. All ranks together.
-
-    Args:
-        logs: the line, changed in place; without `loss` where every step since the last line was skipped.
-        means: of the losses since the last line; they begin anew.
-        model: its state is logged by role and source, and the seconds of its hypernetworks begin anew.
-        args: of the run.
-        accelerator: of the run.
-    """
+def fusion_log(means: WindowMeans, model: HeteroFusionModel, accelerator: Accelerator) -> dict[str, float]:
+    """The method's own figures since the last log line; all of them begin anew. All ranks together."""
     windows = means.windows
-    if args.skip_nonfinite_steps:  # Trainer counts a skipped step as one without loss
-        if not windows:
-            del logs["loss"]
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            del logs["grad_norm"]
-    if not windows:
-        return
-    logs.update(means.take(accelerator))
-    if args.skip_nonfinite_steps:
-        logs["loss"] = logs["lm_loss"] + args.rdm_weight * logs.get("rdm_loss", 0.0)
-    logs["hypernetwork_seconds"] = model.updates.seconds / windows
+    logs = means.take(accelerator) | {"hypernetwork_seconds": model.updates.seconds / windows}
     model.updates.seconds = 0.0
-    logs.update(diagnostic_logs(model))
+    return logs | diagnostic_logs(model)

@@ -1,25 +1,46 @@
-"""Replay and source labels in one training set, with the same share of both wherever one looks.
+"""What a run trains on: replay, source labels, or both with the same share of each wherever one looks.
 
 Which part the example at a place of the run is of depends on the place and the share alone (error diffusion, as a
 straight line is drawn in pixels), so every run of neighbours has the share, however short it is and whichever rank
 reads it. Which example of the part it is depends on the seed and the epoch alone, so a run resumes anywhere.
+
+Soft labels: at a label token where the source told of other tokens, P, the loss of a model Q is
+(1 - w) * CE(answer, Q) + w * KL(P || Q), elsewhere the cross-entropy alone; all of it is a mean over the label tokens
+of the accumulation window (Hinton et al., arXiv 1503.02531, with a temperature of 1). What is computed here is
+KL - CE, which a trainer adds w times to the loss of the model itself.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset as Examples
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.labels import FINEST_SHARE, check_fraction
+from heterofusion.data.labels import (
+    FINEST_SHARE,
+    SOFT_COLUMNS,
+    SOFT_IDS,
+    SOFT_POSITIONS,
+    SOFT_PROBS,
+    SourceLabelArguments,
+    build_labels,
+    check_fraction,
+    labels_record,
+    labels_summary,
+)
+from heterofusion.data.replay import DataArguments, build_replay, examples_sha256
+from heterofusion.experts.soft_targets import add_soft_labels
 from heterofusion.runtime.errors import UserError
 
 PART = "mixture_part"  # column of a batch: the index in PARTS of each example's part
@@ -27,15 +48,7 @@ PARTS = ("replay", "labels")
 
 
 def default_fraction(replay: int, labels: int) -> float:
-    """The share of replay where none is asked for: all examples come equally often.
-
-    Args:
-        replay: number of replay examples.
-        labels: number of source labels.
-
-    Returns:
-        The share, from 0.001 to 0.999; 0 without replay.
-    """
+    """The share of replay where none is asked for: all examples come equally often; 0 without replay."""
     if not replay:
         return 0.0
     return min(max(replay / (replay + labels), 1 / FINEST_SHARE), 1 - 1 / FINEST_SHARE)
@@ -84,12 +97,7 @@ class Mixture(Dataset):
         return {**(labels[index - len(replay)] if part else replay[index]), PART: part}
 
     def sampler(self, args: TrainingArguments, batch_size: int) -> "MixtureSampler":
-        """The order of a run.
-
-        Args:
-            args: of the run.
-            batch_size: examples of a micro-batch on one device.
-        """
+        """The order of a run with micro-batches of `batch_size` examples on each device."""
         step = batch_size * args.world_size * args.gradient_accumulation_steps
         return MixtureSampler(self, step, args.seed if args.data_seed is None else args.data_seed)
 
@@ -134,13 +142,7 @@ class MixtureSampler(Sampler[int]):
 
 
 def epoch_length(counts: tuple[int, int], share: Fraction, step: int) -> int:
-    """Examples of an epoch: the fewest that hold both parts wherever the epoch begins, in whole optimizer steps.
-
-    Args:
-        counts: examples of replay and of labels.
-        share: of replay.
-        step: examples of an optimizer step.
-    """
+    """Examples of an epoch: the fewest that hold both parts wherever the epoch begins, in whole optimizer steps."""
     replay = math.ceil(counts[0] / share) if share else 0
     return math.ceil(max(replay, math.ceil(counts[1] / (1 - share))) / step) * step
 
@@ -191,3 +193,136 @@ def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tens
         f"loss_{name}": torch.where((parts == index).unsqueeze(1), examples, 0).sum(dim=0)
         for index, name in enumerate(PARTS)
     }
+
+
+# ---- soft labels ----
+
+
+def kl_divergences(log_probs: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
+    """KL(P || Q) of distributions P over a few tokens and Q over all of them.
+
+    Args:
+        log_probs: (..., vocabulary), of Q.
+        ids: (..., k): tokens of P.
+        probs: (..., k): their probabilities; a token of probability 0 counts for nothing.
+
+    Returns:
+        (...): nats, 0 where P is nothing.
+    """
+    return torch.special.xlogy(probs, probs).sum(dim=-1) - (probs * log_probs.gather(-1, ids)).sum(dim=-1)
+
+
+def soft_losses(
+    logits: Tensor, labels: Tensor, positions: Tensor, ids: Tensor, probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What soft labels add to the loss of a micro-batch, without waiting for the device.
+
+    Args:
+        logits: (batch, length, vocabulary).
+        labels: (batch, length); the logits at a place are of the label after it.
+        positions: (batch, soft): places of label tokens, from 1; padded with places of any kind.
+        ids: (batch, soft, k): token ids.
+        probs: (batch, soft, k): their probabilities; all 0 where a row is padded.
+
+    Returns:
+        The sum of KL - CE over the soft labels, which has a gradient; and the sum of KL with the number of soft
+        labels, (2,), which has none. In nats and float32.
+    """
+    rows = torch.arange(len(logits), device=logits.device).unsqueeze(1)  # (batch, 1)
+    log_probs = torch.log_softmax(logits[rows, positions - 1].float(), dim=-1)  # (batch, soft, vocabulary)
+    answers = labels.gather(1, positions).clamp(min=0).unsqueeze(-1)  # (batch, soft, 1); padding may be no label
+    real = probs.sum(dim=-1) > 0  # (batch, soft)
+    kl = torch.where(real, kl_divergences(log_probs, ids, probs), 0)
+    nll = torch.where(real, -log_probs.gather(-1, answers).squeeze(-1), 0)
+    return (kl - nll).sum(), torch.stack([kl.sum(), real.sum()]).detach()
+
+
+def pad_rows(rows: Sequence[Any], shape: tuple[int, ...], dtype: torch.dtype, fill: int = 0) -> Tensor:
+    """Arrays of different sizes, each of at most `shape[1:]`, as one tensor; `fill` stands behind their ends."""
+    padded = torch.full(shape, fill, dtype=dtype)
+    for index, row in enumerate(rows):
+        if len(row):
+            values = torch.as_tensor(row, dtype=dtype)
+            padded[index][tuple(map(slice, values.shape))] = values
+    return padded
+
+
+class SoftCollator:
+    """Collates examples with and without soft labels; `collate` makes a batch of all other columns."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        plain = [{name: v for name, v in example.items() if name not in SOFT_COLUMNS} for example in examples]
+        batch = dict(self._collate(plain))
+        positions, ids, probs = ([example.get(name, ()) for example in examples] for name in SOFT_COLUMNS)
+        # at least one place: a batch without soft labels has the same columns
+        count = max(1, *map(len, positions))
+        k = max([1, *(len(row[0]) for row in ids if len(row))])
+        batch[SOFT_POSITIONS] = pad_rows(positions, (len(examples), count), torch.long, fill=1)
+        batch[SOFT_IDS] = pad_rows(ids, (len(examples), count, k), torch.long)
+        batch[SOFT_PROBS] = pad_rows(probs, (len(examples), count, k), torch.float32)
+        return batch
+
+
+# ---- from flags ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        examples: a data set, or with source labels a mixture.
+        parts: the data sets that it is made of.
+        replay_record: plain values about the replay; empty without.
+        labels_record: the same about the source labels; None without.
+        summary: what became of each part, as lines for the log by what they are of.
+    """
+
+    examples: Examples | Mixture
+    parts: tuple[Examples, ...]
+    replay_record: dict[str, Any]
+    labels_record: dict[str, Any] | None
+    summary: Mapping[str, list[str]]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint tells of the data, so that no run goes on with others."""
+        labels = None if self.labels_record is None else dict(self.labels_record)
+        share = labels.pop("replay_fraction", None) if labels else None
+        # the share comes last: where nobody asked for one it follows from the rest, and what differs there is named
+        state = {"source_labels": labels, "replay": self.replay_record, "replay_fraction": share}
+        return json.loads(json.dumps(state))
+
+
+def build_training_data(
+    data: DataArguments,
+    labels: SourceLabelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    kind: str = "replay",
+) -> TrainingData:
+    """Load, sample and tokenize replay (messages call it `kind`) and source labels; all ranks together."""
+    parts, made, summary = [], {}, {}
+    if data.dataset_name or not labels.source_labels:
+        replay, report = build_replay(data, tokenizer, kind)
+        parts, made = [replay], {**report.to_dict(), "sha256": examples_sha256(replay)}
+        summary = {kind: report.summary()}
+    if not labels.source_labels:
+        return TrainingData(replay, (replay,), made, None, summary)
+    found = build_labels(labels, data, tokenizer)
+    labelled, soft_record, soft_weight, soft_lines = found.examples, None, None, []
+    if labels.label_loss == "soft":
+        labelled, soft_record, line = add_soft_labels(found, labels, tokenizer)
+        soft_weight, soft_lines = labels.soft_weight, [line]
+    mixture = Mixture(parts[0] if parts else [], labelled, labels.replay_fraction, soft_weight)
+    length = len(mixture.sampler(args, args.train_batch_size))
+    summary["source labels"] = [
+        *labels_summary(found.reports, data.max_length),
+        *soft_lines,
+        f"an epoch is {length} examples, {float(mixture.share):.1%} of them replay",
+    ]
+    record = labels_record(found, labels, float(mixture.share), soft_record)
+    return TrainingData(mixture, (*parts, labelled), made, record, summary)

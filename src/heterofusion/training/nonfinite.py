@@ -13,7 +13,7 @@ from heterofusion.runtime.errors import UserError
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient that is not finite."""
+    """A loss, gradient or weight that is not finite."""
 
 
 def gradient_norms(hypernetworks: HyperNetworks) -> dict[str, Tensor]:
@@ -38,13 +38,14 @@ class FiniteGuard:
 
     `note` launches work on the device only. `first_bad` waits for it: call it at logging steps and before anything is
     kept.
-
-    Args:
-        groups: names of the hypernetworks' groups.
     """
 
     def __init__(self, groups: Sequence[str]) -> None:
         self.groups = tuple(groups)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew."""
         self._first: Tensor | None = None  # (3 + 2 * groups,): its step or -1, then what was bad at it
 
     def note(
@@ -54,7 +55,7 @@ class FiniteGuard:
         grad_norm: Tensor | float | None,
         finite: Mapping[str, Tensor],
         finite_updates: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    ) -> None:
         """Look at one optimizer step.
 
         Args:
@@ -63,9 +64,6 @@ class FiniteGuard:
             grad_norm: of all hypernetworks' gradients; None if it is not known.
             finite: per group, whether its gradient was finite; groups may be missing.
             finite_updates: the same of the updates that it predicted.
-
-        Returns:
-            Whether anything was not, (,) bool on the device.
         """
         good = torch.ones((), dtype=torch.bool, device=loss.device)
         norm = good if grad_norm is None else torch.as_tensor(grad_norm, device=loss.device).isfinite()
@@ -73,39 +71,25 @@ class FiniteGuard:
             each.get(name, good).to(loss.device) for each in (finite, finite_updates or {}) for name in self.groups
         ]
         flags = ~torch.stack([loss.detach().isfinite().view(()), norm.view(()), *parts])
-        bad = flags.any()
-        found = torch.cat([torch.where(bad, step, -1).view(1), flags.long()])
+        found = torch.cat([torch.where(flags.any(), step, -1).view(1), flags.long()])
         if self._first is None:
             self._first = torch.full_like(found, -1)
         self._first = torch.where(self._first[0] < 0, found, self._first)
-        return bad
 
     def first_bad(self, accelerator: Accelerator) -> str | None:
-        """What was not finite first, on any rank, in words; None if nothing.
-
-        All ranks together; waits for the device.
-        """
+        """What was not finite first, on any rank, in words. All ranks together; waits for the device."""
         if self._first is None:
             return None
         ranks = accelerator.gather(self._first.unsqueeze(0)).cpu()  # (ranks, 3 + 2 * groups)
         steps = [int(step) for step in ranks[:, 0] if step >= 0]
         if not steps:
             return None
-        step = min(steps)
-        flags = ranks[ranks[:, 0] == step][:, 1:].bool().any(dim=0).tolist()
-        count = len(self.groups)
-        gradients, updates = (
-            [name for name, bad in zip(self.groups, part, strict=True) if bad]
-            for part in (flags[2 : 2 + count], flags[2 + count :])
-        )
+        loss, norm, *parts = ranks[ranks[:, 0] == min(steps)][:, 1:].bool().any(dim=0).tolist()
+        gradients = [name for name, bad in zip(self.groups, parts, strict=False) if bad]
+        updates = [name for name, bad in zip(self.groups, parts[len(self.groups) :], strict=True) if bad]
         if updates:  # the first cause: loss and gradients pass through them, and those of all groups are bad then
             what = [f"the update of {', '.join(updates)}"]
         else:
-            what = (["the loss"] if flags[0] else []) + (
-                [f"the gradient of {', '.join(gradients)}"] if gradients else ["the gradient norm"] if flags[1] else []
-            )
-        return f"step {step}: {' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"
-
-    def forget(self) -> None:
-        """Start anew, after a step that was skipped."""
-        self._first = None
+            what = ["the loss"] if loss else []
+            what += [f"the gradient of {', '.join(gradients)}"] if gradients else ["the gradient norm"] * norm
+        return f"step {min(steps)}: {' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite"

@@ -7,7 +7,7 @@ once per window, on its last micro-batch. Checkpoints hold the hypernetworks; `s
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,35 +23,32 @@ from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.write import export_adapter
 from heterofusion.runtime.sharding import broadcast_parameters
+from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.checkpoints import (
     check_checkpoint,
-    checkpoint_to_resume,
+    fusion_identity,
     load_hypernetworks,
-    nonfinite_error,
     restore_basis,
     save_hypernetworks,
-    stopped_early,
 )
 from heterofusion.training.config import HeteroFusionConfig
 from heterofusion.training.engines import (
     ONCE_PER_WINDOW,
     check_engine,
     engine_record,
-    refuse_data_parallel,
     set_up_engine,
 )
-from heterofusion.training.metrics import FusionProgressCallback, complete_log
-from heterofusion.training.mixture_training import MixtureTrainer
+from heterofusion.training.metrics import FusionProgressCallback, fusion_log
 from heterofusion.training.nonfinite import FiniteGuard, gradient_norms
 
 logger = logging.getLogger(__name__)
 
 
-class HeteroFusionTrainer(MixtureTrainer):
+class HeteroFusionTrainer(AdapterTrainer):
     """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
 
     It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss` (soft labels included), `rdm_loss`,
-    of a `Mixture` the losses of its parts (see `MixtureTrainer`), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
+    of a `Mixture` the losses of its parts (see `AdapterTrainer`), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
     (||alpha dB|| / ||B||), the share of attention per source `attention/`, and `hypernetwork_seconds` (forward, per
     optimizer step).
 
@@ -62,14 +59,13 @@ class HeteroFusionTrainer(MixtureTrainer):
         eval_dataset: the same, for evaluation.
         processing_class: the target's tokenizer; saved with the adapter and used for padding.
         data_collator: pads and batches; `make_collator` of the tokenizer by default.
-        replay_record: plain values about the replay, for the provenance.
-        run_record: plain values about the run around the training, for the provenance.
+        run_record: plain values about the run and its data, for the provenance.
         checkpoint_record: plain values that stand in every checkpoint, for whoever resumes from it.
         **kwargs: passed on to `Trainer`.
 
     Raises:
         TypeError: model or args are of another type.
-        ValueError: model and args differ in the method's settings; or an engine that cannot carry a fusion: several
+        UserError: model and args differ in the method's settings; or an engine that cannot carry a fusion: several
             GPUs in one process, FSDP1, DeepSpeed or FSDP configured to cast the hypernetworks.
     """
 
@@ -83,8 +79,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Any = None,
-        replay_record: dict[str, Any] | None = None,
-        run_record: dict[str, Any] | None = None,
+        run_record: Mapping[str, Any] | None = None,
         checkpoint_record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -92,15 +87,12 @@ class HeteroFusionTrainer(MixtureTrainer):
             raise TypeError(f"model is a {type(model).__name__}; build it with HeteroFusionModel.from_adapters()")
         if not isinstance(args, HeteroFusionConfig):
             raise TypeError(f"args is a {type(args).__name__}; a HeteroFusionConfig was expected")
-        refuse_data_parallel(args)
         model.method.check_same(args)
         if data_collator is None:
             data_collator = make_collator(processing_class) if processing_class else default_data_collator
-        self._skipped = 0
-        self._once_per_window = self._stopped_early = False
+        self._once_per_window = False
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
-        self.replay_record, self.run_record = replay_record or {}, run_record or {}
-        self.checkpoint_record = dict(checkpoint_record or {})
+        self.run_record, self.checkpoint_record = dict(run_record or {}), dict(checkpoint_record or {})
         self.fusion_model = model
         super().__init__(
             model=model,
@@ -120,21 +112,11 @@ class HeteroFusionTrainer(MixtureTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(FusionProgressCallback)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's `train`; `resume_from_checkpoint=True` takes the last complete checkpoint in `output_dir`.
-
-        Raises:
-            NonFiniteError: a loss or gradient was not finite; names the step and the roles.
-            ValueError: a checkpoint that is not complete, or of another fusion or engine.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(checkpoint_to_resume(str(self.args.output_dir)))
-        if resume_from_checkpoint:  # before anything of it is read
-            fusion = (self.fusion_model.plan, self.fusion_model.hypernetworks.config, self.fusion_model.method)
-            check_checkpoint(resume_from_checkpoint, *fusion, engine_record(self.accelerator))
-            restore_basis(self.fusion_model, resume_from_checkpoint)
-        self._stopped_early = bool(resume_from_checkpoint) and stopped_early(str(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def _check_resumed(self, checkpoint: str) -> None:
+        model = self.fusion_model
+        identity = fusion_identity(model.plan, model.hypernetworks.config, model.method)
+        check_checkpoint(checkpoint, identity | engine_record(self.accelerator))
+        restore_basis(model, checkpoint)
 
     # ---- objective ----------------------------------------------------------------------------------------------
 
@@ -152,23 +134,20 @@ class HeteroFusionTrainer(MixtureTrainer):
         """
         updates = self.fusion_model.updates
         if not self._once_per_window:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        elif self.accelerator.sync_gradients:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
             with updates.close_window():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        else:
-            model.train()
-            set_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, as in Trainer
-            if callable(set_training_mode):
-                set_training_mode()
-            inputs = self._prepare_inputs(inputs)
-            with updates.collect_gradients(), self.compute_loss_context_manager():
-                loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
-                loss = loss / self._loss_divisor(num_items_in_batch)
-                loss.backward()
-            loss = loss.detach()
-        # a loss that is tolerated must not spoil the mean that is logged
-        return loss.nan_to_num(0, 0, 0) if self.args.skip_nonfinite_steps else loss
+                return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        set_training_mode = getattr(self.optimizer, "train", None)  # of schedule-free optimizers, as in Trainer
+        if callable(set_training_mode):
+            set_training_mode()
+        inputs = self._prepare_inputs(inputs)
+        with updates.collect_gradients(), self.compute_loss_context_manager():
+            loss = self.compute_loss(self.fusion_model, inputs, num_items_in_batch=num_items_in_batch)
+            loss = loss / self._loss_divisor(num_items_in_batch)
+            loss.backward()
+        return loss.detach()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         accelerator, updates = self.accelerator, self.fusion_model.updates
@@ -181,7 +160,7 @@ class HeteroFusionTrainer(MixtureTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._align_ranks()
         refuse_reentrant_checkpointing(self.fusion_model.base_model)
-        self._skipped, updates.seconds = 0, 0.0
+        updates.seconds = 0.0
         self._guard.forget()
         updates.discard_gradients()
         updates.invalidate()
@@ -192,6 +171,37 @@ class HeteroFusionTrainer(MixtureTrainer):
         if self.fusion_model.updates.average_over_ranks:
             broadcast_parameters(self.fusion_model.hypernetworks)
             self.fusion_model.updates.invalidate()
+
+    def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
+        """What a micro-batch's loss is divided by: 1 if it is normalized over the window's label tokens already."""
+        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
+        if not self.fusion_model.training:  # DeepSpeed's engine does not tell
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with_rdm = self.accelerator.sync_gradients and self.args.rdm_weight > 0
+        if with_rdm:
+            inputs = {**inputs, "rdm_step": self.state.global_step}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        divisor = self._loss_divisor(num_items_in_batch)
+        self._means.add("lm_loss", loss / divisor)
+        if with_rdm:
+            rdm = cast("Tensor", self.fusion_model.rdm_loss)
+            self._means.add("rdm_loss", rdm)
+            loss = loss + self.args.rdm_weight * rdm * divisor
+        return (loss, outputs) if return_outputs else loss
+
+    def own_figures(self) -> dict[str, float]:
+        """The losses since the last line, and the state of the fusion by role and source. All ranks together."""
+        return fusion_log(self._means, self.fusion_model, self.accelerator)
 
     # ---- what is not finite -------------------------------------------------------------------------------------
 
@@ -216,45 +226,24 @@ class HeteroFusionTrainer(MixtureTrainer):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         scaled = self.accelerator.scaler is not None  # an overflow is the scaler's business: it skips and scales down
-        bad = self._guard.note(
+        self._guard.note(
             self.state.global_step + 1,
             self._means.window["lm_loss"] + self._means.window.get("rdm_loss", 0),
             None if scaled else norm,
             {} if scaled else self.fusion_model.updates.finite,
             self.fusion_model.updates.finite_updates,
         )
-        if self.args.skip_nonfinite_steps and self.accelerator.reduce(bad.float()) > 0:
-            self._skip_step()
-        else:
-            self._means.commit()
+        self._means.commit()
         return norm
-
-    def _skip_step(self) -> None:
-        reason = self._guard.first_bad(self.accelerator)
-        self._skipped += 1
-        if self._skipped > self.args.skip_nonfinite_steps:
-            raise nonfinite_error(reason, self._get_output_dir(trial=None))
-        logger.warning("%s; skipped, %d of %d", reason, self._skipped, self.args.skip_nonfinite_steps)
-        self._guard.forget()
-        self._means.drop()
-        for parameter in self.fusion_model.hypernetworks.parameters():
-            parameter.grad = None  # optimizers pass over parameters without gradient; DeepSpeed has skipped by itself
 
     def _raise_if_not_finite(self) -> None:
         if (reason := self._guard.first_bad(self.accelerator)) is not None:
-            raise nonfinite_error(reason, self._get_output_dir(trial=None))
+            raise self.nonfinite_error(reason)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._raise_if_not_finite()
         self._align_ranks()
         return super()._finalize_training(*args, **kwargs)
-
-    def _run_epoch(self, model: nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
-        # resumed at the end: Trainer would make one step more
-        if self._stopped_early or self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(model, epoch, *args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.fusion_model.updates.invalidate()  # fused and DeepSpeed optimizers change parameters unnoticed
@@ -264,40 +253,6 @@ class HeteroFusionTrainer(MixtureTrainer):
             self._align_ranks()
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _loss_divisor(self, num_items_in_batch: Tensor | int | None) -> int:
-        """What a micro-batch's loss is divided by: 1 if it is normalized over the window's label tokens already."""
-        normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
-        if not self.fusion_model.training:  # DeepSpeed's engine does not tell
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        closes_window = self.accelerator.sync_gradients
-        if closes_window and self.args.rdm_weight > 0:
-            inputs = {**inputs, "rdm_step": self.state.global_step}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        divisor = self._loss_divisor(num_items_in_batch)
-        self._means.add("lm_loss", loss / divisor)
-        if closes_window and self.args.rdm_weight > 0:
-            rdm = self.fusion_model.rdm_loss
-            assert rdm is not None  # rdm_step was given
-            self._means.add("rdm_loss", rdm)
-            loss = loss + self.args.rdm_weight * rdm * divisor
-        return (loss, outputs) if return_outputs else loss
-
-    # ---- logging ------------------------------------------------------------------------------------------------
-
-    def complete_log(self, logs: dict[str, float]) -> None:
-        """Add the method's own figures to a training log line, in place. All ranks together."""
-        complete_log(logs, self._means, self.fusion_model, self.args, self.accelerator)
-
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -305,31 +260,24 @@ class HeteroFusionTrainer(MixtureTrainer):
 
         All ranks together; rank 0 writes.
         """
-        if _internal_call:
-            if output_dir is not None:
-                record = engine_record(self.accelerator) | {"save_only_model": self.args.save_only_model}
-                record |= self.checkpoint_record
-                save_hypernetworks(self.fusion_model, output_dir, record, self.args.should_save)
-            return
-        self.export(output_dir or str(self.args.output_dir))
+        if not _internal_call:
+            self.export(output_dir or str(self.args.output_dir))
+        elif output_dir is not None:
+            record = engine_record(self.accelerator) | {"save_only_model": self.args.save_only_model}
+            save_hypernetworks(self.fusion_model, output_dir, record | self.checkpoint_record, self.args.should_save)
 
     def export(self, output_dir: str | Path, metrics: Mapping[str, Any] | None = None) -> Path:
         """Write the fused adapter, provenance and card: all ranks together, rank 0 writes. See `export_adapter`."""
         self._raise_if_not_finite()
+        run = {"steps": self.state.global_step, "processes": self.args.world_size, "replay": {}}
         return export_adapter(
             self.fusion_model,
             output_dir,
             tokenizer=self.processing_class,
-            training=self.training_record(),
+            training=self.args.training_dict() | run | self.run_record,
             metrics=dict(metrics or {}),
             write=self.args.should_save,
         )
-
-    def training_record(self) -> dict[str, Any]:
-        """How the hypernetworks were trained, as plain values."""
-        record = self.args.training_dict() | self.run_record
-        record |= {"steps": self.state.global_step, "processes": self.args.world_size, "replay": self.replay_record}
-        return record
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_hypernetworks(self.fusion_model, resume_from_checkpoint)
@@ -338,14 +286,6 @@ class HeteroFusionTrainer(MixtureTrainer):
         best = str(self.state.best_model_checkpoint)
         logger.info("loading the best hypernetworks from %s (%s)", best, self.state.best_metric)
         load_hypernetworks(self.fusion_model, best)
-
-    # ---- the Hub ------------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing is created before there is something to push: see `push_to_hub`."""
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Checkpoints hold hypernetworks and optimizer states; they are not pushed."""
 
     def push_to_hub(  # type: ignore[override]  # one adapter, after training: nothing to wait for
         self,

@@ -27,8 +27,8 @@ from heterofusion.data.replay import DatasetReport, as_dataset, encode_records, 
 from heterofusion.evaluation.uie import score_answers
 from heterofusion.experts.generation import generate_answers
 from heterofusion.runtime.errors import UserError
-from heterofusion.training.expert import LoraArguments
-from heterofusion.training.expert_lora import choose_lora
+from heterofusion.training.config import LoraArguments
+from heterofusion.training.expert import choose_lora
 from heterofusion.zoo.corpus import pretraining_documents
 from heterofusion.zoo.families import FAMILY_SPECS, MAX_POSITIONS, new_base, train_tokenizer
 from heterofusion.zoo.language import LANGUAGE_SEED, TASKS, make_examples

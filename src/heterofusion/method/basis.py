@@ -7,6 +7,7 @@ modules. Only sums are kept: second moments along a few directions, never a cova
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,6 @@ class FitBasis(TrainerCallback):
     """Fits the extra rows when training begins, on a sample of its data: all engines are in place then.
 
     A run that resumes has its rows from the checkpoint.
-
-    Args:
-        fit: gets the examples' token ids, each (1, tokens), on the device of the run.
-        dataset: all that is trained on, rows with `input_ids`.
     """
 
     def __init__(self, fit: Callable[[Sequence[Tensor]], None], dataset: Any) -> None:
@@ -66,25 +63,15 @@ def sample_examples(dataset: Dataset | Sequence, seed: int, device: torch.device
 
 
 def fit_basis(model: PeftModel, adapter: ExpandedAdapter, examples: Sequence[Tensor]) -> ExpandedAdapter:
-    """Give the extra rows the size, and for `activations` the direction, that belongs to a model's real inputs.
+    """The adapter with extra rows of the size, and for `activations` the direction, that belongs to real inputs.
 
     Each row gets the length at which its RMS over the inputs of its module is the mean RMS of the anchor's rows.
     `random` directions stay where `expand_adapter` put them: one pass. `activations` are the leading eigenvectors of
     the second moment of the inputs (not centred: LoRA does not centre them) in the orthogonal complement of the
     anchor's rows, found in three passes before that one.
 
-    All ranks together, each with the same examples; what rank 0 found counts.
-
-    Args:
-        model: the model with the adapter in place, as it is to be trained; it may be sharded. Not changed.
-        adapter: the adapter.
-        examples: token ids, each (1, tokens), on the model's device.
-
-    Returns:
-        The adapter with fitted rows, which are not in the model yet.
-
-    Raises:
-        UserError: inputs are not finite; names the module.
+    All ranks together, each with the same examples, token ids of (1, tokens) each; what rank 0 found counts. The
+    model, with the adapter in place as it is to be trained, may be sharded; it is not changed.
     """
     count, seed = adapter.expansion.extra_rank, adapter.expansion.seed
     A = {path: module.lora_A for path, module in adapter.anchor.modules.items()}
@@ -94,8 +81,9 @@ def fit_basis(model: PeftModel, adapter: ExpandedAdapter, examples: Sequence[Ten
         directions = {path: random_directions(rows, count, seed, path) for path, rows in A.items()}
     tokens = sum(ids.numel() for ids in examples)
     rows, unreached = {}, 0
-    for path, moments in _second_moments(model, A, directions, examples).items():
-        lengths, missed = _row_lengths(A[path], (moments / tokens).sqrt())
+    stacked = {path: torch.cat([A[path].double(), unit]) for path, unit in directions.items()}
+    for path, squares in _moments(model, stacked, examples)[1].items():
+        lengths, missed = _row_lengths(A[path], (squares / tokens).sqrt())
         unreached += missed
         unit = directions[path] * lengths.unsqueeze(1)
         rows[path] = broadcast(unit.float().to(examples[0].device)).cpu()
@@ -118,65 +106,42 @@ def _principal_directions(
     Randomized subspace iteration, then the Nystrom form (Halko, Martinsson, Tropp, arXiv 0909.4061, sections 4.5 and
     5.5): a pass over the data gives C Q for the second moment C and an orthonormal Q (in x (count + 8)), which is
     random in the first pass, and the C Q of the pass before, orthonormalized, in two more. Memory per module: two such
-    matrices in float32.
-
-    Returns:
-        Orthonormal rows by module path, (count, in_features) float64 on the CPU, largest first.
+    matrices in float32. Gives orthonormal rows, (count, in_features) float64 on the CPU, largest first.
     """
     width = {path: min(count + _OVERSAMPLING, A.shape[1] - A.shape[0]) for path, A in anchor_rows.items()}
     basis = {path: random_directions(A, width[path], seed, path) for path, A in anchor_rows.items()}
-    products = _moment_times(model, basis, examples)
+    products, _ = _moments(model, basis, examples)
     for _ in range(_SKETCHES - 1):
-        basis = {path: orthogonal_rows(A, products[path].cpu()) for path, A in anchor_rows.items()}
-        products = _moment_times(model, basis, examples)
+        basis = {path: orthogonal_rows(A, products[path]) for path, A in anchor_rows.items()}
+        products, _ = _moments(model, basis, examples)
     return {
-        path: orthogonal_rows(A, _nystrom(A, basis[path], products[path].cpu())[:count])
-        for path, A in anchor_rows.items()
+        path: orthogonal_rows(A, _nystrom(A, basis[path], products[path])[:count]) for path, A in anchor_rows.items()
     }
 
 
-def _second_moments(
-    model: PeftModel, anchor_rows: Mapping[str, Tensor], directions: Mapping[str, Tensor], examples: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Sums of squares of inputs along the anchor's rows, then directions: (rank + count,) float64 on the CPU."""
+def _moments(
+    model: PeftModel, directions: Mapping[str, Tensor], examples: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One pass over the inputs x of every module, with some directions for each, (width, in_features).
+
+    Returns:
+        The second moment (sum of x x^T over tokens) times the directions, (width, in_features) float32, and the sums
+        of squares along them, (width,) float64; on the CPU.
+    """
     device = examples[0].device
-    rows = {path: torch.cat([A.double(), directions[path]]).float().to(device) for path, A in anchor_rows.items()}
-    sums = {path: torch.zeros(len(stack), dtype=torch.float64) for path, stack in rows.items()}
+    rows = {path: each.float().to(device) for path, each in directions.items()}
+    products = {path: torch.zeros_like(each) for path, each in rows.items()}
+    squares = {path: torch.zeros(len(each), dtype=torch.float64) for path, each in rows.items()}
 
-    def add(path: str, inputs: Tensor) -> None:
-        sums[path] += (inputs @ rows[path].T).square().sum(0).cpu()  # not every device has float64
+    def show(path: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs = args[0].detach().flatten(0, -2).float()
+        with torch.autocast(inputs.device.type, enabled=False):  # the forward may be inside accelerate's
+            along = inputs @ rows[path].T  # (tokens, width)
+            products[path].addmm_(along.T, inputs)
+            squares[path] += along.square().sum(0).cpu()  # not every device has float64
 
-    _visit_inputs(model, examples, add, sums)
-    return sums
-
-
-def _moment_times(model: PeftModel, basis: Mapping[str, Tensor], examples: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Second moment (sum of x x^T over tokens) times the rows of a basis, (width, in_features) each, in one pass."""
-    device = examples[0].device
-    rows = {path: directions.float().to(device) for path, directions in basis.items()}
-    products = {path: torch.zeros_like(directions) for path, directions in rows.items()}
-
-    def add(path: str, inputs: Tensor) -> None:
-        products[path].addmm_((inputs @ rows[path].T).T, inputs)  # (width, tokens) @ (tokens, in)
-
-    _visit_inputs(model, examples, add, products)
-    return products
-
-
-def _visit_inputs(
-    model: PeftModel, examples: Sequence[Tensor], add: Callable[[str, Tensor], None], sums: Mapping[str, Tensor]
-) -> None:
-    """Let `add` see the inputs of every module in `sums`, (tokens, in_features) float32, example by example."""
     base: Any = model.get_base_model()
-    hooks = []
-    for path in sums:
-
-        def show(module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-            inputs = args[0].detach().flatten(0, -2).float()
-            with torch.autocast(inputs.device.type, enabled=False):  # the forward may be inside accelerate's
-                add(path, inputs)
-
-        hooks.append(base.get_submodule(path).register_forward_pre_hook(show))
+    hooks = [base.get_submodule(path).register_forward_pre_hook(partial(show, path)) for path in rows]
     training = model.training
     model.eval()
     # Silent for the first seconds, and on all ranks but the first.
@@ -189,20 +154,19 @@ def _visit_inputs(
         model.train(training)
         for hook in hooks:
             hook.remove()
-    for path, total in sums.items():
+    for path, total in squares.items():
         if not total.isfinite().all():
             raise UserError(
                 f"the inputs of {path} are not finite on the training data, so --extra_rank cannot be fitted to them; "
                 "load the base in another --dtype (bfloat16 or float32)"
             )
+    return {path: product.cpu() for path, product in products.items()}, squares
 
 
 def _row_lengths(A: Tensor, rms: Tensor) -> tuple[Tensor, int]:
     """Length of every extra row, (count,), and how many of them are only those of the anchor's rows.
 
-    Args:
-        A: (rank, in_features).
-        rms: (rank + count,) root mean squares of the inputs along the rows of A and the unit directions.
+    `rms` are root mean squares of the inputs along the rows of A and then the unit directions, (rank + count,).
     """
     own, extra = rms[: A.shape[0]], rms[A.shape[0] :]
     largest = max(float((own / A.double().norm(dim=1).clamp_min(1e-300)).max()), float(extra.max()))
@@ -215,15 +179,9 @@ def _row_lengths(A: Tensor, rms: Tensor) -> tuple[Tensor, int]:
 
 
 def _nystrom(A: Tensor, basis: Tensor, product: Tensor) -> Tensor:
-    """Eigenvectors, largest first, of the Nystrom form Y (Q^T Y)^-1 Y^T of a positive semidefinite matrix.
+    """Eigenvectors, largest first, of the Nystrom form Y (Q^T Y)^-1 Y^T of C in the complement of the rows of A.
 
-    Args:
-        A: (rank, in_features); the matrix is taken in the orthogonal complement of its rows.
-        basis: Q^T, (width, in_features).
-        product: Y^T = (C Q)^T, (width, in_features).
-
-    Returns:
-        (width, in_features) float64.
+    `basis` is Q^T and `product` Y^T = (C Q)^T; all are (width, in_features), and so is the result, float64.
     """
     inside = torch.linalg.qr(A.double().T).Q  # (in, rank)
     Y = product.double()

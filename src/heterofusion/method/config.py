@@ -155,6 +155,10 @@ class MethodConfig(BasisArguments):
         """The form of the hypernetworks."""
         return PRESETS[self.preset]["form"]
 
+    def alignment(self) -> dict[str, Any]:
+        """Settings of the alignment, as `plan_alignment` takes them."""
+        return {"layer_alignment": self.layer_alignment, "transfer_ratio": self.transfer_ratio}
+
     def check_same(self, other: "MethodConfig") -> None:
         """Refuse other settings of the method than these, which a model was built with."""
         wanted = other.method_dict()
@@ -172,29 +176,17 @@ class MethodConfig(BasisArguments):
 
 @dataclass(frozen=True)
 class HypernetworkConfig:
-    """Sizes of the hypernetworks.
-
-    Attributes:
-        form: `paper` or `compact`, see `method.hypernet`.
-        block_size: rows per block, b.
-        embed_dim: embedding width, e.
-        num_heads: attention heads, h; divides e.
-        max_position_embeddings: rows of the position table, the longest sequence of blocks.
-        mu_gate: shift of the gate before clamping.
-        row_features: k of the compact form.
-        column_features: m of the compact form.
-        residual_scale: factor of the free update that is trained beside the predicted one; 0 for none.
-    """
+    """Sizes of the hypernetworks; the forms are told apart in `method.hypernet`."""
 
     form: str = field(default="paper", metadata={"choices": FORMS})
-    block_size: int = 4096
-    embed_dim: int = 1024
-    num_heads: int = 8
-    max_position_embeddings: int = 4096
+    block_size: int = 4096  # b
+    embed_dim: int = 1024  # e
+    num_heads: int = 8  # divides e
+    max_position_embeddings: int = 4096  # the longest sequence of blocks
     mu_gate: float = 0.1
-    row_features: int = 512
-    column_features: int = 8
-    residual_scale: float = 0.0
+    row_features: int = 512  # k of the compact form
+    column_features: int = 8  # m of the compact form
+    residual_scale: float = 0.0  # of the free update beside the predicted one; 0 for none
 
     def __post_init__(self) -> None:
         check_ranges(self)

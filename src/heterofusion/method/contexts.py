@@ -67,24 +67,12 @@ def cut_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def context_blocks(A: Tensor, B: Tensor, block_size: int) -> Tensor:
-    """Context of a module: blocks of A^T, then blocks of B.
-
-    Args:
-        A: (r, in_features).
-        B: (out_features, r).
-        block_size: b.
-
-    Returns:
-        (ceil(in_features / b) + ceil(out_features / b), b, r) in float32.
-    """
+    """Context of a module, (N, b, r) in float32: blocks of A^T, then blocks of B (see METHOD 3)."""
     return torch.cat([cut_blocks(A.float().T, block_size), cut_blocks(B.float(), block_size)])
 
 
 def describe_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """What the encoder reads of raw blocks.
-
-    Args:
-        blocks: (..., b, r).
+    """What the encoder reads of raw blocks, (..., b, r).
 
     Returns:
         Blocks (..., b * r), flattened row-major and standardized to mean 0 and variance 1 (the fixed half of the
@@ -101,19 +89,10 @@ def source_factors(
 ) -> tuple[Tensor, Tensor, float]:
     """A source slice at the target's rank, its scaling folded into B relative to the target's.
 
-    Equal ranks without `canonicalize` keep the raw tensors, apart from the factor on B.
-
-    Args:
-        source: the slice.
-        rank: the target module's rank.
-        target_scaling: the target module's scaling, the unit that B comes in.
-        canonicalize: write the scaled update in its canonical form at equal ranks too.
+    Equal ranks keep the raw tensors, apart from the factor on B, unless `canonicalize` asks for the canonical form.
 
     Returns:
         A (rank, in), B (out, rank) in float32, and the truncated energy (0 unless the rank shrinks).
-
-    Raises:
-        AdapterError: the scaled B leaves float32.
     """
     A, B = source.module.lora_A.float(), source.lora_B.float()
     scale = source.module.scaling / target_scaling
@@ -133,14 +112,9 @@ def source_factors(
 def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = False) -> dict[str, GroupContext]:
     """Contexts of every group of a plan, by group name.
 
-    The extra rows of an expanded target stay as they are in its context, whatever the form of the anchor's own. Its
-    sources come at the anchor's rank and are padded with zeros to that of the target.
-
-    Args:
-        plan: the alignment.
-        block_size: b.
-        canonicalize: replace each (A, B) by its canonical pair before cutting; the target's A and B themselves are
-            not changed, and the predicted update is always one of its actual B.
+    `canonicalize` replaces each (A, B) by its canonical pair before cutting; the predicted update is always one of the
+    target's actual B. The extra rows of an expanded target stay as they are; its sources come at the anchor's rank and
+    are padded with zeros to that of the target.
     """
     extra = extra_rank(plan.target)
     return {
@@ -194,18 +168,14 @@ def _build_group(
         row[len(blocks) - count : len(blocks)] for row, blocks, count in zip(positions, targets, b_blocks, strict=True)
     ]
     blocks, descriptors = describe_blocks(torch.cat([target.flatten(0, 1), sources_batch.flatten(0, 1)]))
+    padded_from = own if extra else None
+    inputs = HypernetworkInput(
+        blocks, descriptors, len(members), target.shape[1], source_mask, torch.cat(decode_index), padded_from
+    )
     lengths = [len(blocks) for blocks in sources]
     return GroupContext(
         members,
-        HypernetworkInput(
-            blocks,
-            descriptors,
-            len(members),
-            target.shape[1],
-            source_mask,
-            torch.cat(decode_index),
-            padded_from=own if extra else None,
-        ),
+        inputs,
         target_mask,
         real_blocks=(_real_index(target_mask), _real_index(source_mask)),
         source_of_block=pad_sequence(torch.cat(origins).split(lengths), batch_first=True, padding_value=-1),

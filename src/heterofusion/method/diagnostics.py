@@ -18,25 +18,14 @@ DIAGNOSTICS_FILE = "diagnostics.json"
 
 @dataclass(frozen=True)
 class SliceState:
-    """State of one aligned slice.
-
-    Attributes:
-        item: the slice.
-        update_norm: ||alpha dB||.
-        extra_norm: the same in the columns of extra rows.
-        weight_norm: ||B||.
-        gate_sparsity: share of zeros in the gates of its source blocks.
-        attention: by source, the share of attention of its B blocks.
-        source_blocks: number of its source blocks.
-        b_blocks: number of its B blocks.
-    """
+    """State of one aligned slice."""
 
     item: AlignedSlice
-    update_norm: float
-    extra_norm: float
-    weight_norm: float
-    gate_sparsity: float
-    attention: dict[int, float]
+    update_norm: float  # ||alpha dB||
+    extra_norm: float  # the same in the columns of extra rows
+    weight_norm: float  # ||B||
+    gate_sparsity: float  # share of zeros in the gates of its source blocks
+    attention: dict[int, float]  # by source, the share of attention of its B blocks
     source_blocks: int
     b_blocks: int
 
@@ -87,13 +76,8 @@ def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceS
 def fusion_diagnostics(model: HeteroFusionModel) -> dict[str, dict[str, float]]:
     """State of the fusion, by group name: one extra forward of the hypernetworks, on all ranks together.
 
-    Args:
-        model: the model, as it is now.
-
-    Returns:
-        Per group: `alpha`; `gate_sparsity`, the share of zeros in the sources' gates; `delta_ratio`,
-        ||alpha dB|| / ||B|| over the group's modules; `attention/<i>`, the share of attention that B blocks give
-        to source i (counted from 0).
+    Per group: `alpha`; `gate_sparsity`, the share of zeros in the sources' gates; `delta_ratio`, ||alpha dB|| / ||B||
+    over the group's modules; `attention/<i>`, the share of attention that B blocks give to source i (counted from 0).
     """
     report = {}
     for name, (alpha, states) in slice_states(model).items():
@@ -130,11 +114,8 @@ def diagnostic_logs(model: HeteroFusionModel) -> dict[str, float]:
 def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
     """What `diagnostics.json` beside a fused adapter holds: the fusion module by module, for the report's pictures.
 
-    Returns:
-        `target` and `sources` with their names and layers, and `modules`: of each aligned module `path`, `role`,
-        `layer`, `rank`, `delta_ratio` and `gate_sparsity` as in `fusion_diagnostics`, and `sources`, a list of the
-        source (its index), its layer, and the share of attention that the module's B blocks give to it. With an
-        `extra_rank` also `extra_share`: the share of ||alpha dB||^2 in the columns of the extra rows.
+    `modules` tells of each aligned module its figures as in `fusion_diagnostics`, the share of attention that its B
+    blocks give to each of its `sources`, and with an `extra_rank` the share of ||alpha dB||^2 in the extra columns.
     """
     plan = model.plan
     modules = []

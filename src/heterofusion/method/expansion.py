@@ -38,17 +38,7 @@ _DEFAULT_NORM = 3**-0.5  # mean norm of a row of PEFT's first lora_A: uniform up
 
 @dataclass(frozen=True)
 class Expansion:
-    """What was added to an adapter.
-
-    Attributes:
-        extra_rank: rows that every module got.
-        extra_basis: `random` or `activations`.
-        seed: of the random rows.
-        scaled_by: `inputs` if the rows have the size of the anchor's on real inputs; else they have the anchor's norm.
-        examples: examples whose inputs were seen.
-        tokens: their tokens.
-        unreached: rows that no input reached; they have the anchor's norm.
-    """
+    """What was added to every module of an adapter, and on how many examples and tokens it was fitted."""
 
     extra_rank: int
     extra_basis: str
@@ -56,7 +46,7 @@ class Expansion:
     scaled_by: str = ANCHOR_NORM
     examples: int = 0
     tokens: int = 0
-    unreached: int = 0
+    unreached: int = 0  # rows that no input reached; they have the anchor's norm
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -65,12 +55,7 @@ class Expansion:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandedAdapter(LoraAdapter):
-    """An adapter with extra rows; name, folder, file and `sha256` are the anchor's.
-
-    Attributes:
-        anchor: the adapter as it was read.
-        expansion: what was added.
-    """
+    """An adapter with extra rows; name, folder, file and `sha256` are those of the anchor, as it was read."""
 
     anchor: LoraAdapter
     expansion: Expansion
@@ -99,19 +84,8 @@ def expand_adapter(anchor: LoraAdapter, settings: BasisArguments, seed: int) -> 
 
     The rows are random (Haar) in the orthogonal complement of the anchor's, the same for the same seed and path, and
     each has the mean norm of the anchor's rows. `fit_basis` gives them the size, and with `activations` the place,
-    that belongs to real inputs.
-
-    Args:
-        anchor: the adapter as it was read.
-        settings: `extra_rank` (at least 1) and `extra_basis`.
-        seed: of the rows, at least 0.
-
-    Returns:
-        The expanded adapter, of the same scaling and dtypes. Its config has `lora_alpha` and patterns to go with the
-        new ranks.
-
-    Raises:
-        AdapterError: a module has too few inputs for so high a rank; names it.
+    that belongs to real inputs. Scaling and dtypes stay; the config gets `lora_alpha` and patterns to go with the new
+    ranks.
     """
     count = settings.extra_rank
     # More rows than out_features are no waste while lora_A is frozen: they are what an update can react to.
@@ -233,14 +207,7 @@ def orthogonal_rows(A: Tensor, directions: Tensor) -> Tensor:
     """Directions made orthonormal, in their order, and orthogonal to the rows of A.
 
     They are the last columns of Q in the (Householder) QR form of [A^T, directions^T]: orthonormal even where the rows
-    of A are not independent. The signs are those of the directions.
-
-    Args:
-        A: (rank, in_features).
-        directions: (count, in_features); rank + count is at most in_features.
-
-    Returns:
-        (count, in_features) float64.
+    of A are not independent. The signs are those of the directions. (count, in_features) to the same, in float64.
     """
     stacked = torch.cat([A.to(directions.device).double(), directions.double()])
     Q, R = torch.linalg.qr(stacked.T)  # (in, rank + count), (rank + count, rank + count)

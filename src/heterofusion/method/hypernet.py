@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterofusion.method.config import HypernetworkConfig
-from heterofusion.runtime.errors import UserError
 
 
 class HypernetworkInput(NamedTuple):
@@ -110,14 +109,7 @@ class ColumnProjection(nn.Linear):
     """Columns of a block from r to m."""
 
     def forward(self, columns: Tensor) -> Tensor:
-        """Mix columns.
-
-        Args:
-            columns: (..., c, k) with c <= r; where c < r, the last one stands for itself and all that are missing.
-
-        Returns:
-            (..., m, k).
-        """
+        """(..., c, k) to (..., m, k); where c < r, the last column stands for itself and all that are missing."""
         weight = self.weight  # (m, r)
         count = columns.shape[-2]
         if count < self.in_features:
@@ -129,7 +121,7 @@ class DenseFeatures(nn.Module):
     """Feature of a block by its row view and its column view: GELU(W x + c) + GELU(W' x' + c').
 
     x' is x with its (b, r) entries in column-major order. W' is stored with its columns in row-major order, so both
-    views are one matrix product.
+    views are one matrix product. (One buffer for the weight's gradient of all steps would save 2% of a step on a CPU.)
     """
 
     def __init__(self, rank: int, config: HypernetworkConfig) -> None:
@@ -206,11 +198,6 @@ class PositionTable(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """The first `length` rows, (length, e)."""
-        if length > len(self.weight):
-            raise UserError(
-                f"a sequence of {length} blocks is longer than max_position_embeddings {len(self.weight)}; raise it, "
-                "or raise block_size"
-            )
         return self.weight[:length]
 
 
@@ -265,13 +252,7 @@ class HyperNetwork(nn.Module):
     def forward(
         self, inputs: HypernetworkInput, shared: SharedFactors | None = None, diagnostics: bool = False
     ) -> HypernetworkOutput:
-        """Predict delta blocks.
-
-        Args:
-            inputs: blocks, descriptors and masks of all modules of the group.
-            shared: factors of the compact form.
-            diagnostics: also give the attention map and the source gate.
-        """
+        """Predict delta blocks, and for `diagnostics` also give attention map, source gate and alpha."""
         embedding, gate = self.encode(inputs, shared)
         z_target, z_source = (z.clone() for z in inputs.split(embedding))  # FSDP2 takes no views for outputs
         queries = self._heads(self.q_proj(z_target + self.positions(z_target.shape[1])))
@@ -303,11 +284,7 @@ class HyperNetwork(nn.Module):
 class HyperNetworks(nn.Module):
     """One hypernetwork with its alpha per group, and what the compact form shares among them.
 
-    Args:
-        ranks: rank by group name.
-        config: sizes.
-        alpha_init: first value of every alpha.
-        blocks: predicted blocks by group name, for the free updates; None leaves these out.
+    Made from the rank, and for free updates the number of predicted blocks, of every group by its name.
     """
 
     def __init__(

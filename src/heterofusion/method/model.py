@@ -137,7 +137,10 @@ class HeteroFusionModel(PeftModelForCausalLM):
             seed: see the class.
         """
         method = method or MethodConfig()
-        return cls(model, _align(target, sources, method, model.config, source_configs), method, seed)
+        plan = plan_alignment(
+            target, sources, **method.alignment(), target_config=model.config, source_configs=source_configs
+        )
+        return cls(model, plan, method, seed)
 
     def _follow(self, plan: AlignmentPlan) -> None:
         """Live updates for a plan, in place of those of the one before."""
@@ -152,12 +155,9 @@ class HeteroFusionModel(PeftModelForCausalLM):
     # ---- other rows, other sources ------------------------------------------------------------------------------
 
     def fit_basis(self, examples: Sequence[Tensor]) -> None:
-        """Fit the rows of `extra_rank` to the inputs that the modules see, see `method.basis`.
+        """Fit the rows of `extra_rank` to the inputs that the modules see on examples, token ids of (1, tokens) each.
 
         Without it they have the norm of the anchor's rows, and are random. All ranks together, before training.
-
-        Args:
-            examples: token ids, each (1, tokens), on the model's device.
         """
         target = self.plan.target
         assert isinstance(target, ExpandedAdapter), "the model was made without extra_rank"
@@ -182,20 +182,18 @@ class HeteroFusionModel(PeftModelForCausalLM):
     ) -> None:
         """Let the same hypernetworks read other source adapters from here on: other experts, fewer, another order.
 
-        Target, basis and hypernetworks stay as they are, and an export is of the sources that are read then. All ranks
-        together, between optimizer steps.
-
-        Args:
-            sources: source adapters, in order.
-            source_configs: see `from_adapters`.
-
-        Raises:
-            AdapterError: they do not fit the target, see `plan_alignment`.
-            UserError: they bring other roles or ranks than the sources that there were, or with a `residual_scale`
-                other modules, of which each has a free update; or a sequence of blocks is too long.
+        Target, basis and hypernetworks stay as they are, and an export is of the sources that are read then. They must
+        bring the same roles and ranks as the sources that there were, and with a `residual_scale` the same modules, of
+        which each has a free update. All ranks together, between optimizer steps; arguments as of `from_adapters`.
         """
         base: Any = self.get_base_model()
-        plan = _align(self.plan.target, sources, self.method, base.config, source_configs)
+        plan = plan_alignment(
+            self.plan.target,
+            sources,
+            **self.method.alignment(),
+            target_config=base.config,
+            source_configs=source_configs,
+        )
         free = self.hypernetworks.config.residual_scale > 0
         old, new = (
             {
@@ -257,13 +255,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
     # ---- live updates -------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, rdm_step: int | None = None, **kwargs: Any) -> Any:
-        """The target's forward with live updates.
-
-        Args:
-            *args: of the base model's forward.
-            rdm_step: optimizer step whose RDM is computed along; read it from `rdm_loss`. None for no RDM.
-            **kwargs: of the base model's forward.
-        """
+        """The target's forward with live updates, and RDM for the optimizer step `rdm_step`: see `rdm_loss`."""
         if not self._anchor_alone:
             self.updates.refresh()
         self.rdm_loss = None if rdm_step is None else self.updates.rdm(rdm_step)
@@ -278,8 +270,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
     def module_deltas(self) -> dict[str, Tensor]:
         """The updates U (see `method.live`) by module path, each (out_features, rank) float32, without gradient.
 
-        Always computed anew, so that an export never depends on what was cached. Where parameters are sharded, all
-        ranks must call this together.
+        Always computed anew, so that an export never depends on what was cached. All ranks together.
         """
         with torch.no_grad():
             self.updates.invalidate()
@@ -289,10 +280,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
     # ---- the end ------------------------------------------------------------------------------------------------
 
     def fused_state_dict(self) -> dict[str, Tensor]:
-        """The fused adapter under the target's file keys and in its dtypes: A unchanged, B + U where aligned.
-
-        Rows without an update keep their bits.
-        """
+        """The fused adapter under the target's file keys and in its dtypes; rows without an update keep their bits."""
         state = self.plan.target.state_dict()
         for path, delta in self.module_deltas().items():
             key = f"{PREFIX}{path}.lora_B.weight"
@@ -302,13 +290,9 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return state
 
     def fuse(self) -> PeftModelForCausalLM:
-        """Give the base model a plain LoRA adapter with the updates in its B; do not use this object afterwards.
+        """A plain PeftModel of the same base model, in eval mode, with the updates in its B.
 
-        Returns:
-            A `PeftModelForCausalLM` of the same base model, in eval mode.
-
-        Raises:
-            RuntimeError: ZeRO-3 or FSDP2 has sharded the parameters.
+        The base has only this adapter then: do not use the fusion afterwards. Not where ZeRO-3 or FSDP2 shards.
         """
         if is_sharded(self):
             raise RuntimeError("parameters are sharded over ranks; export the adapter and load it with PEFT instead")
@@ -327,40 +311,18 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return self.fuse().merge_and_unload(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: it would save the anchor without the updates."""
+        """Not available."""
         raise NotImplementedError(
             "save_pretrained would save the anchor without the live updates; use export_adapter(model, folder) or "
             "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available: it would merge the anchor without the updates."""
-        raise NotImplementedError(
-            "merge_adapter would merge the anchor without the live updates; use model.fuse().merge_adapter()"
-        )
+        """Not available."""
+        raise NotImplementedError("merge_adapter would leave out the live updates; use model.fuse().merge_adapter()")
 
     def __deepcopy__(self, memo: dict) -> Any:
-        raise TypeError(
-            "a HeteroFusionModel cannot be copied, its updates belong to it; build another from a fresh base and load "
-            "hypernetworks.state_dict(), or copy model.fuse()"
-        )
-
-
-def _align(
-    target: LoraAdapter,
-    sources: Sequence[LoraAdapter],
-    method: MethodConfig,
-    target_config: PretrainedConfig,
-    source_configs: Sequence[PretrainedConfig | None] | None,
-) -> AlignmentPlan:
-    return plan_alignment(
-        target,
-        sources,
-        layer_alignment=method.layer_alignment,
-        transfer_ratio=method.transfer_ratio,
-        target_config=target_config,
-        source_configs=source_configs,
-    )
+        raise TypeError("a HeteroFusionModel cannot be copied, its updates belong to it; copy model.fuse()")
 
 
 def _lora_config(target: LoraAdapter) -> LoraConfig:
@@ -375,9 +337,8 @@ def _load_adapter(model: PeftModelForCausalLM, state: dict[str, Tensor], target:
     try:
         result: Any = set_peft_model_state_dict(model, state, ADAPTER_NAME)
     except (RuntimeError, KeyError) as error:
-        raise AdapterError(
-            f"target adapter {target.weights_file} does not fit the base model: {str(error).strip().splitlines()[-1]}"
-        ) from error
+        reason = str(error).strip().splitlines()[-1]
+        raise AdapterError(f"target adapter {target.weights_file} does not fit the base model: {reason}") from error
     missing = [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     if missing or result.unexpected_keys:
         raise AdapterError(

@@ -5,47 +5,40 @@ from typing import Any
 
 import torch
 
-from heterofusion.adapters.alignment import AlignedSlice, AlignmentPlan, RoleSlice, adapter_depth
+from heterofusion.adapters.alignment import AlignmentPlan, RoleSlice, adapter_depth
 from heterofusion.adapters.controls import control_record, describe_control
+from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.method.config import FORMS, HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import predicted_blocks, sequence_lengths, source_factors
 from heterofusion.method.expansion import expand_plan, extra_rank
 from heterofusion.method.hypernet import HyperNetworks
 from heterofusion.method.model import target_width
 
-_FLOAT = 4  # bytes of a float32
-
 
 def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
-    """A plan as plain values.
-
-    Returns:
-        `target`, `extra_rank` and `extra_basis` (None without), `source_control` (None, or as `control_record` has
-        it), `sources` (layers, offset, modules used and not, with reasons), `modules` (which source module feeds which
-        target module, ranks, scalings, truncated energy), `untouched` with reasons, `groups`, and `forms`
-        (parameters and bytes of the hypernetworks in each form).
-    """
+    """A plan as plain values: target, sources, which source module feeds which target module, what stays untouched
+    and why, and the parameters and bytes of the hypernetworks in each form."""
     plan = expand_plan(plan, method, seed=0)  # of ranks and sizes, on which the seed has no influence
-    modules = [_module_row(item, plan, method) for item in plan.aligned]
+    modules = []
+    for item in plan.aligned:
+        own = item.target.module.rank - extra_rank(plan.target)  # the rank that sources are brought to
+        sources = []
+        for index, source in item.sources:
+            truncated = source_factors(source, own, item.target.module.scaling, method.canonicalize)[2]
+            sources.append({"source": index + 1, **_slice_row(source), "truncated_energy": truncated})
+        modules.append({**_slice_row(item.target), "sources_at_rank": own, "sources": sources})
     return {
-        "target": {
-            "name": plan.target.name,
-            "base_model": plan.target.base_model,
-            "sha256": plan.target.sha256,
-            "layers": adapter_depth(plan.target),
-            "lora_modules": len(plan.target.modules),
-        },
+        "target": _adapter_row(plan.target) | {"lora_modules": len(plan.target.modules)},
         "layer_alignment": plan.layer_alignment,
         "transfer_ratio": str(plan.transfer_ratio),
         "canonicalize": method.canonicalize,
         "extra_rank": method.extra_rank,
         "extra_basis": method.extra_basis if method.extra_rank else None,
         "source_control": control_record(plan.sources),
-        "sources": [_source_row(index, plan, modules) for index in range(len(plan.sources))],
-        "groups": {
-            key.name: {"role": key.role, "rank": key.rank, "modules": len(members)}
-            for key, members in plan.groups.items()
-        },
+        "sources": [
+            _adapter_row(source) | _source_row(plan, index, modules) for index, source in enumerate(plan.sources)
+        ],
+        "groups": {key.name: len(members) for key, members in plan.groups.items()},
         "modules": modules,
         "untouched": plan.untouched,
         "preset": method.preset,
@@ -54,59 +47,38 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
     }
 
 
-def _module_row(item: AlignedSlice, plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
-    target = item.target
-    own = target.module.rank - extra_rank(plan.target)  # the rank that sources are brought to
-    row = {**_slice_row(target), "sources_at_rank": own, "sources": []}
-    for index, source in item.sources:
-        _, _, truncated = source_factors(source, own, target.module.scaling, method.canonicalize)
-        row["sources"].append({"source": index + 1, **_slice_row(source), "truncated_energy": truncated})
-    return row
-
-
 def _slice_row(item: RoleSlice) -> dict[str, Any]:
-    return {
-        "module": item.module.path,
-        "layer": item.layer,
-        "role": item.role,
-        "fused": item.rows is not None,
-        "rank": item.module.rank,
-        "scaling": item.module.scaling,
-        "in_features": item.module.in_features,
-        "out_features": item.out_features,
-    }
+    module = item.module
+    own = {"module": module.path, "layer": item.layer, "role": item.role, "fused": item.rows is not None}
+    return own | {"rank": module.rank, "scaling": module.scaling}
 
 
-def _source_row(index: int, plan: AlignmentPlan, modules: list[dict[str, Any]]) -> dict[str, Any]:
-    source, pairs = plan.sources[index], plan.layer_maps[index]
+def _adapter_row(adapter: LoraAdapter) -> dict[str, Any]:
+    names = {"name": adapter.name, "base_model": adapter.base_model, "sha256": adapter.sha256}
+    return names | {"layers": adapter_depth(adapter)}
+
+
+def _source_row(plan: AlignmentPlan, index: int, modules: list[dict[str, Any]]) -> dict[str, Any]:
+    pairs = plan.layer_maps[index]
     used = [part for row in modules for part in row["sources"] if part["source"] == index + 1]
     offsets = {target - layer for target, layer in pairs.items()}
     return {
-        "name": source.name,
-        "base_model": source.base_model,
-        "sha256": source.sha256,
         "layer_map": {str(target): layer for target, layer in pairs.items()},
         "layer_offset": offsets.pop() if len(offsets) == 1 else None,
         "links": len(used),
         "max_truncated_energy": max((part["truncated_energy"] for part in used), default=0.0),
         "unused": plan.unused[index],
-        "ignored_tensors": sorted(source.extra_tensors),
+        "ignored_tensors": sorted(plan.sources[index].extra_tensors),
     }
 
 
 def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str, Any]:
-    """Size of the hypernetworks of one form; the method's own sizes apply to both.
-
-    Returns:
-        Sizes, `parameters`, and bytes of weights, gradients, AdamW states, activations (an estimate of what one
-        forward with gradient keeps) and of all updates dB.
-    """
+    """Sizes, parameters and bytes of the hypernetworks of one form; activations are an estimate of one forward's."""
     config = HypernetworkConfig.fitted(form, target_width(plan), method)
-    predicted = predicted_blocks(plan, config.block_size)
+    predicted, lengths = predicted_blocks(plan, config.block_size), sequence_lengths(plan, config.block_size)
     with torch.device("meta"):
         networks = HyperNetworks({key.name: key.rank for key in plan.groups}, config, blocks=predicted)
-    size = _FLOAT * sum(parameter.numel() for parameter in networks.parameters())
-    lengths = sequence_lengths(plan, config.block_size)
+    parameters = sum(parameter.numel() for parameter in networks.parameters())
     floats = 0
     for key, members in plan.groups.items():
         block = config.block_size * key.rank
@@ -115,12 +87,12 @@ def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str,
         floats += predicted[key.name] * 2 * block
     return {
         **config.to_dict(),
-        "parameters": size // _FLOAT,
-        "weight_bytes": size,
-        "gradient_bytes": size,
-        "optimizer_bytes": 2 * size,
-        "activation_bytes_estimate": _FLOAT * floats,
-        "delta_bytes": _FLOAT * sum(item.target.out_features * item.target.module.rank for item in plan.aligned),
+        "parameters": parameters,
+        "weight_bytes": 4 * parameters,
+        "gradient_bytes": 4 * parameters,
+        "optimizer_bytes": 8 * parameters,
+        "activation_bytes_estimate": 4 * floats,
+        "delta_bytes": 4 * sum(item.target.out_features * item.target.module.rank for item in plan.aligned),
         "longest_sequence": max(lengths.values()),
         "fits_positions": max(lengths.values()) <= config.max_position_embeddings,
     }
@@ -155,20 +127,17 @@ def format_plan(summary: dict[str, Any]) -> str:
         if source["ignored_tensors"]:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
     of_run = f"preset of this run: {summary['preset']}, form {summary['form']}"
-    header = (
-        "form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~", "dB"
-    )  # fmt: skip
-    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})"]
-    lines += _table(header, [(name, *_cost_cells(cost)) for name, cost in summary["forms"].items()])
+    sizes = ("block_size", "embed_dim", "num_heads")
+    costs = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes_estimate", "delta_bytes")
+    rows = []
+    for name, cost in summary["forms"].items():
+        positions = f"{cost['longest_sequence']}/{cost['max_position_embeddings']}"
+        positions += "" if cost["fits_positions"] else " TOO LONG"
+        mebibytes = (f"{cost[kind] / 2**20:,.1f} MiB" for kind in costs)
+        rows.append((name, *(cost[size] for size in sizes), positions, f"{cost['parameters']:,}", *mebibytes))
+    header = ("form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~")
+    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})", *_table((*header, "dB"), rows)]
     return "\n".join(lines)
-
-
-def _cost_cells(cost: dict[str, Any]) -> tuple[Any, ...]:
-    positions = f"{cost['longest_sequence']}/{cost['max_position_embeddings']}"
-    positions += "" if cost["fits_positions"] else " TOO LONG"
-    kinds = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes_estimate", "delta_bytes")
-    sizes = (f"{cost[kind] / 2**20:,.1f} MiB" for kind in kinds)
-    return cost["block_size"], cost["embed_dim"], cost["num_heads"], positions, f"{cost['parameters']:,}", *sizes
 
 
 def _sources_text(row: dict[str, Any]) -> str:
@@ -183,12 +152,12 @@ def _sources_text(row: dict[str, Any]) -> str:
 
 
 def _by_reason(what: str, modules: dict[str, str]) -> list[str]:
+    if not modules:
+        return []
     examples = {reason: path for path, reason in reversed(modules.items())}
-    lines = [
-        f"  {count:4d}  {reason}  (such as {examples[reason]})"
-        for reason, count in Counter(modules.values()).most_common()
-    ]
-    return ["", f"{what} ({len(modules)}):", *lines] if modules else []
+    counts = Counter(modules.values()).most_common()
+    lines = [f"  {count:4d}  {reason}  (such as {examples[reason]})" for reason, count in counts]
+    return ["", f"{what} ({len(modules)}):", *lines]
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -14,6 +14,7 @@ end.
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -21,21 +22,16 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.replay import build_eval, examples_sha256
+from heterofusion.experts.store import cache_folder
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
 from heterofusion.publish.hub import push_output
-from heterofusion.publish.record import initial_control, refuse_push, whole_control
+from heterofusion.publish.record import control_of, refuse_push
 from heterofusion.rivals.distillation import (
     DISTILL_ARGUMENTS,
     DistillationTrainer,
     DistillCollator,
-    check_distill_state,
-    write_distill_state,
-)
-from heterofusion.rivals.distillation_record import (
+    about_distillation,
     distillation_record,
-    made_by_distillation,
-    save_student,
-    training_record,
 )
 from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.errors import UserError
@@ -44,7 +40,7 @@ from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
 from heterofusion.training.config import LoraArguments, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
-from heterofusion.training.expert import choose_lora
+from heterofusion.training.expert import choose_lora, export_lora
 
 logger = logging.getLogger("heterofusion.distill")
 
@@ -57,39 +53,26 @@ def main(argv: list[str]) -> None:
     # everything that can be checked is checked before any model is loaded
     check_run_flags(args, data)
     refuse_data_parallel(args)
-    cache = distill.cache()
+    cache = cache_folder(distill.logits_cache)
     skeleton = base_skeleton(base, base.trust_remote_code)
-    wanted = LoraArguments(
-        init_adapter=distill.init_adapter, init_revision=distill.init_revision, lora_dropout=distill.lora_dropout
-    )
-    lora = choose_lora(skeleton, wanted)
+    names = ("init_adapter", "init_revision", "lora_dropout")
+    lora = choose_lora(skeleton, LoraArguments(**{name: getattr(distill, name) for name in names}))
     folder = Path(args.output_dir).absolute()
     if lora.initial.folder == folder.resolve():
         raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
-    control = whole_control(None, None, initial_control(lora.initial))
     if args.push_to_hub:
-        refuse_push(control)
+        refuse_push(control_of(lora.initial))
     target, report = find_target(distill.base(base, args.use_cpu), str(lora.initial.folder), data)
     evaluation = build_eval(data, target.expert.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
-    teachers = find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)
-    models = [target, *teachers]
-    state = {
+    models = [target, *find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)]
+    state = {  # what a run that is resumed must agree with
         "distill_lambda": args.distill_lambda,
         "top_k_logits": distill.top_k_logits,
-        "teachers": [[*model.record().values()] for model in teachers],
+        "teachers": [[*model.record().values()] for model in models],
         "examples": examples_sha256(target.examples),
     }
-
-    def check(checkpoint: Path) -> None:
-        lora.check_checkpoint(checkpoint)
-        check_distill_state(checkpoint, state)
-
-    def add_state(checkpoint: Path) -> None:
-        lora.write_state(checkpoint)
-        write_distill_state(checkpoint, state)
-
-    resume = find_checkpoint(args, output.overwrite, check)
+    resume = find_checkpoint(args, output.overwrite, partial(lora.check_checkpoint, data=state))
 
     release_logging()
     logger.info("replay data:\n%s", "\n".join(report.summary()))
@@ -102,37 +85,25 @@ def main(argv: list[str]) -> None:
         100 * fusion.one_to_one,
         100 * fusion.soft,
     )
-
-    model = load_base(base, args.use_cpu, base.trust_remote_code)
-    model.config.use_cache = False
-    model = lora.put_on(model, args.seed)
+    weights = load_base(base, args.use_cpu, base.trust_remote_code)
+    weights.config.use_cache = False
     clear_remains(folder, args.should_save, resume)
-    push, args.push_to_hub = args.push_to_hub, False  # Trainer would push the folder with its local paths
     trainer = DistillationTrainer(
-        model,
+        lora.put_on(weights, args.seed),
         args,
         train_dataset=examples,
         eval_dataset=evaluation,
         processing_class=target.expert.tokenizer,
         data_collator=DistillCollator(target.expert.tokenizer),
     )
-    trainer.add_to_checkpoint = add_state
+    trainer.add_to_checkpoint = partial(lora.write_state, data=state)
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = trainer.run(resume)
-    record = distillation_record(
-        base.model_name_or_path,
-        lora.initial,
-        models,
-        fusion,
-        {name: state[name] for name in ("distill_lambda", "top_k_logits")},
-        training_record(args, trainer.state.global_step, report.to_dict()),
-        metrics,
-        made_by_distillation(args, lora.initial, fusion, metrics, start),
-    )
-    save_student(trainer, record)
+    name, k = base.model_name_or_path, distill.top_k_logits
+    record = distillation_record(trainer, name, lora.initial, models, fusion, k, report.to_dict(), metrics, start)
+    export_lora(trainer, folder, record, about_distillation(record))
     logger.info("student written to %s", folder)
-    trainer.accelerator.wait_for_everyone()
-    if push and is_main_process():
+    if args.push_to_hub and is_main_process():
         logger.info("pushed: %s", push_output(args, "Upload distilled LoRA adapter"))
 
 

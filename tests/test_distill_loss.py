@@ -146,7 +146,7 @@ def test_evaluation_is_the_loss_of_the_answers(collator, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("distill_lambda", 1.5, "--distill_lambda is 1.5; it must be between 0 and 1"),
+        ("distill_lambda", 1.5, "--distill_lambda is 1.5; it must be at least 0 and at most 1"),
         ("label_smoothing_factor", 0.1, "--label_smoothing_factor is 0.1, .*leave it out"),
         ("use_liger_kernel", True, "--use_liger_kernel gives no logits"),
     ],

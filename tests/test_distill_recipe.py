@@ -147,10 +147,9 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "noise")
     succeeds(distill.main, flags(changed))
     found = record(tmp_path / "out")
-    assert found["initial_control"] == {"name": "noisy", "kind": "noise"}
     assert found["made_by"]["source_control"] == "noise"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# CONTROL (noise): distilled LoRA adapter" in card and "- control" in card
+    assert "# CONTROL (noise): Distilled LoRA adapter" in card and "- control" in card
 
 
 def test_both_losses_are_logged_and_add_up(finished):

@@ -1,4 +1,4 @@
-"""FuseLLM as a baseline: the target's LoRA is trained on answers and on what source experts think of them.
+"""FuseLLM as a rival: the target's LoRA is trained on answers and on what source experts think of them.
 
     L = lambda * CLM + (1 - lambda) * KL(P || Q)
 
@@ -8,31 +8,26 @@ trained, both at the answers' tokens. The gradient of KL(P || Q) is that of the 
 Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of a LoRA on the replay).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
 from heterofusion.experts.expert import BaseArguments
-from heterofusion.experts.store import cache_folder
-from heterofusion.method.config import check_range
-from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
+from heterofusion.experts.teachers import Teacher
+from heterofusion.publish.record import adapter_record, control_of, make_record, training_cost
+from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, FusionReport
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import read_json_object
+from heterofusion.runtime.flags import check_ranges
 from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
-from heterofusion.training.metrics import WindowMeans
 from heterofusion.training.mixture import kl_divergences, pad_rows
-
-STATE_FILE = "distillation_state.json"  # in a checkpoint: what the labels were made of
-
 
 # ---- flags ------------------------------------------------------------------------------------------------------
 
@@ -60,10 +55,17 @@ class DistillArguments:
     )
     init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
     lora_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout of the inputs of lora_A; that of --init_adapter by default."}
+        default=None,
+        metadata={
+            "help": "Dropout of the inputs of lora_A; that of --init_adapter by default.", "range": "[0, 1)"
+        },
+    )  # fmt: skip
+    top_k_logits: int = field(
+        default=10, metadata={"help": "Tokens of a teacher that are kept at each position.", "range": "[1, inf)"}
     )
-    top_k_logits: int = field(default=10, metadata={"help": "Tokens of a teacher that are kept at each position."})
-    teacher_batch_size: int = field(default=8, metadata={"help": "Examples per batch when a teacher runs."})
+    teacher_batch_size: int = field(
+        default=8, metadata={"help": "Examples per batch when a teacher runs.", "range": "[1, inf)"}
+    )
     logits_cache: str | None = field(
         default=None,
         metadata={
@@ -73,6 +75,7 @@ class DistillArguments:
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         for flag in ("teacher_models", "teacher_adapters"):
             if not getattr(self, flag) or not all(getattr(self, flag)):
                 raise UserError(f"--{flag} has an empty name: name at least one")
@@ -81,10 +84,6 @@ class DistillArguments:
                 f"--teacher_models has {len(self.teacher_models)} values, but --teacher_adapters has "
                 f"{len(self.teacher_adapters)}: give one base per adapter, or one for all"
             )
-        check_range("top_k_logits", self.top_k_logits, 1, False)
-        check_range("teacher_batch_size", self.teacher_batch_size, 1, False)
-        if self.lora_dropout is not None and not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
 
     def bases(self) -> list[str]:
         """The teachers' bases, one each."""
@@ -97,30 +96,24 @@ class DistillArguments:
         flags = {name: getattr(target, name) for name in names}
         return BaseArguments(**flags, trust_remote_code=target.trust_remote_code, use_cpu=use_cpu)
 
-    def cache(self) -> Path:
-        """The folder of `--logits_cache`.
-
-        Raises:
-            ValueError: it cannot be one.
-        """
-        return cache_folder(self.logits_cache)
-
 
 @dataclass
 class DistillConfig(ExpertConfig):
     """The training flags of an expert, and the weight of the two losses."""
 
     distill_lambda: float = field(
-        default=0.9, metadata={"help": "Weight of the answers' own loss; the teachers' has the rest, up to 1."}
-    )
+        default=0.9,
+        metadata={
+            "help": "Weight of the answers' own loss; the teachers' has the rest, up to 1.", "range": "[0, 1]"
+        },
+    )  # fmt: skip
     ddp_timeout: int = field(
         default=7 * 24 * 3600,
         metadata={"help": "Seconds that processes wait for each other, as they do while the first runs the teachers."},
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distill_lambda <= 1:
-            raise UserError(f"--distill_lambda is {self.distill_lambda}; it must be between 0 and 1")
+        check_ranges(self)
         if self.label_smoothing_factor:
             raise UserError(
                 f"--label_smoothing_factor is {self.label_smoothing_factor}, but the teachers' labels are what "
@@ -164,11 +157,7 @@ def distillation_losses(
 
 
 class DistillCollator:
-    """Pads examples on the right, and their teachers' labels with probability 0.
-
-    Args:
-        tokenizer: the target's; not changed.
-    """
+    """Pads examples on the right, and their teachers' labels with probability 0."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._collate = make_collator(tokenizer)
@@ -186,7 +175,7 @@ class DistillCollator:
 
 
 class DistillationTrainer(AdapterTrainer):
-    """`Trainer` with the loss of FuseLLM: a mean over the answers' tokens of an accumulation window on all ranks.
+    """The trainer of experts with the loss of FuseLLM: a mean over the answers' tokens of a window on all ranks.
 
     Both parts are logged: `clm_loss` and `kl_loss`, of which `loss` is the weighted sum. An evaluation has no
     teachers, its loss is that of the answers.
@@ -197,66 +186,81 @@ class DistillationTrainer(AdapterTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch, whatever the model does
-        self._parts = WindowMeans()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns  # typed as None, which it is no more
-        self._signature_columns: Any = [*dict.fromkeys([*columns, TEACHER_IDS, TEACHER_PROBS])]
+        cast("list[str]", self._signature_columns).extend([TEACHER_IDS, TEACHER_PROBS])
 
     def compute_loss(
         self,
-        model: Any,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """The weighted sum of both losses."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         teacher = (inputs.pop(TEACHER_IDS, None), inputs.pop(TEACHER_PROBS, None))
         outputs = model(**inputs)
         nll, kl = distillation_losses(outputs.logits, labels, *teacher)
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
-        elif self.args.average_tokens_across_devices:  # the gradients of all ranks are averaged, not added
-            nll, kl = (part * self.accelerator.num_processes for part in (nll, kl))
-        nll, kl = nll / num_items_in_batch, kl / num_items_in_batch
+        if cast("nn.Module", self.model).training:
+            tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
+            self._means.add("clm_loss", torch.stack([nll, tokens]))
+            self._means.add("kl_loss", torch.stack([kl, tokens]))
         weight = self.args.distill_lambda if teacher[0] is not None else 1.0
-        if model.training:
-            self._parts.add("clm_loss", nll)
-            self._parts.add("kl_loss", kl)
-            if self.accelerator.sync_gradients:
-                self._parts.commit()
-        loss = weight * nll + (1 - weight) * kl
+        loss = (weight * nll + (1 - weight) * kl) * self._per_token(labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts.windows:
-            logs = {**logs, **self._parts.take(self.accelerator)}
-        super().log(logs, start_time)
+
+# ---- what is told -----------------------------------------------------------------------------------------------
 
 
-# ---- resuming ---------------------------------------------------------------------------------------------------
+def distillation_record(
+    trainer: DistillationTrainer,
+    base: str,
+    anchor: LoraAdapter,
+    models: Sequence[Teacher],
+    report: FusionReport,
+    top_k_logits: int,
+    data: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    resumed_from_step: int | None = None,
+) -> dict[str, Any]:
+    """What `distillation.json` tells: settings, models, labels and metrics.
 
-
-def write_distill_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Write into a checkpoint what a run that resumes from it must agree with."""
-    (checkpoint / STATE_FILE).write_text(json.dumps(dict(state)) + "\n", encoding="utf-8")
-
-
-def check_distill_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Check that a checkpoint is of the same teachers and losses.
-
-    Raises:
-        ValueError: a setting differs, or the checkpoint is of another program; names it.
+    Its seconds are those of the teachers, of the maps, of aligning and of the training; labels and maps from disk
+    count as long as it once took to make them.
     """
-    path = checkpoint / STATE_FILE
-    if not path.is_file():
-        raise UserError(f"{checkpoint} holds no {STATE_FILE}: it is of another program; resume from another one")
-    found = read_json_object(path)
-    for name, here in state.items():
-        if found.get(name) != here:
-            raise UserError(
-                f"{checkpoint} was trained with another {name}: {found.get(name)}, this run has {here}; resume with "
-                "the same flags, or start in a new output_dir"
-            )
+    args, cost = trainer.args, training_cost(metrics, resumed_from_step)
+    if cost["seconds"] is not None:
+        cost["seconds"] = round(cost["seconds"] + report.seconds, 3)
+    rows = zip(models, report.picked, report.mean_cross_entropy, strict=True)
+    target, *teachers = [{**m.record(), "picked": picked, "mean_cross_entropy": e} for m, picked, e in rows]
+    training = {**args.training_dict(), "steps": trainer.state.global_step, "processes": args.world_size}
+    return make_record(
+        "distillation",
+        "fusellm",
+        base,
+        cost,
+        seed=args.seed,
+        ran_source_models=True,
+        control=control_of(anchor),
+        target=target | adapter_record(anchor),
+        teachers=teachers,
+        method={"distill_lambda": args.distill_lambda, "top_k_logits": top_k_logits},
+        one_to_one_positions=report.one_to_one,
+        soft_positions=report.soft,
+        training={**training, "data": data},
+        metrics=dict(metrics),
+    )
+
+
+def about_distillation(record: Mapping[str, Any]) -> str:
+    """What the card of a student tells."""
+    method = record["method"]
+    return (
+        f"The LoRA adapter `{record['target']['name']}` of `{record['base_model']}`, trained on with answers and with "
+        f"what {len(record['teachers'])} source expert(s) think of them, as in "
+        f"[FuseLLM](https://arxiv.org/abs/2401.10491): lambda {method['distill_lambda']}, top "
+        f"{method['top_k_logits']} tokens. `picked` counts the examples for which a model's labels were taken, the "
+        f"one of lowest cross-entropy; {record['soft_positions']:.1%} of the answers' tokens have a model's "
+        "distribution as their label, the others the answer's token itself."
+    )

@@ -2,9 +2,8 @@
 
 import pytest
 
-from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
-from heterofusion.evaluation.metrics import METRICS, ExactMatch, choose_metric, primary_score, score
-from heterofusion.evaluation.uie import UIEF1
+from heterofusion.evaluation.glue import GLUE_LABELS
+from heterofusion.evaluation.metrics import METRICS, UIEF1, ExactMatch, GLUEText, choose_metric, primary_score, score
 
 
 def test_exact_match_heeds_case_but_not_the_space_around():

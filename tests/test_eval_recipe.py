@@ -15,7 +15,7 @@ from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
 from heterofusion.data.files import sample_indices
 from heterofusion.data.replay import DataArguments, build_replay
-from heterofusion.evaluation.uie import UIEF1
+from heterofusion.evaluation.metrics import UIEF1
 from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks

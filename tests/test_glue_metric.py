@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 
-from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText, parse_label, parse_similarity, score_glue
+from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity, score_glue
+from heterofusion.evaluation.metrics import GLUEText
 
 YES, NO = "acceptable", "unacceptable"
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
+from heterofusion.evaluation.glue import GLUE_LABELS
+from heterofusion.evaluation.metrics import GLUEText
 from preparation_runner import check_accounts, check_replay_keeps_all, glue, prepare, written
 from recipe_runner import contents, error_line, flags
 from replay_builders import write

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from heterofusion.evaluation.uie import UIEF1
+from heterofusion.evaluation.metrics import UIEF1
 from preparation_runner import (
     FILMS,
     check_accounts,

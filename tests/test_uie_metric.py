@@ -2,7 +2,8 @@
 
 import pytest
 
-from heterofusion.evaluation.uie import UIEF1, normalize, parse_items, score_answers
+from heterofusion.evaluation.metrics import UIEF1
+from heterofusion.evaluation.uie import normalize, parse_items, score_answers
 
 
 def f1_of(prediction: str, reference: str) -> float:

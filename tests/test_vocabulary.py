@@ -5,6 +5,7 @@ import random
 import pytest
 
 from heterofusion.experts import vocabulary
+from heterofusion.experts.identity import tokenizer_fingerprint
 from heterofusion.experts.vocabulary import (
     UNMAPPED,
     TokenIndex,
@@ -12,7 +13,6 @@ from heterofusion.experts.vocabulary import (
     as_columns,
     edit_distances,
     token_bytes,
-    tokenizer_fingerprint,
 )
 from replay_builders import byte_level, word_level
 from test_tokens import sentencepiece_like

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import datasets
-import evaluate
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -40,22 +38,6 @@ _F1_OF = {"mrpc": "equivalent", "qqp": "duplicate"}
 _EDGES = " .,;:!?\"'`\u201c\u201d\u2018\u2019\u00ab\u00bb()[]*"  # with curly quotes and guillemets
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 
-_DESCRIPTION = "Scores of one GLUE task whose labels are answered as words, and the share of answers that are none."
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions: list of str, the generated answers.
-    references: list of str, the right answers: labels of the task as words; for stsb, numbers from 0 to 5.
-
-Returns:
-    accuracy: share of answers that are the right label (all tasks but stsb).
-    matthews_correlation: for cola; 0 where it is undefined.
-    f1: for mrpc (of `equivalent`) and qqp (of `duplicate`).
-    pearson, spearman: for stsb; 0 where they are undefined.
-    format_failure_rate: share of predictions that are no label, or no number from 0 to 5.
-    num_examples: number of answers.
-"""
-_CITATION = ""
-
 
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that an answer is, whatever its case, white space and surrounding punctuation."""
@@ -74,18 +56,11 @@ def parse_similarity(text: str) -> float | None:
 def score_glue(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
     """Scores answers of a GLUE task; what `GLUEText(task).compute` returns.
 
-    Args:
-        task: A key of `GLUE_LABELS`.
-        predictions: The generated answers.
-        references: The right answers, as many.
-
-    Returns:
-        The scores listed in the description of `GLUEText`.
-
-    Raises:
-        ValueError: For an unknown task, answers of different number or none, or a reference that is no label.
+    `accuracy` of the labels' words; for CoLA also `matthews_correlation`, for MRPC and QQP `f1` of `equivalent` and
+    `duplicate`; for STS-B `pearson` and `spearman` alone. What is undefined is 0. `format_failure_rate` is the share
+    of predictions that are no label, or no number from 0 to 5; `num_examples` their number.
     """
-    _check_task(task)
+    check_task(task)
     check_answers(predictions, references)
     labels = GLUE_LABELS[task]
     parse: Any = (lambda text: parse_label(text, labels)) if labels else parse_similarity
@@ -128,32 +103,7 @@ def _similarity_scores(found: list[float | None], expected: list[float]) -> dict
     }
 
 
-def _check_task(task: str) -> None:
+def check_task(task: str) -> None:
+    """Refuse a task that is none of GLUE's."""
     if task not in GLUE_LABELS:
         raise UserError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
-
-
-class GLUEText(evaluate.Metric):
-    """Scores of one GLUE task as an `evaluate` metric; constructed directly, works without a network.
-
-    `GLUEText("cola").compute(predictions=[...], references=[...])` returns the dictionary of `score_glue`: `accuracy`
-    (exact match of the labels' words), for CoLA `matthews_correlation`, for MRPC and QQP `f1`, for STS-B `pearson` and
-    `spearman` instead; `format_failure_rate` and `num_examples`.
-
-    Args:
-        config_name: The task, a key of `GLUE_LABELS`.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        _check_task(self.config_name)
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
-        return score_glue(self.config_name, predictions, references)

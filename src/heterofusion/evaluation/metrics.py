@@ -1,4 +1,4 @@
-"""Which metric scores a data set, and what it gives."""
+"""The metrics, as `evaluate.Metric` classes over plain functions, and which one scores a data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import evaluate
 
-from heterofusion.evaluation.glue import GLUE_LABELS, GLUEText
-from heterofusion.evaluation.uie import KINDS, UIEF1, check_answers
+from heterofusion.evaluation.glue import GLUE_LABELS, check_task, score_glue
+from heterofusion.evaluation.uie import KINDS, check_answers, check_kind, score_answers
 from heterofusion.runtime.errors import UserError
 
 AUTO = "auto"
@@ -18,29 +18,48 @@ EXACT_MATCH = "exact_match"
 METRICS = (*KINDS, UIE, *GLUE_LABELS, EXACT_MATCH)
 
 _GLUE_KIND = "GLUE"  # what recipes/glue/prepare.py writes into the column `kind`; `task` then names the GLUE task
-_EXACT_KWARGS = """
-Args:
-    predictions: list of str, the generated answers.
-    references: list of str, the right answers.
-
-Returns:
-    exact_match: share of predictions that are the reference, white space around both aside.
-    num_examples: number of answers.
-"""
 
 
-class ExactMatch(evaluate.Metric):
-    """Share of answers that are the reference, case included, white space around both aside; works offline."""
+class _AnswerMetric(evaluate.Metric):
+    """A metric of texts; constructed directly, it works without a network."""
 
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="Share of answers that equal the reference.",
+            description=str(self.__doc__),
             citation="",
-            inputs_description=_EXACT_KWARGS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
+            inputs_description="predictions: list of str, the generated answers; references: list of str, as many.",
+            features=datasets.Features({"predictions": text, "references": text}),
         )
+
+
+class UIEF1(_AnswerMetric):
+    """F1 of extraction answers: the dictionary of `score_answers`. `UIEF1("RE")` expects a head and a tail."""
+
+    def _kind(self) -> str | None:
+        return None if self.config_name == "default" else self.config_name  # "default" is evaluate's word for none
+
+    def _info(self) -> evaluate.MetricInfo:
+        check_kind(self._kind())
+        return super()._info()
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
+        return score_answers(predictions, references, self._kind())
+
+
+class GLUEText(_AnswerMetric):
+    """Scores of one GLUE task, such as `GLUEText("cola")`: the dictionary of `score_glue`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        check_task(self.config_name)
+        return super()._info()
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
+        return score_glue(self.config_name, predictions, references)
+
+
+class ExactMatch(_AnswerMetric):
+    """Share of answers that are the reference, case included, white space around both aside."""
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
         check_answers(predictions, references)

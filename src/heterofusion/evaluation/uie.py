@@ -11,30 +11,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
-
-import datasets
-import evaluate
 
 from heterofusion.runtime.errors import UserError
 
 KINDS = ("NER", "RE", "ET")
-
-_DESCRIPTION = "Micro, macro and per-sample F1 of extracted items, and the share of answers that break the format."
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions: list of str, the generated answers.
-    references: list of str, the right answers.
-
-Returns:
-    precision, recall, f1: over all items of the data set (micro).
-    macro_f1: mean F1 over the types that occur in predictions or references.
-    sample_f1: mean F1 over the examples (1 where both sides are empty).
-    format_failure_rate: share of predictions that hold something else than `type: span` items (of the kind RE,
-        `relation: head, tail` items).
-    true_positives, num_predicted, num_expected: the counts behind the micro scores.
-"""
-_CITATION = ""
 
 
 def normalize(text: str) -> str:
@@ -87,18 +67,15 @@ def score_answers(
 ) -> dict[str, float | int]:
     """Scores answers against references; what `UIEF1().compute` returns.
 
-    Args:
-        predictions: The generated answers.
-        references: The right answers, as many.
-        kind: `"NER"`, `"RE"` or `"ET"`; without it, the items of relations are not checked for head and tail.
+    Of the kind `"RE"`, items need a head and a tail. What has a denominator of 0 is 0.
 
     Returns:
-        The scores listed in the description of `UIEF1`. Precision, recall and F1 are 0 where their denominator is.
-
-    Raises:
-        ValueError: If the two differ in length or are empty, hold something else than strings, or for an unknown kind.
+        `precision`, `recall`, `f1` over all items (micro); `macro_f1`, the mean over the types that occur;
+        `sample_f1`, the mean over the examples (1 where both sides are empty); `format_failure_rate`, the share of
+        predictions that hold something else than `type: span` items; and the counts `true_positives`,
+        `num_predicted`, `num_expected`.
     """
-    _check_kind(kind)
+    check_kind(kind)
     check_answers(predictions, references)
     hits: Counter[str] = Counter()
     predicted: Counter[str] = Counter()
@@ -128,39 +105,10 @@ def score_answers(
     }
 
 
-def _check_kind(kind: str | None) -> None:
+def check_kind(kind: str | None) -> None:
+    """Refuse a kind of extraction that there is not."""
     if kind is not None and kind not in KINDS:
         raise UserError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
-
-
-class UIEF1(evaluate.Metric):
-    """F1 of extraction answers as an `evaluate` metric; constructed directly, works without a network.
-
-    `UIEF1().compute(predictions=[...], references=[...])` returns the dictionary of `score_answers`: micro
-    `precision`, `recall` and `f1`, `macro_f1` (mean over types), `sample_f1` (mean over examples),
-    `format_failure_rate` and the counts `true_positives`, `num_predicted`, `num_expected`. `UIEF1("RE")` also expects
-    a head and a tail in every item; NER and ET need no such word.
-
-    Args:
-        config_name: `"NER"`, `"RE"` or `"ET"`.
-    """
-
-    def _kind(self) -> str | None:
-        return None if self.config_name == "default" else self.config_name  # "default" is evaluate's word for none
-
-    def _info(self) -> evaluate.MetricInfo:
-        _check_kind(self._kind())
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
-        return score_answers(predictions, references, self._kind())
 
 
 def check_answers(predictions: Sequence[str], references: Sequence[str]) -> None:

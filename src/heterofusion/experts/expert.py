@@ -7,9 +7,6 @@ keeps one base in memory and switches adapters on it with plain PEFT.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -29,6 +26,7 @@ from heterofusion.adapters.config import AdapterError, keeps_base
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
 from heterofusion.experts.examples import Examples, Prompts, encode
 from heterofusion.experts.generation import GenerationArguments
+from heterofusion.experts.identity import base_fingerprint, tokenizer_identity
 from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
 from heterofusion.runtime.loading import (
@@ -237,16 +235,15 @@ def _check_fit(base: BaseArguments, adapter: Adapter | None, merged: bool) -> Pr
             f"adapter {adapter.given} puts tokens before the prompt, which cannot be merged into the base: leave "
             "--merge_adapters out"
         )
+    config = skeleton.config
     if adapter.only_adds:
-        config = skeleton.config
         with torch.device("meta"):
             fitted = _fit(skeleton, adapter, base.model_name_or_path, low_cpu_mem_usage=True, torch_device="cpu")
         places = get_peft_model_state_dict(fitted, save_embedding_layers=False)
         surplus = sorted(adapter.shapes.keys() - places.keys())
         if surplus:
             raise _unfit(adapter, base.model_name_or_path, f"the base has no place for {surplus[0]}")
-        return config
-    return skeleton.config
+    return config
 
 
 def _fit(base: PreTrainedModel, adapter: Adapter, base_name: str, **options: Any) -> Any:
@@ -299,72 +296,6 @@ def prompt_limit(config: PretrainedConfig, max_new_tokens: int, wanted: int | No
             f"{context} tokens; give {room} at most"
         )
     return room if wanted is None else wanted
-
-
-# ---- identity ---------------------------------------------------------------------------------------------------
-
-# what a base's answers depend on beside configuration and weights: beginnings of file names
-_ANSWER_FILES = (
-    "config.json",
-    "generation_config",
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab.",
-    "merges.",
-)
-_WHOLE = 64 << 20  # weight files up to this size are hashed as a whole
-_PIECE = 4096
-
-
-def base_fingerprint(name: str) -> str | None:
-    """Hash of a local base model's files, the same for every copy; None for a Hub id, which its commit tells."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            digest.update(f"{path.name} {_weights_sha256(path)}".encode())
-        elif path.is_file() and path.name.startswith(_ANSWER_FILES):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _weights_sha256(path: Path) -> str:
-    """Hash of a weight file; of a large safetensors file, of its header and three pieces of every tensor.
-
-    That takes a moment where all of a large model would take minutes, and no training leaves all of a tensor's
-    beginning, middle and end as they were.
-    """
-    size = path.stat().st_size
-    if size <= _WHOLE or path.suffix != ".safetensors":
-        return file_sha256(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(length)
-        digest.update(header)
-        spans = [entry["data_offsets"] for key, entry in json.loads(header).items() if key != "__metadata__"]
-        for start, end in sorted(spans):
-            for place in (start, (start + end) // 2, max(start, end - _PIECE)):
-                file.seek(8 + length + place)
-                digest.update(file.read(min(_PIECE, end - place)))
-    return digest.hexdigest()
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """What a tokenizer makes of texts and messages, and which token ends an answer."""
-    template = getattr(tokenizer, "chat_template", None)
-    words = [
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.eos_token_id,
-        sorted(tokenizer.all_special_ids),
-        template,
-    ]
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        words.append({**json.loads(backend.to_str()), "padding": None, "truncation": None})
-    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- running ----------------------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.labels import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, Origin, SourceLabelArguments, SourceLabels
 from heterofusion.data.replay import examples_sha256
+from heterofusion.experts.identity import tokenizer_fingerprint
 from heterofusion.experts.soft import StoredLabels, StoredSource, read_store, record_sha256
 from heterofusion.experts.soft_labels import SoftLabels
 from heterofusion.experts.store import cache_folder, cache_key, new_table, read_table
 from heterofusion.experts.token_alignment import Aligner, Mapped, answer_symbols, symbols_of, used_tokens
-from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
+from heterofusion.experts.vocabulary import VocabularyMap
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.ranks import all_together

@@ -7,7 +7,6 @@ in length, the shorter spelling in the vocabulary (`A` before `<0x41>`), the low
 Origin: FuseLLM, arXiv 2401.10491, section 3.3.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from heterofusion.experts.identity import tokenizer_fingerprint
 from heterofusion.experts.store import cache_key, naming
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import TEMPORARY
@@ -173,14 +173,6 @@ class TokenIndex:
 def _byte_sets(columns: NDArray[np.uint16]) -> NDArray[np.uint64]:
     """Per column, the bits of the bytes that occur in it."""
     return np.bitwise_or.reduce(_BITS[columns], axis=0)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What tells tokenizers apart whose tokens are not the same: a hash of the fast tokenizer and its special ids."""
-    # a chat template writes texts, it changes no token; how batches are padded and cut is not the tokenizer's own
-    backend = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-    parts = [backend, sorted(tokenizer.all_special_ids)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class VocabularyMap:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from heterofusion.data.labels import ANCHOR
 from heterofusion.evaluation.datasets import is_file_name
-from heterofusion.evaluation.run import BASE_NAME
+from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, find_expert
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.labelling.routing import RoutingArguments

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from heterofusion.data.labels import ANCHOR, LABELS_FILE
 from heterofusion.evaluation.datasets import EvalSet, check_references, is_file_name
 from heterofusion.evaluation.results import metric_record
-from heterofusion.evaluation.run import BASE_NAME
+from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.experts.answering import ExpertAnswerer, Questions, ask
 from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import Expert, ExpertRunner

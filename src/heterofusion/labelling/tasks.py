@@ -14,7 +14,7 @@ from heterofusion.data.formats import Message, Part, detect_format, to_conversat
 from heterofusion.evaluation.datasets import EvalDataArguments, EvalSet, load_eval_sets
 from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity
 from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, UIE, choose_metric
-from heterofusion.evaluation.run import BASE_NAME
+from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.evaluation.uie import KINDS, normalize, parse_items, score_answers
 from heterofusion.experts.generation import Answer
 from heterofusion.runtime.errors import UserError

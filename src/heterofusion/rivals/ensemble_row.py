@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from heterofusion.adapters.config import AdapterError
-from heterofusion.evaluation.run import EvalArguments, EvalModelArguments, Row, adapter_record
+from heterofusion.evaluation.rows import EvalArguments, EvalModelArguments, Row, adapter_record
 from heterofusion.experts.answering import Questions
 from heterofusion.experts.examples import Examples, Prompts
 from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, ExpertRunner, find_expert

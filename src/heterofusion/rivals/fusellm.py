@@ -24,11 +24,12 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from heterofusion.experts.identity import tokenizer_fingerprint
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
 from heterofusion.experts.store import cache_key, new_table, read_table
 from heterofusion.experts.teachers import Teacher
 from heterofusion.experts.token_alignment import Aligner, FusedAnswer, answer_symbols, used_tokens
-from heterofusion.experts.vocabulary import VocabularyMap, tokenizer_fingerprint
+from heterofusion.experts.vocabulary import VocabularyMap
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.ranks import all_together
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from heterofusion.cli_before import check_flags
-from heterofusion.evaluation.run import EVAL_ARGUMENTS, EvalOutputArguments
+from heterofusion.evaluation.rows import EVAL_ARGUMENTS, EvalOutputArguments
 from heterofusion.experts.expert import NO_ADAPTER
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS
 from heterofusion.merging.config import MERGE_ARGUMENTS

@@ -40,10 +40,7 @@ def byte_level(single: str = "<s> $A", template: str | None = None, trim: bool =
     backend.train_from_iterator([json.dumps(UIE)] * 3 + ["the answer is yes", "the answer is no"] * 3, trainer)
     pieces = [(name, SPECIAL.index(name)) for name in ("<s>", "</s>")]
     backend.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=trim),
-            processors.TemplateProcessing(single=single, special_tokens=pieces),
-        ]
+        [processors.ByteLevel(trim_offsets=trim), processors.TemplateProcessing(single=single, special_tokens=pieces)]
     )
     return wrap(backend, template)
 

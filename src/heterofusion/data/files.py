@@ -93,12 +93,7 @@ def sample_indices(total: int, count: int, seed: int) -> list[int]:
 
 
 def _from_datasets(
-    load: Callable[[], Any],
-    label: str,
-    config: str | None,
-    split: str,
-    kind: str,
-    unreadable: tuple[str, str],
+    load: Callable[[], Any], label: str, config: str | None, split: str, kind: str, unreadable: tuple[str, str]
 ) -> Dataset:
     """What `load` gives; `unreadable` is what is told, and the remedy, if there is nothing that it can read."""
     config_flag, split_flag = _flags(kind)
@@ -204,14 +199,10 @@ def load_json(text: str, label: str, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{label} is not valid JSON at line {line or error.lineno}, column {error.colno} ({error.msg}): "
-            "correct that line"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{label} is nested too deeply to be read: make it a flat list of objects") from error
-    except ValueError as error:  # a number with thousands of digits
-        raise UserError(f"{label} holds a value that cannot be read ({error}): remove it") from error
+        place = f"line {line or error.lineno}, column {error.colno}"
+        raise UserError(f"{label} is not valid JSON at {place} ({error.msg}): correct that line") from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, nested without end
+        raise UserError(f"{label} holds a value that cannot be read ({one_line(error)}): remove it") from error
 
 
 def parse_csv(text: str, label: str) -> Parsed:

@@ -94,12 +94,9 @@ def _alpaca(record: dict[str, Any]) -> tuple[list[Message], list[Message]]:
         prompt = f"{prompt}\n{extra}"
     turns: list[Message] = []
     history = record.get("history") or []
-    if not isinstance(history, list):
-        raise UserError(f"`history` is {type_name(history)}: make it a list of [prompt, answer] pairs")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise UserError(f"`history` is {str(history)[:60]!r}: make it a list of [prompt, answer] pairs")
     for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            found = f"a list of {len(pair)}" if isinstance(pair, list) else type_name(pair)
-            raise UserError(f"`history[{i}]` is {found}: make it a pair [prompt, answer]")
         for j, role in enumerate(("user", "assistant")):
             turns.append({"role": role, "content": check_string(pair[j], f"history[{i}][{j}]")})
     return [*turns, {"role": "user", "content": prompt}], [{"role": "assistant", "content": output}]
@@ -109,11 +106,9 @@ def _messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, list):
         raise UserError(f"`{field}` is {type_name(value)}: make it a list of messages with `role` and `content`")
     for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise UserError(f"`{field}[{i}]` is {type_name(message)}: make it an object with `role` and `content`")
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise UserError(f"`{field}[{i}]` is {str(message)[:60]!r}: make it an object with `role` and `content`")
         for key in ("role", "content"):
-            if key not in message:
-                raise UserError(f"`{field}[{i}]` has no `{key}` (found: {', '.join(message) or 'none'}): add it")
             check_string(message[key], f"{field}[{i}].{key}")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 

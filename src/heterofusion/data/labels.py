@@ -19,7 +19,6 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from heterofusion.data.files import Records, load_records, sample_indices
-from heterofusion.data.formats import type_name
 from heterofusion.data.replay import (
     DataArguments,
     DatasetReport,
@@ -35,7 +34,7 @@ from heterofusion.data.replay import (
 )
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -293,35 +292,29 @@ def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, floa
     """Whether a label is in its task's format, and its mean log-probability per token (0 if it has none)."""
     well_formed, confidence = label.get("format_ok"), label.get("log_probability")
     if not isinstance(well_formed, bool | None):
-        raise UserError(f"`format_ok` is {type_name(well_formed)}: make it true, false or null")
-    if confidence is None:
-        if lowest is not None:
-            raise UserError(
-                f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave the flag out, or "
-                "label with recipes/label.py"
-            )
-        confidence = 0.0
-    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not math.isfinite(confidence):
+        raise UserError(f"`format_ok` is {well_formed!r}: make it true, false or null")
+    if confidence is None and lowest is not None:
+        raise UserError(
+            f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave the flag out, or label "
+            "with recipes/label.py"
+        )
+    if confidence is not None and not in_range(confidence, "(-inf, inf)"):
         raise UserError(f"`log_probability` is {confidence!r}: make it a finite number or null")
-    return well_formed is not False, float(confidence)
+    return well_formed is not False, confidence or 0.0
 
 
 def _count_sources(records: Records, kept: list[int], report: LabelReport) -> None:
     """Who answered the kept labels of which task, and whether they are a control's."""
     counts: dict[str, Counter[str]] = {}
     for index in kept:
-        source, task = (records.call(index, _name, records.rows[index], column) for column in ("source", "task"))
+        label = records.rows[index]
+        source, task = (
+            display_name(str(label[name])) if label.get(name) else "not named" for name in ("source", "task")
+        )
         counts.setdefault(source, Counter())[task] += 1
     report.by_source = {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
-    report.control = "+".join(sorted({label[CONTROL_COLUMN] for label in records.rows if label.get(CONTROL_COLUMN)}))
-    report.control = report.control or None
-
-
-def _name(label: Mapping[str, Any], column: str) -> str:
-    value = label.get(column)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"`{column}` is {type_name(value)}: make it a name or null")
-    return display_name(value) if value else "not named"
+    controls = {label[CONTROL_COLUMN] for label in records.rows if label.get(CONTROL_COLUMN)}
+    report.control = "+".join(sorted(controls)) or None
 
 
 def _dropped(reports: Sequence[LabelReport], args: SourceLabelArguments) -> str:

@@ -207,10 +207,7 @@ def write_tasks(tasks: Sequence[PreparedTask], args: PrepareArguments, layout: s
                 if task.examples[name]:  # a data set that is empty is refused by what reads it
                     path = staging / name / f"{task.name}.jsonl"
                     _write_examples(path, task, name)
-                    written[f"{name}/{path.name}"] = {
-                        "records": len(task.examples[name]),
-                        "sha256": file_sha256(path),
-                    }
+                    written[f"{name}/{path.name}"] = {"records": len(task.examples[name]), "sha256": file_sha256(path)}
             splits = {
                 split: {name: count for name, count in counts.items() if count or name in ("read", "kept")}
                 for split, counts in task.counts.items()

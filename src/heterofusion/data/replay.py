@@ -83,10 +83,7 @@ class DataArguments:
     )
     max_length: int = field(
         default=1024,
-        metadata={
-            "help": "Number of tokens after which an example is cut off on the right.",
-            "range": "[2, inf)",
-        },
+        metadata={"help": "Number of tokens after which an example is cut off on the right.", "range": "[2, inf)"},
     )
     eval_dataset_name: list[str] | None = field(
         default=None, metadata={"help": "Data sets for the evaluation loss, named like those of dataset_name."}

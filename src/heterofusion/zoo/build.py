@@ -23,6 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from heterofusion.data.files import Records
+from heterofusion.data.markdown import markdown_table
 from heterofusion.data.replay import DatasetReport, as_dataset, encode_records, make_collator
 from heterofusion.evaluation.uie import score_answers
 from heterofusion.experts.generation import generate_answers
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 BASE: dict[str, Any] = {"steps": 5000, "batch": 8, "learning_rate": 3e-3, "block": 128}
 EXPERT: dict[str, Any] = {"steps": 500, "batch": 16, "learning_rate": 4e-3, "examples": 6000}
-REPLAY: dict[str, Any] = {"steps": 300, "batch": 12, "learning_rate": 2e-3, "examples_per_task": 30}
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TEST_EXAMPLES = 100
@@ -76,24 +76,6 @@ def build_expert(
     expert.half().save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     return loss
-
-
-def tune_on_replay(
-    family: str,
-    task: str,
-    base: pathlib.Path,
-    folder: pathlib.Path,
-    train_a: bool,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, float]:
-    """Tunes an expert on the replay of all six tasks, the reference that fusion has to beat; gives F1 by task."""
-    model, tokenizer = load_base(base, family)
-    lora = LoraArguments(init_adapter=str(folder), train_only=None if train_a else "lora_B")
-    anchor = choose_lora(model, lora, seed).put_on(model, seed)
-    replay = [row for name in TASKS for row in make_examples(name, "replay", REPLAY["examples_per_task"], seed)]
-    _train(anchor, tokenizer, _encoded(replay, tokenizer), REPLAY, seed, progress)
-    return score_tasks(anchor, tokenizer, TASKS, progress=progress)
 
 
 def score_tasks(
@@ -171,15 +153,13 @@ def build_zoo(
     """Builds bases and experts below `output_dir`, scores them and writes `manifest.json`, which it gives back.
 
     `only` is "base" for the bases alone, "experts" for experts on the bases that are there. An entry of the manifest
-    of something that this call does not build is kept. Its `seconds` are wall-clock time; `cpu_seconds` are the
-    process's own, training and scoring together, of families built as a whole.
+    of something that this call does not build is kept.
     """
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     for family in families:
         base = output_dir / family / "base"
         entry: dict[str, Any] = {}
-        cpu_start = time.process_time()
         if only != "experts":
             start = time.perf_counter()
             entry["base_loss"] = round(build_base(family, base, seed, progress), 4)
@@ -190,12 +170,6 @@ def build_zoo(
             if not base.is_dir():
                 raise UserError(f"{base} is missing; build it first, without --only experts")
             entry["experts"] = {task: _build_and_score(family, task, output_dir, seed, progress) for task in tasks}
-            entry["replay_tuning"] = {
-                key: _score_replay(family, tasks[0], output_dir, key == "A_and_B", seed, progress)
-                for key in ("B", "A_and_B")
-            }
-        if only is None and set(tasks) == set(TASKS):
-            entry["cpu_seconds"] = round(time.process_time() - cpu_start)
         _write_manifest(output_dir, family, entry, seed)
     return json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
 
@@ -210,25 +184,13 @@ def _build_and_score(family: str, task: str, output_dir: pathlib.Path, seed: int
     scores = score_tasks(PeftModel.from_pretrained(model, folder), tokenizer, TASKS, progress=False)
     foreign = fmean(score for name, score in scores.items() if name != task)
     logger.info("%s/%s: own %.3f, foreign %.3f, %d s", family, task, scores[task], foreign, seconds)
-    f1 = {"f1": round(scores[task], 4), "foreign_mean_f1": round(foreign, 4), "scores": _rounded(scores)}
-    return {**f1, "loss": round(loss, 4), "seconds": seconds}
-
-
-def _score_replay(
-    family: str, anchor: str, output_dir: pathlib.Path, train_a: bool, seed: int, progress: bool
-) -> dict[str, Any]:
-    """The anchor tuned on the replay, and its entry in the manifest."""
-    start = time.perf_counter()
-    base, folder = output_dir / family / "base", output_dir / family / anchor
-    scores = tune_on_replay(family, anchor, base, folder, train_a, seed, progress)
-    mean = fmean(scores.values())
-    logger.info("%s: %s tuned on the replay %.3f", family, "A and B" if train_a else "B", mean)
-    seconds = round(time.perf_counter() - start)
-    return {"anchor": anchor, "mean_f1": round(mean, 4), "scores": _rounded(scores), "seconds": seconds}
-
-
-def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(score, 4) for name, score in scores.items()}
+    return {
+        "f1": round(scores[task], 4),
+        "foreign_mean_f1": round(foreign, 4),
+        "scores": {name: round(score, 4) for name, score in scores.items()},
+        "loss": round(loss, 4),
+        "seconds": seconds,
+    }
 
 
 def folder_bytes(folder: pathlib.Path) -> int:
@@ -252,7 +214,6 @@ def _write_manifest(output_dir: pathlib.Path, family: str, built: Mapping[str, A
         "language_seed": LANGUAGE_SEED,
         "base": BASE,
         "expert": EXPERT | LORA,
-        "replay": REPLAY,
         "test_examples": TEST_EXAMPLES,
     }
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
@@ -261,13 +222,10 @@ def _write_manifest(output_dir: pathlib.Path, family: str, built: Mapping[str, A
 
 
 def score_table(manifest: Mapping[str, Any]) -> str:
-    """A line per family: experts on their own tasks, the mean on foreign ones, the replay-tuned anchor."""
-    rows = [["family", *TASKS, "foreign", "replay B", "replay A+B"]]
+    """A row per family: experts on their own tasks, and the mean of all on foreign ones."""
+    rows = []
     for family, entry in manifest["families"].items():
-        experts, tuned = entry.get("experts", {}), entry.get("replay_tuning", {})
-        figures = [experts[task]["f1"] if task in experts else None for task in TASKS]
-        figures.append(fmean(each["foreign_mean_f1"] for each in experts.values()) if experts else None)
-        figures += [tuned[key]["mean_f1"] if key in tuned else None for key in ("B", "A_and_B")]
-        rows.append([family, *("-" if figure is None else f"{figure:.3f}" for figure in figures)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        experts = entry.get("experts", {})
+        foreign = fmean(each["foreign_mean_f1"] for each in experts.values()) if experts else None
+        rows.append([family, *(experts.get(task, {}).get("f1") for task in TASKS), foreign])
+    return markdown_table(["family", *TASKS, "foreign"], rows)

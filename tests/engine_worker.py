@@ -202,39 +202,15 @@ class Spread(TrainerCallback):
         self.steps.append(rank_spread(self.model))
 
 
-class Unmoved(TrainerCallback):
-    """Optimizer steps that leave the hypernetworks as they were."""
-
-    def __init__(self, model: HeteroFusionModel):
-        self.model = model
-        self.last = parameters(model)
-        self.steps: list[int] = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = parameters(self.model)
-        if all(torch.equal(now[name], tensor) for name, tensor in self.last.items()):
-            self.steps.append(state.global_step - 1)
-        self.last = now
-
-
 def poisoned(folder: Path, steps: list[int], **case) -> dict:
     trainer = make_trainer(folder, accumulation=2, **case)
     trainer.poisoned = tuple(steps)
-    unmoved = Unmoved(trainer.fusion_model)
-    trainer.add_callback(unmoved)
     error = None
     try:
         trainer.train()
     except NonFiniteError as raised:
         error = str(raised)
-    end = parameters(trainer.fusion_model)
-    return {
-        "error": error,
-        "unmoved_steps": unmoved.steps,
-        "finite": all(bool(tensor.isfinite().all()) for tensor in end.values()),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "lm_loss" in entry],
-        "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
-    }
+    return {"error": error, "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*"))}
 
 
 def parameters(model: HeteroFusionModel) -> dict[str, torch.Tensor]:

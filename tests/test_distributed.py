@@ -35,8 +35,6 @@ CASES = {
     "resume-expanded": {"kind": "resume", **EXPANDED},
     "best": {"kind": "resume", **BEST},
     "nan": {"kind": "poisoned", "steps": [2], "save_strategy": "steps", "save_steps": 1, "logging_steps": 100},
-    "tolerated": {"kind": "poisoned", "steps": [1], "skip_nonfinite_steps": 1},
-    "not-tolerated": {"kind": "poisoned", "steps": [1, 2], "skip_nonfinite_steps": 1},
 }
 # engine: flags of the launch, share of base and of hypernetworks that a rank holds
 ENGINES = {
@@ -232,15 +230,6 @@ def test_nan_on_one_rank_stops_all_with_step_and_role(runs, engine):
     assert "q_proj_r4" in result["error"] and "is not finite" in result["error"]
     assert result["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
     assert "checkpoint-2. Lower --learning_rate" in result["error"]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_tolerated_step_is_skipped_and_the_next_one_ends_the_run(runs, engine):
-    result = runs(engine)[0]["tolerated"]
-    assert result["error"] is None and result["finite"]
-    assert result["unmoved_steps"] == [1]
-    result = runs(engine)[0]["not-tolerated"]
-    assert result["error"].startswith("step 3: ")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 through accelerate on GPUs needs two of them")

@@ -6,10 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import logits
 from heterofusion import load_adapter
 from heterofusion.training.config import LORA_B
 from heterofusion.training.expert import check_basis_engine
@@ -104,15 +101,6 @@ def test_hypernetworks_of_another_rank_do_not_fit(expanded, fails):
     fails(*words, init_hypernetwork_from=expanded["out"] / "checkpoint-2", save_steps=None)
 
 
-def test_hypernetworks_of_the_same_rank_are_started_from(expanded, tmp_path):
-    start = expanded["out"] / "checkpoint-2"
-    values = {**expanded["values"], "output_dir": tmp_path / "out", "max_steps": 1, "init_hypernetwork_from": start}
-    log = succeeds(train.main, flags(values))
-    assert "q_proj_r9" in log
-    # the rows are of the anchor's inputs, whatever the hypernetworks predict
-    assert record(tmp_path / "out")["basis"] == record(expanded["out"])["basis"]
-
-
 def test_dry_run_and_plan_show_the_ranks(expanded, tmp_path, capsys):
     words = ("extra rank: 5 (activations)", "q_proj r4 s2")
     assert train.main(flags({**expanded["values"], "output_dir": tmp_path / "out", "dry_run": True})) == 0
@@ -172,17 +160,6 @@ def test_resumed_tuning_equals_the_uninterrupted(twin, tmp_path, capsys):
     error_line(capsys, expert.main, flags({**values, "extra_basis": "random"}), "another extra_basis")
     plain = {name: value for name, value in values.items() if not name.startswith("extra")}
     error_line(capsys, expert.main, flags(plain), "another extra_rank: 5, this run has null")
-
-
-def test_all_of_an_expanded_adapter_can_be_tuned(twin, base_dir, tmp_path):
-    values = {**twin["values"], "output_dir": tmp_path / "out", "train_only": None, "max_steps": 2}
-    succeeds(expert.main, flags(values))
-    tuned, begun = load_adapter(tmp_path / "out"), load_adapter(twin["out"])
-    for path, module in tuned.modules.items():
-        assert not torch.equal(module.lora_A[:4], begun.modules[path].lora_A[:4])
-    base = AutoModelForCausalLM.from_pretrained(base_dir)
-    assert logits(PeftModel.from_pretrained(base, tmp_path / "out")).isfinite().all()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
 
 
 def test_extra_rank_without_an_adapter_to_begin_as_is_refused(twin, tmp_path, capsys, monkeypatch):

@@ -1,13 +1,11 @@
 """What a fusion tells of itself, module by module."""
 
-import json
 import math
 
 import pytest
 
-from conftest import GOLDEN, make_args, make_model, perturb
+from conftest import make_args, make_model, perturb
 from heterofusion.method.diagnostics import adapter_diagnostics, fusion_diagnostics
-from heterofusion.publish.write import export_adapter
 
 
 @pytest.fixture
@@ -48,10 +46,3 @@ def test_groups_summarize_their_modules(fusion):
     # all modules of a role have equally many B blocks here
     first = [sum(s["attention"] for s in module["sources"] if s["source"] == 0) for module in modules]
     assert groups["q_proj_r4"]["attention/0"] == pytest.approx(sum(first) / len(first), rel=1e-4)
-
-
-def test_export_writes_them_without_local_paths(fusion, tmp_path):
-    export_adapter(fusion, tmp_path / "fused")
-    text = (tmp_path / "fused" / "diagnostics.json").read_text()
-    assert json.loads(text) == json.loads(json.dumps(adapter_diagnostics(fusion)))
-    assert str(GOLDEN) not in text

@@ -5,7 +5,7 @@ import torch
 
 from heterofusion import MethodConfig
 from heterofusion.method.config import HypernetworkConfig
-from heterofusion.method.hypernet import HyperNetwork, HypernetworkInput, HyperNetworks
+from heterofusion.method.hypernet import HypernetworkInput, HyperNetworks
 from heterofusion.method.rdm import rdm_loss, sliced_distance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,15 +78,6 @@ def test_padding_changes_nothing(network):
         assert (out.attention[row, :, length:] == 0).all()
 
 
-def test_decode_index_selects_blocks(network):
-    net, shared = network
-    batch = inputs()
-    everything = net(join(*batch), shared=shared).update
-    index = torch.tensor([1, 3, 8])
-    found = net(join(*batch, decode_index=index), shared=shared).update
-    torch.testing.assert_close(found, everything[index], atol=1e-6, rtol=0)
-
-
 def test_first_prediction_is_zero_and_gate_is_clamped():
     for form in ("paper", "compact"):
         networks = HyperNetworks({"q_proj_r3": 3}, small(form, mu_gate=0.5))
@@ -118,19 +109,6 @@ def test_padded_columns_are_read_once_and_give_the_same():
     torch.testing.assert_close(results[1][0].update, results[0][0].update)
     torch.testing.assert_close(results[1][0].source_embedding, results[0][0].source_embedding)
     torch.testing.assert_close(results[1][1], results[0][1], atol=1e-5, rtol=1e-4)
-
-
-def test_both_views_share_one_matrix_product():
-    """The column view reads the block transposed; its weight is stored in the row view's order."""
-    net = HyperNetwork(3, small())
-    block = torch.randn(6, 3)
-    features = net.features
-    row, column = features.views.weight.split(16)
-    published = column.view(16, 6, 3).transpose(1, 2).reshape(16, 18)  # as the published column projection
-    x = block.flatten() * features.norm_weight + features.norm_bias
-    wanted = torch.nn.functional.gelu(row @ x) + torch.nn.functional.gelu(published @ x.view(6, 3).T.flatten())
-    batch = HypernetworkInput(block.view(1, -1), torch.rand(1, 3), 1, 1)
-    torch.testing.assert_close(features(batch, None)[0], wanted)
 
 
 # ---- RDM --------------------------------------------------------------------------------------------------------

@@ -272,19 +272,3 @@ def test_initialization_is_seeded_and_leaves_the_generators_of_all_devices(base,
     name = "networks.q_proj_r4.features.views.weight"
     assert torch.equal(a.hypernetworks.state_dict()[name], b.hypernetworks.state_dict()[name])
     assert not torch.equal(a.hypernetworks.state_dict()[name], c.hypernetworks.state_dict()[name])
-
-
-def test_mode_is_set_again_after_someone_changed_it(model):
-    """Trainer sets it in every micro-batch, so it is skipped where nothing changed."""
-    layer = model.get_base_model().model.layers[0]
-    model.train()
-    assert model.hypernetworks.training and layer.training and not layer.mlp.training
-    model.get_base_model().train()
-    assert layer.mlp.training
-    model.train()
-    assert not layer.mlp.training and layer.training
-    model.eval()
-    assert not model.hypernetworks.training and not layer.training
-    model.hypernetworks.train()
-    model.eval()
-    assert not model.hypernetworks.training

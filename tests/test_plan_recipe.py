@@ -57,21 +57,6 @@ def test_plan_says_what_feeds_what(tmp_path):
     assert len(summary["sources"][0]["unused"]) == 42 - 14 and all(summary["sources"][0]["unused"].values())
 
 
-def test_plan_counts_layers_that_nothing_feeds(tmp_path):
-    def only_q(weights):
-        [weights.pop(key) for key in list(weights) if "q_proj" not in key]
-
-    def no_q_on_top(weights):
-        [weights.pop(key) for key in list(weights) if "layers.3.self_attn.q_proj" in key]
-
-    target = copy_adapter(tmp_path / "target", TARGET, tensors=no_q_on_top)
-    source = copy_adapter(tmp_path / "source", QWEN, tensors=only_q)
-    summary = written_plan(tmp_path, target_adapter=target, source_adapters=[source])
-    assert summary["target"]["layers"] == 4
-    assert {row["layer"] for row in summary["modules"]} == {0, 1, 2}
-    assert summary["untouched"]["model.layers.3.self_attn.v_proj"] == "no source has v_proj"
-
-
 def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path, base):
     summary = written_plan(tmp_path)
     target, sources = load_adapter(TARGET), [load_adapter(QWEN)]

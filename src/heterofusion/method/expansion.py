@@ -124,11 +124,6 @@ def _expanded(anchor: LoraAdapter, rows: Mapping[str, Tensor], expansion: Expans
     return ExpandedAdapter(**own | {"config": config, "modules": modules}, anchor=anchor, expansion=expansion)
 
 
-def plain_adapter(adapter: LoraAdapter) -> LoraAdapter:
-    """An expanded adapter as one that was read from a file: its rank is its own then."""
-    return LoraAdapter(**{item.name: getattr(adapter, item.name) for item in fields(LoraAdapter)})
-
-
 # ---- plans ------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ adapters need not.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,11 @@ from heterofusion.runtime.files import file_sha256
 logger = logging.getLogger(__name__)
 
 _FREE = ".residual."  # of parameters that are no function of adapters: they belong to one target
-_FLAGS = {"form": "preset"}  # fields of HypernetworkConfig that have another name as a flag
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """Where the hypernetworks of a fusion start from.
-
-    Attributes:
-        label: names the other fusion in messages and in the record.
-        file: its hypernetworks.
-        groups: groups that start from it.
-        fresh: groups that it lacks.
-    """
+    """Where hypernetworks start from: a file, how messages call it, the groups that it has, and those it lacks."""
 
     label: str
     file: Path
@@ -44,29 +37,14 @@ class Initialization:
 
     def record(self) -> dict[str, Any]:
         """Plain values for the provenance, with the hash of the file."""
-        return {
-            "from": self.label,
-            "sha256": file_sha256(self.file),
-            "groups": list(self.groups),
-            "fresh_groups": list(self.fresh),
-        }
-
-
-def check_sizes(label: str, found: Any, sizes: HypernetworkConfig) -> None:
-    """Refuse hypernetworks of other sizes (`found`, as `HypernetworkConfig.to_dict` gives them) than this fusion's."""
-    for name, expected in sizes.to_dict().items():
-        there = found.get(name) if isinstance(found, dict) else None
-        if there != expected:
-            raise UserError(
-                f"the hypernetworks of {label} have {name} {there}, those of this fusion {expected}; give "
-                f"both the same --{_FLAGS.get(name, name)}, or start fresh"
-            )
+        groups = {"groups": list(self.groups), "fresh_groups": list(self.fresh)}
+        return {"from": self.label, "sha256": file_sha256(self.file), **groups}
 
 
 def plan_initialization(
-    label: str, file: Path, found_sizes: Any, plan: AlignmentPlan, sizes: HypernetworkConfig, need_common: bool = True
+    label: str, file: Path, found_sizes: Mapping[str, Any] | None, plan: AlignmentPlan, sizes: HypernetworkConfig
 ) -> Initialization:
-    """What a fusion takes from a file of hypernetworks, of which the header alone is read.
+    """What a fusion of some plan and sizes takes from a file of hypernetworks; its header alone is read.
 
     Args:
         label: names the other fusion.
@@ -74,12 +52,15 @@ def plan_initialization(
         found_sizes: their sizes, as `HypernetworkConfig.to_dict` gives them.
         plan: the alignment of this fusion.
         sizes: its hypernetworks' sizes.
-        need_common: whether having no group in common is an error.
-
-    Raises:
-        UserError: other sizes, nothing in common, or a damaged file.
     """
-    check_sizes(label, found_sizes, sizes)
+    for name, expected in sizes.to_dict().items():
+        there = (found_sizes or {}).get(name)
+        if there != expected:
+            flag = "preset" if name == "form" else name
+            raise UserError(
+                f"the hypernetworks of {label} have {name} {there}, those of this fusion {expected}; give both the "
+                f"same --{flag}, or start fresh"
+            )
     try:
         with safe_open(file, "pt") as content:
             found = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
@@ -87,14 +68,14 @@ def plan_initialization(
         raise UserError(f"{file} cannot be read ({error}); name another checkpoint") from error
     groups = [key.name for key in plan.groups]
     common = tuple(name for name in groups if any(key.startswith(_prefix(name)) for key in found))
-    if need_common and not common:
+    if not common:
         raise UserError(
             f"{file} has no group of this fusion ({', '.join(groups)}): the adapters have other roles or ranks, or "
             "--extra_rank was another; name another checkpoint, or start fresh"
         )
     with torch.device("meta"):
-        expected = HyperNetworks({key.name: key.rank for key in plan.groups}, sizes)
-    for name, parameter in expected.named_parameters():
+        wanted = HyperNetworks({key.name: key.rank for key in plan.groups}, sizes)
+    for name, parameter in wanted.named_parameters():
         shape = tuple(parameter.shape)
         if name.startswith(tuple(map(_prefix, common))) and found.get(name) != shape:
             raise UserError(f"{file}: {name} is {found.get(name, 'missing')}, {shape} was expected; it is damaged")
@@ -104,13 +85,6 @@ def plan_initialization(
 @torch.no_grad()
 def initialize_hypernetworks(model: HeteroFusionModel, start: Initialization) -> None:
     """Load what `plan_initialization` found into a model that no engine has wrapped yet."""
-    if not start.groups:
-        logger.warning(
-            "hypernetworks of %s: nothing is taken from them, because no role has the rank that it had there "
-            "(--extra_rank adds to it in every fusion); all start fresh",
-            start.label,
-        )
-        return
     prefixes = (*map(_prefix, start.groups), "shared.")
     with safe_open(start.file, "pt") as content:
         found = set(content.keys())

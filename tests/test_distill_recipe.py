@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import Dataset
 from datasets.table import MemoryMappedTable
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -38,7 +37,6 @@ from test_tokens import sentencepiece_like
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 distill, expert = recipe("distill"), recipe("expert")
-PICKY = "{% for m in messages %}{{ raise_exception('no ' + m['role']) }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +150,6 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     assert "# CONTROL (noise): Distilled LoRA adapter" in card and "- control" in card
 
 
-def test_both_losses_are_logged_and_add_up(finished):
-    history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
-    entries = [entry for entry in history if "loss" in entry]
-    assert len(entries) == 4
-    for entry in entries:
-        assert entry["loss"] == pytest.approx(0.9 * entry["clm_loss"] + 0.1 * entry["kl_loss"], rel=1e-3)
-        assert entry["kl_loss"] != pytest.approx(entry["clm_loss"])
-
-
 def test_without_a_share_of_the_teachers_it_is_plain_tuning_of_the_anchor(finished, values, tmp_path):
     """The other recipe that trains an adapter on, with the loss of its own: not a bit of this code."""
     shared = {name: values[name] for name in ("model_name_or_path", "init_adapter", "dataset_name", "use_cpu",
@@ -270,35 +259,6 @@ def test_damaged_labels_are_made_anew(finished, values, tmp_path, loaded):
     assert len(loaded) == 2 and "is damaged" not in log
 
 
-def test_every_model_reads_a_conversation_in_its_own_template(values, teachers, bare_base, base_dir, tmp_path):
-    turns = [
-        [{"role": "user", "content": f"w{i} w{i + 1}"}, {"role": "assistant", "content": f"w{i} w7"}] for i in (4, 5)
-    ]
-    data = tmp_path / "chat.json"
-    data.write_text(json.dumps([{"messages": messages} for messages in turns]))
-    plain = (
-        "{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    )
-    long = "{% for m in messages %}{{ 'w9 ' + m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token + ' w8' }}"
-    long += "{% else %}{{ ' ' }}{% endif %}"
-    folders = []
-    for folder, template in ((base_dir, plain), (teachers.models[0], long)):
-        folders.append(shutil.copytree(folder, tmp_path / f"base-{len(folders)}"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.chat_template = template + "{% endfor %}{% if add_generation_prompt %}{{ '' }}{% endif %}"
-        tokenizer.save_pretrained(folders[-1])
-    changed = {
-        "model_name_or_path": folders[0], "teacher_models": folders[1], "teacher_adapters": [teachers.adapters[0]],
-        "dataset_name": [data], "logits_cache": tmp_path / "cache", "output_dir": tmp_path / "out", "max_steps": 1,
-        "save_strategy": "no",
-    }  # fmt: skip
-    succeeds(distill.main, flags({**values, **changed}))
-    tokens = []
-    for path in (tmp_path / "cache").glob("soft-labels-*"):
-        tokens.append(list(Dataset.from_file(str(path / "table.arrow"))["tokens"]))
-    assert sorted(map(sorted, tokens)) == [[[4, 7, 2], [5, 7, 2]], [[9, 4, 7, 2, 8], [9, 5, 7, 2, 8]]]
-
-
 # ---- resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -363,21 +323,6 @@ def test_context_of_a_teacher_that_is_too_short_raises(fails, teachers, tmp_path
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
     fails("the longest example has 7 tokens", "context has 6", teacher_models=[base, teachers.models[1]])
-
-
-def test_record_that_a_teachers_template_refuses_is_named(fails, teachers, bare_base, tmp_path):
-    data = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "w4 w5"}, {"role": "assistant", "content": "w6"}]
-    data.write_text(json.dumps({"messages": turns}) + "\n")
-    target = shutil.copytree(bare_base, tmp_path / "target")
-    teacher = shutil.copytree(teachers.models[0], tmp_path / "teacher")
-    plain = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    for folder, template in ((target, plain), (teacher, PICKY)):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.chat_template = template
-        tokenizer.save_pretrained(folder)
-    changed = {"model_name_or_path": target, "teacher_models": [teacher], "teacher_adapters": [teachers.adapters[0]]}
-    fails(f"teacher {teachers.adapters[0]} on {teacher}", f"{data}, line 1", "no user", **changed, dataset_name=[data])
 
 
 def test_slow_tokenizer_raises(fails, monkeypatch):

@@ -65,7 +65,7 @@ def kill_self(*args) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("when", ["between batches", "before the table is hashed", "before it is renamed"])
+@pytest.mark.parametrize("when", ["between batches", "before it is renamed"])
 def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_whole(when, tmp_path):
     def given() -> Iterator[Batch]:
         yield [answer(0, 4000)]
@@ -74,9 +74,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_whole(when, tmp_p
         yield [answer(1, 4000)]
 
     if (child := os.fork()) == 0:
-        if when == "before the table is hashed":
-            store.file_sha256 = kill_self
-        elif when == "before it is renamed":
+        if when == "before it is renamed":
             store.os.rename = kill_self
         write_labels(tmp_path, IDENTITY, given())
         os._exit(0)

@@ -1,16 +1,13 @@
 """recipes/eval.py --ensemble: results, resuming, processes, and what is refused."""
 
-import sys
-
 import pytest
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
-from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
-from heterofusion.experts import expert
+from eval_runner import Killed, evaluation, fails_inside, files, predictions, run, scores
 from heterofusion.rivals.ensemble import EnsembleGenerator
 from heterofusion.zoo import zoo_path
-from recipe_runner import ROOT, contents, error_line, flags, shell
+from recipe_runner import contents, error_line, flags
 
 pytest_plugins = ["eval_runner"]
 BASES = [zoo_path("llama"), zoo_path("qwen2")]
@@ -87,22 +84,6 @@ def test_two_copies_answer_as_one_model(values, tmp_path):
     for label in both["datasets"]:
         assert predictions(values["output_dir"], label) == predictions(tmp_path / "alone", label)
     assert both["mean"] == alone["mean"] and both["new_tokens"] == alone["new_tokens"]
-
-
-@pytest.mark.distributed
-def test_two_processes_give_the_same(whole, settings, tmp_path):
-    folder, found = whole
-    out = tmp_path / "two"
-    done = shell(
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu_ddp.yaml",
-        ROOT / "recipes/eval.py", *flags({**settings, "output_dir": out}),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    two = results(out)
-    assert two["processes"] == 2 and scores(two) == scores(found)
-    assert files(out) == files(folder)
-    for label in found["datasets"]:
-        assert predictions(out, label) == predictions(folder, label)
 
 
 def test_interrupted_ensemble_goes_on(values, whole, kill_after):
@@ -182,16 +163,3 @@ def test_members_that_cannot_be(refused, base_dir, tmp_path):
         (linear / path.name).write_bytes(path.read_bytes())
     changes = {"adapters": [EXPERTS[0], "none"], "ensemble_models": [BASES[0], linear]}
     refused("keeps a running state in place of keys and values", linear, **changes)
-
-
-def test_member_with_a_slow_tokenizer(refused, monkeypatch):
-    tokenizer = expert.adapter_tokenizer
-
-    class Slow:
-        name_or_path, pad_token_id = "slow", 0
-
-    def second_is_slow(model, adapter):
-        return Slow() if model.model_name_or_path == str(BASES[1]) else tokenizer(model, adapter)
-
-    monkeypatch.setattr(expert, "adapter_tokenizer", second_is_slow)
-    refused("tokenizer of 'slow' has no fast version")

@@ -172,9 +172,10 @@ class MergeDataArguments(EvalDataArguments):
 
 
 def methods_text() -> str:
-    """The methods, one a line, by the first lines of their docstrings."""
+    """The methods by the first lines of their docstrings, for `--help`."""
     width = max(map(len, RULES))
-    return "\n".join(f"    {name:{width}}  {str(rule.__doc__).splitlines()[0]}" for name, rule in RULES.items())
+    lines = (f"    {name:{width}}  {str(rule.__doc__).splitlines()[0]}" for name, rule in RULES.items())
+    return "\n".join(["Methods:", *lines])
 
 
 def make_rule(method: str, values: Mapping[str, Any]) -> Rule:

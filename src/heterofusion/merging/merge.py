@@ -171,25 +171,19 @@ class MergeRun:
     def _write(self, folder: Path, candidate: "Candidate", index: int, **parts: Any) -> Path:
         """Write one adapter of a candidate, with all that is known of it."""
         result, rule = candidate.results[index], candidate.rule
-        seed = vars(rule).get("seed")
-        truncation = result.truncation() | {"dtype": str(self.dtype).removeprefix("torch.")}
         record = make_record(
             "merge",
             self.flags.method,
             self.base_model,
             cost_record(candidate.seconds),
-            seed=seed,
+            seed=vars(rule).get("seed"),
             control=control_of(*self.experts),
             adapters=[adapter_record(e, weight=w) for e, w in zip(self.experts, self.updates.weights, strict=True)],
             hyperparameters=hyperparameters(rule),
             task=[*self.folders][index] if self.rule.per_task else None,
             needs_task_id=self.rule.per_task,
-            truncation=truncation,
-            metrics={
-                f"eval_{label}": score
-                for scores in candidate.scores[index : index + 1]
-                for label, score in _primary(scores).items()
-            },
+            truncation=result.truncation() | {"dtype": str(self.dtype).removeprefix("torch.")},
+            metrics={f"eval_{k}": score for k, score in _primary(candidate.scores[index : index + 1]).items()},
             **parts,
         )
         return write_adapter(
@@ -205,34 +199,21 @@ class MergeRun:
     def _report(self, best: "Candidate", dense: Sequence[Scores | None], search: dict[str, Any] | None) -> str:
         blocks = []
         if search:
-            rows = [
-                {
-                    **{name: f"{value:g}" for name, value in candidate["hyperparameters"].items()},
-                    **candidate["scores"],
-                    "mean": candidate["mean"],
-                    "energy lost": candidate["truncation"],
-                    "": "chosen" if index == search["chosen"] else "",
-                }
-                for index, candidate in enumerate(search["candidates"])
-            ]
+            rows = []
+            for index, tried in enumerate(search["candidates"]):
+                values = {name: f"{value:g}" for name, value in tried["hyperparameters"].items()}
+                told = {"mean": tried["mean"], "energy lost": tried["truncation"]}
+                rows.append({**values, **tried["scores"], **told, "": "chosen" if index == search["chosen"] else ""})
             blocks += [_table(rows), f"{search['validation_runs']} validation runs in {search['seconds']:.1f} s"]
         if self.rule.per_task:
-            blocks.append(
-                f"{self.flags.method} needs the task at inference: one adapter per expert, in folders of their names."
-            )
+            blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")
         for name, result in zip(self.folders, best.results, strict=True):
             blocks.append((f"{name}: " if self.rule.per_task else "") + truncation_text(result.truncation()))
         if best.scores:
-            titles = {"adapter as written": best.scores, "dense update": [scores for scores in dense if scores]}
-            blocks.append(
-                _table(
-                    [
-                        {"": title, **_primary(_together(scores)), "mean": mean_score(_together(scores))}
-                        for title, scores in titles.items()
-                        if scores
-                    ]
-                )
-            )
+            rows = [{"": "adapter as written", **_primary(best.scores), "mean": mean_score(_together(best.scores))}]
+            if found := [scores for scores in dense if scores]:
+                rows.append({"": "dense update", **_primary(found), "mean": mean_score(_together(found))})
+            blocks.append(_table(rows))
         return "\n\n".join(blocks)
 
 
@@ -250,7 +231,7 @@ class Candidate:
         """What a search tells of it."""
         return {
             "hyperparameters": hyperparameters(self.rule),
-            "scores": _primary(_together(self.scores)),
+            "scores": _primary(self.scores),
             "mean": mean_score(_together(self.scores)),
             "truncation": self.results[0].truncation()["overall"],
         }
@@ -358,8 +339,8 @@ def _together(scores: Iterable[Scores]) -> Scores:
     return {label: record for part in scores for label, record in part.items()}
 
 
-def _primary(scores: Scores) -> dict[str, float]:
-    return {label: record["score"] for label, record in scores.items()}
+def _primary(scores: Iterable[Scores]) -> dict[str, float]:
+    return {label: record["score"] for label, record in _together(scores).items()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ from heterofusion.adapters.architectures import (
 from heterofusion.adapters.controls import SOURCE_CONTROLS, control_sources
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, LoraModule, load_adapter
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 logger = logging.getLogger(__name__)
 
@@ -34,32 +35,24 @@ _OUTSIDE = "outside the decoder layers"
 class AdapterArguments:
     """Which adapters are fused."""
 
-    target_adapter: str = field(metadata={"help": "Target adapter (the anchor): local folder or Hub id."})
-    source_adapters: list[str] = field(
-        metadata={"help": "Source adapters of any family, in order: local folders or Hub ids."}
+    target_adapter: str = flag(help="Target adapter (the anchor): local folder or Hub id.")
+    source_adapters: list[str] = flag(help="Source adapters of any family, in order: local folders or Hub ids.")
+    source_configs: list[str] | None = flag(
+        None,
+        help="Base model (folder, config.json or Hub id) of each source, 'none' where not needed; only fused "
+        "projections need it, and base_model_name_or_path is followed by default.",
     )
-    source_configs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Base model (folder, config.json or Hub id) of each source, 'none' where not needed; only fused "
-            "projections need it, and base_model_name_or_path is followed by default."
-        },
+    target_revision: str | None = flag(None, help="Hub revision of the target adapter.")
+    source_control: str | None = flag(
+        None,
+        help="Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
+        "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
+        "result is a control, no fusion of the sources.",
+        choices=list(SOURCE_CONTROLS),
     )
-    target_revision: str | None = field(default=None, metadata={"help": "Hub revision of the target adapter."})
-    source_control: str | None = field(
-        default=None,
-        metadata={
-            "help": "Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
-            "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
-            "result is a control, no fusion of the sources.",
-            "choices": list(SOURCE_CONTROLS),
-        },
-    )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "Also read adapter_model.bin, with weights_only=True."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code from the Hub for the target's base; sources never need it."}
+    allow_pickle: bool = flag(False, help="Also read adapter_model.bin, with weights_only=True.")
+    trust_remote_code: bool = flag(
+        False, help="Run model code from the Hub for the target's base; sources never need it."
     )
 
 

@@ -1,4 +1,4 @@
-"""Values of flags: ranges in field metadata (`metadata={"help": ..., "range": "(0, 1]"}`), YAML with variables."""
+"""Flags as dataclass fields (`flag(0.5, help="...", range="(0, 1]")`), their ranges, and YAML with variables."""
 
 import dataclasses
 import json
@@ -14,6 +14,12 @@ from heterofusion.runtime.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
 _RANGE = re.compile(r"([\[(])\s*(\S+?)\s*,\s*(\S+?)\s*([\])])")
+
+
+def flag(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A dataclass field that is a flag: `help` and, where there are any, `choices` and `range` are its metadata."""
+    field: Any = dataclasses.field
+    return field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def check_ranges(flags: Any) -> None:

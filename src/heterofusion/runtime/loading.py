@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
 
 
@@ -27,20 +28,18 @@ from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
 class ModelArguments:
     """The target's base model and how it is loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model of the target adapter: local folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the frozen base; by default bfloat16 on a GPU that has it, else float32.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+    model_name_or_path: str = flag(help="Base model of the target adapter: local folder or Hub id.")
+    model_revision: str | None = flag(None, help="Hub revision of the base model.")
+    dtype: str | None = flag(
+        None,
+        help="Dtype of the frozen base; by default bfloat16 on a GPU that has it, else float32.",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the base model: sdpa, flash_attention_2, eager, ..."}
+    attn_implementation: str | None = flag(
+        None, help="Attention of the base model: sdpa, flash_attention_2, eager, ..."
     )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load the base in 8 bit with bitsandbytes."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load the base in 4 bit (nf4) with bitsandbytes."})
+    load_in_8bit: bool = flag(False, help="Load the base in 8 bit with bitsandbytes.")
+    load_in_4bit: bool = flag(False, help="Load the base in 4 bit (nf4) with bitsandbytes.")
 
 
 def load_tokenizer(

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from heterofusion.data.markdown import markdown_table
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 FOLDER = Path(__file__).resolve().parent
 LORA = "lora"
@@ -52,25 +53,20 @@ Row = dict[str, Any]
 class BenchmarkArguments(Workload):
     """What is measured."""
 
-    presets: list[str] = field(
+    presets: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Presets of the fusion rows; compact and paper if none is given, only compact with --vary, and "
-            "with --exchange on a large shape."
-        },
+        help="Presets of the fusion rows; compact and paper if none is given, only compact with --vary, and "
+        "with --exchange on a large shape.",
     )
-    vary: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Settings to vary one at a time: sources=1,5,20 rank=8,16,64 accumulation=1,8,32."},
+    vary: list[str] = flag(
+        default_factory=list, help="Settings to vary one at a time: sources=1,5,20 rank=8,16,64 accumulation=1,8,32."
     )
-    exchange: bool = field(
-        default=False, metadata={"help": "Measure what two data-parallel CPU ranks exchange per optimizer step."}
-    )
-    ddp_reduce: list[str] = field(
+    exchange: bool = flag(False, help="Measure what two data-parallel CPU ranks exchange per optimizer step.")
+    ddp_reduce: list[str] = flag(
         default_factory=lambda: list(DDP_REDUCE),
-        metadata={"help": "What the ranks of --exchange reduce: updates, parameters, or both in turn."},
+        help="What the ranks of --exchange reduce: updates, parameters, or both in turn.",
     )
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    output: str | None = flag(None, help="JSON file for the figures.")
 
     def workload(self) -> Workload:
         """The settings that every row has."""

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from benchmark_shapes import DEMO, SHAPES, RandomRows, Workload, prepare
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.runtime.flags import flag
 
 LORA = "lora"
 WARM_UP = 2  # steps that are not counted
@@ -37,11 +38,9 @@ WARM_UP = 2  # steps that are not counted
 class RowArguments(Workload):
     """The row."""
 
-    row: str = field(default=LORA, metadata={"help": "What is trained: lora, or a preset of the fusion."})
-    ddp_reduce: str | None = field(
-        default=None, metadata={"help": "On several ranks: what they exchange; it does not matter to lora."}
-    )
-    output: str = field(default="row.json", metadata={"help": "JSON file for the figures."})
+    row: str = flag(LORA, help="What is trained: lora, or a preset of the fusion.")
+    ddp_reduce: str | None = flag(None, help="On several ranks: what they exchange; it does not matter to lora.")
+    output: str = flag("row.json", help="JSON file for the figures.")
 
 
 class StepTimer(TrainerCallback):

@@ -1,6 +1,6 @@
 """What benchmark.py measures: target models with random weights, random adapters, random examples."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from heterofusion.method.config import check_range
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
 GIB = 1024**3
@@ -58,21 +59,16 @@ SHAPES = {
 class Workload:
     """What all rows of a table have in common."""
 
-    shape: str = field(
-        default="llama8b-2layers",
-        metadata={"help": "Model and adapters to measure; llama8b needs a GPU.", "choices": [DEMO, *SHAPES]},
+    shape: str = flag(
+        "llama8b-2layers", help="Model and adapters to measure; llama8b needs a GPU.", choices=[DEMO, *SHAPES]
     )
-    sources: int = field(default=2, metadata={"help": "Source adapters (the demo's are repeated)."})
-    rank: int = field(default=8, metadata={"help": "Rank of the random adapters (the demo's have rank 8)."})
-    accumulation: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
-    micro_batch: int = field(default=1, metadata={"help": "Examples per micro-batch."})
-    tokens: int | None = field(
-        default=None, metadata={"help": "Tokens per example (256; 1024 in llama8b; 96 at most in demo)."}
-    )
-    steps: int = field(default=5, metadata={"help": "Optimizer steps measured, after two that are not."})
-    activation_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward, in every row."}
-    )
+    sources: int = flag(2, help="Source adapters (the demo's are repeated).")
+    rank: int = flag(8, help="Rank of the random adapters (the demo's have rank 8).")
+    accumulation: int = flag(8, help="Micro-batches per optimizer step.")
+    micro_batch: int = flag(1, help="Examples per micro-batch.")
+    tokens: int | None = flag(None, help="Tokens per example (256; 1024 in llama8b; 96 at most in demo).")
+    steps: int = flag(5, help="Optimizer steps measured, after two that are not.")
+    activation_checkpointing: bool = flag(False, help="Compute activations again in the backward, in every row.")
 
     def check(self) -> None:
         """Check the ranges, and that the machine can hold the shape.

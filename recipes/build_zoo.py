@@ -11,13 +11,14 @@ expert half a minute to a minute.
 import logging
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.runtime.flags import flag
 from heterofusion.zoo import FAMILIES, TASKS
 from heterofusion.zoo.build import build_zoo, score_table
 
@@ -26,19 +27,12 @@ from heterofusion.zoo.build import build_zoo, score_table
 class ZooArguments:
     """What is built."""
 
-    output_dir: str = field(metadata={"help": "Folder to write the zoo to."})
-    families: list[str] = field(
-        default_factory=lambda: list(FAMILIES), metadata={"help": "Families to build.", "choices": FAMILIES}
-    )
-    tasks: list[str] = field(
-        default_factory=lambda: list(TASKS), metadata={"help": "Experts to build.", "choices": list(TASKS)}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of text, weights and examples."})
-    only: str | None = field(
-        default=None,
-        metadata={"help": "The bases alone, or experts on bases there are.", "choices": ["base", "experts"]},
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
+    output_dir: str = flag(help="Folder to write the zoo to.")
+    families: list[str] = flag(default_factory=lambda: list(FAMILIES), help="Families to build.", choices=FAMILIES)
+    tasks: list[str] = flag(default_factory=lambda: list(TASKS), help="Experts to build.", choices=list(TASKS))
+    seed: int = flag(0, help="Seed of text, weights and examples.")
+    only: str | None = flag(None, help="The bases alone, or experts on bases there are.", choices=["base", "experts"])
+    disable_tqdm: bool = flag(False, help="Show no progress bars.")
 
 
 @command

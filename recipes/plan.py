@@ -9,7 +9,7 @@ truncated energy, and the size of the hypernetworks in each preset. `--output` w
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -20,19 +20,19 @@ from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.method.config import MethodConfig
 from heterofusion.method.plan import format_plan, plan_summary
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 
 @dataclass
 class PlanArguments:
     """Where the plan goes."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Base model of the target; only its config.json is read, and only for fused projections."},
+    model_name_or_path: str | None = flag(
+        None, help="Base model of the target; only its config.json is read, and only for fused projections."
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
-    seed: int = field(default=42, metadata={"help": "Seed of --source_control, as that of the fusion."})
-    output: str | None = field(default=None, metadata={"help": "Also write the plan to this JSON file."})
+    model_revision: str | None = flag(None, help="Hub revision of the base model.")
+    seed: int = flag(42, help="Seed of --source_control, as that of the fusion.")
+    output: str | None = flag(None, help="Also write the plan to this JSON file.")
 
 
 @command

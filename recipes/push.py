@@ -8,32 +8,27 @@ adapters and experts are pushed; controls are not. The folder is only read.
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.publish.hub import push_adapter
+from heterofusion.runtime.flags import flag
 
 
 @dataclass
 class PushArguments:
     """What is pushed, and where to."""
 
-    adapter: str = field(
-        metadata={"help": "Folder of the adapter: the --output_dir of a fusion, a merge, a distillation or an expert."}
+    adapter: str = flag(
+        help="Folder of the adapter: the --output_dir of a fusion, a merge, a distillation or an expert."
     )
-    hub_model_id: str = field(metadata={"help": "Repository to push to: name, or owner/name."})
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Make a new repository private; one that exists stays as it is."}
-    )
-    hub_revision: str | None = field(
-        default=None, metadata={"help": "Branch to push to, made if there is none; the main branch by default."}
-    )
-    hub_token: str | None = field(
-        default=None, metadata={"help": "Hub token; HF_TOKEN or the one of `hf auth login` by default."}
-    )
+    hub_model_id: str = flag(help="Repository to push to: name, or owner/name.")
+    hub_private_repo: bool | None = flag(None, help="Make a new repository private; one that exists stays as it is.")
+    hub_revision: str | None = flag(None, help="Branch to push to, made if there is none; the main branch by default.")
+    hub_token: str | None = flag(None, help="Hub token; HF_TOKEN or the one of `hf auth login` by default.")
 
 
 @command

@@ -9,13 +9,14 @@ prompts about sentences of another task, chores/ what the irrelevant experts are
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.runtime.flags import flag
 from heterofusion.zoo import write_chores, write_splits, write_unlabelled
 
 
@@ -23,13 +24,13 @@ from heterofusion.zoo import write_chores, write_splits, write_unlabelled
 class PrepareArguments:
     """What is written."""
 
-    output_dir: str = field(default="outputs/rehearsal/data", metadata={"help": "Folder for the files."})
-    num_replay: int = field(default=300, metadata={"help": "Records in a replay file."})
-    num_validation: int = field(default=50, metadata={"help": "Records in a validation file."})
-    num_test: int = field(default=100, metadata={"help": "Records in a test file."})
-    num_unlabelled: int = field(default=300, metadata={"help": "Prompts in a file for experts to label."})
-    num_chores: int = field(default=600, metadata={"help": "Records in a file of an irrelevant expert."})
-    seed: int = field(default=0, metadata={"help": "Seed of the records."})
+    output_dir: str = flag("outputs/rehearsal/data", help="Folder for the files.")
+    num_replay: int = flag(300, help="Records in a replay file.")
+    num_validation: int = flag(50, help="Records in a validation file.")
+    num_test: int = flag(100, help="Records in a test file.")
+    num_unlabelled: int = flag(300, help="Prompts in a file for experts to label.")
+    num_chores: int = flag(600, help="Records in a file of an irrelevant expert.")
+    seed: int = flag(0, help="Seed of the records.")
 
 
 @command

@@ -15,7 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from heterofusion.data.prepared import Example, PrepareArguments, PreparedTask, 
 from heterofusion.evaluation.glue import GLUE_LABELS, MAX_SIMILARITY
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.flags import flag
 
 HUB_NAME = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -67,19 +68,15 @@ TEST_SPLITS = {task: "validation_matched" if task == "mnli" else "validation" fo
 class GlueArguments:
     """What is read."""
 
-    dataset_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Local folder with a folder per task: cola/train-00000-of-00001.parquet as on the Hub, or "
-            "cola/train.jsonl; nyu-mll/glue of the Hub by default."
-        },
+    dataset_path: str | None = flag(
+        None,
+        help="Local folder with a folder per task: cola/train-00000-of-00001.parquet as on the Hub, or "
+        "cola/train.jsonl; nyu-mll/glue of the Hub by default.",
     )
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Commit, branch or tag of the data set on the Hub."}
-    )
-    tasks: list[str] = field(
+    dataset_revision: str | None = flag(None, help="Commit, branch or tag of the data set on the Hub.")
+    tasks: list[str] = flag(
         default_factory=lambda: list(PAPER_TASKS),
-        metadata={"help": "Tasks of GLUE; the paper's five by default, and mnli, qqp, stsb and wnli."},
+        help="Tasks of GLUE; the paper's five by default, and mnli, qqp, stsb and wnli.",
     )
 
     def __post_init__(self) -> None:

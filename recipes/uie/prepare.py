@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from heterofusion.data.prepared import (
 from heterofusion.evaluation.uie import KINDS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
+from heterofusion.runtime.flags import flag
 
 logger = logging.getLogger("heterofusion.recipes.uie.prepare")
 
@@ -75,13 +76,11 @@ Item = tuple[str, ...]  # (type, span), or (relation, head, tail)
 class UieArguments:
     """What is read."""
 
-    dataset_path: str = field(metadata={"help": "Folder in the InstructUIE layout: it holds NER, RE or ET."})
-    tasks: list[str] = field(
+    dataset_path: str = flag(help="Folder in the InstructUIE layout: it holds NER, RE or ET.")
+    tasks: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Tasks such as NER/mit-movie, all by default; ET/NAME is also made of NER/NAME where there is no "
-            "folder of that name in ET."
-        },
+        help="Tasks such as NER/mit-movie, all by default; ET/NAME is also made of NER/NAME where there is no "
+        "folder of that name in ET.",
     )
 
 

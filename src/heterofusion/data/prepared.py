@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from heterofusion.data.markdown import markdown_table
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import check_output_dir, file_sha256, read_json_object, staging_folder
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 logger = logging.getLogger(__name__)
 
@@ -47,32 +47,23 @@ _COLUMNS = {
 class PrepareArguments:
     """What is written."""
 
-    output_dir: str = field(metadata={"help": "Folder for the files."})
-    seed: int = field(default=42, metadata={"help": "Seed of the samples and of the choice between wordings."})
-    num_replay: int = field(
-        default=300, metadata={"help": "Examples of train in a replay file, at most.", "range": "[1, inf)"}
+    output_dir: str = flag(help="Folder for the files.")
+    seed: int = flag(42, help="Seed of the samples and of the choice between wordings.")
+    num_replay: int = flag(300, help="Examples of train in a replay file, at most.", range="[1, inf)")
+    num_validation: int = flag(
+        300,
+        help="Examples in a validation file, at most: of the published split, else cut from train, a tenth of "
+        "it at most; 0 writes none.",
+        range="[0, inf)",
     )
-    num_validation: int = field(
-        default=300,
-        metadata={
-            "help": "Examples in a validation file, at most: of the published split, else cut from train, a tenth of "
-            "it at most; 0 writes none.",
-            "range": "[0, inf)",
-        },
+    num_test: int | None = flag(None, help="Examples in a test file, at most; all by default.", range="[1, inf)")
+    num_unlabelled: int = flag(
+        0,
+        help="Prompts without answers for recipes/label.py, cut from train, a tenth of it at most.",
+        range="[0, inf)",
     )
-    num_test: int | None = field(
-        default=None, metadata={"help": "Examples in a test file, at most; all by default.", "range": "[1, inf)"}
-    )
-    num_unlabelled: int = field(
-        default=0,
-        metadata={
-            "help": "Prompts without answers for recipes/label.py, cut from train, a tenth of it at most.",
-            "range": "[0, inf)",
-        },
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Write into an output_dir that is not empty; files that its manifest.json lists go."},
+    overwrite: bool = flag(
+        False, help="Write into an output_dir that is not empty; files that its manifest.json lists go."
     )
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import IGNORE_INDEX, KNOWN_COLUMNS, detect_format, render, to_conversation, tokenize
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 logger = logging.getLogger(__name__)
 
@@ -46,61 +46,45 @@ class DatasetSpec:
 class DataArguments:
     """Flags for the replay mixture; list flags have one value for all data sets, or one per data set."""
 
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub."
-        },
+        help="Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub.",
     )
-    dataset_config: list[str] | None = field(
-        default=None,
-        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    dataset_config: list[str] | None = flag(
+        None, help="Configuration of each Hub data set or local folder ('default' where there is only one)."
     )
-    dataset_split: list[str] = field(
+    dataset_split: list[str] = flag(
         default_factory=lambda: ["train"],
-        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+        help="Split of each replay data set; a local file has no splits and is read whole.",
     )
-    max_examples: list[int] = field(
+    max_examples: list[int] = flag(
         default_factory=lambda: [300],
-        metadata={
-            "help": "Number of examples that are sampled from each replay data set at most; 0 takes all.",
-            "range": "[0, inf)",
-        },
+        help="Number of examples that are sampled from each replay data set at most; 0 takes all.",
+        range="[0, inf)",
     )
-    dataset_ratio: list[float] = field(
+    dataset_ratio: list[float] = flag(
         default_factory=lambda: [1.0],
-        metadata={
-            "help": "Fraction of each replay data set to sample, before max_examples caps it.",
-            "range": "(0, 1]",
-        },
+        help="Fraction of each replay data set to sample, before max_examples caps it.",
+        range="(0, 1]",
     )
-    dataset_seed: int = field(
-        default=42,
-        metadata={
-            "help": "Seed of the sampling and of the order in which the data sets are mixed.",
-            "range": "[0, inf)",
-        },
+    dataset_seed: int = flag(
+        42, help="Seed of the sampling and of the order in which the data sets are mixed.", range="[0, inf)"
     )
-    max_length: int = field(
-        default=1024,
-        metadata={"help": "Number of tokens after which an example is cut off on the right.", "range": "[2, inf)"},
+    max_length: int = flag(
+        1024, help="Number of tokens after which an example is cut off on the right.", range="[2, inf)"
     )
-    eval_dataset_name: list[str] | None = field(
-        default=None, metadata={"help": "Data sets for the evaluation loss, named like those of dataset_name."}
+    eval_dataset_name: list[str] | None = flag(
+        None, help="Data sets for the evaluation loss, named like those of dataset_name."
     )
-    eval_config: list[str] | None = field(
-        default=None, metadata={"help": "Configuration of each evaluation data set, like dataset_config."}
-    )
-    eval_split: list[str] = field(
+    eval_config: list[str] | None = flag(None, help="Configuration of each evaluation data set, like dataset_config.")
+    eval_split: list[str] = flag(
         default_factory=lambda: ["test"],
-        metadata={"help": "Split of each evaluation data set; a local file has no splits and is read whole."},
+        help="Split of each evaluation data set; a local file has no splits and is read whole.",
     )
-    eval_max_examples: list[int] = field(
+    eval_max_examples: list[int] = flag(
         default_factory=lambda: [300],
-        metadata={
-            "help": "Number of examples that are sampled from each evaluation data set at most; 0 takes all.",
-            "range": "[0, inf)",
-        },
+        help="Number of examples that are sampled from each evaluation data set at most; 0 takes all.",
+        range="[0, inf)",
     )
 
     def __post_init__(self) -> None:
@@ -120,17 +104,17 @@ class DataArguments:
 
 def match_lists(flags: Any, name: str, *others: str) -> None:
     """Check that list flags have one value, or one for each of `name`; a single value becomes a list of one."""
-    for flag in (name, *others):
-        if isinstance(getattr(flags, flag), (str, int, float)):  # of YAML or a program
-            setattr(flags, flag, [getattr(flags, flag)])
-        if any(value is None or not str(value).strip() for value in getattr(flags, flag) or []):
-            raise UserError(f"--{flag} is {getattr(flags, flag)!r}; none of its values may be empty")
+    for each in (name, *others):
+        if isinstance(getattr(flags, each), (str, int, float)):  # of YAML or a program
+            setattr(flags, each, [getattr(flags, each)])
+        if any(value is None or not str(value).strip() for value in getattr(flags, each) or []):
+            raise UserError(f"--{each} is {getattr(flags, each)!r}; none of its values may be empty")
     count = len(getattr(flags, name) or [])
-    for flag in others:
-        values = getattr(flags, flag)
+    for each in others:
+        values = getattr(flags, each)
         if count and values is not None and len(values) not in (1, count):
             raise UserError(
-                f"--{flag} has {len(values)} values, but --{name} has {count}: give one value for all, or one for each"
+                f"--{each} has {len(values)} values, but --{name} has {count}: give one value for all, or one for each"
             )
 
 

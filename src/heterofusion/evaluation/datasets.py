@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from heterofusion.data.replay import DataArguments, DatasetSpec
 from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric, choose_metric, score
 from heterofusion.experts.examples import Examples, Prompts, load_examples
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 # No colon, slash or leading dot: these become names of files and folders, and columns of a Markdown table.
 _FILE_NAME = re.compile(r"\w[\w.+=-]*")
@@ -45,36 +46,28 @@ def check_file_names(names: Sequence[str], owners: Sequence[str], what: str, fla
 class EvalDataArguments:
     """What it is evaluated on; list flags have one value for all data sets, or one per data set."""
 
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Data sets with the right answers: local .json, .jsonl, .csv or .parquet files, local folders, or "
-            "ids on the Hub."
-        },
+        help="Data sets with the right answers: local .json, .jsonl, .csv or .parquet files, local folders, or "
+        "ids on the Hub.",
     )
-    dataset_config: list[str] | None = field(
-        default=None,
-        metadata={"help": "Configuration of each Hub data set or local folder ('default' where there is only one)."},
+    dataset_config: list[str] | None = flag(
+        None, help="Configuration of each Hub data set or local folder ('default' where there is only one)."
     )
-    dataset_split: list[str] = field(
-        default_factory=lambda: ["test"],
-        metadata={"help": "Split of each data set; a local file has no splits and is read whole."},
+    dataset_split: list[str] = flag(
+        default_factory=lambda: ["test"], help="Split of each data set; a local file has no splits and is read whole."
     )
-    dataset_label: list[str] | None = field(
-        default=None,
-        metadata={"help": "Name of each data set in results; by default its file's, or the last part of its Hub id."},
+    dataset_label: list[str] | None = flag(
+        None, help="Name of each data set in results; by default its file's, or the last part of its Hub id."
     )
-    max_examples: list[int] = field(
+    max_examples: list[int] = flag(
         default_factory=lambda: [0],
-        metadata={"help": "Number of examples that are sampled from each data set at most; 0 takes all."},
+        help="Number of examples that are sampled from each data set at most; 0 takes all.",
     )
-    dataset_seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    metric: list[str] = field(
+    dataset_seed: int = flag(42, help="Seed of the sampling.")
+    metric: list[str] = flag(
         default_factory=lambda: [AUTO],
-        metadata={
-            "help": f"Metric of each data set: {', '.join(METRICS)}; {AUTO} reads the columns kind and task of its "
-            "records."
-        },
+        help=f"Metric of each data set: {', '.join(METRICS)}; {AUTO} reads the columns kind and task of its records.",
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +33,20 @@ FIRST_BATCH_SIZE = 64  # of automatic batch sizes
 class GenerationArguments:
     """How answers are generated; always greedily."""
 
-    max_new_tokens: int = field(
-        default=256, metadata={"help": "Number of tokens in an answer at most.", "range": "[1, inf)"}
+    max_new_tokens: int = flag(256, help="Number of tokens in an answer at most.", range="[1, inf)")
+    batch_size: str = flag(
+        AUTO, help="Prompts per batch and process; auto starts at 64 and halves it when memory runs out."
     )
-    batch_size: str = field(
-        default=AUTO,
-        metadata={"help": "Prompts per batch and process; auto starts at 64 and halves it when memory runs out."},
+    cache_implementation: str = flag(
+        "dynamic",
+        help="Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
+        choices=["dynamic", "static"],
     )
-    cache_implementation: str = field(
-        default="dynamic",
-        metadata={
-            "help": "Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
-            "choices": ["dynamic", "static"],
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of tokens that longer prompts are cut to, on the left; by default the model's context "
-            "length minus max_new_tokens.",
-            "range": "[2, inf)",
-        },
+    max_prompt_length: int | None = flag(
+        None,
+        help="Number of tokens that longer prompts are cut to, on the left; by default the model's context "
+        "length minus max_new_tokens.",
+        range="[2, inf)",
     )
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ contribute.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from heterofusion.experts.expert import NO_ADAPTER, Expert
 from heterofusion.experts.generation import Answer
 from heterofusion.labelling.tasks import FormatCheck
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges, read_yaml
+from heterofusion.runtime.flags import check_ranges, flag, read_yaml
 
 _ANCHOR_MIN_SCORE = 0.5
 _ROUNDING = 1e-9  # of scores that are fractions
@@ -34,50 +34,36 @@ _ROUNDING = 1e-9  # of scores that are fractions
 class RoutingArguments:
     """Which source labels which task."""
 
-    routing: str | None = field(
-        default=None,
-        metadata={
-            "help": "YAML file that says so instead of the scores: a mapping of tasks to a source, a list of sources, "
-            f"or none; the word {ANCHOR} stands for the anchor itself. Tasks that it leaves out are measured."
-        },
+    routing: str | None = flag(
+        None,
+        help="YAML file that says so instead of the scores: a mapping of tasks to a source, a list of sources, "
+        f"or none; the word {ANCHOR} stands for the anchor itself. Tasks that it leaves out are measured.",
     )
-    routing_margin: float = field(
-        default=0.1,
-        metadata={
-            "help": "How much better than the anchor's a source's score has to be for it to label a task.",
-            "range": "[0, 1]",
-        },
+    routing_margin: float = flag(
+        0.1,
+        help="How much better than the anchor's a source's score has to be for it to label a task.",
+        range="[0, 1]",
     )
-    routing_share: float = field(
-        default=0.5,
-        metadata={
-            "help": "Share of the best source's gain over the anchor that a source has to reach for it to label "
-            "a task beside that one (0: all that beat the anchor by the margin do).",
-            "range": "[0, 1]",
-        },
+    routing_share: float = flag(
+        0.5,
+        help="Share of the best source's gain over the anchor that a source has to reach for it to label "
+        "a task beside that one (0: all that beat the anchor by the margin do).",
+        range="[0, 1]",
     )
-    anchor_labels: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the anchor itself label measured tasks that no source serves, which keeps what it can do: "
-            "those where its own score is at least --anchor_min_score."
-        },
+    anchor_labels: bool = flag(
+        False,
+        help="Let the anchor itself label measured tasks that no source serves, which keeps what it can do: "
+        "those where its own score is at least --anchor_min_score.",
     )
-    anchor_min_score: float = field(
-        default=_ANCHOR_MIN_SCORE,
-        metadata={
-            "help": "The anchor's score from which it labels a task, with --anchor_labels.",
-            "range": "[0, 1]",
-        },
+    anchor_min_score: float = flag(
+        _ANCHOR_MIN_SCORE, help="The anchor's score from which it labels a task, with --anchor_labels.", range="[0, 1]"
     )
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "Let somebody who does not know answer in place of the sources that were chosen, to see what "
-            "their labels contribute: bases (the sources' bases without adapters), shuffle (sources that were chosen "
-            "for other tasks; --seed draws) or anchor (the anchor itself). What trains on such labels is a control.",
-            "choices": [*LABEL_CONTROLS],
-        },
+    control: str | None = flag(
+        None,
+        help="Let somebody who does not know answer in place of the sources that were chosen, to see what "
+        "their labels contribute: bases (the sources' bases without adapters), shuffle (sources that were chosen "
+        "for other tasks; --seed draws) or anchor (the anchor itself). What trains on such labels is a control.",
+        choices=[*LABEL_CONTROLS],
     )
 
     def __post_init__(self) -> None:

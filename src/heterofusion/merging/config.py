@@ -13,7 +13,7 @@ from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.rules import RULES
 from heterofusion.merging.rules.rule import Rule
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 MAX_CANDIDATES = 1000  # more is a slip of the step
 
@@ -22,78 +22,55 @@ MAX_CANDIDATES = 1000  # more is a slip of the step
 class MergeArguments:
     """The experts, how they are merged, and where the result goes."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model of the experts: local folder or Hub id."})
-    output_dir: str = field(metadata={"help": "Folder for the adapter; of emr, for a folder per expert."})
-    adapters: list[str] = field(
+    model_name_or_path: str = flag(help="Base model of the experts: local folder or Hub id.")
+    output_dir: str = flag(help="Folder for the adapter; of emr, for a folder per expert.")
+    adapters: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "LoRA experts on the base, two at least: local folders or Hub ids. The first one's tokenizer, if "
-            "it has one, goes with the result."
-        },
+        help="LoRA experts on the base, two at least: local folders or Hub ids. The first one's tokenizer, if "
+        "it has one, goes with the result.",
     )
-    method: str = field(
-        default="task_arithmetic",
-        metadata={"help": "How they are merged; the methods are listed above.", "choices": [*RULES]},
+    method: str = flag("task_arithmetic", help="How they are merged; the methods are listed above.", choices=[*RULES])
+    weights: list[float] | None = flag(
+        None, help="Factor of each expert's update, one per expert; 1 by default.", range="(-inf, inf)"
     )
-    weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Factor of each expert's update, one per expert; 1 by default.", "range": "(-inf, inf)"
-        },
-    )  # fmt: skip
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Highest rank of the result; by default the sum of the experts' ranks, with which average, "
-            "task_arithmetic and knots_* are exact. Less, and what other methods have beyond it, is cut by SVD.",
-            "range": "[1, inf)",
-        },
+    rank: int | None = flag(
+        None,
+        help="Highest rank of the result; by default the sum of the experts' ranks, with which average, "
+        "task_arithmetic and knots_* are exact. Less, and what other methods have beyond it, is cut by SVD.",
+        range="[1, inf)",
     )
-    search: list[str] = field(
+    search: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Hyper-parameters to choose by the mean score on the validation data, each name=start:stop:step "
-            "(stop included) or name=value,value; of several, all combinations. lambda is merge_lambda."
-        },
+        help="Hyper-parameters to choose by the mean score on the validation data, each name=start:stop:step "
+        "(stop included) or name=value,value; of several, all combinations. lambda is merge_lambda.",
     )
-    dense: bool = field(
-        default=False,
-        metadata={
-            "help": "Score the merged update itself too, before its rank is cut; holds the changed weights twice."
-        },
+    dense: bool = flag(
+        False, help="Score the merged update itself too, before its rank is cut; holds the changed weights twice."
     )
-    names: list[str] | None = field(
-        default=None,
-        metadata={"help": "Of emr: names of the experts' folders, one per expert; by default the experts' own."},
+    names: list[str] | None = flag(
+        None, help="Of emr: names of the experts' folders, one per expert; by default the experts' own."
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the written weights; by default that of the experts, float32 if theirs differ.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
+    dtype: str | None = flag(
+        None,
+        help="Dtype of the written weights; by default that of the experts, float32 if theirs differ.",
+        choices=["float32", "bfloat16", "float16"],
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Write into an output_dir that is not empty; records and files of the same name go."},
+    overwrite: bool = flag(
+        False, help="Write into an output_dir that is not empty; records and files of the same name go."
     )
-    device: str = field(
-        default="auto",
-        metadata={
-            "help": "Where experts are merged and scored; auto takes a GPU if there is one. What is dropped at random "
-            "is drawn there, so CPU and GPU draw differently.",
-            "choices": ["auto", "cpu", "cuda"],
-        },
+    device: str = flag(
+        "auto",
+        help="Where experts are merged and scored; auto takes a GPU if there is one. What is dropped at random "
+        "is drawn there, so CPU and GPU draw differently.",
+        choices=["auto", "cpu", "cuda"],
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Hub revision of the base model."})
-    base_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the base for scoring; by default bfloat16 on a GPU that has it, else float32.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+    model_revision: str | None = flag(None, help="Hub revision of the base model.")
+    base_dtype: str | None = flag(
+        None,
+        help="Dtype of the base for scoring; by default bfloat16 on a GPU that has it, else float32.",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the base.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -103,11 +80,11 @@ class MergeArguments:
             raise UserError(f"--names: {self.method} writes one adapter, into --output_dir; leave it out")
         if self.weights is not None and self.per_task:
             raise UserError(f"--weights: {self.method} has none, it scales by itself; leave it out")
-        for flag in ("names", "weights"):
-            values = getattr(self, flag)
+        for name in ("names", "weights"):
+            values = getattr(self, name)
             if values is not None and len(values) != len(self.adapters):
                 raise UserError(
-                    f"--{flag} has {len(values)} values, but --adapters has {len(self.adapters)}: give one each"
+                    f"--{name} has {len(values)} values, but --adapters has {len(self.adapters)}: give one each"
                 )
         if self.weights is not None and not any(self.weights):
             raise UserError(f"--weights is {self.weights}: give numbers that are not all 0")
@@ -158,12 +135,10 @@ RuleArguments = dataclasses.make_dataclass(
 class MergeDataArguments(EvalDataArguments):
     """Validation data on which merges are scored; none is needed."""
 
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Validation data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the "
-            "Hub. Every merge is scored on all of them; of emr, each expert's adapter on its own, one per expert."
-        },
+        help="Validation data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the "
+        "Hub. Every merge is scored on all of them; of emr, each expert's adapter on its own, one per expert.",
     )
 
     def __post_init__(self) -> None:

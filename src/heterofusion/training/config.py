@@ -22,7 +22,7 @@ from heterofusion.data.labels import SourceLabelArguments
 from heterofusion.data.replay import DataArguments
 from heterofusion.method.config import BasisArguments, MethodConfig, preset_field
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import describe_range, in_range
+from heterofusion.runtime.flags import describe_range, flag, in_range
 from heterofusion.runtime.loading import ModelArguments
 from heterofusion.runtime.ranks import set_zero_init_dtype
 
@@ -31,9 +31,8 @@ from heterofusion.runtime.ranks import set_zero_init_dtype
 class OutputArguments:
     """What a training run does with an output_dir that is there."""
 
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Write into an output_dir that is not empty; checkpoints and files of the same name go."},
+    overwrite: bool = flag(
+        False, help="Write into an output_dir that is not empty; checkpoints and files of the same name go."
     )
 
 
@@ -41,13 +40,11 @@ class OutputArguments:
 class RunArguments(OutputArguments):
     """What a fusion run does besides training."""
 
-    dry_run: bool = field(default=False, metadata={"help": "Print the alignment plan and stop."})
-    init_hypernetwork_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Start from hypernetworks of another fusion, of the same sizes: a checkpoint-N folder, or an "
-            "output_dir for its last one. Groups (role and rank) that it lacks start fresh."
-        },
+    dry_run: bool = flag(False, help="Print the alignment plan and stop.")
+    init_hypernetwork_from: str | None = flag(
+        None,
+        help="Start from hypernetworks of another fusion, of the same sizes: a checkpoint-N folder, or an "
+        "output_dir for its last one. Groups (role and rank) that it lacks start fresh.",
     )
 
 
@@ -68,23 +65,18 @@ ALL_LINEAR, LORA_B = "all-linear", "lora_B"
 class TrainingConfig(TrainingArguments):
     """Settings of training: AdamW, cosine, batch 8, on top of transformers' `TrainingArguments`."""
 
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Examples per device and micro-batch."})
-    gradient_accumulation_steps: int = field(default=8, metadata={"help": "Micro-batches per optimizer step."})
-    num_train_epochs: float = field(
-        default=3.0,
-        metadata={
-            "help": "Passes over the training data; with --source_labels an epoch has every example at least once."
-        },
+    lr_scheduler_type: str = flag("cosine", help="Learning rate schedule.")
+    per_device_train_batch_size: int = flag(1, help="Examples per device and micro-batch.")
+    gradient_accumulation_steps: int = flag(8, help="Micro-batches per optimizer step.")
+    num_train_epochs: float = flag(
+        3.0, help="Passes over the training data; with --source_labels an epoch has every example at least once."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "Optimizer."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Let DDP look for parameters without gradient; here all are used."}
+    logging_steps: float = flag(10, help="Optimizer steps between two log lines.")
+    optim: str = flag("adamw_torch_fused", help="Optimizer.")
+    ddp_find_unused_parameters: bool | None = flag(
+        False, help="Let DDP look for parameters without gradient; here all are used."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite; a run stops at one instead."}
-    )
+    logging_nan_inf_filter: bool = flag(False, help="Hide losses that are not finite; a run stops at one instead.")
     report_to: None | str | list[str] = field(  # noqa: RUF036  # the order HfArgumentParser understands
         default="none", metadata={"help": "Integrations to report to, such as tensorboard."}
     )
@@ -138,13 +130,11 @@ class HeteroFusionConfig(MethodConfig, TrainingConfig):
     warmup_steps: float = preset_field("warmup_steps", "Warm-up steps; below 1, the share of all steps, rounded down")
     weight_decay: float = preset_field("weight_decay", "Weight decay of all parameters, norms, biases and alphas too")
     max_grad_norm: float = preset_field("max_grad_norm", "Gradient norm to clip at; 0 does not clip")
-    ddp_reduce: str = field(
-        default="updates",
-        metadata={
-            "help": "What DDP ranks exchange: the gradient of the predicted updates, as large as the adapter (every "
-            "rank then runs the hypernetworks' backward), or that of the hypernetworks' parameters.",
-            "choices": ["updates", "parameters"],
-        },
+    ddp_reduce: str = flag(
+        "updates",
+        help="What DDP ranks exchange: the gradient of the predicted updates, as large as the adapter (every "
+        "rank then runs the hypernetworks' backward), or that of the hypernetworks' parameters.",
+        choices=["updates", "parameters"],
     )
 
     def __post_init__(self) -> None:
@@ -209,27 +199,25 @@ FUSION_ARGUMENTS = (
 class ExpertModelArguments(ModelArguments):
     """The base model of an expert and how it is loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model of the expert: local folder or Hub id."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
+    model_name_or_path: str = flag(help="Base model of the expert: local folder or Hub id.")
+    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the base.")
 
 
 @dataclass
 class ExpertDataArguments(DataArguments):
     """Flags for the training data, as those of the replay; but everything is used by default."""
 
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Training data sets: local .json, .jsonl, .csv or .parquet files, local folders, or Hub ids."
-        },
+        help="Training data sets: local .json, .jsonl, .csv or .parquet files, local folders, or Hub ids.",
     )
-    max_examples: list[int] = field(
+    max_examples: list[int] = flag(
         default_factory=lambda: [0],
-        metadata={"help": "Number of examples that are sampled from each training data set at most; 0 takes all."},
+        help="Number of examples that are sampled from each training data set at most; 0 takes all.",
     )
-    eval_max_examples: list[int] = field(
+    eval_max_examples: list[int] = flag(
         default_factory=lambda: [0],
-        metadata={"help": "Number of examples that are sampled from each evaluation data set at most; 0 takes all."},
+        help="Number of examples that are sampled from each evaluation data set at most; 0 takes all.",
     )
 
 
@@ -240,53 +228,38 @@ _BESIDE_INIT = ("init_adapter", "init_revision", "train_only", "lora_dropout", "
 class LoraArguments(BasisArguments):
     """The LoRA of an expert, in the names of PEFT's `LoraConfig`."""
 
-    r: int = field(default=16, metadata={"help": "Rank of the update.", "range": "[1, inf)"})
-    lora_alpha: int = field(
-        default=32, metadata={"help": "Scale of the update, which is lora_alpha / r.", "range": "[1, inf)"}
+    r: int = flag(16, help="Rank of the update.", range="[1, inf)")
+    lora_alpha: int = flag(32, help="Scale of the update, which is lora_alpha / r.", range="[1, inf)")
+    lora_dropout: float | None = flag(
+        None, help="Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter.", range="[0, 1)"
     )
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter.",
-            "range": "[0, 1)",
-        },
+    target_modules: list[str] | None = flag(
+        None,
+        help="Names of the modules that get LoRA, or all-linear; by default the attention and MLP projections, "
+        "by whatever names the base has them.",
     )
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules that get LoRA, or all-linear; by default the attention and MLP projections, "
-            "by whatever names the base has them."
-        },
+    layers_to_transform: list[int] | None = flag(
+        None, help="Indices of the layers that get LoRA; all by default.", range="[0, inf)"
     )
-    layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers that get LoRA; all by default.", "range": "[0, inf)"}
+    use_rslora: bool = flag(False, help="Scale by lora_alpha / sqrt(r) instead.")
+    modules_to_save: list[str] | None = flag(
+        None, help="Modules that are trained whole and saved with the adapter; a fusion keeps the target's."
     )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(r) instead."})
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that are trained whole and saved with the adapter; a fusion keeps the target's."},
+    init_adapter: str | None = flag(
+        None,
+        help="Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
+        "scaling and modules.",
     )
-    init_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
-            "scaling and modules."
-        },
+    init_revision: str | None = flag(None, help="Hub revision of --init_adapter.")
+    train_only: str | None = flag(
+        None,
+        help="Train these weights alone, as a fusion does: lora_A and modules_to_save stay as they are.",
+        choices=[LORA_B],
     )
-    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
-    train_only: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train these weights alone, as a fusion does: lora_A and modules_to_save stay as they are.",
-            "choices": [LORA_B],
-        },
-    )
-    init_lora_weights: str = field(
-        default="true",
-        metadata={
-            "help": "First lora_A: PEFT's default (true), or another that leaves the base as it is.",
-            "choices": ["true", "gaussian", "orthogonal"],
-        },
+    init_lora_weights: str = flag(
+        "true",
+        help="First lora_A: PEFT's default (true), or another that leaves the base as it is.",
+        choices=["true", "gaussian", "orthogonal"],
     )
 
     def __post_init__(self) -> None:
@@ -319,8 +292,8 @@ class LoraArguments(BasisArguments):
 class ExpertConfig(TrainingConfig):
     """`TrainingArguments` with defaults for LoRA: AdamW without decay, learning rate 2e-4, cosine, batch 8."""
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the LoRA weights."})
-    warmup_steps: float = field(default=0.03, metadata={"help": "Warm-up steps; below 1, the share of all steps."})
+    learning_rate: float = flag(2e-4, help="Peak learning rate of the LoRA weights.")
+    warmup_steps: float = flag(0.03, help="Warm-up steps; below 1, the share of all steps.")
 
 
 EXPERT_ARGUMENTS = (

@@ -8,6 +8,7 @@ from torch import Tensor
 from heterofusion.merging.rules.rule import LAMBDA, Merged, Rule, share_count, summed
 from heterofusion.merging.tau import Updates
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,8 @@ class Breadcrumbs(Rule):
     """
 
     merge_lambda: float = field(default=0.4, metadata=LAMBDA)
-    density: float = field(
-        default=0.2, metadata={"help": "Share of a row, below its largest entries, that is kept.", "range": "(0, 1]"}
-    )
-    gamma: float = field(
-        default=0.1, metadata={"help": "Share of a row, of largest entries, that is set to 0.", "range": "[0, 1)"}
-    )
+    density: float = flag(0.2, help="Share of a row, below its largest entries, that is kept.", range="(0, 1]")
+    gamma: float = flag(0.1, help="Share of a row, of largest entries, that is set to 0.", range="[0, 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

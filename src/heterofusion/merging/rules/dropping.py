@@ -9,6 +9,7 @@ from heterofusion.merging.rules.rule import DENSITY, DROP_RATE, LAMBDA, SEED, Me
 from heterofusion.merging.rules.ties import elected, trimmed
 from heterofusion.merging.tau import Matrices, Updates
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,7 @@ class Della(Rule):
 
     merge_lambda: float = field(default=1.1, metadata=LAMBDA)
     drop_rate: float = field(default=0.3, metadata=DROP_RATE)
-    epsilon: float = field(
-        default=0.07,
-        metadata={"help": "An entry's drop rate is this much higher or lower by rank.", "range": "[0, 1)"},
-    )
+    epsilon: float = flag(0.07, help="An entry's drop rate is this much higher or lower by rank.", range="[0, 1)")
     seed: int = field(default=0, metadata=SEED)
 
     def __post_init__(self) -> None:

@@ -2,12 +2,9 @@
 
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -259,12 +256,6 @@ def test_record_of_these_weights_is_pushed_where_there_are_several(hub, merged):
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 
-def test_server_refuses_damaged_objects(hub):
-    request = urllib.request.Request(f"{hub.url}/lfs/{'0' * 64}/3", b"abc", method="PUT")
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request)
-
-
 INCOMPLETE = {
     "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
     "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
@@ -351,21 +342,13 @@ def test_failing_push_of_a_run_is_one_line_and_its_command_works_in_a_shell(
     hub.failures["commit"] = 503
     run = {"model_name_or_path": base_dir, "push_to_hub": True, "hub_model_id": "fused", "hub_private_repo": True}
     capsys.readouterr()
-    code = train.main(flags({**arguments, **run}))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1
-    output = arguments["output_dir"]
-    for part in ("push to fused failed", "503", "commit is out of order", f"safe in {output}. Push again: "):
-        assert part in lines[0]
+    code, output = train.main(flags({**arguments, **run})), arguments["output_dir"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "503" in line and f"safe in {output}. Push again: " in line
     assert len(load_adapter(output).modules) == 28
     before = snapshot(output)
-
-    command = lines[0][lines[0].index("Push again: ") + len("Push again: ") :]
-    assert push(words_of(shlex.split(command))) == 2  # the server is as it was
-    assert capsys.readouterr().err.splitlines()[-1] == lines[0]
     hub.failures.clear()
-    hub.repos.clear()
-    done = shell("sh", "-c", command, **hub.environment(tmp_path / "home"))
+    done = shell("sh", "-c", line.partition("Push again: ")[2], **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{hub.url}/{OWNER}/fused/commit/{1:040x}\n"
     received = hub.files(f"{OWNER}/fused")
@@ -394,9 +377,3 @@ def test_offline_push_says_so(hub, adapter, monkeypatch):
     with pytest.raises(ExportError, match=r"HF_HUB_OFFLINE.*Push again: .*heterofusion.* push --adapter"):
         push_adapter(adapter, "fused")
     assert not hub.calls
-
-
-def test_nobody_listens(adapter, hub, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ExportError, match=r"ConnectError.*Push again: "):
-        push_adapter(os.path.relpath(adapter), "fused")

@@ -8,6 +8,8 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import ComputeEnvironment
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
@@ -88,3 +90,28 @@ def test_demo_leaves_other_folders_alone(tmp_path, monkeypatch, capsys):
     demo = loaded("demo", monkeypatch)
     error_line(capsys, demo.main, [f"--output_dir={tmp_path}"], tmp_path, "no demo made")
     assert list(tmp_path.iterdir()) == [tmp_path / "adapter"]
+
+
+# ---- launches ---------------------------------------------------------------------------------------------------
+
+ENGINES = {
+    "single": ("NO", 1, "no"), "ddp": ("MULTI_GPU", 8, "bf16"), "cpu_ddp": ("MULTI_GPU", 2, "no"),
+    "zero1": ("DEEPSPEED", 8, "bf16"), "zero2": ("DEEPSPEED", 8, "bf16"), "zero3": ("DEEPSPEED", 8, "bf16"),
+    "fsdp2": ("FSDP", 8, "bf16"), "multi_node": ("MULTI_GPU", 16, "bf16"),
+}  # fmt: skip
+
+
+def test_every_launch_config_parses_and_is_used_in_the_docs():
+    docs = (ROOT / "README.md").read_text() + (ROOT / "recipes" / "README.md").read_text()
+    files = sorted((ROOT / "accelerate_configs").iterdir())
+    assert {path.stem for path in files} == set(ENGINES)
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.compute_environment == ComputeEnvironment.LOCAL_MACHINE
+        found = (config.distributed_type.value, config.num_processes, config.mixed_precision)
+        assert found == ENGINES[path.stem]
+        if path.stem.startswith("zero"):
+            assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+        assert path.stem != "fsdp2" or config.fsdp_config["fsdp_version"] == 2
+        assert config.num_machines == (2 if path.stem == "multi_node" else 1)
+        assert f"--config_file accelerate_configs/{path.name}" in docs

@@ -40,31 +40,13 @@ logger = logging.getLogger(__name__)
 
 # Tokenizer files by their full names: whatever else a user keeps beside the adapter is not ours to publish.
 HUB_PATTERNS = (
-    WEIGHTS_FILE,
-    CONFIG_FILE,
-    CARD_FILE,
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "spm.model",
-    "sentencepiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
-_COMMITS = {
-    PROVENANCE_FILE: "Upload fused adapter",
-    MERGE_FILE: "Upload merged adapter",
-    DISTILLATION_FILE: "Upload distilled adapter",
-    EXPERT_FILE: "Upload LoRA expert",
-}
+    WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model", "sentencepiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+_MADE = {PROVENANCE_FILE: "fused adapter", MERGE_FILE: "merged adapter", DISTILLATION_FILE: "distilled adapter",
+         EXPERT_FILE: "LoRA expert"}  # fmt: skip
 _SCANNED = (CONFIG_FILE, "tokenizer_config.json", CARD_FILE, *RECORD_FILES)
 
 
@@ -129,7 +111,7 @@ def push_adapter(
             f"{push_command(folder, 'NAME', private, revision)}"
         ) from error
     files = hub_files(folder)
-    message = commit_message or next(message for name, message in _COMMITS.items() if name in files)
+    message = commit_message or next(f"Upload {made}" for name, made in _MADE.items() if name in files)
     api = HfApi(token=token)
     try:
         with tempfile.TemporaryDirectory() as staging:
@@ -137,14 +119,8 @@ def push_adapter(
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision not in (None, "main") and not str(revision).startswith("refs/"):
                 api.create_branch(repo, branch=str(revision), exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo,
-                folder_path=staging,
-                allow_patterns=list(files),
-                commit_message=message,
-                revision=revision,
-            )
-            return commit.commit_url
+            wanted = {"folder_path": staging, "allow_patterns": list(files), "revision": revision}
+            return api.upload_folder(repo_id=repo, commit_message=message, **wanted).commit_url
     except Exception as error:  # whatever the Hub or the network says, the adapter is safe and the user must hear so
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         login = " with a token in HF_TOKEN, or after `hf auth login`" if token or refused else ""
@@ -168,20 +144,10 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, revisi
 
 
 def hub_files(folder: Path) -> dict[str, Path | bytes]:
-    """What is uploaded of a folder.
-
-    Returns:
-        Local file by its path in the repository, or the content where local paths or tokens had to be taken out.
-
-    Raises:
-        ExportError: the adapter there is missing, incomplete or damaged, or a control.
-    """
-    if not any((folder / name).is_file() for name in RECORD_FILES):
-        names = f"{', '.join(RECORD_FILES[:-1])} or {RECORD_FILES[-1]}"
-        raise ExportError(f"{folder} holds no {names}, which tells what made it; export an adapter there first")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder} holds no {name}; export an adapter there first")
+    """What is uploaded of a folder, by its path there: a file, or a content from which paths and tokens are gone."""
+    for names in (RECORD_FILES, (CONFIG_FILE,), (WEIGHTS_FILE,)):
+        if not any((folder / name).is_file() for name in names):
+            raise ExportError(f"{folder} holds no {' or '.join(names)}; export an adapter there first")
     try:
         record_file, record = find_record(folder)
         base = load_adapter(folder).base_model or ""

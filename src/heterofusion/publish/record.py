@@ -22,12 +22,8 @@ PROVENANCE_FILE = "fusion.json"
 MERGE_FILE = "merge.json"
 DISTILLATION_FILE = "distillation.json"
 EXPERT_FILE = "expert.json"
-FILE_OF_KIND = {
-    "fusion": PROVENANCE_FILE,
-    "merge": MERGE_FILE,
-    "distillation": DISTILLATION_FILE,
-    "tuning": EXPERT_FILE,
-}
+FILE_OF_KIND = {"fusion": PROVENANCE_FILE, "merge": MERGE_FILE, "distillation": DISTILLATION_FILE,
+                "tuning": EXPERT_FILE}  # fmt: skip
 RECORD_FILES = tuple(FILE_OF_KIND.values())
 CARD_FILE = "README.md"
 
@@ -128,11 +124,7 @@ def library_versions() -> dict[str, str]:
 
 
 def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, dict[str, Any]]:
-    """File name and content of the record beside an adapter; of several, the one that was written for its weights.
-
-    Raises:
-        UserError: there is none, or one is damaged; names it.
-    """
+    """File name and content of the record beside an adapter; of several, the one that was written for its weights."""
     records = {name: read_json_object(folder / name) for name in RECORD_FILES if (folder / name).is_file()}
     if not records:
         raise UserError(f"{folder} holds no record of what made it: none of {', '.join(RECORD_FILES)}")
@@ -144,11 +136,7 @@ def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, d
 
 
 def read_record(folder: Path, weights_sha256: str | None = None) -> dict[str, Any] | None:
-    """The record beside an adapter; None if there is none, or only one of other weights that lay there before.
-
-    Raises:
-        UserError: it is damaged; names it.
-    """
+    """The record beside an adapter; None if there is none, or only one of other weights that lay there before."""
     if not any((folder / name).is_file() for name in RECORD_FILES):
         return None
     sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
@@ -165,11 +153,7 @@ def join_controls(*controls: str | None) -> str | None:
 
 
 def control_of(*adapters: LoraAdapter | None) -> str | None:
-    """The control that adapters are by the records beside them: what is made from a control is that control.
-
-    Raises:
-        UserError: a record is damaged; names it.
-    """
+    """The control that adapters are by the records beside them: what is made from a control is that control."""
     records = (read_record(adapter.folder, adapter.sha256) for adapter in adapters if adapter is not None)
     return join_controls(*(record_control(record) for record in records if record is not None))
 
@@ -192,11 +176,7 @@ def describe_control(control: str | None) -> str:
 
 
 def refuse_push(control: str | None) -> None:
-    """Refuse `--push_to_hub` of what will be a control, before it is trained.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuse `--push_to_hub` of what will be a control, before it is trained."""
     if control is not None:
         raise UserError(
             f"--push_to_hub is true, but this run makes a control ({control}), which is not published: leave "
@@ -207,15 +187,12 @@ def refuse_push(control: str | None) -> None:
 # ---- what may be published --------------------------------------------------------------------------------------
 
 
-def publishable(value: Any, roots: Iterable[str] = (), key: str = "") -> Any:
-    """A JSON value without tokens, and with the last part alone of local paths.
+def publishable(value: Any, roots: Iterable[str] = ()) -> Any:
+    """A JSON value, or a text, without tokens and with the last part alone of local paths.
 
-    Args:
-        value: plain values; a text alone will do.
-        roots: absolute paths that are cut inside of longer texts too, as the user's home is anyway.
-        key: under which the value stands.
+    Paths that begin with the user's home or with one of the `roots` are cut inside of longer texts too.
     """
-    return _clean(value, _inside(roots), key)
+    return _clean(value, _inside(roots))
 
 
 def _clean(value: Any, inside: re.Pattern[str], key: str = "") -> Any:

@@ -314,7 +314,7 @@ def test_flags_that_do_not_fit_together(refused, values):
     refused("--top_p is 0.0", prompts=None, self_prompt=3, top_p=0)
     refused("--max_prompts is -1", max_prompts=-1)
     refused("--max_prompts 2 is for --prompts", prompts=None, self_prompt=3, max_prompts=2)
-    refused("--dataset_label has 1 values, but --prompts has 3", dataset_name=None, dataset_label=["a"])
+    refused("--dataset_label has 1 values for 3 of them", dataset_name=None, dataset_label=["a"])
     line = refused("source ner_garden: --source_models", "/no/base", "name a folder that holds it",
                    source_models=["/no/base"])  # fmt: skip
     assert "--source_configs" not in line and "--model_name_or_path" not in line

@@ -127,10 +127,7 @@ class LabelDataArguments(EvalDataArguments):
             what = "--self_prompt" if self.self_prompt else f"--prompts {REPLAY}"
             raise UserError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
         else:
-            try:
-                self._named_by_prompts()
-            except UserError as error:  # the prompts' files stand for the replay's
-                raise UserError(str(error).replace("--dataset_name", "--prompts")) from error
+            self._named_by_prompts()
 
     def _named_by_prompts(self) -> EvalDataArguments:
         return EvalDataArguments(dataset_name=self.prompts, dataset_label=self.dataset_label, metric=self.metric)

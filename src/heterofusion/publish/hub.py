@@ -119,8 +119,10 @@ def push_adapter(
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision not in (None, "main") and not str(revision).startswith("refs/"):
                 api.create_branch(repo, branch=str(revision), exist_ok=True)
-            wanted = {"folder_path": staging, "allow_patterns": list(files), "revision": revision}
-            return api.upload_folder(repo_id=repo, commit_message=message, **wanted).commit_url
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=staging, allow_patterns=[*files], commit_message=message, revision=revision
+            )
+            return commit.commit_url
     except Exception as error:  # whatever the Hub or the network says, the adapter is safe and the user must hear so
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         login = " with a token in HF_TOKEN, or after `hf auth login`" if token or refused else ""

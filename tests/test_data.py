@@ -82,14 +82,6 @@ def test_cut_and_dropped_are_counted(tmp_path, caplog):
     assert "5 sampled, 2 cut to 5 tokens (5 tokens removed), 3 dropped without label tokens (2 with an" in line
 
 
-def test_one_data_set_dropped_whole_is_a_warning(tmp_path, caplog):
-    good = write(tmp_path / "good.json", [{"prompt": "q0", "completion": " a"}])
-    long = write(tmp_path / "long.json", [{"prompt": "q0 q1 q2 q0 q1", "completion": " a"}])
-    dataset, report = build_replay(args_for(good, long, max_length=4), word_level())
-    assert len(dataset) == 1 and report.datasets[1].dropped == 1
-    assert f"{long} gives no example" in caplog.text
-
-
 def test_eval_keeps_the_order_of_the_files(tmp_path):
     tokenizer = byte_level()
     a, b = write(tmp_path / "a.json", numbered(9, "a")), write(tmp_path / "b.json", numbered(9, "b"))
@@ -156,6 +148,8 @@ def test_flags_come_from_the_command_line():
     assert (first.name, first.split, first.max_examples, first.ratio) == ("a.json", "train", 5, 0.5)
     assert (second.name, second.split, second.max_examples, second.ratio) == ("b.json", "train", sys.maxsize, 0.5)
     assert (args.max_length, args.dataset_seed, args.eval_sets()) == (64, 42, [])
+    single = DataArguments(dataset_name="a.json", max_examples=5, dataset_ratio=1)  # as in YAML
+    assert (single.dataset_name, single.max_examples, single.replay_sets()[0].ratio) == (["a.json"], [5], 1.0)
     defaults = DataArguments(dataset_name=["a.json"])
     assert (defaults.max_examples, defaults.max_length) == ([300], 1024)
 
@@ -182,11 +176,6 @@ def test_flags_come_from_the_command_line():
 def test_flag_out_of_range_raises(values, match):
     with pytest.raises(ValueError, match=match):
         DataArguments(**{"dataset_name": ["a.json", "b.json"], **values})
-
-
-def test_single_value_for_a_list_flag_is_a_list_of_one():
-    args = DataArguments(dataset_name="a.json", max_examples=5, dataset_ratio=1)
-    assert (args.dataset_name, args.max_examples, args.replay_sets()[0].ratio) == (["a.json"], [5], 1.0)
 
 
 def test_no_data_set_raises():

@@ -9,7 +9,6 @@ import pytest
 
 from heterofusion.data.labels import SourceLabelArguments, build_labels
 from heterofusion.data.replay import DataArguments
-from heterofusion.publish.record import describe_labels
 from recipe_runner import (
     MISTRAL,
     QWEN,
@@ -147,13 +146,10 @@ def test_broken_label_raises(tokenizer, tmp_path, row, words):
         build(tokenizer, path)
 
 
-def test_confidence_that_is_asked_for_and_missing_raises(tokenizer, tmp_path):
-    path = write_labels(tmp_path / "labels.jsonl", label(10), {"prompt": "w4", "completion": " w5"})
-    with pytest.raises(ValueError, match=r"line 2: --min_log_probability is -1\.0, but the label has no"):
-        build(tokenizer, path, min_log_probability=-1.0)
-
-
 def test_nothing_left_raises(tokenizer, tmp_path):
+    bare = write_labels(tmp_path / "bare.jsonl", label(10), {"prompt": "w4", "completion": " w5"})
+    with pytest.raises(ValueError, match=r"line 2: --min_log_probability is -1\.0, but the label has no"):
+        build(tokenizer, bare, min_log_probability=-1.0)
     path = write_labels(tmp_path / "labels.jsonl", label(10, good=False), label(11, sure=-3.0))
     words = r"of 2 1 are malformed \(--keep_malformed true keeps them\) and 1 below --min_log_probability -1\.0"
     with pytest.raises(ValueError, match=words):
@@ -248,7 +244,3 @@ def test_labels_alone_are_enough(finished, tmp_path):
     record = json.loads((tmp_path / "out" / "fusion.json").read_text())["training"]
     assert record["replay"] == {} and record["source_labels"]["replay_fraction"] == 0
     assert "without any replay" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_no_sentence_without_labels():
-    assert describe_labels(None) == ""

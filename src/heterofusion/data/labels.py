@@ -64,17 +64,13 @@ class SourceLabelArguments:
     )
     source_labels_max_examples: list[int] | None = field(
         default=None,
-        metadata={
-            "help": "Number of labels that are sampled from each file at most, one value for all or one per name of "
-            "--source_labels; all of them by default.",
-            "range": "[1, inf)",
-        },
+        metadata={"help": "Number of labels sampled from each file at most; all by default.", "range": "[1, inf)"},
     )
     min_log_probability: float | None = field(
         default=None,
         metadata={
-            "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens, at "
-            "most 0 (-0.1 is a probability of 0.9 per token).",
+            "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens "
+            "(-0.1 is a probability of 0.9 per token).",
             "range": "(-inf, 0]",
         },
     )
@@ -91,26 +87,22 @@ class SourceLabelArguments:
     label_loss: str = field(
         default="hard",
         metadata={
-            "help": "What source labels are trained on: hard (the answers alone) or soft (also what their source "
-            "thought of other tokens; recipes/label.py --top_k_logits stores it beside the files).",
+            "help": "What source labels are trained on: the answers alone, or also what their source thought of other "
+            "tokens (recipes/label.py --top_k_logits stores it).",
             "choices": ["hard", "soft"],
         },
     )
     soft_weight: float = field(
         default=0.5,
         metadata={
-            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike; the "
-            "answer's cross-entropy has the rest there, and all of it elsewhere.",
+            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike; "
+            "cross-entropy has the rest there, and all of it elsewhere.",
             "range": "[0, 1]",
         },
     )
     logits_cache: str | None = field(
         default=None,
-        metadata={
-            "help": "With --label_loss soft, folder where soft labels in the target's tokens and the maps of "
-            "vocabularies are kept for further runs; heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by "
-            "default."
-        },
+        metadata={"help": "With --label_loss soft, folder of soft labels in the target's tokens, in HF_HOME if None."},
     )
 
     def __post_init__(self) -> None:
@@ -372,23 +364,3 @@ def _file_record(report: LabelReport) -> dict[str, Any]:
 def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:
     """Whether a training record of source labels holds any that are not the anchor's own answers."""
     return record is not None and any(source != ANCHOR for file in record["files"] for source in file["by_source"])
-
-
-_WORDS = {
-    "bases": "those of the sources' base models without their adapters (bases)",
-    "shuffle": "those of sources that were chosen for other tasks (shuffle)",
-    "anchor": "those of the anchor itself in place of the sources (anchor)",
-}
-
-
-def labels_control(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What records tell of the controls among source labels."""
-    files = [file for file in (record or {}).get("files", []) if file.get("control")]
-    kind = "+".join(sorted({kind for file in files for kind in file["control"].split("+")}))
-    return {"kind": kind, "files": [file["name"] for file in files]} if files else None
-
-
-def describe_labels_control(record: Mapping[str, Any]) -> str:
-    """What `labels_control` gave, in words: a clause."""
-    words = " and ".join(_WORDS[kind] for kind in record["kind"].split("+"))
-    return f"the source labels in {', '.join(record['files'])} are {words}"

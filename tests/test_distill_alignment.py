@@ -17,13 +17,11 @@ from heterofusion.experts.token_alignment import (
     dtw_path,
     mapped_distribution,
     one_to_one,
-    token_costs,
 )
 from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, token_bytes
 from heterofusion.rivals.fusellm import min_ce
 from replay_builders import CHAT, byte_level, encode, word_level
 from test_tokens import sentencepiece_like
-from test_vocabulary import distance, words
 
 
 def symbols(*tokens: bytes) -> list[tuple[int, ...]]:
@@ -56,20 +54,6 @@ def test_path_is_monotone_complete_and_the_cheapest(seed):
     assert path[0] == (0, 0) and path[-1] == (shape[0] - 1, shape[1] - 1)
     assert {(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(path)} <= {(1, 1), (1, 0), (0, 1)}
     assert sum(costs[step] for step in path) == cheapest(costs)
-
-
-def test_costs_are_edit_distances():
-    source, target = words(9, 0), words(7, 1)
-    source += source[:2]
-    found = token_costs(symbols(*source), symbols(*target))
-    assert found.tolist() == [[distance(a, b) for b in target] for a in source]
-
-
-def test_equal_sequences_align_one_to_one_even_where_tokens_repeat():
-    tokens = symbols(b" a", b" a", b",", b" a", b",")
-    assert one_to_one(tokens, tokens) == [(i, i) for i in range(5)]
-    near = symbols(b" a", b" a", b",", b" a", b".")
-    assert one_to_one(tokens, near) == [(i, i) for i in range(5)]
 
 
 def test_a_split_word_is_not_one_to_one():

@@ -122,13 +122,3 @@ def test_templated_prompt_without_an_answer_is_the_same():
     )
     assert (asked.reference, full.reference) == ("", "four")
     assert asked.templated
-
-
-def test_conversation_without_an_answer_raises():
-    with pytest.raises(ValueError, match="no assistant turn"):
-        render_prompt([], MESSAGES[:2], "messages", byte_level(CHAT))
-
-
-def test_conversation_without_a_template_raises():
-    with pytest.raises(ValueError, match="needs a chat template"):
-        render_prompt([], MESSAGES, "messages", byte_level())

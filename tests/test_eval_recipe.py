@@ -6,17 +6,13 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
-from heterofusion.data.files import sample_indices
-from heterofusion.data.replay import DataArguments, build_replay
 from heterofusion.evaluation.metrics import UIEF1
-from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
 from recipe_runner import ROOT, error_line, flags, shell
@@ -167,22 +163,6 @@ def test_merged_adapters_give_the_same_answers_each_on_a_clean_base(values, test
     error_line(capsys, evaluation.main, flags({**new, "load_in_4bit": True}), "--merge_adapters", "quantized")
 
 
-def test_names_and_records_of_a_fused_adapter(values, tmp_path):
-    fused = tmp_path / "fused"
-    shutil.copytree(zoo_path("llama", "ner_kitchen"), fused)
-    record = {
-        "method": {"preset": "paper", "alpha_init": 0.3, "mu_gate": 0.1, "seed": 0, "other": 1},
-        "sources": [{"name": "a"}, {"name": "b"}],
-        "metrics": {"train_runtime": 41.2},
-    }
-    (fused / "fusion.json").write_text(json.dumps(record))
-    found = run(values, adapters=[fused], name="HeteroFusion (ours)", max_examples=1, max_new_tokens=2)
-    assert found["name"] == "HeteroFusion (ours)"
-    assert found["fusion"] == {
-        "preset": "paper", "alpha_init": 0.3, "mu_gate": 0.1, "seed": 0, "sources": ["a", "b"], "train_seconds": 41.2
-    }  # fmt: skip
-
-
 def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
     """GLUE by its columns, exact match by a flag, of other formats; all from a YAML file."""
     glue = [{"prompt": "Sentence: fine\nAnswer:", "completion": " positive", "kind": "GLUE", "task": "sst2"}]
@@ -201,34 +181,6 @@ def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
     }  # fmt: skip
     assert found["name"] == "base"
     assert predictions(values["output_dir"], "exact")[0]["prompt"] == "Say it\nnow"
-
-
-def test_tables_and_folders_give_the_same(values, test_sets, tmp_path, whole, offline_datasets):
-    """Metric and prompts of a parquet file, a CSV file and a folder are those of the JSON file."""
-    rows = Dataset.from_list(make_examples("ner_kitchen", "test", COUNT))
-    rows.to_parquet(tmp_path / "table.parquet")
-    rows.to_csv(tmp_path / "csv.csv")
-    DatasetDict({"test": rows, "train": rows.select([0])}).save_to_disk(tmp_path / "saved")
-    sets = [tmp_path / "table.parquet", tmp_path / "csv.csv", tmp_path / "saved"]
-    found = run(values, dataset_name=sets)["datasets"]
-    expected = scores(whole[2])["datasets"]["ner_kitchen"]
-    for label in ("table", "csv", "saved"):
-        assert {**found[label], "sha256": expected["sha256"]} == {**expected, "seconds": found[label]["seconds"]}
-        assert predictions(values["output_dir"], label) == predictions(whole[1])
-    assert len({record["sha256"] for record in found.values()}) == 3
-    assert run(values, dataset_name=sets, resume=True)["datasets"] == found
-
-
-def test_sample_is_that_of_training(values):
-    found = run(values, max_examples=3, dataset_seed=7, max_new_tokens=2)
-    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
-    names = [str(name) for name in values["dataset_name"]]
-    replay, _ = build_replay(DataArguments(dataset_name=names, max_examples=[3], dataset_seed=7), tokenizer)
-    trained = {tokenizer.decode(ids, skip_special_tokens=True) for ids in replay["input_ids"]}
-    asked = [record["prompt"] for record in predictions(values["output_dir"])]
-    assert len(trained) == 3 and all(any(text.startswith(prompt) for text in trained) for prompt in asked)
-    assert [record["index"] for record in predictions(values["output_dir"])] == sample_indices(COUNT, 3, 7)
-    assert found["datasets"]["ner_kitchen"]["examples"] == 3
 
 
 def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
@@ -380,19 +332,3 @@ def test_output_folder_that_is_not_empty(refused, values):
     (values["output_dir"] / "mine.txt").write_text("mine")
     refused("exists and is not empty", "--resume true", "--overwrite true")
     refused("holds no evaluation", resume=True)
-
-
-def test_fixed_batch_size_that_does_not_fit(values, capsys, monkeypatch, logging_restored):
-    def full(self, prompts, config, choice):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(AnswerGenerator, "_generate", full)
-    assert evaluation.main(flags(values)) == 2
-    assert "error: --batch_size 4 does not fit into memory" in capsys.readouterr().err
-
-
-def test_help_names_every_flag(capsys):
-    assert evaluation.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for kind in (*evaluation.EVAL_ARGUMENTS, evaluation.EnsembleArguments):
-        assert all(f"--{name}" in text for name in kind.__dataclass_fields__)

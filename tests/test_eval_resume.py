@@ -71,15 +71,6 @@ def test_killed_in_a_batch(values, whole, kill_after, batches):
     same(values, whole)
 
 
-def test_seconds_of_interrupted_runs_are_summed(values, kill_after):
-    kill_after(2)
-    fails_inside(values)
-    before = read_parts(values["output_dir"] / "parts" / "ner_kitchen")[1]
-    kill_after(None)
-    found = run(values, resume=True)
-    assert found["datasets"]["ner_kitchen"]["seconds"] > round(before, 3) > 0
-
-
 @pytest.mark.parametrize("cut", [1, 20, None])
 def test_last_line_was_cut(values, whole, kill_after, cut):
     """By a kill while it was written: its last character, more of it, or all but a bit of the file."""

@@ -48,20 +48,6 @@ def test_equals_one_at_a_time(family, prompts):
     assert batched == single
 
 
-def test_order_is_the_callers(expert, prompts):
-    forward = generate_answers(*expert, prompts, max_new_tokens=16, batch_size=4, progress=False)
-    backward = generate_answers(*expert, prompts[::-1], max_new_tokens=16, batch_size=3, progress=False)
-    assert forward == backward[::-1]
-
-
-def test_model_mode_is_restored(expert, prompts):
-    model, tokenizer = expert
-    model.train()
-    generate_answers(model, tokenizer, prompts[:1], max_new_tokens=2, progress=False)
-    assert model.training
-    model.eval()
-
-
 def test_tokenizer_without_padding_and_end_raises(expert):
     model, _ = expert
     bare = AutoTokenizer.from_pretrained(zoo_path("llama"))
@@ -177,22 +163,6 @@ def test_automatic_batch_size_halves_until_it_fits(expert, encoded, monkeypatch)
 def test_one_prompt_that_does_not_fit_raises(expert, encoded, monkeypatch):
     limit_memory(monkeypatch, expert[0], most=0)
     with pytest.raises(ValueError, match=r"one prompt of \d+ tokens and 4 new tokens .* lower --max_prompt_length"):
-        collect(AnswerGenerator(*expert, max_new_tokens=4), encoded)
-
-
-def test_fixed_batch_size_that_does_not_fit_raises(expert, encoded, monkeypatch):
-    tried = limit_memory(monkeypatch, expert[0], most=3)
-    with pytest.raises(ValueError, match=r"--batch_size 8 does not fit .* lower it, or give auto"):
-        collect(AnswerGenerator(*expert, max_new_tokens=4, batch_size=8), encoded)
-    assert tried == [8]
-
-
-def test_other_errors_of_a_batch_are_raised_as_they_are(expert, encoded, monkeypatch):
-    def broken(**kwargs):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(expert[0], "generate", broken)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
         collect(AnswerGenerator(*expert, max_new_tokens=4), encoded)
 
 

@@ -24,14 +24,6 @@ def test_cola_matches_hand_computed_values():
     assert set(scores) == {"accuracy", "matthews_correlation", "format_failure_rate", "num_examples"}
 
 
-def test_matthews_of_two_classes():
-    # 3 true positives, 2 true negatives, 1 false positive, 2 false negatives
-    predictions = [YES] * 3 + [NO] * 2 + [YES] + [NO] * 2
-    references = [YES] * 3 + [NO] * 2 + [NO] + [YES] * 2
-    scores = score_glue("cola", predictions, references)
-    assert scores["matthews_correlation"] == pytest.approx((3 * 2 - 1 * 2) / (4 * 5 * 3 * 4) ** 0.5)
-
-
 @pytest.mark.parametrize(
     ("predictions", "references"),
     [
@@ -96,10 +88,6 @@ def test_answers_are_the_label_and_nothing_else(answer, label):
     scores = GLUEText("rte").compute(predictions=[answer], references=["entailment"])
     assert scores["accuracy"] == (label == "entailment")
     assert scores["format_failure_rate"] == (label is None)
-
-
-def test_labels_are_those_of_the_task():
-    assert score_glue("sst2", ["entailment", "positive"], ["positive", "positive"])["format_failure_rate"] == 0.5
 
 
 def test_similarity_is_scored_by_correlation():

@@ -72,12 +72,6 @@ def test_byte_tokens_of_sentencepiece_are_single_bytes():
     ]
 
 
-def test_words_begin_with_a_space():
-    assert joined(word_level(), "q0 a b") == b" q0 a b"
-    assert joined(unigram(), "Ann b") == b" Ann b"
-    assert joined(word_piece(), "plays a playing") == b" plays a playing"
-
-
 def test_special_tokens_have_no_bytes():
     for tokenizer in (byte_level(), sentencepiece_like(), word_level(), unigram(), word_piece()):
         pieces = token_bytes(tokenizer)

@@ -31,14 +31,6 @@ def test_scores_match_hand_computed_values():
     assert scores["format_failure_rate"] == pytest.approx(1 / 4)
 
 
-def test_perfect_answers_score_one():
-    answers = ["works for: Anna, Karl; leads: Karl, Eva", "None", "boat: sloop"]
-    scores = UIEF1().compute(predictions=answers, references=answers)
-    for key in ("precision", "recall", "f1", "macro_f1", "sample_f1"):
-        assert scores[key] == 1.0
-    assert scores["format_failure_rate"] == 0.0
-
-
 def test_relations_need_both_spans_in_order():
     reference = "works for: Anna, Karl"
     assert f1_of("works for: Anna, Karl", reference) == 1.0
@@ -89,14 +81,6 @@ def test_format_failures(answer, failures):
     assert score_answers([answer], ["tool: zorv"])["format_failure_rate"] == failures
 
 
-def test_macro_is_the_mean_over_types():
-    predictions = ["tool: a; tool: b; plant: c"]
-    references = ["tool: a; tool: b; plant: d; insect: e"]
-    scores = score_answers(predictions, references)
-    assert scores["macro_f1"] == pytest.approx((1.0 + 0.0 + 0.0) / 3)
-    assert scores["f1"] == pytest.approx(2 * 2 / (3 + 4))
-
-
 @pytest.mark.parametrize(
     ("answer", "failures"),
     [
@@ -130,25 +114,12 @@ def test_macro_by_type_of_relations_and_of_equal_spans():
     assert scores["sample_f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
-def test_unknown_kind_raises():
+def test_bad_calls_raise():
     with pytest.raises(ValueError, match="'EE' is no kind of extraction; choose one of NER, RE, ET"):
         UIEF1("EE")
-    with pytest.raises(ValueError, match="'re' is no kind"):
-        score_answers(["None"], ["None"], "re")
-
-
-def test_answers_that_are_no_strings_raise():
     with pytest.raises(ValueError, match=r"predictions\[1\] is None; give a string, '' where there is no answer"):
         UIEF1().compute(predictions=["None", None], references=["None", "None"])
-    with pytest.raises(ValueError, match=r"references\[0\] is 3"):
-        score_answers(["None"], [3])
-
-
-def test_unequal_lengths_raise():
     with pytest.raises(ValueError, match="1 predictions for 2 references"):
         score_answers(["None"], ["None", "None"])
-
-
-def test_no_answers_raise():
     with pytest.raises(ValueError, match="no predictions"):
         score_answers([], [])

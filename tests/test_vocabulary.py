@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from heterofusion.experts import vocabulary
 from heterofusion.experts.identity import tokenizer_fingerprint
 from heterofusion.experts.vocabulary import (
     UNMAPPED,
@@ -64,25 +63,6 @@ def test_equal_texts_take_the_shorter_spelling_then_the_lower_id():
     assert TokenIndex([None, b""], ["<s>", ""]).nearest(b"A") == UNMAPPED
 
 
-def test_few_tokens_are_compared_and_the_nearest_is_among_them(monkeypatch):
-    target = [*dict.fromkeys(words(40_000, 4, "etaoinshrdlucmfwyp", 9))]
-    index = TokenIndex(target, [word.decode() for word in target])
-    queries = [word for word in words(60, 5, "etaoinshrdlucmfwyp", 9) if word not in index.exact][:20]
-    compared = []
-
-    def counted(query, columns, lengths):
-        compared.append(columns.shape[1])
-        return edit_distances(query, columns, lengths)
-
-    monkeypatch.setattr(vocabulary, "edit_distances", counted)
-    found = [index.nearest(query) for query in queries]
-    assert sum(compared) < 0.05 * len(queries) * len(target)
-    columns, lengths = as_columns([list(word) for word in target])
-    for query, chosen in zip(queries, found, strict=True):
-        distances = edit_distances(list(query), columns, lengths)
-        assert distances[chosen] == distances.min()
-
-
 # ---- maps -------------------------------------------------------------------------------------------------------
 
 KINDS = {"bytes": byte_level, "pieces": sentencepiece_like, "words": word_level}
@@ -101,14 +81,6 @@ def test_map_is_equal_text_or_the_nearest(source, target):
             nearest = min(distance(text, other) for other in target_texts if other)
             assert distance(text, target_texts[found[token]]) == nearest
             assert nearest == 0 or text not in target_texts
-
-
-def test_space_marks_are_swapped():
-    source, target = byte_level(), sentencepiece_like()
-    ids = {token: source.convert_tokens_to_ids(token) for token in ("Ġanswer", "Ġno", "a")}
-    found = VocabularyMap(source, target).map(ids.values())
-    assert found[ids["Ġno"]] == target.convert_tokens_to_ids("▁no")
-    assert found[ids["a"]] == target.convert_tokens_to_ids("a")  # and not <0x61>, which stands before it
 
 
 def test_special_tokens_are_mapped_by_name_and_unknown_ids_not_at_all():

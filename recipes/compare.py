@@ -1,143 +1,145 @@
 """All methods in one table under the same conditions: baselines, controls, upper bounds and the fusion itself.
 
+    python recipes/demo/prepare.py
     python recipes/compare.py --config recipes/demo/compare.yaml [--jobs 2] [--dry_run true]
 
-The file names the methods, each with the flags of its recipe (train, expert, merge, distill, or an evaluation alone)
-and the values of its hyper-parameters to try; see recipes/README.md. What several methods share (labels of source
-experts, further adapters) is made first. Then every method with hyper-parameters gets --search_budget runs that are
-scored on validation data; at last all methods run once per case and seed with what was best, and are scored on the
-test data. Runs that are finished are skipped, so the same command goes on after an interruption. Writes
-output_dir/comparison.json, and report.md with a picture to output_dir/report.
+Every method with hyper-parameters gets --search_budget runs that are scored on validation data; then all methods run
+once per seed with what was best, and are scored on the test data. Runs that are finished are skipped, so the same
+command goes on after an interruption. Merges, and the upper bound of experts on the target's own base, need
+--target_experts. Writes report.md, scores.csv and pictures to --output_dir.
 """
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, set_up_logging
-from heterofusion.cli_before import parse_with_sections
-from heterofusion.comparison import (
-    COMPARISON_FILE,
-    SECTIONS,
-    check_apart,
-    check_datasets,
-    choose,
-    collect,
-    final_runs,
-    finished_folders,
-    lost_methods,
-    made_runs,
-    make,
-    plan_comparison,
-    run_unblocked,
-    search_runs,
-)
-from heterofusion.report.comparison import comparison_table, gain_sentences, parse_comparison
-from heterofusion.report.style import require_matplotlib
-from heterofusion.report.write import Report, check_output, write_report
-from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import write_whole
-from heterofusion.sweeps.places import PlaceArguments, describe, end_runs_when_told, outcome_table
-from heterofusion.sweeps.pool import FAILED, NOT_RUN, Outcome
+from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
+from heterofusion.experiments.page import Page
+from heterofusion.experiments.tables import Gain
 
-FOLDER = Path(__file__).resolve().parent
+MERGES: dict[str, tuple[str, dict[str, list[float]]]] = {
+    "weight average": ("average", {}),
+    "Task Arithmetic": ("task_arithmetic", {"merge_lambda": [0.1, 0.2, 0.3, 0.4, 0.6, 1.0]}),
+    "TIES": ("ties", {"merge_lambda": [0.3, 0.6, 1.0], "density": [0.2, 1.0]}),
+    "DARE": ("dare", {"merge_lambda": [0.2, 0.3, 0.6], "drop_rate": [0.1, 0.5]}),
+    "DARE-TIES": ("dare_ties", {"merge_lambda": [0.3, 0.6, 1.0], "drop_rate": [0.1, 0.5]}),
+    "DELLA": ("della", {"merge_lambda": [0.3, 0.6, 1.1], "drop_rate": [0.1, 0.3]}),
+    "Breadcrumbs": ("breadcrumbs", {"merge_lambda": [0.2, 0.4, 0.8], "density": [0.2, 0.8]}),
+    "KnOTS-TIES": ("knots_ties", {"merge_lambda": [0.3, 0.6, 1.0], "density": [0.2, 1.0]}),
+    "KnOTS-DARE": ("knots_dare", {"merge_lambda": [0.2, 0.3, 0.6], "drop_rate": [0.1, 0.5]}),
+}
+RANDOM_MERGES = ("dare", "dare_ties", "della", "knots_dare")
+CONTROLS = {
+    "noise sources": ("noise", "every source matrix keeps its norm and spectrum, but its directions are random"),
+    "shuffled sources": ("shuffle", "the sources' matrices, each in another module"),
+    "zero sources": ("zero", "all source matrices are zero"),
+}
+MERGING = "Merging (needs experts on the target's own base)"
+TUNED = "Tuned on the replay (experts of any base; one adapter)"
+CONTROLLED = "Controls of HeteroFusion (without what the sources know)"
 
 
 @dataclass
-class CompareArguments(PlaceArguments):
-    """What is compared, how often, and where it runs."""
+class CompareArguments(ComparisonArguments):
+    """What is compared."""
 
-    output_dir: str = field(default="outputs/compare", metadata={"help": "Folder for everything that is made."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the runs in the table."})
-    search_seed: int = field(
-        default=100, metadata={"help": "Seed of the runs that hyper-parameters are chosen by; none of --seeds."}
+    target_experts: str = field(
+        default="", metadata={"help": "Folder with an expert TASK of each task on the target's base, for merges."}
     )
-    search_budget: int = field(
-        default=5, metadata={"help": "Validation runs that every method with hyper-parameters gets."}
+    learning_rates: list[float] = field(
+        default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Those that a fusion tries."}
     )
-    title: str = field(default="Methods side by side", metadata={"help": "Heading of the table."})
-    only: list[str] = field(
-        default_factory=list, metadata={"help": "Compare only these methods, by their names in the file."}
+    tuning_learning_rates: list[float] = field(
+        default_factory=lambda: [3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3], metadata={"help": "Those that tuning tries."}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise UserError(f"--seeds is {self.seeds}; give one or more, all different")
-        if self.search_seed in self.seeds:
-            raise UserError(
-                f"--search_seed {self.search_seed} is one of --seeds {self.seeds}: hyper-parameters would be chosen "
-                "by a run that is in the table; give another"
-            )
-        if self.search_budget < 1:
-            raise UserError(f"--search_budget is {self.search_budget}; it must be at least 1")
+
+def add_merges(table: Comparison, options: CompareArguments) -> None:
+    """The upper bound of experts of the target's own family, and merges of them."""
+    experts = [f"{options.target_experts}/{task}" for task in options.tasks]
+    about = "the upper bound (SFT): experts on the target's base, each asked about its own task alone"
+    scored = {"adapters": experts, "adapter_per_dataset": True}
+    table.add(Method("target experts", "References", about, scored=lambda _: [scored]))
+    for name, (method, search) in MERGES.items():
+        flags = {"model_name_or_path": options.model_name_or_path, "adapters": experts, "method": method}
+
+        def seeded(_: str, seed: int, flags: dict = flags) -> dict:
+            return {**flags, "seed": seed if flags["method"] in RANDOM_MERGES else None}
+
+        table.add(Method(name, MERGING, recipe="merge", flags=seeded, search=search))
+    emr = {"model_name_or_path": options.model_name_or_path, "adapters": experts, "method": "emr"}
+    about = "one adapter per task, so it has to be told which task a prompt is of"
+    table.add(
+        Method(
+            "EMR", MERGING, about, "merge", lambda *_: emr,
+            scored=lambda made: [{**scored, "adapters": [made / task for task in options.tasks]}],
+        )
+    )  # fmt: skip
 
 
-def unfinished(outcomes: list[Outcome]) -> list[Outcome]:
-    """Those that did not end well; prints what became of all."""
-    if outcomes:
-        print(outcome_table(outcomes), flush=True)
-    return [outcome for outcome in outcomes if outcome.status in (FAILED, NOT_RUN)]
+def add_ensembles(table: Comparison, options: CompareArguments) -> None:
+    """All experts run at inference."""
+    adapters = [options.target_adapter, *options.source_adapters]
+    models = [options.model_name_or_path, *options.source_models]
+    for name in ("GaC", "UniTE"):
+        flags = {"ensemble": name.lower(), "adapters": adapters, "ensemble_models": models}
+        about = "the anchor and the sources decode together"
+        table.add(
+            Method(name, "Ensembles (all experts run at inference)", about, scored=lambda _, flags=flags: [flags])
+        )
+
+
+def add_tuned(table: Comparison, options: CompareArguments) -> None:
+    """What is trained on the replay, and the controls of the fusion."""
+    replay = {"dataset_name": options.files("replay")}
+
+    def tuning(_: str, seed: int) -> dict:
+        return {**options.tuning, **replay, "dataset_seed": seed, "seed": seed}
+
+    def distilling(case: str, seed: int) -> dict:
+        teachers = {"teacher_models": options.source_models, "teacher_adapters": options.source_adapters}
+        return {**tuning(case, seed), **teachers, "logits_cache": f"{options.output_dir}/soft_labels"}
+
+    def fusing(_: str, seed: int) -> dict:
+        return {**options.fusion, **replay, "dataset_seed": seed, "seed": seed}
+
+    rates = {"learning_rate": options.tuning_learning_rates}
+    about = "the anchor's lora_B is tuned on the replay; no source is looked at"
+    only_b = {"train_only": "lora_B"}
+    table.add(Method("direct tuning of B", TUNED, about, "expert", lambda *where: {**tuning(*where), **only_b}, rates))
+    table.add(Method("direct tuning of A and B", TUNED, "the same of lora_A and lora_B", "expert", tuning, rates))
+    about = "the anchor is tuned on the replay and on the sources' token distributions there"
+    table.add(Method("FuseLLM", TUNED, about, "distill", distilling, rates))
+    rates = {"learning_rate": options.learning_rates}
+    table.add(Method("HeteroFusion", TUNED, "the fusion as --fuse_config has it", "train", fusing, rates))
+    for name, (control, about) in CONTROLS.items():
+        flags = {"source_control": control}
+        table.add(Method(name, CONTROLLED, about, flags=lambda *_, flags=flags: flags, like="HeteroFusion"))
 
 
 @command
 def main(argv: list[str]) -> None:
-    (options,), sections, file = parse_with_sections((CompareArguments,), argv, __doc__, SECTIONS)
+    (options,) = parse_arguments((CompareArguments,), argv, __doc__)
     set_up_logging(logging.INFO)
-    if file is None:
-        raise UserError("--config is missing: name a comparison file, such as recipes/demo/compare.yaml")
-    folder = Path(options.output_dir).expanduser()
-    comparison = plan_comparison(
-        sections, file, folder, options.seeds, options.search_seed, options.search_budget, options.only
-    )
-    # all flags are checked here
-    made, searching, reported = made_runs(comparison), search_runs(comparison), final_runs(comparison, {})
-    check_apart(searching, reported, comparison.where, made)
-    check_datasets(comparison.gains, reported, comparison.where)
-    if options.dry_run:
-        for run in (*made, *searching, *reported):
-            print(describe(run))
-        first = f"{len(made)} runs to make what methods share, " if made else ""
-        print(f"{first}{len(searching)} runs to choose hyper-parameters by, {len(reported)} to report")
-        return
-    require_matplotlib()
-    report_folder, document = check_output(folder / "report", None, overwrite=True)
-    end_runs_when_told()
-    pool = options.pool(FOLDER)
-    again = "the same command, without --overwrite, tries them again"
-    failed = unfinished(make(made, pool))
-    if pool.stopped:
-        raise ChildProcessError(
-            f"{len(failed)} of {len(made)} runs that make what methods share did not finish; {again}"
-        )
-    there = finished_folders(made)
-    unable = {run.name for run in searching if any(folder not in there for folder in run.needs)}
-    lost = lost_methods(comparison, unable, "for what that needs is not there")
-    searching = [run for run in searching if run.name not in lost]
-    failed = unfinished(run_unblocked(searching, made, pool))
-    if pool.stopped:
-        raise ChildProcessError(f"{len(failed)} of {len(searching)} validation runs did not finish; {again}")
-    lost |= lost_methods(comparison, {each.run.name for each in failed}, "for not all of its runs have ended well")
-    chosen = choose(comparison, without=lost)
-    reported = final_runs(comparison, {name: each["settings"] for name, each in chosen.items()})
-    failed = unfinished(run_unblocked(reported, made, pool, lost))
-    told = f"{len(failed)} of {len(reported)} runs did not finish; {again}"
-    content = {"title": options.title, **collect(comparison, chosen)}
-    if failed and not content["rows"]:
-        raise ChildProcessError(told)
-    write_whole(folder / COMPARISON_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    table = parse_comparison(content, f"comparison {folder / COMPARISON_FILE}")
-    write_report(Report(options.title, comparisons=[table]), report_folder, document)
-    print("\n" + comparison_table(table) + "\n")
-    print("\n".join(gain_sentences(table)))
-    print(f"written to {document}")
-    if failed:
-        raise ChildProcessError(told)
+    table = options.comparison({"": options.seeds})
+    base = [{"adapters": ["none"]}]
+    table.add(Method("base", "References", "the target's base model without an adapter", scored=lambda _: base))
+    if options.target_experts:
+        add_merges(table, options)
+    add_ensembles(table, options)
+    add_tuned(table, options)
+    frame = table.run()
+    over = [*CONTROLS, "direct tuning of B", "direct tuning of A and B"]
+    gains = [Gain(f"gain over {name}", "HeteroFusion", name) for name in over]
+    if not frame.empty:
+        page = Page(options.output_dir, options.title)
+        table.write(page, frame, gains, "target experts" if options.target_experts else "source experts")
+        print(f"written to {page.write()}")
+    table.runs.finish()
 
 
 if __name__ == "__main__":

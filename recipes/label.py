@@ -28,7 +28,6 @@ from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
 from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import Routing
 from heterofusion.labelling.run import ROUTING_PICTURE, STAGING, Labelling
-from heterofusion.report.routing_picture import draw_routing
 from heterofusion.runtime.files import staging_folder
 from heterofusion.runtime.ranks import start_ranks
 
@@ -58,8 +57,11 @@ def draw(routing: Routing, labelling: Labelling) -> None:
     """Draw the routing, where matplotlib is installed: labels are worth more than their picture."""
     scores = {name: routing.scores.get(name, {}) for name in routing.models}
     try:
+        from heterofusion.experiments.pictures import draw_routing, save_picture
+
         with staging_folder(labelling.folder, STAGING) as staging:
-            draw_routing(scores, routing.labelled_by, routing.tasks, staging / ROUTING_PICTURE, routing.control)
+            figure = draw_routing(scores, routing.labelled_by, routing.tasks, routing.control)
+            save_picture(figure, staging / ROUTING_PICTURE)
             os.replace(staging / ROUTING_PICTURE, labelling.folder / ROUTING_PICTURE)
     except ImportError as error:
         logger.warning("the routing is not drawn: %s", error)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from heterofusion.experiments.pictures import draw_routing
 from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import exchange, route, with_control
 from heterofusion.publish.record import join_controls, label_control
-from heterofusion.report.routing_picture import draw_routing
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, label, read_labels, run_label
 from recipe_runner import MISTRAL, QWEN, SIZES, TARGET, error_line, flags, recipe, succeeds, train, write_replay
@@ -56,8 +56,8 @@ def test_a_control_takes_the_place_of_sources_and_not_of_the_anchor():
     assert control.chosen == mapped and control.record(dict.fromkeys(mapped))["control"] == "anchor"
     assert control.table().splitlines()[0] == "| CONTROL anchor | a | b | c | d |"
     assert control.table().splitlines()[2] == "| anchor | **control** | **control** | **control** | - |"
-    figure = draw_routing({name: {} for name in control.models}, control.labelled_by, control.tasks, None, "anchor")
-    assert figure.axes[0].get_title(loc="left").startswith("CONTROL (anchor): score on the replay")
+    figure = draw_routing({name: {} for name in control.models}, control.labelled_by, control.tasks, "anchor")
+    assert figure.get_suptitle().startswith("CONTROL (anchor): score on the replay")
     with pytest.raises(ValueError, match="no source labels any task"):
         with_control(route(["c"], ["x"], {}, 0.1, {"c": ["anchor"]}), "bases", 0)
 

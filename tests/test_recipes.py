@@ -1,20 +1,21 @@
 """What the README shows really runs: its Python example and the demo."""
 
+import contextlib
 import importlib.util
-import json
+import io
 import re
 import sys
-from dataclasses import fields, is_dataclass
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import ComputeEnvironment
 from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
-from heterofusion.labelling.arguments import LABEL_ARGUMENTS
-from heterofusion.sweeps import RECIPES as SWEPT
+from conftest import restored_logging
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, error_line, recipe
 
@@ -43,45 +44,74 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(reloaded, in_memory, atol=1e-6, rtol=0)
 
 
-def test_readme_flags_exist(monkeypatch):
-    """Every --flag in the README and the recipes' README belongs to a recipe (or to accelerate launch)."""
-    known = {"config", "config_file", "debug", "help", "quiet", "num_processes", "machine_rank"}
-    monkeypatch.syspath_prepend(str(RECIPES))
-    kinds = [*LABEL_ARGUMENTS, *(kind for kinds in SWEPT.values() for kind in kinds)]
-    for path in RECIPES.rglob("*.py"):
-        spec = importlib.util.spec_from_file_location(f"flags_of_{path.parent.name}_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        kinds += [value for value in vars(module).values() if isinstance(value, type) and is_dataclass(value)]
-    for kind in kinds:
-        known |= {item.name for item in fields(kind)}
+def flags_of(name: str) -> set[str]:
+    """The flags that a recipe shows with --help."""
+    spec = importlib.util.spec_from_file_location("flags_of_" + name.replace("/", "_"), RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        assert module.main(["--help"]) == 0
+    return set(re.findall(r"--(\w+)", told.getvalue()))
+
+
+@pytest.fixture(scope="session")
+def known_flags() -> dict[str, set[str]]:
+    """The flags of all recipes that are programs."""
+    with pytest.MonkeyPatch.context() as patch, restored_logging():
+        patch.syspath_prepend(str(RECIPES))
+        names = [path.relative_to(RECIPES).with_suffix("") for path in sorted(RECIPES.rglob("*.py"))]
+        return {str(name): flags_of(str(name)) for name in names if "def main" in (RECIPES / f"{name}.py").read_text()}
+
+
+def test_readme_flags_exist(known_flags):
+    """Every --flag in the README and the pages of the recipes belongs to a recipe (or to accelerate launch)."""
+    known = {"config", "config_file", "debug", "help", "quiet", "accelerate_config"}.union(*known_flags.values())
+    known |= {"num_processes", "machine_rank"}
     for page in (ROOT / "README.md", *RECIPES.rglob("*.md")):
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
         assert flags <= known, f"{page}: {sorted(flags - known)}"
 
 
+@pytest.mark.parametrize(
+    "script, config",
+    [
+        ("compare", "demo/compare.yaml"), ("compare", "uie/compare.yaml"),
+        ("sources", "demo/sources.yaml"), ("sources", "uie/sources.yaml"),
+        ("paper", "demo/paper.yaml"), ("paper", "uie/paper.yaml"), ("paper", "glue/paper.yaml"),
+        ("experts", "uie/experts.yaml"), ("experts", "glue/experts.yaml"),
+    ],
+)  # fmt: skip
+def test_experiments_use_flags_that_exist(known_flags, script, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for name in ("DATA_ROOT", "MODEL_ROOT", "ADAPTER_ROOT"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    arguments = [f"--config={RECIPES / config}", f"--output_dir={tmp_path}", "--dry_run=true"]
+    assert loaded(script, monkeypatch).main(arguments) == 0
+    runs = re.findall(r"^==== [^\n]* \((\w+)-\w+\) ====\n(.*?)\n\n", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
+    assert len(runs) >= 10
+    for recipe_name, text in runs:
+        flags = yaml.safe_load(text)
+        assert flags.keys() <= known_flags[recipe_name], f"{recipe_name}: {flags.keys() - known_flags[recipe_name]}"
+
+
 @pytest.mark.slow
-def test_demo_writes_adapter_results_report_and_pictures(tmp_path, monkeypatch, capsys):
-    demo = loaded("demo", monkeypatch)
+def test_demo_writes_adapter_and_report(tmp_path, monkeypatch):
     folder = tmp_path / "demo"
     sizes = ["--max_steps=2", "--sensitivity_steps=1", "--test_examples=4", "--replay_examples=4"]
-    assert demo.main([f"--output_dir={folder}", *sizes]) == 0
-    scores = {}
-    for row in ("target/base", "target/anchor", "target/fused", "experts"):
-        results = json.loads((folder / "eval" / row / "results.json").read_text())
-        assert list(results["datasets"]) == list(TASKS)
-        scores[row] = {task: record["score"] for task, record in results["datasets"].items()}
+    assert loaded("demo", monkeypatch).main([f"--output_dir={folder}", *sizes]) == 0
+    scores = pd.read_csv(folder / "scores.csv").pivot_table(index="name", columns="dataset", values="score")
+    assert sorted(scores.columns) == sorted(TASKS)
     # two steps hardly move the adapter: an expert beats it on a foreign task
     foreign = DEMO_SOURCES[0][1]
-    assert scores["experts"][foreign] > scores["target/fused"][foreign]
-    assert scores["target/anchor"][DEMO_ANCHOR[1]] > 0.5
-    text = (folder / "report" / "report.md").read_text()
-    assert "| fused |" in text and "| fused |" in capsys.readouterr().out
+    assert scores.loc["expert", foreign] > scores.loc["fused", foreign]
+    assert scores.loc["anchor", DEMO_ANCHOR[1]] > 0.5
+    text = (folder / "report.md").read_text()
+    assert "| fused |" in text and "**source gain** = fused - noise sources" in text
     pictures = re.findall(r"\]\(([^)]+\.png)\)", text)
-    assert len(pictures) >= 8  # scores, two curves, alignment, attention, gates, updates, training
+    assert len(pictures) >= 7  # methods, scores, two curves, alignment, fusion, training
     for name in pictures:
-        assert (folder / "report" / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from heterofusion.experiments.pictures import draw_routing
 from heterofusion.experts.generation import Answer as Label
 from heterofusion.labelling.routing import most_confident, read_map, route
 from heterofusion.labelling.tasks import format_check
-from heterofusion.report.routing_picture import draw_routing
 
 TASKS, SOURCES = ["a", "b"], ["x", "y"]
 SCORES = {"anchor": {"a": 0.5, "b": 0.8}, "x": {"a": 0.6, "b": 0.85}, "y": {"a": 0.9, "b": 0.2}}
@@ -100,13 +100,12 @@ def test_most_confident_of_several():
 # ---- picture ----------------------------------------------------------------------------------------------------
 
 
-def test_picture_marks_chosen_cells(tmp_path):
+def test_picture_marks_chosen_cells():
     scores = {**SCORES, "y": {"b": 0.2}}
-    figure = draw_routing(scores, {"a": ["x", "y"], "b": []}, TASKS, tmp_path / "routing.png")
-    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    figure = draw_routing(scores, {"a": ["x", "y"], "b": []}, TASKS, None)
     axes = figure.axes[0]
     framed = {text.get_position(): text.get_text() for text in axes.texts if text.get_bbox_patch() is not None}
-    assert framed == {(0.5, 1.5): "0.60", (0.5, 2.5): "map"}
+    assert framed == {(0, 1): "0.60", (0, 2): "map"}
     mesh = axes.collections[0].get_array()
     assert np.ma.getmaskarray(mesh).reshape(3, 2).tolist() == [[False, False], [False, False], [True, False]]
-    assert "not measured" in axes.get_title(loc="left")
+    assert "not measured" in figure.get_suptitle()

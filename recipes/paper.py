@@ -1,0 +1,211 @@
+"""The paper's experiments (arXiv 2604.01674) on data and experts of one's own, or in miniature on the embedded zoo.
+
+    python recipes/demo/prepare.py && python recipes/paper.py --config recipes/demo/paper.yaml --jobs 2
+    python recipes/paper.py --config recipes/uie/paper.yaml --gpus 0 1 2 3     # experiments 1, 2, 3, 5 and 6
+    python recipes/paper.py --config recipes/glue/paper.yaml --gpus 0 1 2 3    # experiment 4
+
+Experts are folders FAMILY/TASK in --adapters (recipes/experts.py makes them). Runs that are finished are skipped.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# what libraries warn of while they are imported must not stand beside an error
+logging.getLogger().addHandler(logging.NullHandler())
+
+from heterofusion.cli import command, parse_arguments, set_up_logging
+from heterofusion.experiments import Run, RunArguments, Runs
+from heterofusion.experiments.page import Page
+from heterofusion.experiments.pictures import draw_curves, draw_scores
+from heterofusion.experiments.tables import NO_SEED, SCORES_ARE, Row, difference_table, score_frame, score_table
+from heterofusion.runtime.errors import UserError
+
+Expert = tuple[str, str]  # family and task
+
+
+@dataclass
+class PaperArguments(RunArguments):
+    """Experts, data and settings of the experiments."""
+
+    experiments: list[str] = field(
+        default_factory=lambda: ["single_source", "multi_source", "noise", "sensitivity", "sequence"],
+        metadata={"help": "Which of them."},
+    )
+    families: list[str] = field(
+        default_factory=list, metadata={"help": "Family of the target, of the sources, and the third one if any."}
+    )
+    both_ways: bool = field(default=False, metadata={"help": "single_source with target and sources exchanged too."})
+    adapters: str = field(default="", metadata={"help": "Folder with an expert FAMILY/TASK for each."})
+    models: str = field(default="", metadata={"help": "Folder, or organization on the Hub, with the base FAMILY."})
+    base_folder: str = field(default="", metadata={"help": "Folder below FAMILY that holds the base, if it is one."})
+    data: str = field(default="", metadata={"help": "Folder with replay/TASK.jsonl and test/TASK.jsonl."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks; the first is that of the anchor."})
+    third_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Those whose expert is of the third family."}
+    )
+    noise_tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of the noise experiment; all."})
+    irrelevant_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks of the irrelevant experts, of the target's family."}
+    )
+    alphas: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.3, 0.6, 0.9], metadata={"help": "alpha_init."})
+    mus: list[float] = field(default_factory=lambda: [-0.4, -0.2, -0.05, 0.1, 0.15], metadata={"help": "mu_gate."})
+    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds of sample, start and order."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, in place of the config's."})
+    fuse_config: str = field(default="", metadata={"help": "YAML file with the flags of every fusion."})
+    eval_config: str = field(default="", metadata={"help": "YAML file with the flags of every evaluation."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("adapters", "models", "data", "tasks"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; see --help")
+        if unknown := [name for name in self.experiments if name not in EXPERIMENTS]:
+            raise UserError(f"--experiments has {unknown[0]!r}; choose from {', '.join(EXPERIMENTS)}")
+        needed = 3 if {"multi_source", "sequence"} & {*self.experiments} else 2
+        if len(self.families) < needed:
+            raise UserError(f"--families has {len(self.families)} values; these experiments need {needed}")
+
+
+class Paper:
+    """Asks for fusions and evaluations, and collects the rows of an experiment."""
+
+    def __init__(self, options: PaperArguments):
+        self.options, self.runs = options, Runs(options)
+        self.rows: list[tuple[str, Run, int, dict]] = []
+
+    def base(self, family: str) -> str:
+        return "/".join(filter(None, (self.options.models, family, self.options.base_folder)))
+
+    def fuse(self, target: Expert | Run, sources: Sequence[Expert], tasks: Sequence[str], seed: int, **flags) -> Run:
+        """A fusion on the replay of some tasks."""
+        family, adapters = self.options.families[0] if isinstance(target, Run) else target[0], self.options.adapters
+        return self.runs.run(
+            "train", f"fuse {len(sources)} sources into {target} seed {seed} {flags}", config=self.options.fuse_config,
+            model_name_or_path=self.base(family), seed=seed, dataset_seed=seed, max_steps=self.options.max_steps,
+            target_adapter=target if isinstance(target, Run) else f"{adapters}/{'/'.join(target)}",
+            source_adapters=[f"{adapters}/{'/'.join(source)}" for source in sources],
+            dataset_name=[f"{self.options.data}/replay/{task}.jsonl" for task in tasks], **flags,
+        )  # fmt: skip
+
+    def score(
+        self, name: str, family: str, adapter: Expert | Run, tasks: Sequence[str], seed: int = NO_SEED, **labels
+    ) -> None:
+        """A row of the experiment's table."""
+        path = adapter if isinstance(adapter, Run) else f"{self.options.adapters}/{'/'.join(adapter)}"
+        files = [f"{self.options.data}/test/{task}.jsonl" for task in tasks]
+        base = {"config": self.options.eval_config, "model_name_or_path": self.base(family)}
+        run = self.runs.run("eval", f"test {name} {labels} seed {seed}", adapters=[path], dataset_name=files, **base)
+        self.rows.append((name, run, seed, labels))
+
+
+def single_source(paper: Paper, options: PaperArguments) -> None:
+    """Experiment 1 (and 4): an anchor of each task, the other family's experts of the others."""
+    target, other = options.families[:2]
+    for family, others in [(target, other), (other, target)][: 1 + options.both_ways]:
+        for anchor in options.tasks:
+            labels = {"target": family, "anchor": anchor}
+            paper.score("anchor", family, (family, anchor), options.tasks, **labels)
+            for seed in options.seeds:
+                sources = [(others, task) for task in options.tasks if task != anchor]
+                fused = paper.fuse((family, anchor), sources, options.tasks, seed)
+                paper.score("fused", family, fused, options.tasks, seed, **labels)
+
+
+def multi_source(paper: Paper, options: PaperArguments) -> None:
+    """Experiment 2: sources of two families at once, with either of two targets."""
+    target, other, third = options.families
+    anchor = options.tasks[0]
+    for family, others in ((target, other), (other, target)):
+        sources = [(third if task in options.third_tasks else others, task) for task in options.tasks[1:]]
+        paper.score("anchor", family, (family, anchor), options.tasks, target=family)
+        for seed in options.seeds:
+            fused = paper.fuse((family, anchor), sources, options.tasks, seed)
+            paper.score("fused", family, fused, options.tasks, seed, target=family)
+
+
+def noise(paper: Paper, options: PaperArguments) -> None:
+    """Experiment 3: without and with irrelevant experts of the target's own family."""
+    target, other = options.families[:2]
+    tasks = options.noise_tasks or options.tasks
+    clean = [(other, task) for task in tasks if task != options.tasks[0]]
+    paper.score("anchor", target, (target, options.tasks[0]), tasks)
+    for label, more in (("clean", []), ("noisy", [(target, task) for task in options.irrelevant_tasks])):
+        for seed in options.seeds:
+            fused = paper.fuse((target, options.tasks[0]), [*clean, *more], tasks, seed)
+            paper.score("fused", target, fused, tasks, seed, sources=label)
+
+
+def sensitivity(paper: Paper, options: PaperArguments) -> None:
+    """Experiment 5: experiment 1 on one anchor with other first alphas, and with other shifts of the gate."""
+    target, other = options.families[:2]
+    settings = [(alpha, 0.1) for alpha in options.alphas] + [(0.3, mu) for mu in options.mus if mu != 0.1]
+    for alpha, mu in settings:
+        for seed in options.seeds[:1]:
+            sources = [(other, task) for task in options.tasks[1:]]
+            flags = {"alpha_init": alpha, "mu_gate": mu}
+            fused = paper.fuse((target, options.tasks[0]), sources, options.tasks, seed, **flags)
+            paper.score("fused", target, fused, options.tasks, seed, **flags)
+
+
+def sequence(paper: Paper, options: PaperArguments) -> None:
+    """Experiment 6: the fused adapter is the next target; with fresh hypernetworks, or with those of the first."""
+    target, other, third = options.families
+    begun = [task for task in options.tasks if task not in options.third_tasks]
+    for seed in options.seeds[:1]:
+        keep = {"save_strategy": "steps", "save_steps": 1_000_000, "save_total_limit": 1}  # the last step alone
+        first = paper.fuse((target, options.tasks[0]), [(other, task) for task in begun[1:]], begun, seed, **keep)
+        paper.score("first fusion", target, first, options.tasks, seed)
+        for start, carried in (("fresh", None), ("carried", first)):
+            sources = [(third, task) for task in options.third_tasks]
+            second = paper.fuse(first, sources, options.tasks, seed, init_hypernetwork_from=carried)
+            paper.score("second fusion", target, second, options.tasks, seed, hypernetworks=start)
+
+
+EXPERIMENTS = {each.__name__: each for each in (single_source, multi_source, noise, sensitivity, sequence)}
+
+
+@command
+def main(argv: list[str]) -> None:
+    (options,) = parse_arguments((PaperArguments,), argv, __doc__)
+    set_up_logging(logging.INFO)
+    paper, asked = Paper(options), {}
+    for name in options.experiments:
+        EXPERIMENTS[name](paper, options)
+        asked[name], paper.rows = paper.rows, []
+    paper.runs.wait()
+    page = Page(options.output_dir, "The paper's experiments")
+    page.add(SCORES_ARE)
+    for name, rows in asked.items():
+        done = [Row(row, [run.results() or {}], seed, labels) for row, run, seed, labels in rows if run.is_finished]
+        if done:
+            add_section(page, name, score_frame(done))
+    if not options.dry_run:
+        print(f"written to {page.write(Path(options.output_dir) / 'report.md')}")
+    paper.runs.finish()
+
+
+def add_section(page: Page, name: str, frame) -> None:
+    """Tables and pictures of an experiment."""
+    page.frames.append(frame.assign(experiment=name))
+    labels = [
+        label for label in ("target", "anchor", "sources", "alpha_init", "mu_gate", "hypernetworks") if label in frame
+    ]
+    by = ["name", *(label for label in labels if frame[label].nunique() > 1)]
+    page.add(f"## {name}", str(EXPERIMENTS[name].__doc__), score_table(frame, by))
+    if "anchor" in set(frame["name"]):
+        page.add("Difference to `anchor`, paired by seed; bold: the interval lies on one side of 0.")
+        page.add(difference_table(frame, "anchor", by))
+    if name == "sensitivity":
+        for label, other, fixed in (("alpha_init", "mu_gate", "0.1"), ("mu_gate", "alpha_init", "0.3")):
+            page.add_picture(
+                draw_curves(frame[frame[other] == fixed], label), f"sensitivity-{label}", f"Score over {label}"
+            )
+    else:
+        page.add_picture(draw_scores(frame, by), name, f"Scores of {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

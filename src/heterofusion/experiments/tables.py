@@ -1,0 +1,339 @@
+"""Tables of scores: means with 95% intervals over seeds, differences paired by seed, and costs beside scores.
+
+A `Row` is one evaluation of one method with one seed. `score_frame` makes a pandas frame of rows, a line for each data
+set; the other functions make tables of it, and write them in Markdown.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from heterofusion.data.files import load_json, read_text
+from heterofusion.data.markdown import markdown_table
+from heterofusion.runtime.errors import UserError
+
+NO_SEED = -1  # of what does not depend on a seed; it is compared with every seed of the other side
+_ROUNDING = 1e-9  # means of the same numbers in another order differ by less
+_COSTS = ("making, s", "search, s", "shared, s", "answering, s", "peak GiB", "models", "task id", "runs sources")
+COSTS_ARE = (
+    "`making` is what one run takes without imports and loading, `search` all runs of the search for hyper-parameters "
+    "together, `shared` what several methods use (labels of the source experts, say), `answering` all test prompts; "
+    "`peak GiB` is the most that one process held; `models` are alive while it answers; `task id`: it must be told "
+    "which task a prompt is of; `runs sources`: models of the sources are run. Seconds of resumed runs are missing."
+)
+SCORES_ARE = (
+    "Scores run from 0 to 1; `mean` is over the data sets, ± half the width of its 95% t interval over seeds (n = 1: "
+    "nothing in it is random, or one seed was run). An interval is of what a seed changes on one set of test data."
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with half the width of its 95% t interval; NaN with one value, which says nothing of it."""
+
+    mean: float
+    half_width: float
+    n: int
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, sign: str = "") -> str:
+        """`0.563 ± 0.012`, or the value alone if there is one; `+` as the sign for a difference."""
+        mean = f"{self.mean:{sign}.3f}"
+        mean = "0.000" if float(mean) == 0 else mean
+        return mean if self.n == 1 else f"{mean} ± {self.half_width:.3f}"
+
+    @property
+    def verdict(self) -> str:
+        """On which side of 0 the whole interval is."""
+        if self.n == 1:
+            return "one seed"
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        return "above 0" if low > _ROUNDING else "below 0" if high < -_ROUNDING else "undecided"
+
+
+def estimate(values: Iterable[float]) -> Estimate | None:
+    """Mean ± t(0.975, n - 1) s / sqrt(n) of one value per seed; None of no values."""
+    found = np.array(list(values), dtype=float)
+    if not len(found):
+        return None
+    half = math.nan
+    if len(found) > 1:
+        half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found))
+    return Estimate(float(found.mean()), half, len(found))
+
+
+# ---- from results to a frame ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One evaluation of one method.
+
+    Attributes:
+        name: of the method.
+        results: contents of `results.json`; several of disjoint data sets make one row together.
+        seed: of the run; `NO_SEED` if nothing in it is random.
+        labels: what else tells rows apart, such as the case.
+        group: heading of the rows that it stands among.
+        searched: seconds of the search for its hyper-parameters.
+        shared: seconds of the runs that it shares with other methods.
+        ran_sources: whether one of these ran models of the sources.
+    """
+
+    name: str
+    results: Sequence[Mapping[str, Any]]
+    seed: int = NO_SEED
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
+    searched: float | None = None
+    shared: float | None = None
+    ran_sources: bool = False
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The columns of costs."""
+        made = self.results[0].get("made_by") or {}
+        cost = made.get("cost") or {}
+        models = sum(part["models_at_inference"] for part in self.results)
+        peak = max(cost.get("peak_memory_bytes") or 0, *(part.get("peak_memory_bytes") or 0 for part in self.results))
+        values = (
+            None if cost.get("resumed_from_step") else cost.get("seconds"), self.searched, self.shared,
+            sum(part["seconds"] for part in self.results), peak / 2**30 if peak else None, models,
+            "yes" if len(self.results) > 1 or self.results[0]["needs_task_id"] else "no",
+            "yes" if self.ran_sources or made.get("ran_source_models") or models > 1 else "no",
+        )  # fmt: skip
+        return dict(zip(_COSTS, values, strict=True))
+
+
+def read_rows(folders: Sequence[str | Path]) -> list[Row]:
+    """Rows of all `results.json` in folders, by the names and labels that the evaluations were given."""
+    rows = []
+    for folder in map(Path, folders):
+        paths = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
+        if not paths:
+            raise UserError(f"--results {folder} holds no results.json; name the output_dir of evaluations")
+        for path in paths:
+            content = load_json(read_text(path, f"results {path}"), f"results {path}")
+            if not isinstance(content, dict) or not {"name", "datasets", "seconds"} <= content.keys():
+                raise UserError(f"results {path} is no result of recipes/eval.py; leave it out")
+            labels = dict(content.get("labels") or {})
+            seed = labels.pop("seed", None) or (content.get("made_by") or {}).get("seed")
+            rows.append(Row(content["name"], [content], NO_SEED if seed is None else int(seed), labels))
+    return rows
+
+
+def score_frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """A line for each row and data set: name, group, labels, seed, dataset, score, control, and costs.
+
+    Raises:
+        UserError: data sets of one name differ in their content, or a row has no data set of its own.
+    """
+    lines: list[dict[str, Any]] = []
+    contents: dict[str, str] = {}
+    for row in rows:
+        labels = {name: str(value) for name, value in row.labels.items()}
+        for part in row.results:
+            for dataset, entry in part["datasets"].items():
+                if contents.setdefault(dataset, entry["sha256"]) != entry["sha256"]:
+                    raise UserError(
+                        f"results of {row.name!r} are of another data set {dataset} than those before: the file has "
+                        "changed between the evaluations; evaluate again, or report them apart"
+                    )
+                control = (part.get("made_by") or {}).get("source_control")
+                lines.append(
+                    {"name": row.name, "group": row.group, **labels, "seed": row.seed, "dataset": dataset,
+                     "score": entry["score"], "control": control, **row.costs}
+                )  # fmt: skip
+    frame = pd.DataFrame(lines)
+    keys = [key for key in frame.columns if key not in ("score", "control", *_COSTS)]
+    frame[keys] = frame[keys].fillna("")  # a label that a row does not have
+    if len(frame) and frame.duplicated(keys).any():
+        twice = frame[frame.duplicated(keys)].iloc[0]
+        raise UserError(f"row {twice['name']!r} has two results of {twice['dataset']}; tell them apart by a label")
+    return frame
+
+
+# ---- statistics -------------------------------------------------------------------------------------------------
+
+
+def by_seed(part: pd.DataFrame, dataset: str | None = None) -> pd.Series:
+    """Score by seed: of one data set, or the mean over all and over the rows; seeds that lack one are left out."""
+    part = part if dataset is None else part[part["dataset"] == dataset]
+    if part.empty:
+        return pd.Series(dtype=float)
+    keys = [key for key in part.columns if key not in ("group", "seed", "score", "control", *_COSTS)]
+    table = part.groupby([*keys, "seed"])["score"].mean().unstack("seed")
+    if NO_SEED in table.columns and len(table.columns) > 1:  # rows without a seed stand beside all seeds
+        filled = table.drop(columns=NO_SEED)
+        table = filled.apply(lambda column: column.fillna(table[NO_SEED]))
+    return table.dropna(axis="columns").mean()
+
+
+def difference(left: pd.DataFrame, right: pd.DataFrame, dataset: str | None = None) -> pd.Series:
+    """Left less right by seed, where both have it; what does not depend on a seed is compared with all."""
+    ours, theirs = by_seed(left, dataset), by_seed(right, dataset)
+    if list(theirs.index) == [NO_SEED]:
+        return ours - theirs.iloc[0]
+    if list(ours.index) == [NO_SEED]:
+        return ours.iloc[0] - theirs
+    return (ours - theirs).dropna()
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of two rows that is reported, whatever it is; with `over` several, over the best of them.
+
+    With `at_least` or `above` it has a target: the mean is at least the one, and the whole interval above the other.
+    """
+
+    name: str
+    row: str
+    over: str | Sequence[str]
+    dataset: str | None = None
+    at_least: float | None = None
+    above: float = 0.0
+    cases: Sequence[str] = ()
+
+    @property
+    def rivals(self) -> list[str]:
+        """The rows that it is over."""
+        return [self.over] if isinstance(self.over, str) else list(self.over)
+
+    @property
+    def title(self) -> str:
+        """Its name and what it is the difference of."""
+        over = self.rivals[0] if len(self.rivals) == 1 else f"best of ({'; '.join(self.rivals)})"
+        return f"**{self.name}** = {self.row} - {over}" + (f", on {self.dataset}" if self.dataset else "")
+
+    @property
+    def target(self) -> str | None:
+        """Its target in words."""
+        if self.at_least is None:
+            return None
+        return f"mean at least {self.at_least:g} and interval above {self.above:g}"
+
+
+def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
+    """What a gain came out as in a frame of one case, what it is over, and whether its target is met.
+
+    It is not met without an interval, or without one of the rows that it is over or one of their seeds: what is
+    missing may be the best of all.
+    """
+    over = gain.rivals
+    there = set(frame["name"]) if len(frame) else set()
+    missing = [name for name in (gain.row, *over) if name not in there]
+    found = {
+        name: difference(frame[frame["name"] == gain.row], frame[frame["name"] == name], gain.dataset)
+        for name in over
+        if name in there and gain.row in there
+    }
+    found = {name: values for name, values in found.items() if len(values)}
+    if not found:
+        return f"missing: {', '.join(missing) or 'a common seed'}"
+    best = max(found, key=lambda name: (len(found[name]), -found[name].sum()))
+    incomplete = [name for name, values in found.items() if len(values) < len(found[best])]
+    result = estimate(found[best])
+    assert result is not None
+    told = [f"over {best}"] if len(over) > 1 else []
+    told.append(result.verdict)
+    told += [f"without {name}" for name in missing] + [f"{name} without some seeds" for name in incomplete]
+    if gain.at_least is not None:
+        reached = result.mean >= gain.at_least - _ROUNDING
+        clear = result.mean - result.half_width > gain.above + _ROUNDING  # False with one seed
+        told.append("**met**" if reached and clear and not missing and not incomplete else "**not met**")
+    return f"{result.text('+')} ({'; '.join(told)})"
+
+
+# ---- Markdown ---------------------------------------------------------------------------------------------------
+
+
+def score_table(
+    frame: pd.DataFrame, by: Sequence[str] = ("name",), normalize_by: str | None = None, costs: bool = True
+) -> str:
+    """Rows by their names and labels: the score on each data set, mean, n, and costs; groups have headings."""
+    datasets = list(dict.fromkeys(frame["dataset"]))
+    reference = frame[frame["name"] == normalize_by].groupby("dataset")["score"].mean() if normalize_by else None
+    lines: list[list[Any]] = []
+    for (group, *keys), part in frame.groupby(["group", *by], sort=False):
+        if group and [f"**{group}**"] != [line[0] for line in lines if str(line[0]).startswith("**")][-1:]:
+            lines.append([f"**{group}**", *[""] * 99])
+        means = {dataset: estimate(by_seed(part, dataset)) for dataset in datasets}
+        mean = estimate(by_seed(part)) if all(means.values()) else None
+        line: list[Any] = [_row_name(by, keys), *(each and f"{each.mean:.3f}" for each in means.values()), mean]
+        if reference is not None:
+            shares = [each.mean / reference[name] for name, each in means.items() if each and reference.get(name)]
+            line.append(float(np.mean(shares)) if len(shares) == len(datasets) else None)
+        line.append(part["seed"].nunique())
+        lines.append(line + ([_cost(part[name]) for name in _COSTS] if costs else []))
+    header = [
+        "",
+        *datasets,
+        "mean",
+        *(["normalized"] if reference is not None else []),
+        "n",
+        *(_COSTS if costs else []),
+    ]
+    return markdown_table(header, [line[: len(header)] for line in lines])
+
+
+def _row_name(by: Sequence[str], keys: Sequence[Any]) -> str:
+    told = ", ".join(f"{label} {key}" for label, key in zip(by[1:], keys[1:], strict=True) if key != "")
+    return f"{keys[0]} ({told})" if told else str(keys[0])
+
+
+def _cost(column: pd.Series) -> Any:
+    known = column.dropna()
+    if known.empty:
+        return None
+    return known.iloc[0] if isinstance(known.iloc[0], str) else f"{known.mean():.3g}"
+
+
+def case_table(frame: pd.DataFrame, case: str = "case") -> str:
+    """Mean scores of all rows in all cases."""
+    cases = list(dict.fromkeys(frame[case]))
+    lines = [
+        [name, *(estimate(by_seed(part[part[case] == each])) for each in cases)]
+        for name, part in frame.groupby("name", sort=False)
+    ]
+    return markdown_table(["", *cases], lines)
+
+
+def gain_table(frame: pd.DataFrame, gains: Sequence[Gain], case: str = "case") -> str:
+    """A line for each gain, a column for each case."""
+    cases = list(dict.fromkeys(frame[case]))
+    lines = [
+        [
+            gain.title,
+            *(
+                gain_text(frame[frame[case] == each], gain) if each in (gain.cases or cases) else None
+                for each in cases
+            ),
+            gain.target,
+        ]
+        for gain in gains
+    ]
+    return markdown_table(["", *(each or "difference" for each in cases), "target"], lines)
+
+
+def difference_table(frame: pd.DataFrame, baseline: str, by: Sequence[str] = ("name",)) -> str:
+    """Differences to the rows of one name, paired by seed and by the labels that both have; bold: not undecided."""
+    datasets = list(dict.fromkeys(frame["dataset"]))
+    base = frame[frame["name"] == baseline]
+    lines = []
+    for keys, part in frame[frame["name"] != baseline].groupby(list(by), sort=False):
+        other = base
+        for label, key in zip(by[1:], keys[1:], strict=True):
+            other = other[other[label].isin([key, ""])]
+        found = [estimate(difference(part, other, dataset)) for dataset in (*datasets, None)]
+        texts = [each and each.text("+") for each in found]
+        sure = [each is not None and each.verdict in ("above 0", "below 0") for each in found]
+        lines.append([_row_name(by, keys), *(f"**{t}**" if s else t for t, s in zip(texts, sure, strict=True))])
+    return markdown_table(["", *datasets, "mean"], lines)

@@ -224,6 +224,13 @@ def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values
         assert "task must be known at inference" in (folder / name / "README.md").read_text()
 
 
+def test_help_lists_the_methods_by_their_docstrings(capsys):
+    with restored_logging():
+        assert merge.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{name:{15}}  {rule.__doc__.splitlines()[0]}" in told for name, rule in RULES.items())
+
+
 # ---- scores -----------------------------------------------------------------------------------------------------
 
 

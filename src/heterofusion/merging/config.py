@@ -109,21 +109,18 @@ class MergeArguments:
 
 def _rule_flags() -> list[tuple[str, Any, Any]]:
     """Every hyper-parameter as an optional flag, whose help says of which methods it is, with their defaults."""
-    helps: dict[str, dict[str, list[str]]] = {}
     kinds: dict[str, Any] = {}
+    helps: dict[str, dict[str, list[str]]] = {}
     for method, rule in RULES.items():
         for item in dataclasses.fields(rule):  # type: ignore[arg-type]
             kinds[item.name] = item.type
-            uses = helps.setdefault(item.name, {}).setdefault(item.metadata["help"], [])
-            uses.append(f"{method} {item.default}")
-    return [
-        (name, kinds[name] | None, field(default=None, metadata={"help": _join(texts)}))
-        for name, texts in helps.items()
-    ]
-
-
-def _join(texts: Mapping[str, Sequence[str]]) -> str:
-    return " ".join(f"{text} Of and by default: {', '.join(uses)}." for text, uses in texts.items())
+            text = f"{item.metadata['help']} In {item.metadata['range']}."
+            helps.setdefault(item.name, {}).setdefault(text, []).append(f"{method} {item.default}")
+    flags = []
+    for name, texts in helps.items():
+        told = " ".join(f"{text} By default: {', '.join(uses)}." for text, uses in texts.items())
+        flags.append((name, kinds[name] | None, field(default=None, metadata={"help": told})))
+    return flags
 
 
 RuleArguments = dataclasses.make_dataclass(

@@ -5,7 +5,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -62,70 +62,6 @@ def parse_with_sections(
     return tuple(instances), found, None if path is None else Path(path).expanduser().absolute()
 
 
-class StageArguments(NamedTuple):
-    """One entry of `stages:` in a YAML file.
-
-    Attributes:
-        name: as the entry has it, or `stage-1`, ...
-        where: names file and entry in messages.
-        argv: its command line: values of the file, those of the entry, flags of the command line. No `--config`.
-    """
-
-    name: str
-    where: str
-    argv: list[str]
-
-
-def stage_arguments(
-    dataclass_types: Sequence[type], argv: Sequence[str], whole_run: Collection[str]
-) -> list[StageArguments]:
-    """The command lines of a sequence: one per entry of `stages:` in the YAML file of `--config`.
-
-    Keys beside `stages:` are defaults of all entries; an entry overrides them, and the command line overrides both.
-
-    Args:
-        dataclass_types: dataclasses with the known flags.
-        argv: the command line without the program's name.
-        whole_run: flags that an entry must not have.
-
-    Returns:
-        One command line per entry, for `parse_arguments`; empty without `stages:`.
-
-    Raises:
-        ValueError: `stages:` is no list of mappings, or an entry has an unknown key; names file, entry and key.
-    """
-    argv = list(argv)
-    path = _config_path(argv)
-    if path is None:
-        return []
-    content, where = _read_config(path)
-    if "stages" not in content:
-        return []
-    entries = content.pop("stages")
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{where} has {entries!r} as stages; a list of mappings was expected, one per stage")
-    parser = _parser(dataclass_types, "")
-    rest = _without_config(argv)
-    _mapping_arguments(content, parser, where)  # its errors are of no single stage
-    stages = []
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            kind = type(entry).__name__
-            raise UserError(f"{where}, stage {number} of {len(entries)} is a {kind}; a mapping of flags was expected")
-        name = entry.pop("name", None)
-        name = f"stage-{number}" if name is None else name
-        place = f"{where}, stage {name!r}"
-        misplaced = [str(key) for key in entry if key in (*whole_run, "config", "stages")]
-        if misplaced:
-            raise UserError(
-                f"{place} has {misplaced[0]}, which belongs to the whole run; give it at the top level or on the "
-                "command line"
-            )
-        _mapping_arguments(entry, parser, place)
-        stages.append(StageArguments(name, place, [*_mapping_arguments({**content, **entry}, parser, place), *rest]))
-    return stages
-
-
 def _parser(dataclass_types: Sequence[type], description: str) -> _Parser:
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 for a flag
@@ -150,13 +86,6 @@ def _config_path(argv: list[str]) -> str | None:
     if len(paths) > 1:
         raise UserError(f"--config is given {len(paths)} times ({', '.join(paths)}); name one file")
     return paths[0] if paths else None
-
-
-def _without_config(argv: list[str]) -> list[str]:
-    if "--config" in argv:
-        index = argv.index("--config")
-        return argv[:index] + argv[index + 2 :]
-    return [argument for argument in argv if not argument.startswith("--config=")]
 
 
 def _read_config(path: str) -> tuple[dict[str, Any], str]:

@@ -310,25 +310,3 @@ def describe_labels(record: Mapping[str, Any] | None) -> str:
         text += f" At {soft['soft']:.1%} of the labels' tokens it was also held to the source's own distribution, with"
         text += f" weight {soft['weight']:g}."
     return text
-
-
-# ---- until the rooms that still call these have moved on --------------------------------------------------------
-
-
-def initial_control(*adapters: LoraAdapter | None) -> dict[str, Any] | None:
-    """`name` and `kind` of the controls among adapters: see `control_of`."""
-    found = {display_name(a.name): kind for a in adapters if a is not None and (kind := control_of(a))}
-    return {"name": ", ".join(found), "kind": join_controls(*found.values())} if found else None
-
-
-def whole_control(
-    sources: str | None, labels: Mapping[str, Any] | None, initial: Mapping[str, Any] | None
-) -> str | None:
-    """See `join_controls`."""
-    told = [f"labels:{kind}" for kind in labels["kind"].split("+")] if labels else []
-    return join_controls(control_kind(sources), *told, *(part["kind"] for part in [initial] if part))
-
-
-def describe_controls(record: Mapping[str, Any]) -> str:
-    """See `describe_control`."""
-    return describe_control(record_control(record))

@@ -298,7 +298,7 @@ def test_flags_that_do_not_fit_together(refused, values):
     prompts = values["prompts"]
     refused("--source_adapters is missing", source_adapters=None)
     refused("--source_models has 2 values", "has 1", source_adapters=values["source_adapters"][:1])
-    refused("--source_names has 1 values", "has 2", source_names=["a"])
+    refused("--source_names has 1 values for 2", source_names=["a"])
     refused("same name 'a'", "--source_names", source_names=["a", "a"])
     refused("'anchor' cannot be the name", source_names=["anchor", "b"])
     refused("--target_adapter", "give --model_name_or_path", model_name_or_path=None)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.evaluation.uie import KINDS, normalize, parse_items, score_answers
 from heterofusion.experts.generation import Answer
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 REPLAY = "replay"  # as a value of --prompts: the replay's own
 _ONLY_INVENTED = {"self_prompt_model": BASE_NAME, "temperature": 1.0, "top_p": 0.95}
@@ -33,73 +33,51 @@ FormatCheck = Callable[[Answer, str], bool]
 class LabelDataArguments(EvalDataArguments):
     """The tasks: replay data that tells how each is asked and scored, and prompts without answers."""
 
-    dataset_name: list[str] = field(
+    dataset_name: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "The replay's data sets with the right answers, one per task: local .json, .jsonl, .csv or "
-            ".parquet files, local folders, or ids on the Hub. Without them --routing and --prompts have to be given."
-        },
+        help="The replay's data sets with the right answers, one per task: local .json, .jsonl, .csv or "
+        ".parquet files, local folders, or ids on the Hub. Without them --routing and --prompts have to be given.",
     )
-    dataset_split: list[str] = field(
+    dataset_split: list[str] = flag(
         default_factory=lambda: ["train"],
-        metadata={"help": "Split of each replay data set; a local file has no splits and is read whole."},
+        help="Split of each replay data set; a local file has no splits and is read whole.",
     )
-    dataset_label: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Name of each task, for files, tables and --routing; by default that of its replay file, or of "
-            "its prompt file where there is no replay."
-        },
+    dataset_label: list[str] | None = flag(
+        None,
+        help="Name of each task, for files, tables and --routing; by default that of its replay file, or of "
+        "its prompt file where there is no replay.",
     )
-    max_examples: list[int] = field(
+    max_examples: list[int] = flag(
         default_factory=lambda: [300],
-        metadata={"help": "Number of replay examples per task that the routing is measured on at most; 0 takes all."},
+        help="Number of replay examples per task that the routing is measured on at most; 0 takes all.",
     )
-    prompts: list[str] = field(
+    prompts: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Prompts to label, one file per task in the order of --dataset_name: column `prompt`, or the "
-            f"replay's columns, whose answers are not looked at. The word {REPLAY} takes the replay's own prompts. "
-            "Folders and Hub data sets are read from their split train."
-        },
+        help="Prompts to label, one file per task in the order of --dataset_name: column `prompt`, or the "
+        f"replay's columns, whose answers are not looked at. The word {REPLAY} takes the replay's own prompts. "
+        "Folders and Hub data sets are read from their split train.",
     )
-    self_prompt: int = field(
-        default=0,
-        metadata={
-            "help": "In place of --prompts: number of times that the sources of a task continue its prompt template, "
-            "to invent inputs; what is repeated, or leaves the template, is dropped.",
-            "range": "[0, inf)",
-        },
+    self_prompt: int = flag(
+        0,
+        help="In place of --prompts: number of times that the sources of a task continue its prompt template, "
+        "to invent inputs; what is repeated, or leaves the template, is dropped.",
+        range="[0, inf)",
     )
-    self_prompt_model: str = field(
-        default=BASE_NAME,
-        metadata={
-            "help": "What continues the template: the source's base, or the expert itself, which may rather answer "
-            "than write on where it was trained on answers alone.",
-            "choices": [BASE_NAME, "expert"],
-        },
+    self_prompt_model: str = flag(
+        BASE_NAME,
+        help="What continues the template: the source's base, or the expert itself, which may rather answer "
+        "than write on where it was trained on answers alone.",
+        choices=[BASE_NAME, "expert"],
     )
-    max_prompts: int = field(
-        default=_MAX_PROMPTS,
-        metadata={
-            "help": "Number of prompts that are sampled for each task at most; 0 takes all.",
-            "range": "[0, inf)",
-        },
+    max_prompts: int = flag(
+        _MAX_PROMPTS, help="Number of prompts that are sampled for each task at most; 0 takes all.", range="[0, inf)"
     )
-    temperature: float = field(
-        default=_ONLY_INVENTED["temperature"],  # type: ignore[assignment]
-        metadata={"help": "Temperature of --self_prompt.", "range": "(0, inf)"},
+    temperature: float = flag(_ONLY_INVENTED["temperature"], help="Temperature of --self_prompt.", range="(0, inf)")
+    top_p: float = flag(
+        _ONLY_INVENTED["top_p"], help="Probability mass that --self_prompt draws tokens from.", range="(0, 1]"
     )
-    top_p: float = field(
-        default=_ONLY_INVENTED["top_p"],  # type: ignore[assignment]
-        metadata={"help": "Probability mass that --self_prompt draws tokens from.", "range": "(0, 1]"},
-    )
-    seed: int = field(
-        default=42,
-        metadata={
-            "help": "Seed of the sample of prompts, of --self_prompt, and of --control shuffle.",
-            "range": "[0, inf)",
-        },
+    seed: int = flag(
+        42, help="Seed of the sample of prompts, of --self_prompt, and of --control shuffle.", range="[0, inf)"
     )
 
     def __post_init__(self) -> None:
@@ -113,9 +91,9 @@ class LabelDataArguments(EvalDataArguments):
             raise UserError(
                 f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
             )
-        for flag, default in _ONLY_INVENTED.items():
-            if not self.self_prompt and getattr(self, flag) != default:
-                raise UserError(f"--{flag} {getattr(self, flag)} is for --self_prompt alone; leave it out")
+        for name, default in _ONLY_INVENTED.items():
+            if not self.self_prompt and getattr(self, name) != default:
+                raise UserError(f"--{name} {getattr(self, name)} is for --self_prompt alone; leave it out")
         if self.dataset_name:
             super().__post_init__()
             if self.prompts and not self.own_prompts and len(self.prompts) != len(self.dataset_name):

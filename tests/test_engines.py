@@ -14,7 +14,7 @@ from conftest import make_args
 from heterofusion.method.base_model import cast_base
 from heterofusion.runtime.ranks import set_zero_init_dtype
 from heterofusion.runtime.sharding import is_sharded, load_whole_tensors, whole_tensors
-from heterofusion.training.engines import check_engine, engine_name, exclude_from_reduction, wrap_hypernetworks_apart
+from heterofusion.training.engines import check_engine, exclude_from_reduction, wrap_hypernetworks_apart
 
 
 def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> SimpleNamespace:
@@ -32,13 +32,6 @@ def fsdp(**changes) -> SimpleNamespace:
 
 def zero(stage: int = 2, **config) -> SimpleNamespace:
     return SimpleNamespace(zero_stage=stage, deepspeed_config=config)
-
-
-def test_names_tell_whose_optimizer_states_can_be_read():
-    assert engine_name(accelerator(DistributedType.NO)) == "plain"
-    assert engine_name(accelerator(DistributedType.MULTI_GPU)) == "plain"
-    assert engine_name(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=zero(3))) == "zero3"
-    assert engine_name(accelerator(DistributedType.FSDP)) == "fsdp2"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from builders import edit_config
 from conftest import logits
 from heterofusion import load_adapter
 from recipe_runner import QWEN, TARGET, copy_adapter, error_line, flags, late_error, recipe, succeeds, write_replay
@@ -47,12 +46,6 @@ def test_train_only_lora_b_keeps_lora_a_bit_for_bit(tuned_b, values):
         assert torch.equal(tensor, after[key]) == key.endswith("lora_A.weight"), key
     assert load_adapter(tuned_b).config["lora_alpha"] == load_adapter(TARGET).config["lora_alpha"]
     assert load_adapter(tuned_b).base_model == str(values["model_name_or_path"])  # not one that may be out of reach
-
-
-def test_both_factors_move_without_train_only(values, tmp_path):
-    succeeds(expert.main, flags({**values, "output_dir": tmp_path / "out", "save_strategy": "no"}))
-    before, after = weights(TARGET), weights(tmp_path / "out")
-    assert not any(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
 def test_training_begins_at_the_adapter(values, base_dir, tmp_path):
@@ -113,12 +106,6 @@ def test_record_and_card_tell_the_beginning(tuned_b):
     assert "begun as the adapter `target_llama`" in card and "`lora_B` alone" in card
 
 
-def test_new_lora_can_be_trained_in_lora_b_alone(values, tmp_path):
-    run = {"init_adapter": None, "train_only": "lora_B", "output_dir": tmp_path / "out", "r": 2, "max_steps": 2}
-    succeeds(expert.main, flags({**values, **run}))
-    assert all(module.lora_B.abs().max() > 0 for module in load_adapter(tmp_path / "out").modules.values())
-
-
 def test_half_precision_adapter_is_trained_in_fp32(values, base_dir, tmp_path):
     def halve(tensors):
         for key in tensors:
@@ -175,11 +162,3 @@ def test_damaged_record_beside_the_adapter_is_told_before_the_base_is_loaded(val
     (adapter / "fusion.json").write_text("{")
     changed = {"init_adapter": adapter, "output_dir": tmp_path / "out"}
     error_line(capsys, expert.main, flags({**values, **changed}), adapter / "fusion.json")
-
-
-def test_dora_adapter_is_refused_by_name(values, tmp_path, capsys):
-    folder = copy_adapter(tmp_path / "dora", TARGET)
-    edit_config(folder, use_dora=True)
-    error_line(
-        capsys, expert.main, flags({**values, "init_adapter": folder, "output_dir": tmp_path / "o"}), "use_dora"
-    )

@@ -1,7 +1,6 @@
 """recipes/expert.py with source labels: the tuning that a fusion is compared with sees what the fusion sees."""
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import torch
 from peft import PeftModel
 from torch.optim import AdamW
 
-from builders import WEIGHTS
 from conftest import fresh_base
 from heterofusion import load_adapter
 from heterofusion.training.base import AdapterTrainer
@@ -18,7 +16,7 @@ from heterofusion.training.config import ExpertConfig
 from heterofusion.training.mixture import PART
 from recipe_runner import QWEN, SIZES, TARGET, error_line, flags, recipe, succeeds, train, write_replay
 from test_source_labels import label, write_labels
-from test_source_labels_training import in_order, mixture, naive_means
+from test_source_labels_training import in_order, mixture
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 expert = recipe("expert")
@@ -136,14 +134,6 @@ def test_labels_alone_train_a_new_expert(twin, tmp_path):
     assert record["data"] == {} and record["source_labels"]["replay_fraction"] == 0
 
 
-def test_without_labels_no_parts_are_told(twin, tmp_path):
-    run = {"source_labels": None, "max_steps": 1, "save_strategy": "no", "output_dir": tmp_path / "out"}
-    succeeds(expert.main, flags({**twin, **run}))
-    assert not {*PARTS} & set(history(tmp_path / "out")[0])
-    record = record_of(tmp_path / "out")
-    assert "source_labels" not in record["training"] and record["made_by"]["ran_source_models"] is False
-
-
 # ---- how it trains ----------------------------------------------------------------------------------------------
 
 
@@ -158,18 +148,6 @@ def make(folder: Path, data, accumulation: int, evaluation=None, **changes) -> A
     }  # fmt: skip
     args = ExpertConfig(str(folder), **{**options, **changes})
     return AdapterTrainer(model, args, train_dataset=data, eval_dataset=evaluation)
-
-
-def test_losses_of_the_parts_are_the_token_means_since_the_last_line(tmp_path):
-    """Two steps a line, uneven numbers of tokens, a learning rate that moves nothing; an evaluation does not count."""
-    data = mixture()
-    settings = {"max_steps": 4, "logging_steps": 2, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = make(tmp_path, data, 4, mixture(3, 3), **settings)
-    trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    assert len(lines) == 2
-    for name, value in naive_means(trainer.model, in_order(data)[:16]).items():
-        assert lines[0][name] == pytest.approx(value, abs=1e-5), name
 
 
 def test_gradient_is_that_of_the_plain_loss_whatever_the_accumulation(tmp_path, monkeypatch):
@@ -192,19 +170,6 @@ def test_gradient_is_that_of_the_plain_loss_whatever_the_accumulation(tmp_path, 
         assert found.keys() == wanted.keys() and max(tensor.abs().max() for tensor in wanted.values()) > 1e-3
         for name, tensor in wanted.items():
             torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)
-
-
-def test_resumed_run_equals_the_uninterrupted_one(tuned, twin, tmp_path):
-    """In the middle of the second epoch, whose order is another one than the first's."""
-    shutil.copytree(tuned.out / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
-    run = {**twin, "output_dir": tmp_path / "out", "resume_from_checkpoint": True}
-    assert watched(expert.main, flags(run)) == tuned.seen[6:]
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tuned.out / WEIGHTS).read_bytes()
-    losses = [
-        [{name: line[name] for name in ("loss", *PARTS)} for line in history(out)]
-        for out in (tuned.out, tmp_path / "out")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
 def test_a_checkpoint_tells_of_all_its_steps(twin, tmp_path):
@@ -236,9 +201,3 @@ def test_bad_flags_are_refused_before_the_base_is_loaded(changed, words, twin, t
     monkeypatch.setattr(expert, "load_base", lambda *args: pytest.fail("the base was loaded"))
     error_line(capsys, expert.main, flags({**twin, "output_dir": tmp_path / "out", **changed}), *words)
     assert not (tmp_path / "out").exists()
-
-
-def test_settings_that_break_the_shares_raise(tmp_path):
-    args = ExpertConfig(str(tmp_path), use_cpu=True, train_sampling_strategy="sequential")
-    with pytest.raises(ValueError, match="--train_sampling_strategy is sequential"):
-        AdapterTrainer(fresh_base(), args, train_dataset=mixture())

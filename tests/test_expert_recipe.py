@@ -17,7 +17,6 @@ from builders import WEIGHTS
 from conftest import GOLDEN, logits
 from heterofusion import load_adapter
 from heterofusion.publish.hub import hub_files
-from heterofusion.training import checkpoints
 from heterofusion.training.config import ExpertConfig, ExpertDataArguments
 from recipe_runner import (
     QWEN,
@@ -275,24 +274,6 @@ def test_a_full_disk_in_the_last_save_is_one_line(values, tmp_path, capsys, monk
     changed = {**values, "output_dir": tmp_path / "out", "save_strategy": "no", "eval_strategy": "no",
                "load_best_model_at_end": False, "max_steps": 1}  # fmt: skip
     late_error(capsys, expert.main, flags(changed), f"could not be written to {tmp_path / 'out'} (no space)")
-
-
-def test_older_checkpoints_go_once_the_new_one_is_complete(values, tmp_path, monkeypatch):
-    seen = []
-
-    def rotate(folder, *args, real=checkpoints.rotate_checkpoints, **kwargs):
-        seen.append(
-            {path.name: (path / checkpoints.COMPLETE_FILE).is_file() for path in Path(folder).glob("checkpoint-*")}
-        )
-        real(folder, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoints, "rotate_checkpoints", rotate)
-    changed = {**values, "output_dir": tmp_path / "out", "save_steps": 1, "eval_strategy": "no",
-               "load_best_model_at_end": False, "max_steps": 2, "save_total_limit": 1}  # fmt: skip
-    succeeds(expert.main, flags(changed))
-    assert seen == [{"checkpoint-1": True}, {"checkpoint-1": True, "checkpoint-2": True}]
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert (tmp_path / "out" / "checkpoint-2" / "expert_state.json").is_file()
 
 
 def test_several_gpus_in_one_process_are_refused(values, capsys, monkeypatch, tmp_path):

@@ -252,7 +252,7 @@ def test_best_hypernetworks_are_exported_after_any_kill(runs, tmp_path):
         IN_THE_EXPORT["between two moves"],
     )
     for number, fault in enumerate(faults):
-        out = tmp_path / str(number)
+        out = tmp_path / str(number) / "whole"  # the card names the folder
         runs.killed(out, fault, **runs.with_best)
         assert missing_part(out / "checkpoint-2") is None
         assert_same(runs.resumed(out, **runs.with_best), wanted)

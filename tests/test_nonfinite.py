@@ -74,19 +74,6 @@ def test_gradients_of_parameters_are_looked_at_by_group(value, model):
     assert [name for name, norm in gradient_norms(hypernetworks).items() if not norm.isfinite()] == ["k_proj_r4"]
 
 
-def test_first_step_wins_until_it_is_forgotten(guard, process):
-    guard.note(1, ONE, ONE, finite())
-    guard.note(2, ONE, ONE, finite("v_proj_r4"))
-    guard.note(3, torch.tensor(float("nan")), ONE, finite("q_proj_r4"))
-    guard.note(4, ONE, ONE, finite())
-    for _ in range(2):
-        assert guard.first_bad(process) == "step 2: the gradient of v_proj_r4 is not finite"
-    guard.forget()
-    assert guard.first_bad(process) is None
-    guard.note(5, ONE, ONE, finite("k_proj_r4"))
-    assert guard.first_bad(process) == "step 5: the gradient of k_proj_r4 is not finite"
-
-
 def test_first_step_of_any_rank_wins_and_ranks_add_up(process, monkeypatch):
     """Rank 1 is bad at step 2 in one group, rank 2 in another; rank 0 only later."""
     ranks = [FiniteGuard(GROUPS) for _ in range(3)]

@@ -146,31 +146,6 @@ def test_loss_per_part_is_the_token_mean_since_the_last_line(tmp_path, accumulat
     assert wanted["loss_replay"] != pytest.approx(wanted["loss_labels"], abs=1e-2)
 
 
-def test_without_replay_only_the_loss_of_labels_is_logged(tmp_path):
-    data = Mixture([], TokenRows(8))
-    trainer = make_trainer(tmp_path, rows=data, max_steps=1)
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert log["loss_labels"] == pytest.approx(log["lm_loss"], abs=1e-5) and "loss_replay" not in log
-
-
-def test_plain_data_log_no_parts(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.train()
-    assert not [name for name in trainer.state.log_history[0] if name.startswith("loss_")]
-
-
-def test_part_reaches_neither_the_model_nor_its_evaluation(tmp_path):
-    trainer = make_trainer(tmp_path, rows=mixture(), max_steps=1, trainer_options={"eval_dataset": mixture(2, 2)})
-    trainer.model.get_base_model().register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(PART in kwargs), with_kwargs=True
-    )
-    seen: list[bool] = []
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] > 0
-    assert seen and not any(seen)
-
-
 def first_gradients(tmp_path, monkeypatch, rows, accumulation: int, **changes) -> list[torch.Tensor]:
     captured = {}
 

@@ -15,18 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
 from heterofusion import HeteroFusionModel, MethodConfig, load_adapter
-from heterofusion.runtime.loading import ModelArguments, load_tokenizer
 from heterofusion.training.checkpoints import load_hypernetworks
 from recipe_runner import (
+    HYPERNETWORKS,
     MISTRAL,
     QWEN,
     SIZES,
     TARGET,
     check_error,
-    copy_adapter,
     error_line,
     flags,
-    save_tokenizer,
     shell,
     succeeds,
     train,
@@ -34,15 +32,6 @@ from recipe_runner import (
 )
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
-
-
-def test_tokenizer_saved_with_the_adapter_is_preferred(tmp_path, bare_base):
-    folder = copy_adapter(tmp_path / "target", TARGET)
-    arguments = ModelArguments(str(bare_base))
-    assert "w5" in load_tokenizer(arguments, folder).get_vocab()
-    save_tokenizer(folder, prefix="x")
-    vocabulary = load_tokenizer(arguments, folder).get_vocab()
-    assert "x5" in vocabulary and "w5" not in vocabulary
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys):
@@ -126,22 +115,6 @@ def test_finished_run_is_not_written_over(finished, capsys):
     error_line(capsys, train.main, flags(finished.values), finished.out, "not empty", "--overwrite true")
 
 
-def test_run_resumes_only_with_its_own_adapters(finished, capsys):
-    other = {**finished.values, "resume_from_checkpoint": True, "source_adapters": [QWEN]}
-    error_line(capsys, train.main, flags(other), finished.out / "checkpoint-1", "source_sha256", "same adapters")
-
-
-def test_damaged_checkpoint_raises(finished, capsys, tmp_path):
-    checkpoint = tmp_path / "checkpoint-1"
-    shutil.copytree(finished.out / "checkpoint-1", checkpoint)
-    other = {**finished.values, "resume_from_checkpoint": checkpoint, "output_dir": tmp_path / "out"}
-    for content in ("{", "[]"):
-        (checkpoint / "fusion_state.json").write_text(content)
-        error_line(capsys, train.main, flags(other), checkpoint / "fusion_state.json", "damaged")
-    (checkpoint / "hypernetworks.safetensors").unlink()
-    error_line(capsys, train.main, flags(other), checkpoint / "hypernetworks.safetensors", "missing")
-
-
 def test_resume_and_overwrite_use_the_folder_again(finished, tmp_path):
     shutil.copytree(finished.out, tmp_path / "out")
     again = {**finished.values, "output_dir": tmp_path / "out"}
@@ -163,6 +136,18 @@ def test_diverged_run_writes_no_adapter(arguments, base_dir, capsys):
     assert "step 2: " in errors[0] and "not finite" in errors[0] and "--learning_rate" in errors[0]
     names = {path.name for path in arguments["output_dir"].iterdir()}
     assert names <= {"trainer_state.json"}
+
+
+def test_two_fusions_in_a_row(two):
+    """The result of one is the target of the next, which goes on with its hypernetworks."""
+    one, last = (json.loads((folder / "fusion.json").read_text()) for folder in (two.out / "one", two.out))
+    assert last["target"]["sha256"] == one["weights_sha256"] == load_adapter(two.out / "one").sha256
+    saved, begun = load_file(two.out / "one" / "checkpoint-2" / HYPERNETWORKS), two.watch.begun["out"]
+    assert set(begun) < set(saved) and all(torch.equal(tensor, saved[name]) for name, tensor in begun.items())
+    carried = last["training"]["initialization"]
+    assert carried["groups"] == ["down_proj_r4", "q_proj_r4", "v_proj_r4"] and carried["fresh_groups"] == []
+    assert "hypernetworks of one" in two.log and "initialization" not in one["training"]
+    assert (two.out / "tokenizer.json").is_file()
 
 
 # ---- a real shell -----------------------------------------------------------------------------------------------

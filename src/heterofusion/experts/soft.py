@@ -169,28 +169,12 @@ def read_store(output_dir: Path) -> StoredLabels:
     index = read_json_object(path)
     sources: dict[str, StoredSource] = {}
     places: dict[tuple[str, int], tuple[str, int, str]] = {}
-    try:
-        top_k = int(index["top_k"])
-        # a name from a file is no path
-        tokenizers = {name: folder / TOKENIZERS / Path(name).name for name in index["sources"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, error) from error
-    loaded = {name: _read_tokenizer(name, place) for name, place in tokenizers.items()}
-    try:
-        for name, entry in index["sources"].items():
-            sources[name] = StoredSource(name, folder, dict(entry["identity"]), loaded[name])
-            for answer, ((task, line), digest) in enumerate(zip(entry["labels"], entry["label_sha256"], strict=True)):
-                places[str(task), int(line)] = (name, answer, str(digest))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(path, error) from error
-    return StoredLabels(top_k, frozenset(task for task, _ in places), sources, places)
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return UserError(
-        f"{path} is not what recipes/label.py writes ({type(error).__name__}: {error}): label again with "
-        "--top_k_logits"
-    )
+    for name, entry in index["sources"].items():
+        tokenizer = _read_tokenizer(name, folder / TOKENIZERS / Path(name).name)  # a name from a file is no path
+        sources[name] = StoredSource(name, folder, entry["identity"], tokenizer)
+        for answer, ((task, line), digest) in enumerate(zip(entry["labels"], entry["label_sha256"], strict=True)):
+            places[task, line] = (name, answer, digest)
+    return StoredLabels(index["top_k"], frozenset(task for task, _ in places), sources, places)
 
 
 def _read_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from builders import llama_modules, write_adapter
 from conftest import TINY, TokenRows, fresh_base, logits, make_trainer, perturb, token_batch
@@ -21,7 +21,6 @@ from heterofusion.method.expansion import (
     expand_adapter,
     expand_plan,
 )
-from heterofusion.publish.write import export_adapter
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.checkpoints import load_hypernetworks
 from heterofusion.training.mixture import Mixture
@@ -177,23 +176,6 @@ def test_sources_come_at_the_anchors_rank_and_are_padded_with_zeros(target, sour
     assert build_contexts(plan_alignment(target, sources), b)["down_proj_r4"].inputs.padded_from is None
 
 
-@pytest.mark.parametrize("canonicalize", [False, True])
-def test_compact_form_predicts_the_same_whether_or_not_it_is_told_of_the_padding(base, target, sources, canonicalize):
-    method = settings(preset="compact", canonicalize=canonicalize)
-    model = perturb(HeteroFusionModel.from_adapters(base, target, sources, method))
-    seen = []
-    model.hypernetworks.shared.rows_in.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    predictor = model.updates.predictor
-    told = predictor.predict()
-    inputs = {name: each.inputs._replace(padded_from=None) for name, each in predictor.contexts.items()}
-    plain = model.hypernetworks(inputs)
-    half = len(seen) // 2
-    assert sum(seen[:half]) < 0.8 * sum(seen[half:])
-    for name, output in plain.items():
-        torch.testing.assert_close(told[name].update, output.update)
-        assert output.update.abs().max() > 1e-4
-
-
 # ---- inputs -----------------------------------------------------------------------------------------------------
 
 
@@ -325,18 +307,6 @@ def test_two_steps_move_old_and_new_columns_of_b_and_no_bit_of_a(tmp_path, targe
     shares = [part["extra_share"] for part in json.loads((tmp_path / "out/diagnostics.json").read_text())["modules"]]
     assert len(shares) == len(target.modules) and all(0 < share < 1 for share in shares)
     torch.testing.assert_close(logits(trainer.fusion_model.fuse()), live)
-
-
-def test_zero_update_exports_the_expanded_anchor_bit_for_bit(tmp_path, target, sources):
-    """Without a fit: what a user of the library gets."""
-    fusion = HeteroFusionModel.from_adapters(fresh_base(), target, sources, settings())
-    export_adapter(fusion, tmp_path / "out")
-    wanted = expand_adapter(target, settings(), 42)
-    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    for key, tensor in wanted.state_dict().items():
-        assert torch.equal(found[key], tensor), key
-    assert json.loads((tmp_path / "out" / "fusion.json").read_text())["basis"]["scaled_by"] == ANCHOR_NORM
-    assert "of the same norm" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from builders import llama_modules, lora_folder, tiny_config, tiny_model, write_
 from heterofusion import AdapterError, load_adapter, plan_alignment
 from heterofusion.method.contexts import (
     build_contexts,
-    context_blocks,
     describe_blocks,
     sequence_lengths,
     source_factors,
@@ -95,16 +94,6 @@ def check_sequences(sequences, expected):
         if sequences.mask is not None:
             assert sequences.mask[row].tolist() == [True] * len(blocks) + [False] * (longest - len(blocks))
         assert (sequences.descriptors[row, len(blocks) :] == 0).all()
-
-
-@pytest.mark.parametrize("sizes", [(32, 16), (30, 20), (7, 7), (10, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_context_is_the_blocks_of_A_transposed_then_those_of_B(sizes, dtype):
-    A, B = torch.randn(4, sizes[0]).to(dtype), torch.randn(sizes[1], 4).to(dtype)
-    blocks = context_blocks(A, B, BLOCK)
-    assert len(blocks) == math.ceil(sizes[0] / BLOCK) + math.ceil(sizes[1] / BLOCK)
-    assert blocks.dtype == torch.float32
-    assert torch.equal(blocks, naive_blocks(A.float(), B.float(), BLOCK))
 
 
 @pytest.mark.parametrize("block", [3, BLOCK, 16, 100])
@@ -201,14 +190,6 @@ def test_twice_the_alpha_is_twice_B_and_the_same_A(adapter, r, use_rslora):
     twice = source_blocks(adapter, r=r, lora_alpha=16, use_rslora=use_rslora)
     for actual, expected, factor in zip(twice, once, (1, 2, 1, 2), strict=True):
         torch.testing.assert_close(actual, factor * expected)
-
-
-def test_scaling_counts_relative_to_the_target(adapter):
-    """Twice the alpha on both sides changes nothing: B comes in units of the target's scaling."""
-    once = source_blocks(adapter, lora_alpha=6, target=adapter("slow", lora_alpha=8))
-    twice = source_blocks(adapter, lora_alpha=12, target=adapter("fast", lora_alpha=16))
-    for actual, expected in zip(twice, once, strict=True):
-        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("canonicalize", [False, True])

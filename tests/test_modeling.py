@@ -130,12 +130,9 @@ def test_sources_that_update_something_else_are_refused(
     assert torch.equal(logits(model), before)
 
 
-def test_save_pretrained_raises(model, tmp_path):
+def test_what_would_leave_out_the_updates_raises(model, tmp_path):
     with pytest.raises(NotImplementedError, match="export_adapter"):
         model.save_pretrained(tmp_path)
-
-
-def test_merge_adapter_and_copies_raise(model):
     with pytest.raises(NotImplementedError, match="fuse"):
         model.merge_adapter()
     with pytest.raises(TypeError, match="cannot be copied"):

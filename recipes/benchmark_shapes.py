@@ -9,9 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from heterofusion.method.config import check_range
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import flag
+from heterofusion.runtime.flags import check_ranges, flag
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
 GIB = 1024**3
@@ -62,12 +61,14 @@ class Workload:
     shape: str = flag(
         "llama8b-2layers", help="Model and adapters to measure; llama8b needs a GPU.", choices=[DEMO, *SHAPES]
     )
-    sources: int = flag(2, help="Source adapters (the demo's are repeated).")
-    rank: int = flag(8, help="Rank of the random adapters (the demo's have rank 8).")
-    accumulation: int = flag(8, help="Micro-batches per optimizer step.")
-    micro_batch: int = flag(1, help="Examples per micro-batch.")
-    tokens: int | None = flag(None, help="Tokens per example (256; 1024 in llama8b; 96 at most in demo).")
-    steps: int = flag(5, help="Optimizer steps measured, after two that are not.")
+    sources: int = flag(2, help="Source adapters (the demo's are repeated).", range="[1, inf)")
+    rank: int = flag(8, help="Rank of the random adapters (the demo's have rank 8).", range="[1, inf)")
+    accumulation: int = flag(8, help="Micro-batches per optimizer step.", range="[1, inf)")
+    micro_batch: int = flag(1, help="Examples per micro-batch.", range="[1, inf)")
+    tokens: int | None = flag(
+        None, help="Tokens per example (256; 1024 in llama8b; 96 at most in demo).", range="[2, inf)"
+    )
+    steps: int = flag(5, help="Optimizer steps measured, after two that are not.", range="[1, inf)")
     activation_checkpointing: bool = flag(False, help="Compute activations again in the backward, in every row.")
 
     def check(self) -> None:
@@ -76,8 +77,7 @@ class Workload:
         Raises:
             ValueError: names the flag, its value and what to set instead.
         """
-        for name in ("sources", "rank", "accumulation", "micro_batch", "tokens", "steps"):
-            check_range(name, getattr(self, name), 2 if name == "tokens" else 1, strict=False)
+        check_ranges(self)
         if self.shape == DEMO:
             if self.rank != DEMO_RANK:
                 raise UserError(

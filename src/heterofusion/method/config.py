@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 FORMS = ("paper", "compact")
 DEFAULT_PRESET = "paper"
@@ -63,8 +63,8 @@ def preset_field(name: str, help: str, **metadata: Any) -> Any:
 class BasisArguments:
     """Rows that are added to every lora_A of an adapter before it is trained: see `method.expansion`."""
 
-    extra_rank: int = field(default=0, metadata={"help": f"{_EXTRA_RANK_HELP}.", **_EXTRA_RANK})
-    extra_basis: str = field(default="random", metadata={"help": f"{_EXTRA_BASIS_HELP}.", **_EXTRA_BASIS})
+    extra_rank: int = flag(0, help=f"{_EXTRA_RANK_HELP}.", **_EXTRA_RANK)
+    extra_basis: str = flag("random", help=f"{_EXTRA_BASIS_HELP}.", **_EXTRA_BASIS)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,13 +82,11 @@ class MethodConfig(BasisArguments):
     What is not given comes from the preset; sizes are fitted to the width of the target model.
     """
 
-    preset: str = field(
-        default=DEFAULT_PRESET,
-        metadata={
-            "help": "Defaults of the flags that are not given: the published method, the same with a compact "
-            "hypernetwork, or recommended: compact, with extra rank and a free update, made for source labels.",
-            "choices": list(PRESETS),
-        },
+    preset: str = flag(
+        DEFAULT_PRESET,
+        help="Defaults of the flags that are not given: the published method, the same with a compact "
+        "hypernetwork, or recommended: compact, with extra rank and a free update, made for source labels.",
+        choices=list(PRESETS),
     )
     extra_rank: int = preset_field("extra_rank", _EXTRA_RANK_HELP, **_EXTRA_RANK)
     extra_basis: str = preset_field("extra_basis", _EXTRA_BASIS_HELP, **_EXTRA_BASIS)
@@ -98,46 +96,31 @@ class MethodConfig(BasisArguments):
         "times this scale; 0 leaves it out",
         range="[0, inf)",
     )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that.", **_SIZE},
+    block_size: int | None = flag(
+        None, help="Rows per block of A^T and B; 4096 for a 4096-wide model, fitted below that.", **_SIZE
     )
-    embed_dim: int | None = field(
-        default=None,
-        metadata={"help": "Embedding width of the hypernetwork; 1024 in `paper` on a 4096-wide model.", **_SIZE},
+    embed_dim: int | None = flag(
+        None, help="Embedding width of the hypernetwork; 1024 in `paper` on a 4096-wide model.", **_SIZE
     )
-    num_heads: int | None = field(default=None, metadata={"help": "Attention heads of the hypernetwork (8).", **_SIZE})
-    max_position_embeddings: int | None = field(
-        default=None,
-        metadata={"help": "Longest sequence of blocks, sources concatenated (4096; 1024 in `compact`).", **_SIZE},
+    num_heads: int | None = flag(None, help="Attention heads of the hypernetwork (8).", **_SIZE)
+    max_position_embeddings: int | None = flag(
+        None, help="Longest sequence of blocks, sources concatenated (4096; 1024 in `compact`).", **_SIZE
     )
-    alpha_init: float = field(
-        default=0.3, metadata={"help": "First value of every alpha, the scale of an update.", **_FINITE}
-    )
-    mu_gate: float = field(
-        default=0.1, metadata={"help": "Shift of the gate before it is clamped to [0, 1].", **_FINITE}
-    )
+    alpha_init: float = flag(0.3, help="First value of every alpha, the scale of an update.", **_FINITE)
+    mu_gate: float = flag(0.1, help="Shift of the gate before it is clamped to [0, 1].", **_FINITE)
     rdm_weight: float = preset_field(
         "rdm_weight", "Weight (lambda) of rectified distribution matching in the loss", range="[0, inf)"
     )
-    rdm_mu: float = field(default=0.0, metadata={"help": "Mean of RDM's Gaussian before rectification.", **_FINITE})
-    rdm_sigma: float = field(
-        default=1.0, metadata={"help": "Standard deviation of RDM's Gaussian.", "range": "[0, inf)"}
+    rdm_mu: float = flag(0.0, help="Mean of RDM's Gaussian before rectification.", **_FINITE)
+    rdm_sigma: float = flag(1.0, help="Standard deviation of RDM's Gaussian.", range="[0, inf)")
+    rdm_projections: int = flag(2048, help="Random projections of RDM.", **_SIZE)
+    layer_alignment: str = flag(
+        "tail",
+        help="Map between models of different depth: the last layers meet, or depth is scaled.",
+        choices=["tail", "proportional"],
     )
-    rdm_projections: int = field(default=2048, metadata={"help": "Random projections of RDM.", **_SIZE})
-    layer_alignment: str = field(
-        default="tail",
-        metadata={
-            "help": "Map between models of different depth: the last layers meet, or depth is scaled.",
-            "choices": ["tail", "proportional"],
-        },
-    )
-    transfer_ratio: str = field(
-        default="1", metadata={"help": "Share of each source's layer pairs that is used, from the last: 0.5 or 1/2."}
-    )
-    canonicalize: bool = field(
-        default=False, metadata={"help": "Read every (A, B) in its canonical form sqrt(S) V^T, U sqrt(S)."}
-    )
+    transfer_ratio: str = flag("1", help="Share of each source's layer pairs that is used, from the last: 0.5 or 1/2.")
+    canonicalize: bool = flag(False, help="Read every (A, B) in its canonical form sqrt(S) V^T, U sqrt(S).")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -216,9 +199,3 @@ class HypernetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         return asdict(self)
-
-
-def check_range(flag: str, value: float | None, low: float, strict: bool) -> None:
-    """Check that a number is finite and at least `low`, or above it if `strict`; None passes."""
-    if value is not None and not (low < value < math.inf if strict else low <= value < math.inf):
-        raise UserError(f"--{flag} is {value}; it must be {'above' if strict else 'at least'} {low:g} and finite")

@@ -142,6 +142,30 @@ def run_row(workload: Workload, row: str, ddp_reduce: str | None = None) -> Row:
         return json.load(result)
 
 
+class Measured:
+    """Measures rows, each once: prints a row when it is there, and keeps it beside --output for the next start."""
+
+    def __init__(self, output: str | None, device: str):
+        self.path = None if output is None else Path(output).with_suffix(".rows.jsonl")
+        self.machine = [device, library_versions()]  # a row of another machine is measured again
+        self.rows: dict[str, Row] = {}
+        if self.path is not None and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self.rows = dict(json.loads(line) for line in lines if line.endswith("\n"))  # not one that was cut short
+
+    def __call__(self, workload: Workload, row: str, ddp_reduce: str | None = None) -> Row:
+        """The figures of a row."""
+        key = json.dumps([row, ddp_reduce, asdict(workload), self.machine])
+        if key not in self.rows:
+            self.rows[key] = run_row(workload, row, ddp_reduce)
+            if self.path is not None:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, self.rows[key]]) + "\n")
+            figures = {name: value for name, value in self.rows[key].items() if isinstance(value, (int, float))}
+            print(row, *(f"{name} {value:.4g}" for name, value in figures.items()), sep=", ", flush=True)
+        return self.rows[key]
+
+
 def compare(workload: Workload, presets: list[str], measure: Callable[[Workload, str], Row]) -> list[Row]:
     """Rows of the plain step and of each preset, with their figures relative to the plain step."""
     plain = measure(workload, LORA)
@@ -157,32 +181,28 @@ def compare(workload: Workload, presets: list[str], measure: Callable[[Workload,
     return rows
 
 
-def measure_growth(workload: Workload, presets: list[str], varied: dict[str, list[int]]) -> dict[str, list[Row]]:
+def measure_growth(
+    workload: Workload, presets: list[str], varied: dict[str, list[int]], measure: Measured
+) -> dict[str, list[Row]]:
     """Rows by varied setting; what is measured once serves all tables."""
-    measured: dict[tuple, Row] = {}
 
-    def measure(setting: Workload, row: str) -> Row:
-        if row == LORA:
-            setting = replace(setting, sources=1)  # a plain step knows no sources
-        key = (row, *asdict(setting).values())
-        if key not in measured:
-            measured[key] = run_row(setting, row)
-        return measured[key]
+    def once(setting: Workload, row: str) -> Row:
+        return measure(replace(setting, sources=1) if row == LORA else setting, row)  # a plain step knows no sources
 
     return {
         name: [
             {name: value, **row}
             for value in values
-            for row in compare(replace(workload, **{name: value}), presets, measure)
+            for row in compare(replace(workload, **{name: value}), presets, once)
         ]
         for name, values in varied.items()
     }
 
 
-def measure_exchange(workload: Workload, presets: list[str], ways: list[str]) -> list[Row]:
+def measure_exchange(workload: Workload, presets: list[str], ways: list[str], measure: Measured) -> list[Row]:
     """Rows of plain LoRA, and of each preset with each way to reduce."""
-    rows = [{"ddp_reduce": None, **run_row(workload, LORA, DDP_REDUCE[0])}]
-    return rows + [{"ddp_reduce": way, **run_row(workload, preset, way)} for preset in presets for way in ways]
+    rows = [{"ddp_reduce": None, **measure(workload, LORA, DDP_REDUCE[0])}]
+    return rows + [{"ddp_reduce": way, **measure(workload, preset, way)} for preset in presets for way in ways]
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
@@ -257,13 +277,15 @@ def main(argv: list[str]) -> None:
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     if arguments.exchange:
         device = "CPU, 2 processes"
-        results = {"exchange": measure_exchange(workload, presets, arguments.ddp_reduce)}
+    measure = Measured(arguments.output, device)
+    if arguments.exchange:
+        results = {"exchange": measure_exchange(workload, presets, arguments.ddp_reduce, measure)}
         tables = [format_exchange(results["exchange"])]
     elif varied:
-        results = {"growth": measure_growth(workload, presets, varied)}
+        results = {"growth": measure_growth(workload, presets, varied, measure)}
         tables = [format_growth(name, rows) for name, rows in results["growth"].items()]
     else:
-        results = {"rows": compare(workload, presets, run_row)}
+        results = {"rows": compare(workload, presets, measure)}
         tables = [format_rows(results["rows"])]
     print(
         f"shape {workload.shape}, {device}, {workload.sources} sources, rank {workload.rank}, accumulation "

@@ -179,6 +179,26 @@ def test_presets_are_both_unless_settings_vary(benchmark, recorded, capsys):
     )
 
 
+def test_rows_are_told_at_once_and_kept_when_interrupted(benchmark, recorded, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "benchmark.json"
+    settings = {"presets": ["compact", "paper"], "output": output}
+    measure = benchmark.run_row
+
+    def interrupted(workload, name, ddp_reduce=None):
+        if name == "paper":
+            raise KeyboardInterrupt
+        return measure(workload, name, ddp_reduce)
+
+    monkeypatch.setattr(benchmark, "run_row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(flags(settings))
+    assert "compact, trainable_parameters 10, " in capsys.readouterr().out and not output.exists()
+    monkeypatch.setattr(benchmark, "run_row", measure)
+    assert benchmark.main(flags(settings)) == 0
+    assert [call[0] for call in recorded] == ["lora", "compact", "paper"]  # each measured once
+    assert [row["row"] for row in json.loads(output.read_text())["rows"]] == ["lora", "compact", "paper"]
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = [

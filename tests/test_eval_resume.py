@@ -5,10 +5,12 @@ import os
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
+from heterofusion.experts import identity
 from heterofusion.experts.answering import PartWriter, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
 from heterofusion.zoo import zoo_path
@@ -206,6 +208,19 @@ def test_copies_are_the_same(values, whole, kill_after, tmp_path):
     kill_after(0)
     found = run(values, model_name_or_path=tmp_path / "base", adapters=[tmp_path / "expert"], resume=True)
     assert found["datasets"] == whole[1]["datasets"]
+
+
+def test_a_large_base_is_told_by_pieces_of_every_tensor(tmp_path, monkeypatch):
+    """Of a file that is too large to be hashed as a whole, a change of any tensor is seen, and no copy is another."""
+    monkeypatch.setattr(identity, "_WHOLE", 0)
+    shutil.copytree(zoo_path("llama"), tmp_path / "base", copy_function=shutil.copyfile)
+    before = identity.base_fingerprint(str(zoo_path("llama")))
+    assert identity.base_fingerprint(str(tmp_path / "base")) == before
+    path = next((tmp_path / "base").glob("*.safetensors"))
+    tensors = load_file(path)
+    for name in (min(tensors), max(tensors)):
+        save_file({**tensors, name: tensors[name] * 2}, path, {"format": "pt"})
+        assert identity.base_fingerprint(str(tmp_path / "base")) != before
 
 
 def test_damaged_files_are_told(values, whole, capsys, logging_restored):

@@ -233,20 +233,6 @@ def test_types_are_collected_without_labels_file(data, tmp_path):
     assert task["labels"] == ["actor", "title", "year"] and task["labels_added"] == ["year"]
 
 
-@pytest.mark.parametrize("form", ["lines", "one line", "byte order mark", "wrapped", "Windows line ends"])
-def test_forms_of_json(data, tmp_path, form):
-    path = data / "RE" / "towns" / "test.json"
-    rows = [town(99)] if form == "one line" else [town(99), town(100)]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if form == "wrapped":
-        text = json.dumps({"data": rows})
-    text = ("\ufeff" if form == "byte order mark" else "") + text
-    path.write_bytes((text.replace("\n", "\r\n") if form == "Windows line ends" else text).encode())
-    run_uie(data, tmp_path / "out", tasks=["towns"])
-    expected = [f"Text: {row['sentence']}" for row in rows]
-    assert texts(tmp_path / "out", "test/RE_towns") == expected
-
-
 def test_records_without_a_sentence_are_counted(data, tmp_path):
     rows = [town(99), {"relations": []}, town(1, sentence=None), town(2, sentence="\n"), town(100)]
     write_task(data / "RE" / "towns", test=rows)

@@ -18,7 +18,6 @@ from heterofusion.zoo import (
     list_experts,
     make_chores,
     make_examples,
-    write_dataset,
     zoo_path,
 )
 from heterofusion.zoo import build as building
@@ -51,12 +50,7 @@ def test_examples_are_the_same_in_every_process_and_version():
     examples = [make_examples(t, s, 3, 7) for t in TASKS for s in SPLITS] + [make_chores(c, 3, 7) for c in CHORES]
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     assert digest == "41e4be3e4b6cbc0b83876f3cdd3ce2611c35cb1f2b123bbaf08740a9987cbdf7"
-
-
-def test_seeds_differ_and_counts_extend():
-    few, many = make_examples("re_town", "train", 5, seed=1), make_examples("re_town", "train", 50, seed=1)
-    assert many[:5] == few
-    assert make_examples("re_town", "train", 5, seed=2) != few
+    assert make_examples("re_town", "train", 9, 7)[:3] == make_examples("re_town", "train", 3, 7)
 
 
 def texts_of(task: str, split: str, seed: int) -> set[str]:
@@ -115,12 +109,6 @@ def test_unknown_names_raise():
         zoo_path("llama", "base")
 
 
-def test_dataset_is_json_lines(tmp_path):
-    examples = make_examples("et_stage", "replay", 4)
-    path = write_dataset(tmp_path / "new" / "replay.jsonl", examples)
-    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == examples
-
-
 # ---- the files --------------------------------------------------------------------------------------------------
 
 
@@ -144,14 +132,6 @@ def test_bases_and_adapters_load(family):
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
             assert len(list(tensors.keys())) == 2 * len(ROLES) * base.config.num_hidden_layers
             assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}  # noqa: SIM118
-
-
-def test_families_differ_in_shape_and_vocabulary():
-    configs = [AutoModelForCausalLM.from_pretrained(zoo_path(family)).config for family in FAMILIES]
-    for field in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
-        assert len({getattr(config, field) for config in configs}) == 3, field
-    prompt = make_examples("ner_garden", "train", 1)[0]["prompt"]
-    assert len({tuple(tokenizer_of(family)(prompt)["input_ids"]) for family in FAMILIES}) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -29,19 +29,6 @@ MANIFEST = "manifest.json"
 FILES = ("replay", "train", "validation", "test", "unlabelled")
 CUT_SHARE = 10  # what is cut from train is one in this many examples at most
 
-# Columns of the table: counts over all splits. Those in brackets are left out where they are zero for all tasks.
-_COLUMNS = {
-    "without_text": "no text",
-    "without_answer": "no answer",
-    "repeated": "repeated",
-    "in_other_split": "in another split",
-    "cut_for_validation": "(cut for validation)",
-    "cut_for_unlabelled": "(cut for unlabelled)",
-    "untyped_items": "(untyped items)",
-    "repeated_items": "(repeated items)",
-    "items_with_semicolon": "(items with ;)",
-}
-
 
 @dataclass
 class PrepareArguments:
@@ -237,15 +224,16 @@ def _write_examples(path: Path, task: PreparedTask, name: str) -> None:
 
 def summary_table(tasks: Sequence[PreparedTask]) -> str:
     """A row per task: rows read (train + validation + test), those left out by reason, and those in every file."""
-    totals = []
-    for task in tasks:
-        total: Counter[str] = sum(task.counts.values(), Counter())
-        total["in_other_split"] = total["in_test"] + total["in_validation"] + total["in_unlabelled"]
-        totals.append(total)
-    shown = [key for key, title in _COLUMNS.items() if title[0] != "(" or any(total[key] for total in totals)]
-    files = [name for name in FILES if name != "unlabelled" or any(task.examples[name] for task in tasks)]
-    rows = []
-    for task, total in zip(tasks, totals, strict=True):
-        read = " + ".join(str(task.counts[name]["read"]) for name in FILES if name in task.counts)
-        rows.append([task.name, read, *(total[key] for key in shown), *(len(task.examples[name]) for name in files)])
-    return markdown_table(["task", "read", *(_COLUMNS[key].strip("()") for key in shown), *files], rows)
+    totals: list[Counter[str]] = [sum(task.counts.values(), Counter()) for task in tasks]
+    reasons = [name for name in sorted(set().union(*totals)) if name not in ("read", "kept")]
+    files = [name for name in FILES if any(task.examples[name] for task in tasks)]
+    rows = [
+        [
+            task.name,
+            " + ".join(str(task.counts[name]["read"]) for name in FILES if name in task.counts),
+            *(total[name] for name in reasons),
+            *(len(task.examples[name]) for name in files),
+        ]
+        for task, total in zip(tasks, totals, strict=True)
+    ]
+    return markdown_table(["task", "read", *(name.replace("_", " ") for name in reasons), *files], rows)

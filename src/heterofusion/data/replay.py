@@ -48,18 +48,18 @@ class DataArguments:
 
     dataset_name: list[str] = flag(
         default_factory=list,
-        help="Replay data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the Hub.",
+        help="Replay data sets: local .json, .jsonl, .csv or .parquet files, folders, or Hub ids.",
     )
     dataset_config: list[str] | None = flag(
-        None, help="Configuration of each Hub data set or local folder ('default' where there is only one)."
+        None, help="Configuration of each Hub data set or folder, 'default' where it has only one."
     )
     dataset_split: list[str] = flag(
         default_factory=lambda: ["train"],
-        help="Split of each replay data set; a local file has no splits and is read whole.",
+        help="Split of each replay data set; a file has none and is read whole.",
     )
     max_examples: list[int] = flag(
         default_factory=lambda: [300],
-        help="Number of examples that are sampled from each replay data set at most; 0 takes all.",
+        help="Examples that are sampled from each replay data set at most; 0 takes all.",
         range="[0, inf)",
     )
     dataset_ratio: list[float] = flag(
@@ -67,23 +67,18 @@ class DataArguments:
         help="Fraction of each replay data set to sample, before max_examples caps it.",
         range="(0, 1]",
     )
-    dataset_seed: int = flag(
-        42, help="Seed of the sampling and of the order in which the data sets are mixed.", range="[0, inf)"
-    )
-    max_length: int = flag(
-        1024, help="Number of tokens after which an example is cut off on the right.", range="[2, inf)"
-    )
+    dataset_seed: int = flag(42, help="Seed of the sampling and of the order of the mixture.", range="[0, inf)")
+    max_length: int = flag(1024, help="Tokens after which an example is cut off on the right.", range="[2, inf)")
     eval_dataset_name: list[str] | None = flag(
         None, help="Data sets for the evaluation loss, named like those of dataset_name."
     )
     eval_config: list[str] | None = flag(None, help="Configuration of each evaluation data set, like dataset_config.")
     eval_split: list[str] = flag(
-        default_factory=lambda: ["test"],
-        help="Split of each evaluation data set; a local file has no splits and is read whole.",
+        default_factory=lambda: ["test"], help="Split of each evaluation data set, like dataset_split."
     )
     eval_max_examples: list[int] = flag(
         default_factory=lambda: [300],
-        help="Number of examples that are sampled from each evaluation data set at most; 0 takes all.",
+        help="Examples that are sampled from each evaluation data set at most; 0 takes all.",
         range="[0, inf)",
     )
 
@@ -228,18 +223,11 @@ def _build(
         report.datasets.append(found)
         shortest += needed
         if not kept and len(specs) > 1:
-            logger.warning(
-                "%s gives no example: all %d sampled ones are left without a label token within --max_length %d",
-                records.label,
-                found.sampled,
-                args.max_length,
-            )
+            logger.warning("%s gives no example within --max_length %d", records.label, args.max_length)
     if not examples:
         raise no_examples(labels, shortest, args.max_length)
     if tokenizer.eos_token_id is None:
-        logger.warning(
-            "the tokenizer has no EOS token: plain texts end without one, and the model does not learn to stop"
-        )
+        logger.warning("the tokenizer has no EOS token: the model does not learn to stop after plain texts")
     return examples, report
 
 

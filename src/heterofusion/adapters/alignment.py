@@ -135,14 +135,13 @@ def load_plan(
     method: Any,  # whose layer_alignment and transfer_ratio are taken
     base: str | None = None,
     base_revision: str | None = None,
-    target: LoraAdapter | None = None,
     seed: int = 42,
 ) -> AlignmentPlan:
     """Read all adapters, draw the source control if there is one (by `seed`), and align; no base weights are loaded.
 
     The base model's config is read only if the target has fused projections.
     """
-    target = target or load_adapter(
+    target = load_adapter(
         adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
     )
     sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]

@@ -34,7 +34,7 @@ from heterofusion.data.replay import (
 )
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
-from heterofusion.runtime.flags import check_ranges, in_range
+from heterofusion.runtime.flags import check_ranges, flag, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -55,54 +55,40 @@ FINEST_SHARE = 1000  # largest denominator of a share of replay: an epoch of a f
 class SourceLabelArguments:
     """Answers of the source experts to unlabelled prompts, which join the replay."""
 
-    source_labels: list[str] = field(
+    source_labels: list[str] = flag(
         default_factory=list,
-        metadata={
-            "help": "Files of prompts that the source experts answered, in any format of the replay, or folders that "
-            "recipes/label.py wrote; they join the replay, which may then be empty."
-        },
+        help="Files of prompts that the source experts answered, in any format of the replay, or folders that "
+        "recipes/label.py wrote; they join the replay, which may then be empty.",
     )
-    source_labels_max_examples: list[int] | None = field(
-        default=None,
-        metadata={"help": "Number of labels sampled from each file at most; all by default.", "range": "[1, inf)"},
+    source_labels_max_examples: list[int] | None = flag(
+        None, help="Number of labels sampled from each file at most; all by default.", range="[1, inf)"
     )
-    min_log_probability: float | None = field(
-        default=None,
-        metadata={
-            "help": "Drop labels that their source was less sure of: mean log-probability of the answer's tokens "
-            "(-0.1 is a probability of 0.9 per token).",
-            "range": "(-inf, 0]",
-        },
+    min_log_probability: float | None = flag(
+        None,
+        help="Drop labels that their source was less sure of: mean log-probability of the answer's tokens "
+        "(-0.1 is a probability of 0.9 per token).",
+        range="(-inf, 0]",
     )
-    keep_malformed: bool = field(
-        default=False, metadata={"help": "Keep labels that are not in the output format of their task."}
+    keep_malformed: bool = flag(False, help="Keep labels that are not in the output format of their task.")
+    replay_fraction: float | None = flag(
+        None,
+        help="Share of replay among the examples of every run of neighbours, the rest are source labels. By "
+        "default all examples, replay and labels, come equally often.",
     )
-    replay_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of replay among the examples of every run of neighbours, the rest are source labels. By "
-            "default all examples, replay and labels, come equally often."
-        },
+    label_loss: str = flag(
+        "hard",
+        help="What source labels are trained on: the answers alone, or also what their source thought of other "
+        "tokens (recipes/label.py --top_k_logits stores it).",
+        choices=["hard", "soft"],
     )
-    label_loss: str = field(
-        default="hard",
-        metadata={
-            "help": "What source labels are trained on: the answers alone, or also what their source thought of other "
-            "tokens (recipes/label.py --top_k_logits stores it).",
-            "choices": ["hard", "soft"],
-        },
+    soft_weight: float = flag(
+        0.5,
+        help="With --label_loss soft, the weight of KL(source || model) at tokens that both see alike; "
+        "cross-entropy has the rest there, and all of it elsewhere.",
+        range="[0, 1]",
     )
-    soft_weight: float = field(
-        default=0.5,
-        metadata={
-            "help": "With --label_loss soft, the weight of KL(source || model) at tokens that both see alike; "
-            "cross-entropy has the rest there, and all of it elsewhere.",
-            "range": "[0, 1]",
-        },
-    )
-    logits_cache: str | None = field(
-        default=None,
-        metadata={"help": "With --label_loss soft, folder of soft labels in the target's tokens, in HF_HOME if None."},
+    logits_cache: str | None = flag(
+        None, help="With --label_loss soft, folder of soft labels in the target's tokens, in HF_HOME if None."
     )
 
     def __post_init__(self) -> None:

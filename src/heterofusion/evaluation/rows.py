@@ -1,7 +1,7 @@
 """Rows of results: the flags of an evaluation, and who answers which data set."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, Exper
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
+from heterofusion.runtime.flags import flag
 
 BASE_NAME = "base"
 
@@ -32,30 +33,24 @@ PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name
 class EvalModelArguments(BaseArguments):
     """What is evaluated: a base model and adapters on it."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model of the adapters: local folder or Hub id."})
-    adapters: list[str] = field(
+    model_name_or_path: str = flag(help="Base model of the adapters: local folder or Hub id.")
+    adapters: list[str] = flag(
         default_factory=lambda: [NO_ADAPTER],
-        metadata={
-            "help": "PEFT adapters to evaluate one after the other: local folders or Hub ids; the word none is the "
-            "base model alone, which is also the default."
-        },
+        help="PEFT adapters to evaluate one after the other: local folders or Hub ids; the word none is the "
+        "base model alone, which is also the default.",
     )
-    adapter_revision: list[str] | None = field(
-        default=None, metadata={"help": "Hub revision of the adapters: one for all, or one per adapter."}
+    adapter_revision: list[str] | None = flag(
+        None, help="Hub revision of the adapters: one for all, or one per adapter."
     )
-    merge_adapters: bool = field(
-        default=False,
-        metadata={
-            "help": "Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
-            "in bfloat16 the weights are rounded once more, so answers may differ."
-        },
+    merge_adapters: bool = flag(
+        False,
+        help="Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
+        "in bfloat16 the weights are rounded once more, so answers may differ.",
     )
-    adapter_per_dataset: bool = field(
-        default=False,
-        metadata={
-            "help": "Give each data set an adapter of its own: the first of --adapters answers the first of "
-            "--dataset_name alone, and so on, in one row of results that needs to know the task."
-        },
+    adapter_per_dataset: bool = flag(
+        False,
+        help="Give each data set an adapter of its own: the first of --adapters answers the first of "
+        "--dataset_name alone, and so on, in one row of results that needs to know the task.",
     )
 
     def __post_init__(self) -> None:
@@ -79,25 +74,19 @@ class EvalModelArguments(BaseArguments):
 class EvalOutputArguments:
     """Where results go, and how reports call them."""
 
-    output_dir: str = field(metadata={"help": "Folder for results.json and the predictions."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on with the evaluation of the same settings that output_dir holds."}
+    output_dir: str = flag(help="Folder for results.json and the predictions.")
+    resume: bool = flag(False, help="Go on with the evaluation of the same settings that output_dir holds.")
+    overwrite: bool = flag(
+        False, help="Write into an output_dir that is not empty; what an earlier evaluation wrote there goes."
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "Write into an output_dir that is not empty; what an earlier evaluation wrote there goes."},
+    name: str | None = flag(
+        None, help="Name of the row in reports, for one adapter; by default the adapter's, or base."
     )
-    name: str | None = field(
-        default=None,
-        metadata={"help": "Name of the row in reports, for one adapter; by default the adapter's, or base."},
+    names: list[str] | None = flag(
+        None, help="One name per adapter, for its folder and its row in reports; by default its own."
     )
-    names: list[str] | None = field(
-        default=None,
-        metadata={"help": "One name per adapter, for its folder and its row in reports; by default its own."},
-    )
-    labels: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Labels key=value by which reports group results, such as experiment=noise seed=0."},
+    labels: list[str] = flag(
+        default_factory=list, help="Labels key=value by which reports group results, such as experiment=noise seed=0."
     )
 
     def __post_init__(self) -> None:

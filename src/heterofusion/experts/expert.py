@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from heterofusion.experts.generation import GenerationArguments
 from heterofusion.experts.identity import base_fingerprint, tokenizer_identity
 from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
+from heterofusion.runtime.flags import flag
 from heterofusion.runtime.loading import (
     ModelArguments,
     base_dtype,
@@ -46,8 +47,8 @@ _HUB_FILES = ["*.json", WEIGHTS_FILE, "tokenizer.model", "*.jinja", "merges.txt"
 class BaseArguments(ModelArguments):
     """A base model that answers, and how it is loaded."""
 
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from the Hub for the base."})
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the base.")
+    use_cpu: bool = flag(False, help="Stay on the CPU where there is a GPU.")
 
     def base(self, name: str | None = None, revision: str | None = None) -> BaseArguments:
         """These flags without those that a subclass adds; of another base if one is named."""

@@ -9,7 +9,7 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from heterofusion.experts.teachers import Teacher
 from heterofusion.publish.record import adapter_record, control_of, make_record, training_cost
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, FusionReport
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
@@ -36,49 +36,38 @@ from heterofusion.training.mixture import kl_divergences, pad_rows
 class DistillModelArguments(ExpertModelArguments):
     """The target's base model, and how it and the teachers' are loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model of the target: local folder or Hub id."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code from the Hub for the target's base and the teachers'."}
-    )
+    model_name_or_path: str = flag(help="Base model of the target: local folder or Hub id.")
+    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the target's base and the teachers'.")
 
 
 @dataclass
 class DistillArguments:
     """The target's adapter, the teachers, and their labels."""
 
-    init_adapter: str = field(metadata={"help": "The target's adapter, which is trained on: local folder or Hub id."})
-    teacher_models: list[str] = field(
-        metadata={"help": "Base models of the teachers, of any family: one for each adapter, or one for all."}
+    init_adapter: str = flag(help="The target's adapter, which is trained on: local folder or Hub id.")
+    teacher_models: list[str] = flag(
+        help="Base models of the teachers, of any family: one for each adapter, or one for all."
     )
-    teacher_adapters: list[str] = field(
-        metadata={"help": "Adapters of the teachers: local folders or Hub ids; the word none is a base alone."}
+    teacher_adapters: list[str] = flag(
+        help="Adapters of the teachers: local folders or Hub ids; the word none is a base alone."
     )
-    init_revision: str | None = field(default=None, metadata={"help": "Hub revision of --init_adapter."})
-    lora_dropout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Dropout of the inputs of lora_A; that of --init_adapter by default.", "range": "[0, 1)"
-        },
-    )  # fmt: skip
-    top_k_logits: int = field(
-        default=10, metadata={"help": "Tokens of a teacher that are kept at each position.", "range": "[1, inf)"}
+    init_revision: str | None = flag(None, help="Hub revision of --init_adapter.")
+    lora_dropout: float | None = flag(
+        None, help="Dropout of the inputs of lora_A; that of --init_adapter by default.", range="[0, 1)"
     )
-    teacher_batch_size: int = field(
-        default=8, metadata={"help": "Examples per batch when a teacher runs.", "range": "[1, inf)"}
-    )
-    logits_cache: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder where soft labels, fused labels and the maps of vocabularies are kept for further runs; "
-            "heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by default."
-        },
+    top_k_logits: int = flag(10, help="Tokens of a teacher that are kept at each position.", range="[1, inf)")
+    teacher_batch_size: int = flag(8, help="Examples per batch when a teacher runs.", range="[1, inf)")
+    logits_cache: str | None = flag(
+        None,
+        help="Folder where soft labels, fused labels and the maps of vocabularies are kept for further runs; "
+        "heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by default.",
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for flag in ("teacher_models", "teacher_adapters"):
-            if not getattr(self, flag) or not all(getattr(self, flag)):
-                raise UserError(f"--{flag} has an empty name: name at least one")
+        for name in ("teacher_models", "teacher_adapters"):
+            if not getattr(self, name) or not all(getattr(self, name)):
+                raise UserError(f"--{name} has an empty name: name at least one")
         if len(self.teacher_models) not in (1, len(self.teacher_adapters)):
             raise UserError(
                 f"--teacher_models has {len(self.teacher_models)} values, but --teacher_adapters has "
@@ -101,15 +90,11 @@ class DistillArguments:
 class DistillConfig(ExpertConfig):
     """The training flags of an expert, and the weight of the two losses."""
 
-    distill_lambda: float = field(
-        default=0.9,
-        metadata={
-            "help": "Weight of the answers' own loss; the teachers' has the rest, up to 1.", "range": "[0, 1]"
-        },
-    )  # fmt: skip
-    ddp_timeout: int = field(
-        default=7 * 24 * 3600,
-        metadata={"help": "Seconds that processes wait for each other, as they do while the first runs the teachers."},
+    distill_lambda: float = flag(
+        0.9, help="Weight of the answers' own loss; the teachers' has the rest, up to 1.", range="[0, 1]"
+    )
+    ddp_timeout: int = flag(
+        7 * 24 * 3600, help="Seconds that processes wait for each other, as they do while the first runs the teachers."
     )
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from heterofusion.rivals.ensemble import EnsembleGenerator, Member
 from heterofusion.rivals.voting import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
-from heterofusion.runtime.flags import check_ranges
+from heterofusion.runtime.flags import check_ranges, flag
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +33,19 @@ TOP_K = 10
 class EnsembleArguments:
     """Models that answer together."""
 
-    ensemble: str | None = field(
-        default=None,
-        metadata={
-            "help": "Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
-            "of their next-token distributions, unite the mean over the union of their top tokens.",
-            "choices": ["gac", "unite"],
-        },
+    ensemble: str | None = flag(
+        None,
+        help="Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
+        "of their next-token distributions, unite the mean over the union of their top tokens.",
+        choices=["gac", "unite"],
     )
-    ensemble_models: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Base model of each of --adapters in an ensemble: local folders or Hub ids, --model_name_or_path "
-            "among them; by default it is the base of all."
-        },
+    ensemble_models: list[str] | None = flag(
+        None,
+        help="Base model of each of --adapters in an ensemble: local folders or Hub ids, --model_name_or_path "
+        "among them; by default it is the base of all.",
     )
-    unite_top_k: int = field(
-        default=TOP_K,
-        metadata={"help": "Number of top tokens of each model that --ensemble unite takes.", "range": "[1, inf)"},
+    unite_top_k: int = flag(
+        TOP_K, help="Number of top tokens of each model that --ensemble unite takes.", range="[1, inf)"
     )
 
     def __post_init__(self) -> None:

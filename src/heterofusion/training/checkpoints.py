@@ -139,13 +139,9 @@ def _read_json(path: Path) -> Any:
 def save_hypernetworks(
     model: HeteroFusionModel, folder: str | Path, record: Mapping[str, Any] | None = None, write: bool = True
 ) -> None:
-    """Write hypernetworks, alphas, extra rows and the identity of the fusion into a folder. All ranks together.
+    """Write hypernetworks, alphas, extra rows and the identity of the fusion, with a record of more, into a folder.
 
-    Args:
-        model: the model.
-        folder: made if it is missing.
-        record: plain values that are recorded with the identity, such as the engine's.
-        write: whether this rank writes.
+    All ranks together, for whole tensors; those with `write` write.
 
     Raises:
         NonFiniteError: a weight is not finite, and nothing was written; names the roles. A step whose loss and
@@ -316,13 +312,7 @@ def stopped_early(folder: str | Path) -> bool:
 
 
 def find_checkpoint(args: TrainingArguments, overwrite: bool, check: Callable[[Path], None]) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` asks for, None to start anew.
-
-    Args:
-        args: of the run.
-        overwrite: whether what is in its output_dir may be replaced.
-        check: refuses a checkpoint of another run.
-    """
+    """The checkpoint that `--resume_from_checkpoint` asks for, None to start anew; `check` refuses another run's."""
     wish = str(args.resume_from_checkpoint).lower()
     resuming = wish not in ("none", "false", "no", "0")
     folder = Path(str(args.output_dir)).absolute()
@@ -371,13 +361,9 @@ def check_start(start: Initialization, control: str | None) -> None:
 
 
 def clear_remains(folder: Path, main: bool, resume: Path | None, start: Initialization | None = None) -> None:
-    """Remove what an earlier run left and a resumed one would take for this run's. All ranks together.
+    """Remove what an earlier run left and a resumed one would take for this run's. All ranks together, `main` removes.
 
-    Args:
-        folder: output_dir.
-        main: whether this rank removes it.
-        resume: the checkpoint that is gone on with.
-        start: the hypernetworks that a new run starts from; recorded for a run that resumes it.
+    What a new run starts from is recorded for a run that resumes it.
     """
     ranks = PartialState()
     ranks.wait_for_everyone()  # nobody may still look at what goes

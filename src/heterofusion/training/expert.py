@@ -134,12 +134,9 @@ def plain(value: Any) -> Any:
 
 
 def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments, seed: int = 42) -> ExpertLora:
-    """A new LoRA, or that of `--init_adapter`, as the flags say; everything is checked.
+    """A new LoRA, or that of `--init_adapter`; everything is checked on the base on the meta device, which may get it.
 
-    Args:
-        skeleton: the base on the meta device; it may get the LoRA.
-        lora: the flags.
-        seed: of the rows of `--extra_rank`: those of a fusion with the same seed.
+    The rows of `--extra_rank` are those of a fusion with the same seed.
     """
     if lora.init_adapter is None:
         return ExpertLora(_plan_new(skeleton, lora), None, lora.train_only)

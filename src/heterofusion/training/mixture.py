@@ -61,12 +61,8 @@ class Mixture(Dataset):
         replay: examples with `input_ids` and `labels`; may be empty.
         labels: the same, answered by the sources.
         replay_fraction: share of replay among the examples that are trained on; that of `default_fraction` if None.
-        soft_weight: weight of KL(source || model) where labels have the columns of `training.label_loss`; by
+        soft_weight: weight of KL(source || model) where labels have the columns of soft labels; by
             default these are not used.
-
-    Raises:
-        ValueError: the fraction is not in [0, 1), or the weight not in [0, 1]; there are no labels; or the fraction is
-            0 with replay, or above 0 without.
     """
 
     def __init__(
@@ -108,14 +104,7 @@ class MixtureSampler(Sampler[int]):
     Every run of n neighbours, across epochs too, holds `floor` or `ceil` of n times the share of replay. Each part is
     shuffled, and shuffled anew when it is used up and when an epoch begins. An epoch holds every example of both parts
     at least once, and only whole optimizer steps.
-
-    Args:
-        mixture: what is read.
-        step: examples of an optimizer step, on all ranks.
-        seed: of the shuffling.
-
-    Attributes:
-        epoch: set by `set_epoch`; it does not advance by itself.
+    A `step` is the examples of an optimizer step on all ranks. The epoch does not advance by itself: see `set_epoch`.
     """
 
     def __init__(self, mixture: Mixture, step: int, seed: int) -> None:

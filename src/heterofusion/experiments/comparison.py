@@ -275,7 +275,7 @@ class Comparison:
         if gains:
             page.add(
                 "## Gains",
-                "Paired by seed, whatever they are. `above 0`, `below 0`: the whole 95% interval; `undecided`: "
+                "Paired by seed, whatever they are. `above 0`, `below 0`: all of the 95% interval; `undecided`: "
                 "it contains 0. A target is met if the mean and the whole interval are where it wants them.",
                 gain_table(frame, gains),
             )

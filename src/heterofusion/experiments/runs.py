@@ -132,7 +132,7 @@ class Runs:
 
     Args:
         options: flags of the script.
-        recipes: folder of the recipes; those of the checkout, or of the installed package.
+        recipes: folder of the recipes; by default our own.
     """
 
     def __init__(self, options: RunArguments, recipes: Path | None = None):
@@ -304,8 +304,7 @@ def _places(options: RunArguments) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _visible_gpus() -> list[str]:
-    count = torch.cuda.device_count()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[:count] if given else [str(index) for index in range(count)]
 
 
@@ -376,7 +375,7 @@ def _go_on(run: Run) -> Iterator[str]:
 
 
 def _become_run(launcher: list[str], words: list[str], variables: dict[str, str], log: str, lock: int) -> None:
-    """In a child of the fork server: be the program, in a session of its own that ends with the parent."""
+    """In a child of the fork server: be the program, in a session that ends with the parent."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.update(variables)

@@ -11,7 +11,7 @@ command goes on after an interruption. Merges, and the upper bound of experts on
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
@@ -20,6 +20,7 @@ from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Gain
+from heterofusion.runtime.flags import flag
 
 MERGES: dict[str, tuple[str, dict[str, list[float]]]] = {
     "weight average": ("average", {}),
@@ -47,14 +48,12 @@ CONTROLLED = "Controls of HeteroFusion (without what the sources know)"
 class CompareArguments(ComparisonArguments):
     """What is compared."""
 
-    target_experts: str = field(
-        default="", metadata={"help": "Folder with an expert TASK of each task on the target's base, for merges."}
+    target_experts: str = flag("", help="Folder with an expert TASK of each task on the target's base, for merges.")
+    learning_rates: list[float] = flag(
+        default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3], help="Those that a fusion tries."
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3], metadata={"help": "Those that a fusion tries."}
-    )
-    tuning_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3], metadata={"help": "Those that tuning tries."}
+    tuning_learning_rates: list[float] = flag(
+        default_factory=lambda: [3e-5, 1e-4, 2e-4, 5e-4, 1e-3, 3e-3], help="Those that tuning tries."
     )
 
 

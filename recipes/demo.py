@@ -9,7 +9,7 @@ the gate's shift matter. All by the recipes themselves. Writes report.md with pi
 import logging
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand in the way
@@ -22,6 +22,7 @@ from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_bars, draw_curves
 from heterofusion.experiments.tables import Gain, Row, score_frame
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, write_splits, zoo_path
 
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"
@@ -41,17 +42,17 @@ the same fusion with noise in their place. One seed decides nothing; recipes/dem
 class DemoArguments(RunArguments):
     """Size of the demo."""
 
-    output_dir: str = field(default="outputs/demo", metadata={"help": "Folder for everything the demo writes."})
-    jobs: int | None = field(default=2, metadata={"help": "Runs at a time.", "range": "[1, inf)"})
-    replay_examples: int = field(default=30, metadata={"help": "Replay examples per task."})
-    validation_examples: int = field(default=20, metadata={"help": "Examples that the merge's factor is chosen by."})
-    test_examples: int = field(default=50, metadata={"help": "Test examples per task."})
-    preset: str | None = field(default=None, metadata={"help": "Preset of the fusion."})
-    max_steps: int = field(default=120, metadata={"help": "Optimizer steps of the fusion and of its rivals."})
-    sensitivity_steps: int = field(
-        default=15, metadata={"help": "Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."}
+    output_dir: str = flag("outputs/demo", help="Folder for everything the demo writes.")
+    jobs: int | None = flag(2, help="Runs at a time.", range="[1, inf)")
+    replay_examples: int = flag(30, help="Replay examples per task.")
+    validation_examples: int = flag(20, help="Examples that the merge's factor is chosen by.")
+    test_examples: int = flag(50, help="Test examples per task.")
+    preset: str | None = flag(None, help="Preset of the fusion.")
+    max_steps: int = flag(120, help="Optimizer steps of the fusion and of its rivals.")
+    sensitivity_steps: int = flag(
+        15, help="Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."
     )
-    seed: int = field(default=42, metadata={"help": "Seed of replay, tests and training."})
+    seed: int = flag(42, help="Seed of replay, tests and training.")
 
 
 def plan(options: DemoArguments, runs: Runs, data: Path) -> Comparison:

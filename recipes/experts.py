@@ -8,7 +8,7 @@ Every expert is a run of recipes/expert.py; what is finished is skipped. Its sco
 import logging
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -19,18 +19,19 @@ from heterofusion.experiments import RunArguments, Runs
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Row, score_frame, score_table
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 
 @dataclass
 class ExpertsArguments(RunArguments):
     """Which experts."""
 
-    experts: list[str] = field(default_factory=list, metadata={"help": "MODEL/TASK of each expert."})
-    models: str = field(default="", metadata={"help": "Folder, or organization on the Hub, that has the MODELs."})
-    adapters: str = field(default="", metadata={"help": "Folder that the experts go to, as MODEL/TASK."})
-    data: str = field(default="", metadata={"help": "Folder with train/TASK.jsonl and test/TASK.jsonl."})
-    expert_config: str = field(default="", metadata={"help": "YAML file with the flags of every training."})
-    eval_config: str = field(default="", metadata={"help": "YAML file with the flags of every evaluation."})
+    experts: list[str] = flag(default_factory=list, help="MODEL/TASK of each expert.")
+    models: str = flag("", help="Folder, or organization on the Hub, that has the MODELs.")
+    adapters: str = flag("", help="Folder that the experts go to, as MODEL/TASK.")
+    data: str = flag("", help="Folder with train/TASK.jsonl and test/TASK.jsonl.")
+    expert_config: str = flag("", help="YAML file with the flags of every training.")
+    eval_config: str = flag("", help="YAML file with the flags of every evaluation.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

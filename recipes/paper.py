@@ -10,7 +10,7 @@ Experts are folders FAMILY/TASK in --adapters (recipes/experts.py makes them). R
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -22,6 +22,7 @@ from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
 from heterofusion.experiments.tables import NO_SEED, SCORES_ARE, Row, difference_table, score_frame, score_table
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 Expert = tuple[str, str]  # family and task
 
@@ -30,32 +31,30 @@ Expert = tuple[str, str]  # family and task
 class PaperArguments(RunArguments):
     """Experts, data and settings of the experiments."""
 
-    experiments: list[str] = field(
+    experiments: list[str] = flag(
         default_factory=lambda: ["single_source", "multi_source", "noise", "sensitivity", "sequence"],
-        metadata={"help": "Which of them."},
+        help="Which of them.",
     )
-    families: list[str] = field(
-        default_factory=list, metadata={"help": "Family of the target, of the sources, and the third one if any."}
+    families: list[str] = flag(
+        default_factory=list, help="Family of the target, of the sources, and the third one if any."
     )
-    both_ways: bool = field(default=False, metadata={"help": "single_source with target and sources exchanged too."})
-    adapters: str = field(default="", metadata={"help": "Folder with an expert FAMILY/TASK for each."})
-    models: str = field(default="", metadata={"help": "Folder, or organization on the Hub, with the base FAMILY."})
-    base_folder: str = field(default="", metadata={"help": "Folder below FAMILY that holds the base, if it is one."})
-    data: str = field(default="", metadata={"help": "Folder with replay/TASK.jsonl and test/TASK.jsonl."})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks; the first is that of the anchor."})
-    third_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Those whose expert is of the third family."}
+    both_ways: bool = flag(False, help="single_source with target and sources exchanged too.")
+    adapters: str = flag("", help="Folder with an expert FAMILY/TASK for each.")
+    models: str = flag("", help="Folder, or organization on the Hub, with the base FAMILY.")
+    base_folder: str = flag("", help="Folder below FAMILY that holds the base, if it is one.")
+    data: str = flag("", help="Folder with replay/TASK.jsonl and test/TASK.jsonl.")
+    tasks: list[str] = flag(default_factory=list, help="Tasks; the first is that of the anchor.")
+    third_tasks: list[str] = flag(default_factory=list, help="Those whose expert is of the third family.")
+    noise_tasks: list[str] = flag(default_factory=list, help="Tasks of the noise experiment; all.")
+    irrelevant_tasks: list[str] = flag(
+        default_factory=list, help="Tasks of the irrelevant experts, of the target's family."
     )
-    noise_tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of the noise experiment; all."})
-    irrelevant_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks of the irrelevant experts, of the target's family."}
-    )
-    alphas: list[float] = field(default_factory=lambda: [0.05, 0.15, 0.3, 0.6, 0.9], metadata={"help": "alpha_init."})
-    mus: list[float] = field(default_factory=lambda: [-0.4, -0.2, -0.05, 0.1, 0.15], metadata={"help": "mu_gate."})
-    seeds: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds of sample, start and order."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, in place of the config's."})
-    fuse_config: str = field(default="", metadata={"help": "YAML file with the flags of every fusion."})
-    eval_config: str = field(default="", metadata={"help": "YAML file with the flags of every evaluation."})
+    alphas: list[float] = flag(default_factory=lambda: [0.05, 0.15, 0.3, 0.6, 0.9], help="alpha_init.")
+    mus: list[float] = flag(default_factory=lambda: [-0.4, -0.2, -0.05, 0.1, 0.15], help="mu_gate.")
+    seeds: list[int] = flag(default_factory=lambda: [42], help="Seeds of sample, start and order.")
+    max_steps: int | None = flag(None, help="Optimizer steps, in place of the config's.")
+    fuse_config: str = flag("", help="YAML file with the flags of every fusion.")
+    eval_config: str = flag("", help="YAML file with the flags of every evaluation.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

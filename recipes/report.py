@@ -8,7 +8,7 @@ make one row; there is one table per value of the label --group_by. Writes repor
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
@@ -20,23 +20,22 @@ from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
 from heterofusion.experiments.tables import SCORES_ARE, difference_table, read_rows, score_frame, score_table
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 
 @dataclass
 class ReportArguments:
     """What is read, how it is arranged, and where it goes."""
 
-    output_dir: str = field(metadata={"help": "Folder for report.md, scores.csv and pictures."})
-    results: list[str] = field(
-        default_factory=list, metadata={"help": "Files results.json, and folders that are searched for them."}
+    output_dir: str = flag(help="Folder for report.md, scores.csv and pictures.")
+    results: list[str] = flag(default_factory=list, help="Files results.json, and folders that are searched for them.")
+    adapters: list[str] = flag(
+        default_factory=list, help="Fused adapters whose alignment, updates and training are drawn."
     )
-    adapters: list[str] = field(
-        default_factory=list, metadata={"help": "Fused adapters whose alignment, updates and training are drawn."}
-    )
-    title: str = field(default="Results", metadata={"help": "Heading of the report."})
-    intro: str = field(default="", metadata={"help": "Text below the heading, in Markdown."})
-    group_by: str = field(default="experiment", metadata={"help": "Label whose values make one table each."})
-    baseline: str | None = field(default=None, metadata={"help": "Name of the row that differences are shown to."})
+    title: str = flag("Results", help="Heading of the report.")
+    intro: str = flag("", help="Text below the heading, in Markdown.")
+    group_by: str = flag("experiment", help="Label whose values make one table each.")
+    baseline: str | None = flag(None, help="Name of the row that differences are shown to.")
 
     def __post_init__(self) -> None:
         if not (self.results or self.adapters):

@@ -10,7 +10,7 @@ are searched in the case --search_examples, with equal budgets. Runs that are fi
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -24,6 +24,7 @@ from heterofusion.experiments.comparison import Comparison, ComparisonArguments,
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Gain
 from heterofusion.runtime.files import write_whole
+from heterofusion.runtime.flags import flag
 
 CONTROLLED = ("N=10", "N=30")  # cases of the controls
 WITHOUT, WITH = "Without source labels", "With labels of the source experts"
@@ -37,22 +38,20 @@ OTHERS = [f"labels of {name}" for name in ("bases", "shuffled experts", "the anc
 class SourcesArguments(ComparisonArguments):
     """What is compared."""
 
-    title: str = field(default="Do the sources matter?", metadata={"help": "Heading of the report."})
-    search_budget: int = field(default=3, metadata={"help": "Validation runs of each method with hyper-parameters."})
-    examples: list[int] = field(default_factory=lambda: [10, 30], metadata={"help": "The cases: replay of a task."})
-    few_seeds: list[int] = field(default_factory=list, metadata={"help": "Cases that have the first two seeds only."})
-    search_examples: int = field(default=30, metadata={"help": "The case that hyper-parameters are chosen in."})
-    tuning_rates: list[float] = field(default_factory=lambda: [1e-4, 2e-4, 5e-4], metadata={"help": "Of direct r."})
-    expanded_rates: list[float] = field(default_factory=lambda: [1e-4, 2e-4, 5e-4], metadata={"help": "Of all r+k."})
-    published_rates: list[float] = field(
-        default_factory=lambda: [2e-5, 5e-5, 2e-4], metadata={"help": "Of published."}
-    )
-    label_rate_factor: float = field(default=1.0, metadata={"help": "Rates with labels over those without."})
-    same_time_steps: int = field(default=0, metadata={"help": "Steps of a direct tuning as long as the fusion."})
-    irrelevant_adapters: list[str] = field(default_factory=list, metadata={"help": "Sources of other tasks."})
-    irrelevant_models: list[str] = field(default_factory=list, metadata={"help": "The base of each."})
-    irrelevant_data: list[str] = field(
-        default_factory=list, metadata={"help": "Data that such experts are trained on, on the first source's base."}
+    title: str = flag("Do the sources matter?", help="Heading of the report.")
+    search_budget: int = flag(3, help="Validation runs of each method with hyper-parameters.")
+    examples: list[int] = flag(default_factory=lambda: [10, 30], help="The cases: replay of a task.")
+    few_seeds: list[int] = flag(default_factory=list, help="Cases that have the first two seeds only.")
+    search_examples: int = flag(30, help="The case that hyper-parameters are chosen in.")
+    tuning_rates: list[float] = flag(default_factory=lambda: [1e-4, 2e-4, 5e-4], help="Of direct r.")
+    expanded_rates: list[float] = flag(default_factory=lambda: [1e-4, 2e-4, 5e-4], help="Of all r+k.")
+    published_rates: list[float] = flag(default_factory=lambda: [2e-5, 5e-5, 2e-4], help="Of published.")
+    label_rate_factor: float = flag(1.0, help="Rates with labels over those without.")
+    same_time_steps: int = flag(0, help="Steps of a direct tuning as long as the fusion.")
+    irrelevant_adapters: list[str] = flag(default_factory=list, help="Sources of other tasks.")
+    irrelevant_models: list[str] = flag(default_factory=list, help="The base of each.")
+    irrelevant_data: list[str] = flag(
+        default_factory=list, help="Data that such experts are trained on, on the first source's base."
     )
 
 

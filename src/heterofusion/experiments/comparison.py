@@ -31,6 +31,7 @@ from heterofusion.experiments.tables import (
     score_table,
 )
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.flags import flag
 
 Flags = dict[str, Any]
 _TRAINED_ON = ("dataset_name", "prompts", "source_labels")
@@ -45,25 +46,23 @@ def score_what_is_made(made: Run | None) -> list[Flags]:
 class ComparisonArguments(RunArguments):
     """What is compared, by which data, and how often. Data has the layout of recipes/uie/prepare.py."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Base of the target."})
-    target_adapter: str = field(default="", metadata={"help": "The anchor: the target's adapter."})
-    target_task: str = field(default="", metadata={"help": "Task of the anchor."})
-    source_models: list[str] = field(default_factory=list, metadata={"help": "Base of each source."})
-    source_adapters: list[str] = field(default_factory=list, metadata={"help": "The sources, of any family."})
-    source_tasks: list[str] = field(default_factory=list, metadata={"help": "Task of each source."})
-    data: str = field(
-        default="", metadata={"help": "Folder with replay/TASK.jsonl, validation/TASK.jsonl, test/TASK.jsonl."}
-    )
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of replay, validation and test."})
-    fuse_config: str = field(default="", metadata={"help": "YAML file with the flags of every fusion."})
-    tuning_config: str = field(default="", metadata={"help": "YAML file with the flags of every other training."})
-    eval_config: str = field(default="", metadata={"help": "YAML file with the flags of every evaluation."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, in place of the configs'."})
-    validation_max_examples: int = field(default=0, metadata={"help": "Validation examples of a task; 0: all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the reported runs."})
-    search_seed: int = field(default=100, metadata={"help": "Seed of the runs that hyper-parameters are chosen by."})
-    search_budget: int = field(default=6, metadata={"help": "Validation runs of each method with hyper-parameters."})
-    title: str = field(default="Methods side by side", metadata={"help": "Heading of the report."})
+    model_name_or_path: str = flag("", help="Base of the target.")
+    target_adapter: str = flag("", help="The anchor: the target's adapter.")
+    target_task: str = flag("", help="Task of the anchor.")
+    source_models: list[str] = flag(default_factory=list, help="Base of each source.")
+    source_adapters: list[str] = flag(default_factory=list, help="The sources, of any family.")
+    source_tasks: list[str] = flag(default_factory=list, help="Task of each source.")
+    data: str = flag("", help="Folder with replay/TASK.jsonl, validation/TASK.jsonl, test/TASK.jsonl.")
+    tasks: list[str] = flag(default_factory=list, help="Tasks of replay, validation and test.")
+    fuse_config: str = flag("", help="YAML file with the flags of every fusion.")
+    tuning_config: str = flag("", help="YAML file with the flags of every other training.")
+    eval_config: str = flag("", help="YAML file with the flags of every evaluation.")
+    max_steps: int | None = flag(None, help="Optimizer steps, in place of the configs'.")
+    validation_max_examples: int = flag(0, help="Validation examples of a task; 0: all.")
+    seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Seeds of the reported runs.")
+    search_seed: int = flag(100, help="Seed of the runs that hyper-parameters are chosen by.")
+    search_budget: int = flag(6, help="Validation runs of each method with hyper-parameters.")
+    title: str = flag("Methods side by side", help="Heading of the report.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

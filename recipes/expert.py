@@ -23,7 +23,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.labels import check_label_flags
 from heterofusion.data.replay import build_eval, make_collator
-from heterofusion.method.basis import FitBasis
+from heterofusion.method.expansion import FitBasis
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError

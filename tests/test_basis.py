@@ -12,7 +12,6 @@ from builders import llama_modules, write_adapter
 from conftest import TINY, TokenRows, fresh_base, logits, make_trainer, perturb, token_batch
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter, plan_alignment
 from heterofusion.adapters.factors import canonical_factors
-from heterofusion.method.basis import fit_basis, sample_examples
 from heterofusion.method.contexts import build_contexts, cut_blocks, describe_blocks, source_factors
 from heterofusion.method.expansion import (
     ANCHOR_NORM,
@@ -20,6 +19,8 @@ from heterofusion.method.expansion import (
     INPUTS,
     expand_adapter,
     expand_plan,
+    fit_basis,
+    sample_examples,
 )
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.checkpoints import load_hypernetworks

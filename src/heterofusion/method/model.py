@@ -18,10 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from heterofusion.adapters.alignment import AlignmentPlan, plan_alignment
 from heterofusion.adapters.lora import PREFIX, AdapterError, LoraAdapter, check_base_fits
 from heterofusion.method.base_model import disable_dropout_config, refuse_reentrant_checkpointing
-from heterofusion.method.basis import fit_basis
 from heterofusion.method.config import HypernetworkConfig, MethodConfig
 from heterofusion.method.contexts import predicted_blocks, sequence_lengths
-from heterofusion.method.expansion import ExpandedAdapter, expand_plan, set_ranks, with_target
+from heterofusion.method.expansion import ExpandedAdapter, expand_plan, fit_basis, set_ranks, with_target
 from heterofusion.method.hypernet import HyperNetworks
 from heterofusion.method.live import LiveLinear, LiveUpdates
 from heterofusion.method.predictor import BlockPredictor
@@ -105,7 +104,8 @@ class HeteroFusionModel(PeftModelForCausalLM):
         for path in plan.target.modules:
             layer = base.get_submodule(path)
             layer.lora_B[ADAPTER_NAME] = LiveLinear(layer.lora_B[ADAPTER_NAME], path, self._live)
-        self._follow(plan)
+        self.plan = plan
+        self.updates = LiveUpdates(BlockPredictor(self.hypernetworks, plan, method, seed), self._live)
         device = next(model.parameters()).device
         self.hypernetworks.to(device if device.type != "meta" else "cpu")
         self.freeze_base()
@@ -142,17 +142,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         )
         return cls(model, plan, method, seed)
 
-    def _follow(self, plan: AlignmentPlan) -> None:
-        """Live updates for a plan, in place of those of the one before."""
-        old = getattr(self, "updates", None)
-        self.plan = plan
-        self._live.clear()
-        self.updates = LiveUpdates(BlockPredictor(self.hypernetworks, plan, self.method, self.seed), self._live)
-        if old is not None:
-            self.updates.predictor.device = old.predictor.device
-            self.updates.average_over_ranks = old.average_over_ranks
-
-    # ---- other rows, other sources ------------------------------------------------------------------------------
+    # ---- extra rank ---------------------------------------------------------------------------------------------
 
     def fit_basis(self, examples: Sequence[Tensor]) -> None:
         """Fit the rows of `extra_rank` to the inputs that the modules see on examples, token ids of (1, tokens) each.
@@ -175,41 +165,9 @@ class HeteroFusionModel(PeftModelForCausalLM):
         base: Any = self.get_base_model()
         for path, module in target.modules.items():
             load_whole_tensors(base.get_submodule(path).lora_A[ADAPTER_NAME], {"weight": module.lora_A})
-        self._follow(with_target(self.plan, target))
-
-    def set_sources(
-        self, sources: Sequence[LoraAdapter], *, source_configs: Sequence[PretrainedConfig | None] | None = None
-    ) -> None:
-        """Let the same hypernetworks read other source adapters from here on: other experts, fewer, another order.
-
-        Target, basis and hypernetworks stay as they are, and an export is of the sources that are read then. They must
-        bring the same roles and ranks as the sources that there were, and with a `residual_scale` the same modules, of
-        which each has a free update. All ranks together, between optimizer steps; arguments as of `from_adapters`.
-        """
-        base: Any = self.get_base_model()
-        plan = plan_alignment(
-            self.plan.target,
-            sources,
-            **self.method.alignment(),
-            target_config=base.config,
-            source_configs=source_configs,
-        )
-        free = self.hypernetworks.config.residual_scale > 0
-        old, new = (
-            {
-                f"{key.name} of {item.target.module.path}" if free else key.name
-                for key, items in each.groups.items()
-                for item in items
-            }
-            for each in (self.plan, plan)
-        )
-        if old != new:
-            raise UserError(
-                "these sources update something else of the target than those that there were, and the hypernetworks "
-                f"are made for it: {', '.join(sorted(old ^ new)[:4])}"
-            )
-        hypernetwork_config(plan, self.method)
-        self._follow(plan)
+        self.plan = with_target(self.plan, target)
+        self.updates.predictor.read(self.plan)
+        self.updates.invalidate()
 
     # ---- modes --------------------------------------------------------------------------------------------------
 

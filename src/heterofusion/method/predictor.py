@@ -33,8 +33,12 @@ class BlockPredictor:
         self.networks = networks
         self.method = method
         self.seed = seed
-        self.contexts = build_contexts(plan, networks.config.block_size, method.canonicalize)
         self.device: torch.device | None = None
+        self.read(plan)
+
+    def read(self, plan: AlignmentPlan) -> None:
+        """Take the constants of a plan, at first or of one whose target has other extra rows."""
+        self.contexts = build_contexts(plan, self.networks.config.block_size, self.method.canonicalize)
         self._placed_on: torch.device | None = None
 
     def predict(self, diagnostics: bool = False) -> dict[str, HypernetworkOutput]:

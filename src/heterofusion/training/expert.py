@@ -24,11 +24,11 @@ from heterofusion.adapters.architectures import module_key
 from heterofusion.adapters.config import AdapterError, read_adapter_config
 from heterofusion.adapters.lora import LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.labels import is_labelled_by_sources
-from heterofusion.method.basis import fit_basis
 from heterofusion.method.expansion import (
     ExpandedAdapter,
     Expansion,
     expand_adapter,
+    fit_basis,
     read_rows,
     set_ranks,
     write_rows,

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.data.replay import make_collator
 from heterofusion.method.base_model import cast_base, refuse_reentrant_checkpointing
-from heterofusion.method.basis import FitBasis
+from heterofusion.method.expansion import FitBasis
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.write import export_adapter

@@ -11,15 +11,10 @@ from safetensors.torch import load_file
 import heterofusion.merging.tau as tau_module
 from builders import CONFIG, WEIGHTS, write_adapter
 from heterofusion import load_adapter
-from heterofusion.merging.config import make_rule
 from heterofusion.merging.export import low_rank, truncated
 from heterofusion.merging.merge import dense_update
-from heterofusion.merging.rules import RULES
-from heterofusion.merging.rules.breadcrumbs import crumbs
-from heterofusion.merging.rules.dropping import drop, drop_by_rank
-from heterofusion.merging.rules.rule import seeded_generator
-from heterofusion.merging.rules.ties import magnitude_thresholds, majority_sign
-from heterofusion.merging.tau import Matrices, Updates
+from heterofusion.merging.rules import RULES, crumbs, drop, drop_by_rank, majority_sign, make_rule, seeded_generator
+from heterofusion.merging.tau import Matrices, Updates, magnitude_thresholds
 from heterofusion.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -74,7 +69,7 @@ def taus(folders):
 def dense(experts, method, weights=None, **values):
     """The merged dense updates by module; of emr, a list of them."""
     rule = make_rule(method, values)
-    merged = rule.merge(Updates(experts, weights, progress=False))
+    merged = rule.merge(Updates(experts, weights))
     count = len(experts) if rule.per_task else 1
     results = [{path: dense_update(merged, rule.merge_lambda, i, path) for path in MODULES} for i in range(count)]
     return results if rule.per_task else results[0]
@@ -82,7 +77,7 @@ def dense(experts, method, weights=None, **values):
 
 def factors(experts, method, rank=None, **values):
     """The merged adapters."""
-    updates = Updates(experts, progress=False)
+    updates = Updates(experts)
     return low_rank(make_rule(method, values).merge(updates), updates, rank)
 
 
@@ -153,7 +148,7 @@ def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
             tensors={f"{key}A.weight": torch.eye(3), f"{key}B.weight": torch.tensor(rows)},
         )  # fmt: skip
         experts.append(load_adapter(folder))
-    merged = make_rule("ties", {"density": 1}).merge(Updates(experts, progress=False))
+    merged = make_rule("ties", {"density": 1}).merge(Updates(experts))
     assert dense_update(merged, 1.0, 0, FIRST).tolist() == [[-1.0, -2.0, -3.5]]
     assert majority_sign([torch.tensor([1.0, -1.0])]) == -1  # as in TIES' own code
 
@@ -223,7 +218,7 @@ def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, d
     dropped = {path: torch.zeros(3, *tau.shape[1:], dtype=torch.float64) for path, tau in taus.items()}
     rule = make_rule("dare" if method == "dare_ties" else "della", {"merge_lambda": 1.0, "seed": 5})
     for index in range(3):
-        updates = Updates(experts, [float(i == index) for i in range(3)], progress=False)
+        updates = Updates(experts, [float(i == index) for i in range(3)])
         merged = rule.merge(updates)
         for path in updates.modules:
             dropped[path][index] = dense_update(merged, 1.0, 0, path)
@@ -252,7 +247,7 @@ def test_dare_keeps_the_share_and_the_expectation():
 def test_della_keeps_by_rank_and_in_expectation():
     values = torch.tensor([0.1, -0.5, 0.3, -0.2, 0.4])
     keep = torch.tensor([0.63, 0.77, 0.7, 0.665, 0.735])  # (1 - 0.3 - 0.07) + 0.14 * rank / 4
-    draws = torch.stack([drop_by_rank(values.repeat(4, 1), 0.3, 0.07, noise(seed)) for seed in range(5000)])
+    draws = torch.stack([drop_by_rank(values.repeat(4, 1), 0.3, noise(seed), 0.07) for seed in range(5000)])
     kept = (draws != 0).double().mean((0, 1))
     torch.testing.assert_close(kept, keep.double(), atol=0.012, rtol=0)  # 20,000 draws: 3.5 standard errors
     torch.testing.assert_close(draws.double().mean((0, 1)), values.double(), atol=0.01, rtol=0)
@@ -280,7 +275,7 @@ def test_thresholds_are_those_of_a_sort(count):
     blocks["a"][1][:] = 0
     blocks["b"][2] = torch.full((25, 20), 1e-42)  # denormal, and this expert lacks module a
     shapes = {path: tuple(matrices[0].shape) for path, matrices in blocks.items()}
-    found = magnitude_thresholds(Matrices(shapes, blocks.__getitem__, progress=False), count)
+    found = magnitude_thresholds(Matrices(shapes, blocks.__getitem__), count)
     for expert in (0, 1, 2):
         entries = torch.cat([matrices[expert].flatten() for matrices in blocks.values() if expert in matrices])
         entries = torch.cat([entries.abs(), torch.zeros(900 - len(entries))])
@@ -343,8 +338,8 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
 def test_an_expert_of_weight_0_is_as_if_it_were_not_there(experts):
     for method in ("average", "ties", "knots_ties", "breadcrumbs"):
         rule = make_rule(method, {})
-        weighted = Updates(experts, [0.0, 0.0, 1.0], progress=False)
-        alone = Updates(experts[2:], progress=False)
+        weighted = Updates(experts, [0.0, 0.0, 1.0])
+        alone = Updates(experts[2:])
         (found,), (expected,) = (low_rank(rule.merge(updates), updates) for updates in (weighted, alone))
         assert found.factors.keys() == expected.factors.keys() == {FIRST}
         assert all(map(torch.equal, found.factors[FIRST], expected.factors[FIRST]))
@@ -376,7 +371,7 @@ def test_the_joint_svd_is_made_once_for_all_settings(experts, monkeypatch):
     calls = []
     plain = tau_module.joint_basis
     monkeypatch.setattr(tau_module, "joint_basis", lambda *args: calls.append(1) or plain(*args))
-    updates = Updates(experts, progress=False)
+    updates = Updates(experts)
     found = [
         low_rank(make_rule(method, values).merge(updates), updates)[0]
         for method, values in (

@@ -5,7 +5,7 @@ import torch
 
 from builders import tiny_model
 from heterofusion.merging.config import search_candidates
-from heterofusion.merging.rules.ties import Ties
+from heterofusion.merging.rules import Ties
 from heterofusion.merging.scoring import added
 from heterofusion.runtime.errors import UserError
 
@@ -20,16 +20,16 @@ def test_ranges_include_their_stop():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["lambda"], r"--search has 'lambda': write name=start:stop:step"),
-        (["rank=1,2"], r"rank=1,2: ties has merge_lambda, density"),
-        (["gamma=0.1,0.2"], r"gamma=0.1,0.2: ties has merge_lambda, density"),
-        (["lambda=0.1:x:0.1"], r"lambda=0.1:x:0.1: give start:stop:step, rising, or value,value"),
-        (["lambda=0.1:1"], r"give start:stop:step"),
-        (["lambda=1:0.1:0.1"], r"give start:stop:step, rising"),
+        (["lambda"], r"--search lambda: write name=start:stop:step"),
+        (["rank=1,2"], r"--rank 1.0: the hyper-parameters of ties are --merge_lambda, --density"),
+        (["seed=1,2"], r"seed is given too, or is a seed"),
+        (["lambda=0.1:x:0.1"], r"lambda=0.1:x:0.1: write name=start:stop:step, rising, or name=value,value"),
+        (["lambda=0.1:1"], r"write name=start:stop:step"),
+        (["lambda=1:0.1:0.1"], r"start:stop:step, rising"),
         (["lambda=0:1:0.00001"], r"has 1001 combinations, more than 1000"),
         (["lambda=0.1:1:0.01", "density=0.01:1:0.01"], r"has 9100 combinations, more than 1000"),
         (["lambda=0.1,0.1"], r"all different numbers"),
-        (["lambda=0.1", "merge_lambda=0.2"], r"--merge_lambda is given too"),
+        (["lambda=0.1", "merge_lambda=0.2"], r"merge_lambda is given too"),
         (["density=0.5,1.5"], r"--density is 1.5; it must be above 0 and at most 1"),
         (["lambda=nan"], r"--merge_lambda is nan; it must be above 0"),
     ],

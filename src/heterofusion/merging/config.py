@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.evaluation.datasets import EvalDataArguments
 from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.generation import GenerationArguments
-from heterofusion.merging.rules import RULES
-from heterofusion.merging.rules.rule import Rule
+from heterofusion.merging.rules import RULES, Rule, make_rule
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
 
@@ -35,8 +34,8 @@ class MergeArguments:
     )
     rank: int | None = flag(
         None,
-        help="Highest rank of the result; by default the sum of the experts' ranks, with which average, "
-        "task_arithmetic and knots_* are exact. Less, and what other methods have beyond it, is cut by SVD.",
+        help="Highest rank of the result, to which it is cut by SVD; by default the sum of the experts' ranks, with "
+        "which average, task_arithmetic and knots_* are exact.",
         range="[1, inf)",
     )
     search: list[str] = flag(
@@ -60,8 +59,7 @@ class MergeArguments:
     )
     device: str = flag(
         "auto",
-        help="Where experts are merged and scored; auto takes a GPU if there is one. What is dropped at random "
-        "is drawn there, so CPU and GPU draw differently.",
+        help="Where experts are merged and scored; auto takes a GPU if there is one. CPU and GPU drop other entries.",
         choices=["auto", "cpu", "cuda"],
     )
     model_revision: str | None = flag(None, help="Hub revision of the base model.")
@@ -76,25 +74,14 @@ class MergeArguments:
         check_ranges(self)
         if len(self.adapters) < 2:
             raise UserError(f"--adapters names {len(self.adapters)}: give two experts at least")
-        if self.names is not None and not self.per_task:
-            raise UserError(f"--names: {self.method} writes one adapter, into --output_dir; leave it out")
-        if self.weights is not None and self.per_task:
-            raise UserError(f"--weights: {self.method} has none, it scales by itself; leave it out")
-        for name in ("names", "weights"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.adapters):
-                raise UserError(
-                    f"--{name} has {len(values)} values, but --adapters has {len(self.adapters)}: give one each"
-                )
-        if self.weights is not None and not any(self.weights):
-            raise UserError(f"--weights is {self.weights}: give numbers that are not all 0")
-        if self.weights is not None and self.method == "average" and abs(sum(self.weights)) < 1e-9:
-            raise UserError(f"--weights is {self.weights}: average divides by their sum, which is 0")
-
-    @property
-    def per_task(self) -> bool:
-        """Whether the method gives an adapter per expert."""
-        return RULES[self.method].per_task
+        if self.weights is None:
+            return
+        if len(self.weights) != len(self.adapters):
+            raise UserError(
+                f"--weights has {len(self.weights)} values for {len(self.adapters)} adapters: give one each"
+            )
+        if not any(self.weights) or (self.method == "average" and abs(sum(self.weights)) < 1e-9):
+            raise UserError(f"--weights is {self.weights}: not all may be 0, and average divides by their sum")
 
     def base(self, use_cpu: bool) -> BaseArguments:
         """The base as experts on it are loaded."""
@@ -108,19 +95,15 @@ class MergeArguments:
 
 
 def _rule_flags() -> list[tuple[str, Any, Any]]:
-    """Every hyper-parameter as an optional flag, whose help says of which methods it is, with their defaults."""
-    kinds: dict[str, Any] = {}
-    helps: dict[str, dict[str, list[str]]] = {}
+    """Every hyper-parameter as an optional flag, whose help tells its default of each method that has it."""
+    found: dict[str, tuple[Any, list[str]]] = {}
     for method, rule in RULES.items():
         for item in dataclasses.fields(rule):  # type: ignore[arg-type]
-            kinds[item.name] = item.type
-            text = f"{item.metadata['help']} In {item.metadata['range']}."
-            helps.setdefault(item.name, {}).setdefault(text, []).append(f"{method} {item.default}")
-    flags = []
-    for name, texts in helps.items():
-        told = " ".join(f"{text} By default: {', '.join(uses)}." for text, uses in texts.items())
-        flags.append((name, kinds[name] | None, field(default=None, metadata={"help": told})))
-    return flags
+            found.setdefault(item.name, (item, []))[1].append(f"{method} {item.default}")
+    return [
+        (name, item.type | None, flag(None, help=f"{item.metadata['help']} By default: {', '.join(defaults)}."))
+        for name, (item, defaults) in found.items()
+    ]
 
 
 RuleArguments = dataclasses.make_dataclass(
@@ -143,6 +126,9 @@ class MergeDataArguments(EvalDataArguments):
             super().__post_init__()
 
 
+MERGE_ARGUMENTS = (MergeArguments, RuleArguments, MergeDataArguments, GenerationArguments)
+
+
 def methods_text() -> str:
     """The methods by the first lines of their docstrings, for `--help`."""
     width = max(map(len, RULES))
@@ -150,46 +136,20 @@ def methods_text() -> str:
     return "\n".join(["Methods:", *lines])
 
 
-def make_rule(method: str, values: Mapping[str, Any]) -> Rule:
-    """A rule with some of its hyper-parameters given, the others those of its authors."""
-    known = [item.name for item in dataclasses.fields(RULES[method])]  # type: ignore[arg-type]
-    listed = "the hyper-parameters " + ", ".join(f"--{name}" for name in known) if known else "no hyper-parameters"
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(f"--{name} {value}: {method} has {listed}; leave it out")
-    return RULES[method](**values)
-
-
-def hyperparameters(rule: Rule) -> dict[str, float]:
-    """The values of a rule, its seed aside."""
-    return {name: value for name, value in vars(rule).items() if name != "seed"}
-
-
 def search_candidates(entries: Sequence[str], method: str, given: Mapping[str, Any]) -> list[Rule]:
-    """All combinations of `name=start:stop:step` and `name=value,value`, the last name's changing fastest."""
-    own = [*hyperparameters(RULES[method]())]
+    """All combinations of `name=start:stop:step` and `name=value,value`; the given values alone without any."""
     values: dict[str, list[float]] = {}
     for entry in entries:
-        key, sign, text = entry.partition("=")
+        key, _, text = entry.partition("=")
         name = "merge_lambda" if key == "lambda" else key
-        if not sign:
-            raise UserError(
-                f"--search has {entry!r}: write name=start:stop:step or name=value,value, such as lambda=0.1,0.2"
-            )
-        if name not in own:
-            raise UserError(f"--search {entry}: {method} has {', '.join(own) or 'no hyper-parameters'}")
-        if name in given or name in values:
-            raise UserError(f"--search {entry}: --{name} is given too; leave one out")
+        if name == "seed" or name in given or name in values:
+            raise UserError(f"--search {entry}: {name} is given too, or is a seed; leave it out")
         values[name] = _values(entry, text)
-    if not values:
-        return []
     count = math.prod(map(len, values.values()))
     if count > MAX_CANDIDATES:
         raise UserError(f"--search has {count} combinations, more than {MAX_CANDIDATES}; give fewer values")
-    return [
-        make_rule(method, {**given, **dict(zip(values, row, strict=True))})
-        for row in itertools.product(*values.values())
-    ]
+    rows = itertools.product(*values.values())
+    return [make_rule(method, {**given, **dict(zip(values, row, strict=True))}) for row in rows]
 
 
 def _values(entry: str, text: str) -> list[float]:
@@ -203,8 +163,7 @@ def _values(entry: str, text: str) -> list[float]:
     except (ValueError, ArithmeticError):
         numbers = []
     if len(set(numbers)) < max(len(numbers), 1):
-        raise UserError(f"--search {entry}: give start:stop:step, rising, or value,value, all different numbers")
+        raise UserError(
+            f"--search {entry}: write name=start:stop:step, rising, or name=value,value, all different numbers"
+        )
     return numbers
-
-
-MERGE_ARGUMENTS = (MergeArguments, RuleArguments, MergeDataArguments, GenerationArguments)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from heterofusion.adapters.factors import canonical_factors
 from heterofusion.adapters.lora import PREFIX
-from heterofusion.merging.rules.rule import Merged
+from heterofusion.merging.rules import Merged
 from heterofusion.merging.tau import Factors, Updates
 
 _ROUNDING = 1e-12  # a share of energy below it is rounding of float64, not a loss
@@ -23,15 +23,10 @@ _ROUNDING = 1e-12  # a share of energy below it is rounding of float64, not a lo
 
 @dataclass
 class LowRank:
-    """One result of a merge, before `merge_lambda`.
+    """One result of a merge, before `merge_lambda`."""
 
-    Attributes:
-        factors: A (rank, in_features) and B (out_features, rank) by module, float32 on the CPU.
-        energy: by module, the energy that the factors keep, and that of the update.
-    """
-
-    factors: dict[str, Factors] = field(default_factory=dict)
-    energy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)  # by module, float32 on the CPU
+    energy: dict[str, tuple[float, float]] = field(default_factory=dict)  # by module, kept by the factors, and whole
 
     def lost(self, *paths: str) -> float:
         """Share of the energy of modules that was lost, of all by default."""
@@ -51,19 +46,14 @@ class LowRank:
 
     def state_dict(self, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of an adapter of scaling 1, by PEFT's names."""
-        weights: dict[str, Tensor] = {}
-        for path, (A, B) in self.factors.items():
-            for name, tensor in (("lora_A", A), ("lora_B", B * scale)):
-                weights[f"{PREFIX}{path}.{name}.weight"] = tensor.to(dtype)
-        return weights
+        return {
+            f"{PREFIX}{path}.{name}.weight": tensor.to(dtype)
+            for path, (A, B) in self.factors.items()
+            for name, tensor in (("lora_A", A), ("lora_B", B * scale))
+        }
 
     def config(self, base_model: str | None, linear_layers: Sequence[str]) -> LoraConfig:
-        """PEFT's config, with `lora_alpha = r` for each module.
-
-        Args:
-            base_model: `base_model_name_or_path`.
-            linear_layers: paths of all linear layers of the base: they tell whether short names reach others too.
-        """
+        """PEFT's config, with `lora_alpha = r` for each module; all `linear_layers` tell what short names reach."""
         ranks = {path: A.shape[0] for path, (A, _) in self.factors.items()}
         r = Counter(ranks.values()).most_common(1)[0][0]
         others = {path: rank for path, rank in ranks.items() if rank != r}
@@ -83,13 +73,7 @@ class LowRank:
 
 
 def low_rank(merged: Merged, updates: Updates, rank: int | None = None) -> list[LowRank]:
-    """What a rule merged as LoRA factors: one adapter, or one per expert.
-
-    Args:
-        merged: of a rule, for these updates.
-        updates: the experts'.
-        rank: the highest rank of a module; the sum of the experts' ranks by default.
-    """
+    """What a rule merged as LoRA factors of at most a rank, by default the sum of the experts' ranks."""
     results: list[LowRank] = []
     for path in updates.dense.walk("merging"):
         _add(results, merged(path), path, rank or updates.rank(path))
@@ -100,8 +84,8 @@ def _add(results: list[LowRank], found: Sequence[Tensor | Factors], path: str, r
     """Add a module; a function, so that no update outlives its module."""
     results += [LowRank() for _ in found[len(results) :]]
     for result, update in zip(results, found, strict=True):
-        factors, *energy = truncated(update, rank) if isinstance(update, Tensor) else cut(update, rank)
-        result.factors[path], result.energy[path] = factors, (energy[0], energy[1])
+        factors, kept, whole = truncated(update, rank) if isinstance(update, Tensor) else cut(update, rank)
+        result.factors[path], result.energy[path] = factors, (kept, whole)
 
 
 def truncated(update: Tensor, rank: int) -> tuple[Factors, float, float]:

@@ -5,9 +5,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -17,18 +17,12 @@ from tqdm.auto import tqdm
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.datasets import is_file_name
+from heterofusion.evaluation.datasets import check_file_names
 from heterofusion.evaluation.results import mean_score
 from heterofusion.experts.generation import GenerationArguments
-from heterofusion.merging.config import (
-    MergeArguments,
-    MergeDataArguments,
-    hyperparameters,
-    make_rule,
-    search_candidates,
-)
+from heterofusion.merging.config import MergeArguments, MergeDataArguments, search_candidates
 from heterofusion.merging.export import LowRank, linear_layers, low_rank
-from heterofusion.merging.rules.rule import Merged, Rule
+from heterofusion.merging.rules import RULES, Merged, Rule
 from heterofusion.merging.scoring import Scorer, Scores
 from heterofusion.merging.tau import Updates
 from heterofusion.publish.record import adapter_record, control_of, make_record
@@ -41,6 +35,31 @@ from heterofusion.runtime.ranks import cost_record
 logger = logging.getLogger(__name__)
 
 _FUSE = "merging needs experts of one base model; recipes/train.py fuses experts of different ones"
+
+
+@dataclass
+class Candidate:
+    """A rule that was tried: what it merged, in how many seconds, and the scores of each adapter."""
+
+    index: int
+    rule: Rule
+    results: list[LowRank]
+    seconds: float
+    scores: list[Scores] = field(default_factory=list)
+
+    @property
+    def together(self) -> Scores:
+        """The scores of all its adapters, by data set."""
+        return {label: record for scores in self.scores for label, record in scores.items()}
+
+    def record(self) -> dict[str, Any]:
+        """What a search tells of it."""
+        return {
+            "hyperparameters": self.rule.hyperparameters(),
+            "scores": _primary(self.together),
+            "mean": mean_score(self.together),
+            "truncation": self.results[0].truncation()["overall"],
+        }
 
 
 class MergeRun:
@@ -62,12 +81,22 @@ class MergeRun:
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("a merge runs in one process; start it with python, or with --num_processes 1")
-        self.flags = flags
+        if (flags.search or flags.dense) and not data.dataset_name:
+            raise UserError("--search and --dense score merges on validation data: give --dataset_name")
+        self.flags, self.per_task = flags, RULES[flags.method].per_task
         given = {name: value for name, value in values.items() if value is not None}
-        self.rule = make_rule(flags.method, given)
-        self.candidates = search_candidates(flags.search, flags.method, given) or [self.rule]
-        self._check_data(data)
-        device = _device(flags.device)
+        self.candidates = search_candidates(flags.search, flags.method, given)
+        self.labels = [data.labels()] if data.dataset_name else []  # the data sets of each adapter
+        if self.per_task and data.dataset_name:
+            self.labels = [[label] for label in data.labels()]
+            if len(self.labels) != len(flags.adapters):
+                raise UserError(
+                    f"--dataset_name has {len(self.labels)} data sets for {len(flags.adapters)} adapters: with "
+                    f"{flags.method} each expert's adapter answers its own, in the same order"
+                )
+        if flags.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch finds no GPU here; give cpu, or auto")
+        device = torch.device("cuda" if flags.device != "cpu" and torch.cuda.is_available() else "cpu")
         self.folder = Path(flags.output_dir).expanduser().absolute()
         check_output_dir(str(self.folder), resuming=False, overwrite=flags.overwrite)
         self.experts = [load_adapter(name) for name in flags.adapters]
@@ -79,40 +108,20 @@ class MergeRun:
         self.layers = linear_layers(skeleton)
         self.dtype = export_dtype(self.experts, flags.dtype)
         self.base_model = display_name(self.experts[0].base_model or flags.model_name_or_path)
-        self.scorer: Scorer | None = None
-        if data.dataset_name:
-            self.scorer = Scorer(base, data, generation, self.experts[0].folder, device)
+        self.scorer = Scorer(base, data, generation, self.experts[0].folder, device) if self.labels else None
         self.updates = Updates(self.experts, flags.weights, device)
-
-    def _check_data(self, data: MergeDataArguments) -> None:
-        sets, experts = len(data.dataset_name), len(self.flags.adapters)
-        for flag in ("search", "dense"):
-            if getattr(self.flags, flag) and not sets:
-                raise UserError(f"--{flag} needs validation data to score on: give --dataset_name")
-        if self.rule.per_task and sets not in (0, experts):
-            raise UserError(
-                f"--dataset_name has {sets} data sets, but --adapters has {experts}: with {self.flags.method} each "
-                "expert's adapter answers its own, in the same order"
-            )
 
     def _folders(self) -> dict[str, Path]:
         """Where adapters go, by the task that they are for; one by the name of the method, if it is for all."""
         folders = {self.flags.method: self.folder}
-        if self.rule.per_task:
-            names = self.flags.names or [display_name(e.name.rstrip("/")).rpartition("/")[2] for e in self.experts]
-            folders = {name: self.folder / name for name in names}
-            if len(folders) < len(names) or not all(map(is_file_name, names)):
-                raise UserError(
-                    f"{', '.join(map(repr, names))} cannot name the folders of the adapters; give --names, one per "
-                    "expert, all different, of letters, digits and . _ + = -"
-                )
-        for folder in folders.values():
-            for expert in self.experts:
-                if folder.resolve() == expert.folder.resolve():
-                    raise UserError(f"--output_dir {folder} is the folder of adapter {expert.name}; name another")
+        if self.per_task:
+            given = [expert.name for expert in self.experts]
+            names = self.flags.names or [display_name(name.rstrip("/")).rpartition("/")[2] for name in given]
+            folders = {name: self.folder / name for name in check_file_names(names, given, "adapter", "names")}
+        for folder, expert in itertools.product(folders.values(), self.experts):
+            if folder.resolve() == expert.folder.resolve():
+                raise UserError(f"--output_dir {folder} is the folder of adapter {expert.name}; name another")
         return folders
-
-    # ---- the work ----
 
     def run(self) -> str:
         """Merge, search, score and write; gives what the user is told: truncation, scores, the table of a search."""
@@ -122,55 +131,65 @@ class MergeRun:
             best, search = self._best(Path(trials))
         dense = self._score_dense(best.rule)
         for index, folder in enumerate(self.folders.values()):
-            self._write(folder, best, index, search=search, validation=_validation(best, index, dense[index]))
-        logger.info("%s written to %s", "adapters" if self.rule.per_task else "adapter", self.folder)
+            validation = None
+            if best.scores:
+                own = {"adapter": best.scores[index], "mean": mean_score(best.scores[index])}
+                told = {"dense": dense[index], "dense_mean": mean_score(dense[index])} if dense else {}
+                validation = {"dense": None, "dense_mean": None, **own, **told}
+            self._write(folder, best, index, search=search, validation=validation)
+        logger.info("%s written to %s", "adapters" if self.per_task else "adapter", self.folder)
         return self._report(best, dense, search)
 
-    def _best(self, trials: Path) -> tuple["Candidate", dict[str, Any] | None]:
+    def _best(self, trials: Path) -> tuple[Candidate, dict[str, Any] | None]:
         """Merge every candidate, and score it as it would be written; gives the best, of equals the first."""
-        start, found = time.perf_counter(), {}
+
+        @lru_cache(maxsize=1)
+        def merged(rule: Rule) -> list[LowRank]:
+            return low_rank(rule.merge(self.updates), self.updates, self.flags.rank)
+
+        start, tried = time.perf_counter(), []
         best: Candidate | None = None
-        last: tuple[Rule, list[LowRank]] | None = None
         # those that differ in lambda alone follow each other: one merge serves them all
         units = [without_lambda(rule) for rule in self.candidates]
         order = sorted(range(len(units)), key=lambda index: units.index(units[index]))
         for index in tqdm(order, desc="search", unit="merge", disable=len(order) == 1):
             begun = time.perf_counter()
-            if last is None or last[0] != units[index]:
-                last = units[index], low_rank(units[index].merge(self.updates), self.updates, self.flags.rank)
-            candidate = Candidate(index, self.candidates[index], last[1], time.perf_counter() - begun)
+            results = merged(units[index])
+            candidate = Candidate(index, self.candidates[index], results, time.perf_counter() - begun)
             if self.scorer is not None:
-                folders = [self._write(trials / str(number), candidate, number) for number in range(len(self.folders))]
-                candidate.scores = [self.scorer.adapter(folder, self._labels(i)) for i, folder in enumerate(folders)]
-                found[index] = candidate.record()
-            if best is None or (found[index]["mean"], -index) > (found[best.index]["mean"], -best.index):
+                for number, labels in enumerate(self.labels):
+                    folder = self._write(trials / str(number), candidate, number)
+                    candidate.scores.append(self.scorer.adapter(folder, labels))
+                tried.append((index, candidate.record()))
+            if best is None or _order(candidate) > _order(best):
                 best = candidate
         assert best is not None
         if not self.flags.search:
             return best, None
         best.seconds = time.perf_counter() - start
         return best, {
-            "candidates": [found[index] for index in range(len(found))],
+            "candidates": [record for _, record in sorted(tried, key=lambda item: item[0])],
             "chosen": best.index,
-            "validation_runs": len(found),
+            "validation_runs": len(tried),
             "seconds": round(best.seconds, 3),
         }
 
-    def _labels(self, index: int) -> list[str] | None:
-        """The data sets of an adapter; all, unless each has its own."""
-        return [[*self.scorer.sets][index]] if self.scorer and self.rule.per_task else None
-
-    def _score_dense(self, rule: Rule) -> list[Scores | None]:
-        """Scores of the merged updates before their rank is cut, one by one."""
+    def _score_dense(self, rule: Rule) -> list[Scores]:
+        """Scores of the merged updates before their rank is cut, one by one; none if they are not asked for."""
         if self.scorer is None or not self.flags.dense:
-            return [None for _ in self.folders]
-        merged = rule.merge(self.updates)
-        updates = [partial(dense_update, merged, rule.merge_lambda, index) for index in range(len(self.folders))]
-        return [self.scorer.dense(update, self.updates.modules, self._labels(i)) for i, update in enumerate(updates)]
+            return []
+        updates = [
+            partial(dense_update, rule.merge(self.updates), rule.merge_lambda, i) for i in range(len(self.labels))
+        ]
+        return [
+            self.scorer.dense(update, self.updates.modules, labels)
+            for update, labels in zip(updates, self.labels, strict=True)
+        ]
 
-    def _write(self, folder: Path, candidate: "Candidate", index: int, **parts: Any) -> Path:
+    def _write(self, folder: Path, candidate: Candidate, index: int, **parts: Any) -> Path:
         """Write one adapter of a candidate, with all that is known of it."""
         result, rule = candidate.results[index], candidate.rule
+        scores = _primary(candidate.scores[index]) if len(candidate.scores) > index else {}
         record = make_record(
             "merge",
             self.flags.method,
@@ -179,11 +198,11 @@ class MergeRun:
             seed=vars(rule).get("seed"),
             control=control_of(*self.experts),
             adapters=[adapter_record(e, weight=w) for e, w in zip(self.experts, self.updates.weights, strict=True)],
-            hyperparameters=hyperparameters(rule),
-            task=[*self.folders][index] if self.rule.per_task else None,
-            needs_task_id=self.rule.per_task,
+            hyperparameters=rule.hyperparameters(),
+            task=[*self.folders][index] if self.per_task else None,
+            needs_task_id=self.per_task,
             truncation=result.truncation() | {"dtype": str(self.dtype).removeprefix("torch.")},
-            metrics={f"eval_{k}": score for k, score in _primary(candidate.scores[index : index + 1]).items()},
+            metrics={f"eval_{label}": score for label, score in scores.items()},
             **parts,
         )
         return write_adapter(
@@ -196,7 +215,7 @@ class MergeRun:
             tokenizer=self.experts[0].folder,
         )
 
-    def _report(self, best: "Candidate", dense: Sequence[Scores | None], search: dict[str, Any] | None) -> str:
+    def _report(self, best: Candidate, dense: Sequence[Scores], search: dict[str, Any] | None) -> str:
         blocks = []
         if search:
             rows = []
@@ -205,36 +224,24 @@ class MergeRun:
                 told = {"mean": tried["mean"], "energy lost": tried["truncation"]}
                 rows.append({**values, **tried["scores"], **told, "": "chosen" if index == search["chosen"] else ""})
             blocks += [_table(rows), f"{search['validation_runs']} validation runs in {search['seconds']:.1f} s"]
-        if self.rule.per_task:
+        if self.per_task:
             blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")
         for name, result in zip(self.folders, best.results, strict=True):
-            blocks.append((f"{name}: " if self.rule.per_task else "") + truncation_text(result.truncation()))
+            blocks.append((f"{name}: " if self.per_task else "") + truncation_text(result.truncation()))
         if best.scores:
-            rows = [{"": "adapter as written", **_primary(best.scores), "mean": mean_score(_together(best.scores))}]
-            if found := [scores for scores in dense if scores]:
-                rows.append({"": "dense update", **_primary(found), "mean": mean_score(_together(found))})
+            scored = {"adapter as written": best, "dense update": replace(best, scores=[*dense])}
+            rows = [
+                {"": name, **_primary(candidate.together), "mean": mean_score(candidate.together)}
+                for name, candidate in scored.items()
+                if candidate.scores
+            ]
             blocks.append(_table(rows))
         return "\n\n".join(blocks)
 
 
-@dataclass
-class Candidate:
-    """A rule that was tried: what it merged, in how many seconds, and the scores of each adapter."""
-
-    index: int
-    rule: Rule
-    results: list[LowRank]
-    seconds: float
-    scores: list[Scores] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        """What a search tells of it."""
-        return {
-            "hyperparameters": hyperparameters(self.rule),
-            "scores": _primary(self.scores),
-            "mean": mean_score(_together(self.scores)),
-            "truncation": self.results[0].truncation()["overall"],
-        }
+def _order(candidate: Candidate) -> tuple[float, int]:
+    """The higher the better; of equals the first."""
+    return mean_score(candidate.together), -candidate.index
 
 
 def without_lambda(rule: Any) -> Any:
@@ -262,15 +269,14 @@ def check_experts(experts: Sequence[LoraAdapter]) -> None:
     for other, expert in itertools.combinations(experts, 2):
         if other.sha256 == expert.sha256:
             raise UserError(
-                f"adapters {other.name} and {expert.name} have the same weights (sha256 {expert.sha256[:12]}); "
-                "give each once, and --weights to count it more"
+                f"adapters {other.name} and {expert.name} have the same weights; give each once, and --weights to "
+                "count it more"
             )
         bases = [PureWindowsPath((e.base_model or "").rstrip("/\\")).name.lower() for e in (other, expert)]
         if all(bases) and bases[0] != bases[1]:  # the same model may be known by its Hub id and by a folder
             raise UserError(
                 f"adapter {other.name} was trained on {other.base_model}, {expert.name} on {expert.base_model}: "
-                f"{_FUSE}. If both are the same model, give both the same base_model_name_or_path in their "
-                "adapter_config.json"
+                f"{_FUSE}. If both are the same model, give both the same base_model_name_or_path"
             )
 
 
@@ -291,12 +297,6 @@ def export_dtype(experts: Sequence[LoraAdapter], wanted: str | None) -> torch.dt
     return found.pop() if len(found) == 1 and found < {torch.bfloat16, torch.float16} else torch.float32
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; give cpu, or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 # ---- what is told -----------------------------------------------------------------------------------------------
 
 
@@ -304,12 +304,12 @@ def _about(record: Mapping[str, Any]) -> str:
     """What the card says of a merge."""
     values = {**record["hyperparameters"], "seed": record["made_by"]["seed"]}
     settings = "".join(f", {name} {value:g}" for name, value in values.items() if value is not None)
-    base, method = record["base_model"] or "one base model", record["made_by"]["method"]
-    text = f"{len(record['adapters'])} LoRA experts of `{base}`, merged by `{method}`{settings}. "
+    count, base = len(record["adapters"]), record["base_model"] or "one base model"
+    text = f"{count} LoRA experts of `{base}`, merged by `{record['made_by']['method']}`{settings}. "
     if record["task"] is not None:
         text += (
-            f"\n\n**The task must be known at inference:** this is one of {len(record['adapters'])} adapters, the one "
-            f"for the task of `{record['task']}`; the right one has to be chosen for every input.\n\n"
+            f"\n\n**The task must be known at inference:** this is one of {count} adapters, the one for the task of "
+            f"`{record['task']}`; the right one has to be chosen for every input.\n\n"
         )
     text += truncation_text(record["truncation"])
     return text + (
@@ -319,28 +319,16 @@ def _about(record: Mapping[str, Any]) -> str:
 
 def truncation_text(truncation: Mapping[str, Any]) -> str:
     """One sentence on what was lost when the merged update was cut to its rank."""
-    rank = truncation["rank"]
     if truncation["exact"]:
-        return f"Rank up to {rank}: exact but for the rounding of the weights."
+        return f"Rank up to {truncation['rank']}: exact but for the rounding of the weights."
     return (
-        f"Cut to rank {rank} at most by SVD: {truncation['overall']:.2%} of the merged update's energy (squared norm) "
-        f"is lost, {truncation['max']:.2%} in the module that loses most ({truncation['max_module']})."
+        f"Cut to rank {truncation['rank']} at most by SVD: {truncation['overall']:.2%} of the merged update's energy "
+        f"(squared norm) is lost, {truncation['max']:.2%} in the module that loses most ({truncation['max_module']})."
     )
 
 
-def _validation(best: Candidate, index: int, dense: Scores | None) -> dict[str, Any] | None:
-    if not best.scores:
-        return None
-    mean, dense_mean = mean_score(best.scores[index]), None if dense is None else mean_score(dense)
-    return {"adapter": best.scores[index], "mean": mean, "dense": dense, "dense_mean": dense_mean}
-
-
-def _together(scores: Iterable[Scores]) -> Scores:
-    return {label: record for part in scores for label, record in part.items()}
-
-
-def _primary(scores: Iterable[Scores]) -> dict[str, float]:
-    return {label: record["score"] for label, record in _together(scores).items()}
+def _primary(scores: Scores) -> dict[str, float]:
+    return {label: record["score"] for label, record in scores.items()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

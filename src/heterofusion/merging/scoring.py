@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from heterofusion.evaluation.datasets import EvalDataArguments, check_references, load_eval_sets
 from heterofusion.evaluation.results import metric_record
-from heterofusion.experts.expert import BaseArguments, ExpertRunner, find_expert
-from heterofusion.experts.generation import AnswerGenerator, GenerationArguments
+from heterofusion.experts.answering import ExpertAnswerer, Questions
+from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.generation import GenerationArguments
 
 logger = logging.getLogger(__name__)
 
@@ -23,76 +24,61 @@ Scores = dict[str, dict[str, Any]]  # record of every data set, by label
 
 
 class Scorer:
-    """Validation data, read and encoded; the base is loaded when `load` is called.
-
-    Args:
-        base: the base.
-        data: the data sets.
-        generation: how answers are generated.
-        first: folder of the expert whose tokenizer, if it has one, goes with the merge.
-        device: where answers are generated.
-    """
+    """Validation data, read and encoded; the base is loaded when `load` is called."""
 
     def __init__(
         self,
         base: BaseArguments,
         data: EvalDataArguments,
         generation: GenerationArguments,
-        first: Path,
+        first: Path,  # folder of the expert whose tokenizer, if it has one, goes with the merge
         device: torch.device,
     ) -> None:
         self.base, self.generation = base, generation
         self.sets = {examples.label: examples for examples in load_eval_sets(data)}
-        expert = find_expert(base, str(first), generation=generation)
-        self.tokenizer = expert.tokenizer
-        self.prompts = {label: expert.encode(examples) for label, examples in self.sets.items()}
+        self.expert = find_expert(base, str(first), generation=generation)
+        self.prompts = {label: self.expert.encode(examples) for label, examples in self.sets.items()}
         for label, prompts in self.prompts.items():
             check_references(self.sets[label], prompts)
             if prompts.cut:
-                logger.warning("%d prompts of %s were cut to %s tokens on the left", prompts.cut, label, expert.limit)
+                limit = self.expert.limit
+                logger.warning("%d prompts of %s were cut to %s tokens on the left", prompts.cut, label, limit)
         self.runner = ExpertRunner(device)
 
     def load(self) -> PreTrainedModel:
         """Load the base."""
         return self.runner.load(self.base)
 
-    def adapter(self, folder: Path, labels: Iterable[str] | None = None) -> Scores:
-        """Scores of an adapter on disk, on some of the data sets or on all."""
-        with self.runner.running(find_expert(self.base, str(folder), generation=self.generation)) as model:
-            return self._score(model, labels)
+    def adapter(self, folder: Path, labels: Iterable[str]) -> Scores:
+        """Scores of an adapter on disk on some of the data sets."""
+        return self._score(find_expert(self.base, str(folder), generation=self.generation), labels)
 
-    def dense(
-        self, update: Callable[[str], Tensor], paths: Iterable[str], labels: Iterable[str] | None = None
-    ) -> Scores:
+    def dense(self, update: Callable[[str], Tensor], paths: Iterable[str], labels: Iterable[str]) -> Scores:
         """Scores of the base with updates (out_features, in_features) of some modules added for the time."""
-        with added(self.load(), update, paths) as model:
-            return self._score(model, labels)
+        with added(self.load(), update, paths):
+            return self._score(self.expert.without_adapter(), labels)
 
-    def _score(self, model: Any, labels: Iterable[str] | None) -> Scores:
-        generation = self.generation
-        generator = AnswerGenerator(
-            model,
-            self.tokenizer,
-            generation.max_new_tokens,
-            generation.fixed_batch_size(),
-            generation.cache_implementation,
-        )
+    def _score(self, expert: Expert, labels: Iterable[str]) -> Scores:
+        questions = {
+            label: Questions(
+                Path(), self.prompts[label].ids, self.prompts[label].lengths, self.generation.max_new_tokens
+            )
+            for label in labels
+        }
+        shares = {label: range(len(asked.ids)) for label, asked in questions.items()}
+        answerer = ExpertAnswerer(expert, self.runner, self.generation)
         scores: Scores = {}
-        for label in list(self.sets if labels is None else labels):
-            prompts = self.prompts[label]
-            texts = [""] * len(prompts.ids)
-            with tqdm(total=len(texts), desc=f"scoring {label}", unit="prompt", leave=False) as bar:
-                for batch in generator.answers(dict(enumerate(prompts.ids))):
-                    for answer in batch:
-                        texts[answer.index] = answer.text
-                    bar.update(len(batch))
-            record = metric_record(self.sets[label].metric, texts, prompts.references)
+        for label, batches in answerer.answer(questions, shares):
+            bar = tqdm(batches, desc=f"scoring {label}", unit="batch", leave=False)
+            answers = {answer.index: answer.text for batch in bar for answer in batch}
+            texts = [answers[index] for index in shares[label]]
+            record = metric_record(self.sets[label].metric, texts, self.prompts[label].references)
             scores[label] = {**record, "examples": len(texts), "sha256": self.sets[label].sha256}
         return scores
 
 
 @contextlib.contextmanager
-def added(base: PreTrainedModel, update: Callable[[str], Tensor], paths: Iterable[str]) -> Iterator[PreTrainedModel]:
+def added(base: PreTrainedModel, update: Callable[[str], Tensor], paths: Iterable[str]) -> Iterator[None]:
     """Let layers of a base have weights with an update added, rounded once to their dtype; their own come back after.
 
     The layers get new parameters: one that is tied to another stays as it is there, and nothing has to be subtracted.
@@ -106,7 +92,7 @@ def added(base: PreTrainedModel, update: Callable[[str], Tensor], paths: Iterabl
             new = weight.detach().float() + (delta.T if isinstance(layer, Conv1D) else delta)
             own[path] = weight
             layer.weight = nn.Parameter(new.to(weight.dtype), requires_grad=False)
-        yield base
+        yield
     finally:
         for path, weight in own.items():
             layer = base.get_submodule(path)

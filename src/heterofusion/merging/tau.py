@@ -6,7 +6,7 @@ a time, in passes as many as a rule needs. Shapes everywhere: A (rank, in_featur
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,36 +17,32 @@ from heterofusion.adapters.lora import LoraAdapter, LoraModule
 
 Factors = tuple[Tensor, Tensor]  # A, B
 
+_HALF = 16  # bits of a float32 that each of the two passes for a threshold looks at
+_MASK = (1 << _HALF) - 1
+
 
 @dataclass(frozen=True)
 class Matrices:
-    """Float32 matrices of experts, by module.
+    """Float32 matrices of experts, by module."""
 
-    Attributes:
-        shapes: (rows, columns) by the path of a module.
-        of: makes the matrices of a module, by the position of the expert; those who lack the module are left out.
-        progress: whether passes show a bar.
-    """
-
-    shapes: Mapping[str, tuple[int, int]]
-    of: Callable[[str], dict[int, Tensor]]
-    progress: bool = True
+    shapes: Mapping[str, tuple[int, int]]  # (rows, columns) by the path of a module
+    of: Callable[[str], dict[int, Tensor]]  # makes a module's, by the position of the expert; some may lack it
 
     def walk(self, what: str) -> Iterator[str]:
         """The paths of all modules, for a pass over them."""
         # a bar that is soon done would only flicker
-        yield from tqdm(self.shapes, desc=what, unit="module", disable=not self.progress, leave=False, delay=2)
+        yield from tqdm(self.shapes, desc=what, unit="module", leave=False, delay=2)
 
     def map(self, change: Callable[[Tensor, int, str], Tensor]) -> "Matrices":
         """The same with every matrix changed: a function of the matrix, the expert's position and the path."""
 
         def of(path: str) -> dict[int, Tensor]:
             matrices = self.of(path)
-            for expert in matrices:
+            for expert in matrices:  # one by one, so that no two of an expert are held
                 matrices[expert] = change(matrices[expert], expert, path)
             return matrices
 
-        return replace(self, of=of)
+        return Matrices(self.shapes, of)
 
 
 class Updates:
@@ -56,7 +52,6 @@ class Updates:
         experts: adapters of one base.
         weights: factor of each expert's update; 1 by default. With 0, an expert counts as if it were not there.
         device: where dense updates are made.
-        progress: whether passes show a bar.
     """
 
     def __init__(
@@ -64,19 +59,16 @@ class Updates:
         experts: Sequence[LoraAdapter],
         weights: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
-        progress: bool = True,
     ) -> None:
         self.names = [expert.name for expert in experts]
         self.weights = [*weights] if weights else [1.0] * len(experts)
-        self.device, self.progress = torch.device(device), progress
+        self.device = torch.device(device)
         self.modules: dict[str, dict[int, LoraModule]] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
         for index, expert in enumerate(experts):
             for path, module in expert.modules.items() if self.weights[index] else ():
                 self.modules.setdefault(path, {})[index] = module
-        self.shapes: dict[str, tuple[int, int]] = {}
-        for path, modules in self.modules.items():
-            module = next(iter(modules.values()))
-            self.shapes[path] = (module.out_features, module.in_features)
+                self.shapes[path] = (module.out_features, module.in_features)
 
     def rank(self, path: str) -> int:
         """Sum of the experts' ranks, with which a sum of their updates is exact."""
@@ -96,7 +88,7 @@ class Updates:
         def of(path: str) -> dict[int, Tensor]:
             return {i: dense_update(m, self.weights[i], self.device) for i, m in self.modules[path].items()}
 
-        return Matrices(self.shapes, of, self.progress)
+        return Matrices(self.shapes, of)
 
     @cached_property
     def joint(self) -> tuple[dict[str, Tensor], Matrices]:
@@ -107,8 +99,7 @@ class Updates:
             return {index: V.to(self.device, copy=True) for index, V in bases[path][1].items()}
 
         left = {path: US for path, (US, _) in bases.items()}
-        shapes = {path: (US.shape[1], self.shapes[path][1]) for path, US in left.items()}
-        return left, Matrices(shapes, of, self.progress)
+        return left, Matrices({path: (US.shape[1], self.shapes[path][1]) for path, US in left.items()}, of)
 
 
 def dense_update(module: LoraModule, weight: float, device: torch.device) -> Tensor:
@@ -140,3 +131,41 @@ def joint_basis(factors: Mapping[int, Factors]) -> tuple[Tensor, dict[int, Tenso
     parts = Vh[:kept].split([Q_A.shape[1] for Q_A, _ in rows], dim=1)  # (k, q_i) each
     V = {index: (part @ Q_A.T).float() for index, part, (Q_A, _) in zip(factors, parts, rows, strict=True)}
     return ((Q @ U[:, :kept]) * S[:kept]).float(), V
+
+
+def magnitude_thresholds(matrices: Matrices, count: int) -> dict[int, float]:
+    """The exact `count`-th largest magnitude of each expert's entries, which are never held together.
+
+    The bit patterns of non-negative float32 numbers, read as integers, are in the order of the numbers. So a histogram
+    of their upper halves finds the bin of the k-th largest, and one of the lower halves within that bin finds the
+    number itself: two passes, with 64 Ki counters per expert.
+
+    Args:
+        matrices: of all modules. Those that an expert lacks count as 0.
+        count: k, at least 1.
+
+    Returns:
+        The k-th largest magnitude by expert; 0 where fewer than k entries differ from 0.
+    """
+    patterns: dict[int, int] = {}  # the bits of the number that are known
+    rest: dict[int, int] = {}  # which of the entries with these bits it is, counted from the largest
+    for known in (None, patterns):
+        histograms: dict[int, Tensor] = {}
+        for path in matrices.walk("thresholds"):
+            _count(histograms, matrices.of(path), known)
+        for expert, histogram in histograms.items():
+            if patterns.get(expert, 0) == 0:
+                histogram[0] = count  # holds 0, what is denormal, and what the expert lacks: it never runs short
+            at_least = histogram.flip(0).cumsum(0)  # entries in the last n + 1 bins
+            place = int(torch.searchsorted(at_least, rest.get(expert, count)))
+            rest[expert] = rest.get(expert, count) - (int(at_least[place - 1]) if place else 0)
+            patterns[expert] = (patterns.get(expert, 0) << _HALF) + _MASK - place
+    return {e: float(torch.tensor(bits, dtype=torch.int32).view(torch.float32)) for e, bits in patterns.items()}
+
+
+def _count(histograms: dict[int, Tensor], matrices: Mapping[int, Tensor], upper: Mapping[int, int] | None) -> None:
+    """Count the upper halves of a module's entries, or the lower ones of those with a given upper half."""
+    for expert, matrix in matrices.items():
+        bits = matrix.abs().flatten().view(torch.int32)
+        bits = bits >> _HALF if upper is None else bits[bits >> _HALF == upper[expert]] & _MASK
+        histograms[expert] = torch.bincount(bits, minlength=_MASK + 1).cpu() + histograms.get(expert, 0)

@@ -9,11 +9,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import heterofusion.merging.merge as merge_run
 from builders import LLAMA_ROLES, WEIGHTS, input_ids, lora_folder, tiny_model, write_adapter
 from conftest import GOLDEN, restored_logging
 from eval_runner import TASKS, evaluation, results
 from heterofusion import load_adapter
+from heterofusion.merging.merge import MergeRun
 from heterofusion.merging.rules import RULES, Ties
 from heterofusion.zoo import zoo_path
 from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
@@ -279,23 +279,23 @@ def test_of_equals_the_first_is_kept_and_lambdas_share_a_merge(scored, monkeypat
     plain = Ties.merge
     monkeypatch.setattr(Ties, "merge", lambda self, updates: calls.append(self.density) or plain(self, updates))
     equal = {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
-    monkeypatch.setattr(merge_run.Scorer, "adapter", lambda self, folder, labels: equal)
+    monkeypatch.setattr(MergeRun, "_score", lambda self, expert, labels: equal)
     _, record = run(scored, method="ties", search=["lambda=0.5,0.25", "density=0.4,0.2"])
     assert record["search"]["chosen"] == 0
     assert record["hyperparameters"] == {"merge_lambda": 0.5, "density": 0.4}
-    assert calls == [0.4, 0.2]
+    assert calls == [0.4, 0.2, 0.4]  # the best one is merged again, no other is kept
 
 
 def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
     calls = []
 
-    def score(self, folder, labels):
-        calls.append(folder)
+    def score(self, expert, labels):
+        calls.append(expert.adapter.folder)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
 
-    monkeypatch.setattr(merge_run.Scorer, "adapter", score)
+    monkeypatch.setattr(MergeRun, "_score", score)
     with restored_logging(), pytest.raises(KeyboardInterrupt):
         merge.main(flags({**scored, "search": ["lambda=0.1,0.2,0.3"]}))
     assert len(calls) == 2

@@ -5,8 +5,8 @@ import torch
 
 from builders import tiny_model
 from heterofusion.merging.config import search_candidates
+from heterofusion.merging.export import added
 from heterofusion.merging.rules import Ties
-from heterofusion.merging.scoring import added
 from heterofusion.runtime.errors import UserError
 
 

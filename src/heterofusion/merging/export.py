@@ -3,8 +3,9 @@
 Energy is the squared Frobenius norm.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from peft import LoraConfig
 from scipy.linalg import eigh
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapters.factors import canonical_factors
 from heterofusion.adapters.lora import PREFIX
@@ -144,3 +147,25 @@ def linear_layers(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if not list(module.children()) and getattr(getattr(module, "weight", None), "dim", lambda: 0)() == 2
     ]
+
+
+@contextlib.contextmanager
+def added(base: PreTrainedModel, update: Callable[[str], Tensor], paths: Iterable[str]) -> Iterator[None]:
+    """Let layers of a base have weights with an update added, rounded once to their dtype; their own come back after.
+
+    The layers get new parameters: one that is tied to another stays as it is there, and nothing has to be subtracted.
+    """
+    own: dict[str, nn.Parameter] = {}
+    try:
+        for path in paths:
+            layer: Any = base.get_submodule(path)
+            weight: nn.Parameter = layer.weight
+            delta = update(path).to(weight.device)
+            new = weight.detach().float() + (delta.T if isinstance(layer, Conv1D) else delta)
+            own[path] = weight
+            layer.weight = nn.Parameter(new.to(weight.dtype), requires_grad=False)
+        yield
+    finally:
+        for path, weight in own.items():
+            layer = base.get_submodule(path)
+            layer.weight = weight

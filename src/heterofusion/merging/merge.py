@@ -3,10 +3,11 @@
 import itertools
 import logging
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -17,13 +18,14 @@ from tqdm.auto import tqdm
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.datasets import check_file_names
-from heterofusion.evaluation.results import mean_score
+from heterofusion.evaluation.datasets import check_file_names, check_references, load_eval_sets
+from heterofusion.evaluation.results import metric_record
+from heterofusion.experts.answering import ExpertAnswerer, Questions
+from heterofusion.experts.expert import Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.config import MergeArguments, MergeDataArguments, search_candidates
-from heterofusion.merging.export import LowRank, linear_layers, low_rank
+from heterofusion.merging.export import LowRank, added, linear_layers, low_rank
 from heterofusion.merging.rules import RULES, Merged, Rule
-from heterofusion.merging.scoring import Scorer, Scores
 from heterofusion.merging.tau import Updates
 from heterofusion.publish.record import adapter_record, control_of, make_record
 from heterofusion.publish.write import write_adapter
@@ -34,43 +36,36 @@ from heterofusion.runtime.ranks import cost_record
 
 logger = logging.getLogger(__name__)
 
+Scores = dict[str, dict[str, Any]]  # record of every data set, by label
+
 _FUSE = "merging needs experts of one base model; recipes/train.py fuses experts of different ones"
 
 
 @dataclass
-class Candidate:
-    """A rule that was tried: what it merged, in how many seconds, and the scores of each adapter."""
+class Trial:
+    """A rule that was tried: the scores of each of its adapters, and the share of energy that the first one lost."""
 
-    index: int
     rule: Rule
-    results: list[LowRank]
-    seconds: float
-    scores: list[Scores] = field(default_factory=list)
+    scores: list[Scores]
+    lost: float = 0.0
+
+    def row(self) -> dict[str, float]:
+        """The score of every data set."""
+        return {label: record["score"] for scores in self.scores for label, record in scores.items()}
 
     @property
-    def together(self) -> Scores:
-        """The scores of all its adapters, by data set."""
-        return {label: record for scores in self.scores for label, record in scores.items()}
+    def mean(self) -> float:
+        """The mean of these scores; 0 without any."""
+        return statistics.fmean(self.row().values()) if self.scores else 0.0
 
     def record(self) -> dict[str, Any]:
         """What a search tells of it."""
-        return {
-            "hyperparameters": self.rule.hyperparameters(),
-            "scores": _primary(self.together),
-            "mean": mean_score(self.together),
-            "truncation": self.results[0].truncation()["overall"],
-        }
+        values = self.rule.hyperparameters()
+        return {"hyperparameters": values, "scores": self.row(), "mean": self.mean, "truncation": self.lost}
 
 
 class MergeRun:
-    """A merge whose flags, adapters and data are in order; nothing is written and no base weights are loaded yet.
-
-    Args:
-        flags: the experts, the method and the output.
-        values: hyper-parameters by name; None for the method's own.
-        data: validation data, if any.
-        generation: how answers are generated.
-    """
+    """A merge whose flags, adapters and data are in order; nothing is written and no base weights are loaded yet."""
 
     def __init__(
         self,
@@ -100,16 +95,24 @@ class MergeRun:
         self.folder = Path(flags.output_dir).expanduser().absolute()
         check_output_dir(str(self.folder), resuming=False, overwrite=flags.overwrite)
         self.experts = [load_adapter(name) for name in flags.adapters]
-        check_experts(self.experts)
         self.folders = self._folders()
         base = flags.base(use_cpu=device.type == "cpu")
         skeleton = base_skeleton(base, flags.trust_remote_code)
-        check_experts_fit(skeleton, self.experts)
+        check_experts(self.experts, skeleton)
         self.layers = linear_layers(skeleton)
         self.dtype = export_dtype(self.experts, flags.dtype)
         self.base_model = display_name(self.experts[0].base_model or flags.model_name_or_path)
-        self.scorer = Scorer(base, data, generation, self.experts[0].folder, device) if self.labels else None
         self.updates = Updates(self.experts, flags.weights, device)
+        self.find = partial(find_expert, base, generation=generation)
+        self.generation, self.runner = generation, ExpertRunner(device)
+        self.sets = {examples.label: examples for examples in (load_eval_sets(data) if self.labels else [])}
+        first = self.find(str(self.experts[0].folder)) if self.sets else None  # its tokenizer goes with the merge
+        self.prompts = {label: first.encode(examples) for label, examples in self.sets.items() if first}
+        for label, prompts in self.prompts.items():
+            check_references(self.sets[label], prompts)
+            if prompts.cut:
+                logger.warning("%d prompts of %s were cut on the left, they are too long", prompts.cut, label)
+        self.merged = lru_cache(maxsize=1)(self._merge)
 
     def _folders(self) -> dict[str, Path]:
         """Where adapters go, by the task that they are for; one by the name of the method, if it is for all."""
@@ -125,76 +128,87 @@ class MergeRun:
 
     def run(self) -> str:
         """Merge, search, score and write; gives what the user is told: truncation, scores, the table of a search."""
-        if self.scorer is not None:
-            self.scorer.load()  # nothing is written before the last thing that may be wrong
-        with tempfile.TemporaryDirectory() as trials:
-            best, search = self._best(Path(trials))
-        dense = self._score_dense(best.rule)
-        for index, folder in enumerate(self.folders.values()):
-            validation = None
-            if best.scores:
-                own = {"adapter": best.scores[index], "mean": mean_score(best.scores[index])}
-                told = {"dense": dense[index], "dense_mean": mean_score(dense[index])} if dense else {}
-                validation = {"dense": None, "dense_mean": None, **own, **told}
-            self._write(folder, best, index, search=search, validation=validation)
-        logger.info("%s written to %s", "adapters" if self.per_task else "adapter", self.folder)
-        return self._report(best, dense, search)
-
-    def _best(self, trials: Path) -> tuple[Candidate, dict[str, Any] | None]:
-        """Merge every candidate, and score it as it would be written; gives the best, of equals the first."""
-
-        @lru_cache(maxsize=1)
-        def merged(rule: Rule) -> list[LowRank]:
-            return low_rank(rule.merge(self.updates), self.updates, self.flags.rank)
-
-        start, tried = time.perf_counter(), []
-        best: Candidate | None = None
+        start = time.perf_counter()
         # those that differ in lambda alone follow each other: one merge serves them all
         units = [without_lambda(rule) for rule in self.candidates]
         order = sorted(range(len(units)), key=lambda index: units.index(units[index]))
-        for index in tqdm(order, desc="search", unit="merge", disable=len(order) == 1):
-            begun = time.perf_counter()
-            results = merged(units[index])
-            candidate = Candidate(index, self.candidates[index], results, time.perf_counter() - begun)
-            if self.scorer is not None:
-                for number, labels in enumerate(self.labels):
-                    folder = self._write(trials / str(number), candidate, number)
-                    candidate.scores.append(self.scorer.adapter(folder, labels))
-                tried.append((index, candidate.record()))
-            if best is None or _order(candidate) > _order(best):
-                best = candidate
-        assert best is not None
-        if not self.flags.search:
-            return best, None
-        best.seconds = time.perf_counter() - start
-        return best, {
-            "candidates": [record for _, record in sorted(tried, key=lambda item: item[0])],
-            "chosen": best.index,
-            "validation_runs": len(tried),
-            "seconds": round(best.seconds, 3),
-        }
+        with (
+            tempfile.TemporaryDirectory() as place,
+            tqdm(order, "search", unit="merge", disable=len(order) == 1) as bar,
+        ):
+            found = {index: self._try(self.candidates[index], Path(place)) for index in bar}
+        trials = [found[index] for index in range(len(found))]
+        best = max(trials, key=lambda trial: trial.mean)  # of equals the first
+        results, seconds = self.merged(without_lambda(best.rule))
+        search = None
+        if self.flags.search:
+            seconds = time.perf_counter() - start
+            told = [trial.record() for trial in trials]
+            search = {"candidates": told, "chosen": trials.index(best), "validation_runs": len(trials)}
+            search["seconds"] = round(seconds, 3)
+        dense = Trial(best.rule, self._score_dense(best.rule) if self.flags.dense else [])
+        for index, folder in enumerate(self.folders.values()):
+            own, cut = (Trial(best.rule, trial.scores[index : index + 1]) for trial in (best, dense))
+            validation: dict[str, Any] = {}
+            if own.scores:
+                validation = {"adapter": own.scores[0], "mean": own.mean, "dense": None, "dense_mean": None}
+            if cut.scores:
+                validation |= {"dense": cut.scores[0], "dense_mean": cut.mean}
+            metrics = {f"eval_{label}": score for label, score in own.row().items()}
+            self._write(
+                folder, index, best.rule, seconds, metrics=metrics, search=search, validation=validation or None
+            )
+        logger.info("%s written to %s", "adapters" if self.per_task else "adapter", self.folder)
+        return self._report(results, best, dense, search)
+
+    def _merge(self, rule: Rule) -> tuple[list[LowRank], float]:
+        """What a rule merges, but for its lambda, and in how many seconds."""
+        start = time.perf_counter()
+        return low_rank(rule.merge(self.updates), self.updates, self.flags.rank), time.perf_counter() - start
+
+    def _try(self, rule: Rule, folder: Path) -> Trial:
+        """Merge by a rule, and score it, if there are data, as it would be written."""
+        (first, *_), _ = self.merged(without_lambda(rule))
+        folders = [self._write(folder / str(index), index, rule) for index in range(len(self.labels))]
+        scores = [self._score(self.find(str(f)), labels) for f, labels in zip(folders, self.labels, strict=True)]
+        return Trial(rule, scores, first.lost())
 
     def _score_dense(self, rule: Rule) -> list[Scores]:
-        """Scores of the merged updates before their rank is cut, one by one; none if they are not asked for."""
-        if self.scorer is None or not self.flags.dense:
-            return []
-        updates = [
-            partial(dense_update, rule.merge(self.updates), rule.merge_lambda, i) for i in range(len(self.labels))
-        ]
-        return [
-            self.scorer.dense(update, self.updates.modules, labels)
-            for update, labels in zip(updates, self.labels, strict=True)
-        ]
+        """Scores of the merged updates before their rank is cut, one by one."""
+        merged = rule.merge(self.updates)
+        expert = self.find(str(self.experts[0].folder)).without_adapter()
+        scores = []
+        for index, labels in enumerate(self.labels):
+            update = partial(dense_update, merged, rule.merge_lambda, index)
+            with added(self.runner.load(expert.base), update, self.updates.modules):
+                scores.append(self._score(expert, labels))
+        return scores
 
-    def _write(self, folder: Path, candidate: Candidate, index: int, **parts: Any) -> Path:
-        """Write one adapter of a candidate, with all that is known of it."""
-        result, rule = candidate.results[index], candidate.rule
-        scores = _primary(candidate.scores[index]) if len(candidate.scores) > index else {}
+    def _score(self, expert: Expert, labels: Sequence[str]) -> Scores:
+        """Scores of an expert on some of the data sets."""
+        asked = {name: self.prompts[name] for name in labels}
+        questions = {
+            name: Questions(Path(), prompts.ids, prompts.lengths, self.generation.max_new_tokens)
+            for name, prompts in asked.items()
+        }
+        answerer = ExpertAnswerer(expert, self.runner, self.generation)
+        scores = {}
+        for name, batches in answerer.answer(questions, {name: range(len(p.ids)) for name, p in asked.items()}):
+            bar = tqdm(batches, f"scoring {name}", unit="batch", leave=False)
+            answers = {answer.index: answer.text for batch in bar for answer in batch}
+            texts = [answers[index] for index in range(len(answers))]
+            record = metric_record(self.sets[name].metric, texts, asked[name].references)
+            scores[name] = {**record, "examples": len(texts), "sha256": self.sets[name].sha256}
+        return scores
+
+    def _write(self, folder: Path, index: int, rule: Rule, seconds: float = 0.0, **parts: Any) -> Path:
+        """Write one of the adapters that a rule merges, with all that is known of it."""
+        result = self.merged(without_lambda(rule))[0][index]
         record = make_record(
             "merge",
             self.flags.method,
             self.base_model,
-            cost_record(candidate.seconds),
+            cost_record(seconds),
             seed=vars(rule).get("seed"),
             control=control_of(*self.experts),
             adapters=[adapter_record(e, weight=w) for e, w in zip(self.experts, self.updates.weights, strict=True)],
@@ -202,7 +216,6 @@ class MergeRun:
             task=[*self.folders][index] if self.per_task else None,
             needs_task_id=self.per_task,
             truncation=result.truncation() | {"dtype": str(self.dtype).removeprefix("torch.")},
-            metrics={f"eval_{label}": score for label, score in scores.items()},
             **parts,
         )
         return write_adapter(
@@ -215,7 +228,7 @@ class MergeRun:
             tokenizer=self.experts[0].folder,
         )
 
-    def _report(self, best: Candidate, dense: Sequence[Scores], search: dict[str, Any] | None) -> str:
+    def _report(self, results: Sequence[LowRank], best: Trial, dense: Trial, search: dict[str, Any] | None) -> str:
         blocks = []
         if search:
             rows = []
@@ -226,22 +239,12 @@ class MergeRun:
             blocks += [_table(rows), f"{search['validation_runs']} validation runs in {search['seconds']:.1f} s"]
         if self.per_task:
             blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")
-        for name, result in zip(self.folders, best.results, strict=True):
+        for name, result in zip(self.folders, results, strict=True):
             blocks.append((f"{name}: " if self.per_task else "") + truncation_text(result.truncation()))
-        if best.scores:
-            scored = {"adapter as written": best, "dense update": replace(best, scores=[*dense])}
-            rows = [
-                {"": name, **_primary(candidate.together), "mean": mean_score(candidate.together)}
-                for name, candidate in scored.items()
-                if candidate.scores
-            ]
+        scored = {"adapter as written": best, "dense update": dense}
+        if rows := [{"": name, **trial.row(), "mean": trial.mean} for name, trial in scored.items() if trial.scores]:
             blocks.append(_table(rows))
         return "\n\n".join(blocks)
-
-
-def _order(candidate: Candidate) -> tuple[float, int]:
-    """The higher the better; of equals the first."""
-    return mean_score(candidate.together), -candidate.index
 
 
 def without_lambda(rule: Any) -> Any:
@@ -258,19 +261,12 @@ def dense_update(merged: Merged, factor: float, index: int, path: str) -> Tensor
 # ---- checks -----------------------------------------------------------------------------------------------------
 
 
-def check_experts(experts: Sequence[LoraAdapter]) -> None:
-    """Refuse adapters that are not several LoRA experts of one base."""
-    for expert in experts:
-        if expert.extra_tensors:
-            raise UserError(
-                f"adapter {expert.name} holds {min(expert.extra_tensors)} besides LoRA (modules_to_save, embeddings), "
-                "which no method here merges; train it without, or remove those tensors and modules_to_save"
-            )
+def check_experts(experts: Sequence[LoraAdapter], base: nn.Module) -> None:
+    """Refuse adapters that are not several LoRA experts of the given base (on the meta device)."""
     for other, expert in itertools.combinations(experts, 2):
         if other.sha256 == expert.sha256:
             raise UserError(
-                f"adapters {other.name} and {expert.name} have the same weights; give each once, and --weights to "
-                "count it more"
+                f"{other.name} and {expert.name} have the same weights; give one, and --weights to count it more"
             )
         bases = [PureWindowsPath((e.base_model or "").rstrip("/\\")).name.lower() for e in (other, expert)]
         if all(bases) and bases[0] != bases[1]:  # the same model may be known by its Hub id and by a folder
@@ -278,11 +274,12 @@ def check_experts(experts: Sequence[LoraAdapter]) -> None:
                 f"adapter {other.name} was trained on {other.base_model}, {expert.name} on {expert.base_model}: "
                 f"{_FUSE}. If both are the same model, give both the same base_model_name_or_path"
             )
-
-
-def check_experts_fit(base: nn.Module, experts: Sequence[LoraAdapter]) -> None:
-    """Refuse experts that are not of the given base (on the meta device)."""
     for expert in experts:
+        if expert.extra_tensors:
+            raise UserError(
+                f"adapter {expert.name} holds {min(expert.extra_tensors)} besides LoRA (modules_to_save, embeddings), "
+                "which no method here merges; train it without"
+            )
         try:
             check_base_fits(base, expert)
         except AdapterError as error:
@@ -325,10 +322,6 @@ def truncation_text(truncation: Mapping[str, Any]) -> str:
         f"Cut to rank {truncation['rank']} at most by SVD: {truncation['overall']:.2%} of the merged update's energy "
         f"(squared norm) is lost, {truncation['max']:.2%} in the module that loses most ({truncation['max_module']})."
     )
-
-
-def _primary(scores: Scores) -> dict[str, float]:
-    return {label: record["score"] for label, record in scores.items()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

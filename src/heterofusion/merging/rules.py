@@ -50,9 +50,6 @@ class Rule:
         raise NotImplementedError
 
 
-# ---- sums, exact as stacked factors -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Average(Rule):
     """Mean of the experts' updates.
@@ -99,9 +96,6 @@ def total(matrices: Mapping[int, Tensor]) -> Tensor:
 def summed(matrices: Matrices) -> Merged:
     """The merge that is the sum of the experts' matrices."""
     return lambda path: [total(matrices.of(path))]
-
-
-# ---- TIES -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,9 +152,6 @@ def share_count(share: float, size: int) -> int:
     return int(share * size + 1e-6)
 
 
-# ---- entries dropped at random ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Dare(Rule):
     """Sum of updates with entries dropped at random.
@@ -178,16 +169,14 @@ class Dare(Rule):
 
 
 @dataclass(frozen=True)
-class DareTies(Rule):
+class DareTies(Dare):
     """TIES of updates with entries dropped at random.
 
     As `dare`, then as `ties` (arXiv 2311.03099). With a `density` of 1 it is that of PEFT and mergekit.
     """
 
     merge_lambda: float = flag(1.0, **LAMBDA)
-    drop_rate: float = flag(0.5, **DROP_RATE)
     density: float = flag(0.2, **DENSITY)
-    seed: int = flag(0, **SEED)
 
     def merge(self, updates: Updates) -> Merged:
         return elected(trimmed(dropped(updates.dense, self.drop_rate, self.seed), self.density))
@@ -251,9 +240,6 @@ def seeded_generator(seed: int, expert: int, path: str, device: torch.device) ->
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-# ---- Model Breadcrumbs ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Breadcrumbs(Rule):
     """Sum of the entries of middle size of every row.
@@ -280,9 +266,6 @@ def crumbs(update: Tensor, density: float, gamma: float) -> Tensor:
     top, kept = (share_count(share, update.shape[1]) for share in (gamma, density))
     order = update.abs().argsort(dim=1, descending=True, stable=True)[:, top : top + kept]
     return torch.zeros_like(update).scatter_(1, order, update.gather(1, order))
-
-
-# ---- EMR --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -337,9 +320,6 @@ def masked(unified_update: Tensor, update: Tensor) -> Tensor:
     return torch.where(unified_update.sign() * update > 0, unified_update, 0)
 
 
-# ---- KnOTS ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class KnotsTies(Ties):
     """TIES in the basis of the experts' joint SVD.
@@ -371,17 +351,9 @@ def in_joint_basis(updates: Updates, rule: Callable[[Matrices], Merged]) -> Merg
 
 
 RULES: dict[str, type[Rule]] = {
-    "average": Average,
-    "task_arithmetic": TaskArithmetic,
-    "ties": Ties,
-    "dare": Dare,
-    "dare_ties": DareTies,
-    "della": Della,
-    "breadcrumbs": Breadcrumbs,
-    "emr": Emr,
-    "knots_ties": KnotsTies,
-    "knots_dare": KnotsDare,
-}
+    "average": Average, "task_arithmetic": TaskArithmetic, "ties": Ties, "dare": Dare, "dare_ties": DareTies,
+    "della": Della, "breadcrumbs": Breadcrumbs, "emr": Emr, "knots_ties": KnotsTies, "knots_dare": KnotsDare,
+}  # fmt: skip
 
 
 def make_rule(method: str, values: Mapping[str, Any]) -> Rule:

@@ -34,12 +34,12 @@ logging.getLogger().addHandler(logging.NullHandler())
 import torch
 
 from benchmark_shapes import DEMO, GIB, SHAPES, Workload
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.data.markdown import markdown_table
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 FOLDER = Path(__file__).resolve().parent
 LORA = "lora"

@@ -27,8 +27,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from benchmark_shapes import DEMO, SHAPES, RandomRows, Workload, prepare
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 LORA = "lora"
 WARM_UP = 2  # steps that are not counted

@@ -17,8 +17,8 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 from heterofusion.zoo import FAMILIES, TASKS
 from heterofusion.zoo.build import build_zoo, score_table
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Gain
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 MERGES: dict[str, tuple[str, dict[str, list[float]]]] = {
     "weight average": ("average", {}),

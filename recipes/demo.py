@@ -15,7 +15,6 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand in the way
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments import RunArguments, Runs
 from heterofusion.experiments.comparison import Comparison, Method
 from heterofusion.experiments.page import Page
@@ -23,6 +22,7 @@ from heterofusion.experiments.pictures import draw_bars, draw_curves
 from heterofusion.experiments.tables import Gain, Row, score_frame
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, write_splits, zoo_path
 
 CONFIG = Path(__file__).parent / "demo" / "fuse.yaml"

@@ -20,7 +20,6 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.replay import build_eval, examples_sha256
 from heterofusion.experts.store import cache_folder
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
@@ -36,6 +35,7 @@ from heterofusion.rivals.distillation import (
 from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
 from heterofusion.training.config import LoraArguments, check_run_flags

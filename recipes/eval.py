@@ -19,11 +19,11 @@ from functools import partial
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.evaluation.results import results_table
 from heterofusion.evaluation.rows import EVAL_ARGUMENTS, EvalArguments, expert_rows
 from heterofusion.evaluation.run import Evaluation
 from heterofusion.rivals.ensemble_row import EnsembleArguments, ensemble_rows
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import start_ranks
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.labels import check_label_flags
 from heterofusion.data.replay import build_eval, make_collator
 from heterofusion.method.expansion import FitBasis
@@ -28,6 +27,7 @@ from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint

@@ -23,12 +23,12 @@ import sys
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
 from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import Routing
 from heterofusion.labelling.run import ROUTING_PICTURE, STAGING, Labelling
 from heterofusion.runtime.files import staging_folder
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import start_ranks
 
 logger = logging.getLogger("heterofusion.label")

@@ -15,9 +15,9 @@ import sys
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.merging.config import MERGE_ARGUMENTS, methods_text
 from heterofusion.merging.merge import MergeRun
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 
 
 @command

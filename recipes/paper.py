@@ -16,13 +16,13 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments import Run, RunArguments, Runs
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
 from heterofusion.experiments.tables import NO_SEED, SCORES_ARE, Row, difference_table, score_frame, score_table
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 Expert = tuple[str, str]  # family and task
 

@@ -16,11 +16,11 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.adapters.alignment import AdapterArguments, load_plan
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.method.config import MethodConfig
 from heterofusion.method.plan import format_plan, plan_summary
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 
 @dataclass

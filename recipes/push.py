@@ -13,9 +13,9 @@ from dataclasses import dataclass
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.publish.hub import push_adapter
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 
 @dataclass

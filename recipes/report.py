@@ -15,12 +15,12 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 import pandas as pd
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
 from heterofusion.experiments.tables import SCORES_ARE, difference_table, read_rows, score_frame, score_table
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 
 @dataclass

@@ -18,13 +18,13 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 import yaml
 
-from heterofusion.cli import command, parse_arguments, set_up_logging
 from heterofusion.experiments import Run
 from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Gain
 from heterofusion.runtime.files import write_whole
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 CONTROLLED = ("N=10", "N=30")  # cases of the controls
 WITHOUT, WITH = "Without source labels", "With labels of the source experts"

@@ -27,7 +27,6 @@ from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.adapters.alignment import load_plan
 from heterofusion.adapters.controls import control_kind, control_record
 from heterofusion.adapters.lora import check_base
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.labels import check_label_flags
 from heterofusion.data.replay import build_eval
 from heterofusion.method.expansion import expand_plan
@@ -38,6 +37,7 @@ from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import (
     check_checkpoint,

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from heterofusion.cli import parse_arguments
 from heterofusion.data.replay import DataArguments, build_eval, build_replay, make_collator
+from heterofusion.runtime.program import parse_arguments
 from replay_builders import answers, args_for, byte_level, numbered, refused, word_level, write
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")

@@ -25,7 +25,6 @@ logging.getLogger().addHandler(logging.NullHandler())
 from datasets import ClassLabel, Dataset
 from tqdm import tqdm
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.files import Records, load_records
 from heterofusion.data.formats import check_string, type_name
 from heterofusion.data.prepared import Example, PrepareArguments, PreparedTask, make_splits, summary_table, write_tasks
@@ -33,6 +32,7 @@ from heterofusion.evaluation.glue import GLUE_LABELS, MAX_SIMILARITY
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 
 HUB_NAME = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".jsonl", ".json")

@@ -26,7 +26,6 @@ logging.getLogger().addHandler(logging.NullHandler())
 
 from tqdm import tqdm
 
-from heterofusion.cli import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.data.files import Records, load_json, parse_json, read_text
 from heterofusion.data.formats import check_string, type_name
 from heterofusion.data.prepared import (
@@ -42,6 +41,7 @@ from heterofusion.evaluation.uie import KINDS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
 from heterofusion.runtime.flags import flag
+from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 
 logger = logging.getLogger("heterofusion.recipes.uie.prepare")
 

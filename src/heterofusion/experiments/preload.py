@@ -9,4 +9,5 @@ import scipy.stats  # noqa: E402, F401
 import sklearn.metrics  # noqa: E402, F401
 import transformers.trainer  # noqa: E402, F401
 
-import heterofusion  # noqa: E402, F401
+import heterofusion.runtime.program  # noqa: E402
+import heterofusion.training.trainer  # noqa: E402, F401

@@ -1,5 +1,7 @@
 """A user's mistake, told in one line."""
 
+USER_ERROR = 2  # exit code
+
 
 class UserError(ValueError):
     """What a user can mend: a flag, a file, a model that does not fit. Recipes print its text without a traceback."""

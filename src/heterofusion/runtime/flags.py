@@ -1,10 +1,12 @@
 """Flags as dataclass fields (`flag(0.5, help="...", range="(0, 1]")`), their ranges, and YAML with variables."""
 
+import argparse
 import dataclasses
 import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +108,14 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def take_flags(argv: Sequence[str], name: str, **how: Any) -> tuple[list[str], list[str]]:
+    """The values of a flag, and the command line without it; `how` as for argparse."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(f"--{name}", action="append", default=[], **how)
+    try:
+        found, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    return getattr(found, name), rest

@@ -21,7 +21,7 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.data.replay import build_eval, examples_sha256
-from heterofusion.experts.store import cache_folder
+from heterofusion.experts.soft_labels import cache_folder
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, refuse_push

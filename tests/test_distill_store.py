@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets.table import MemoryMappedTable
 
-from heterofusion.experts import store, teachers
+from heterofusion.experts import teachers
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 
 IDENTITY = {"model": "a"}
@@ -75,7 +75,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_whole(when, tmp_p
 
     if (child := os.fork()) == 0:
         if when == "before it is renamed":
-            store.os.rename = kill_self
+            os.rename = kill_self
         write_labels(tmp_path, IDENTITY, given())
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(call, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(store.os, call, full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match=r"--logits_cache: .*soft-labels-.* could not be written \(no space left"):
         write_labels(tmp_path, IDENTITY, batches())
     assert not list(tmp_path.iterdir())

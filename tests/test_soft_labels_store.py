@@ -17,7 +17,7 @@ from heterofusion.data.labels import (
     build_labels,
 )
 from heterofusion.data.replay import DataArguments
-from heterofusion.experts.soft_targets import add_soft_labels
+from heterofusion.experts.soft import add_soft_labels
 from heterofusion.experts.token_alignment import Aligner
 from heterofusion.runtime.loading import check_token_ids
 from heterofusion.zoo import zoo_path

@@ -136,7 +136,7 @@ def test_map_is_not_written_where_it_cannot_be(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("heterofusion.experts.store.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match=r"--logits_cache: .*vocabulary-.* could not be written \(no space left"):
         VocabularyMap(byte_level(), sentencepiece_like(), tmp_path).map([300])
     assert not list(tmp_path.iterdir())

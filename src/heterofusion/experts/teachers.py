@@ -1,7 +1,6 @@
-"""What experts think of given answers: each runs over the same examples in its own tokenizer and chat template.
+"""What experts think of given answers: each runs once over the same examples, in its own tokenizer and chat template.
 
-Bases are loaded one at a time, and what came of a teacher is kept (`soft_labels.py`): the same teacher on the same
-examples is never run twice.
+Bases are loaded one at a time, and what came of a teacher is kept (`soft_labels.py`).
 """
 
 import logging
@@ -17,7 +16,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, ReplayReport, build_replay, examples_sha256, make_collator
@@ -65,8 +63,7 @@ class Teacher:
 def find_target(base: BaseArguments, adapter: str, data: DataArguments) -> tuple[Teacher, ReplayReport]:
     """The target as its own teacher, which it is as long as no other is better; and what became of the replay."""
     expert = find_expert(base, adapter)
-    examples, report = whole_examples(data, expert.tokenizer)
-    check_token_ids([examples], expert.config)
+    examples, report = _whole_examples(data, expert)
     return Teacher(expert, examples), report
 
 
@@ -87,8 +84,7 @@ def _find_teacher(base: BaseArguments, adapter: str, data: DataArguments, expect
     expert = find_expert(base, adapter)
     if expert.adapter is not None and expert.adapter.virtual_tokens:
         raise UserError("it puts tokens before the prompt, so its logits stand at other positions; give a LoRA")
-    examples, report = whole_examples(data, expert.tokenizer)
-    check_token_ids([examples], expert.config)
+    examples, report = _whole_examples(data, expert)
     longest = max(map(len, examples["input_ids"]))
     if expert.context is not None and longest > expert.context:
         raise UserError(
@@ -103,25 +99,23 @@ def _find_teacher(base: BaseArguments, adapter: str, data: DataArguments, expect
     return Teacher(expert, examples)
 
 
-def whole_examples(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, ReplayReport]:
-    """The replay in a fast tokenizer, where no example may be cut: answers are compared as wholes.
-
-    The sample and its order depend on the flags alone, so they are the same in every tokenizer.
-    """
-    if not tokenizer.is_fast:
+def _whole_examples(data: DataArguments, expert: Expert) -> tuple[Dataset, ReplayReport]:
+    """The replay in a fast tokenizer, where no example may be cut: answers are compared as wholes."""
+    if not expert.tokenizer.is_fast:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no fast version, which tells what its tokens stand for; "
-            "save one with a tokenizer.json"
+            f"the tokenizer of {expert.tokenizer.name_or_path!r} has no fast version, which tells what its tokens "
+            "stand for; save one with a tokenizer.json"
         )
-    examples, report = build_replay(replace(data, max_length=sys.maxsize), tokenizer)
+    examples, report = build_replay(replace(data, max_length=sys.maxsize), expert.tokenizer)
     lengths = [len(ids) for ids in examples["input_ids"]]
     if max(lengths) > data.max_length:
         longer = sum(length > data.max_length for length in lengths)
         raise UserError(
-            f"{longer} of {len(lengths)} replay examples are longer than --max_length {data.max_length} in this "
-            f"tokenizer, and cut answers cannot be aligned: raise it to {max(lengths)}, or leave long records out"
+            f"{longer} of {len(lengths)} replay examples are longer than --max_length {data.max_length}, and cut "
+            f"answers cannot be aligned: raise it to {max(lengths)}, or leave long records out"
         )
     report.max_length = data.max_length
+    check_token_ids([examples], expert.config)
     return examples, report
 
 
@@ -161,40 +155,32 @@ def collect_soft_labels(
 
 def _run(runner: ExpertRunner, teacher: Teacher, identity: dict[str, Any], folder: Path, batch_size: int) -> None:
     with runner.running(teacher.expert) as model:
-        write_labels(folder, identity, run_teacher(teacher, model, identity["top_k"], batch_size))
+        write_labels(folder, identity, _batches(teacher, model, identity["top_k"], batch_size))
 
 
-def run_teacher(
-    teacher: Teacher, model: Any, top_k: int, batch_size: int
-) -> Iterator[list[tuple[int, SoftLabel, float]]]:
+def _batches(teacher: Teacher, model: Any, top_k: int, size: int) -> Iterator[list[tuple[int, SoftLabel, float]]]:
     """Run a teacher over its examples, with the answers given (teacher forcing), the longest examples first."""
     collate = make_collator(teacher.expert.tokenizer)
     lengths = {index: len(ids) for index, ids in enumerate(teacher.examples["input_ids"])}
-    order = longest_first(lengths)
-    with tqdm(
-        total=len(order), desc=f"Running {teacher.record()['name']}", unit="example", delay=3, leave=False
-    ) as bar:
-        for first in range(0, len(order), batch_size):
-            indices = order[first : first + batch_size]
-            batch = collate([teacher.examples[index] for index in indices])
+    order, title = longest_first(lengths), f"Running {teacher.record()['name']}"
+    with tqdm(total=len(order), desc=title, unit="example", delay=3, leave=False) as bar:
+        for first in range(0, len(order), size):
+            indices = order[first : first + size]
+            batch = collate([teacher.examples[index] for index in indices]).to(model.device)
+            labels = batch.pop("labels")
             try:
-                answers = _run_batch(model, batch.to(model.device), top_k)
+                with torch.no_grad():
+                    logits = model(**batch, use_cache=False).logits
+                    answers = [_soft_label(row, wanted, top_k) for row, wanted in zip(logits, labels, strict=True)]
             except torch.OutOfMemoryError as error:
                 raise UserError(
-                    f"teacher {teacher.name}: {batch_size} examples of {lengths[indices[0]]} tokens do not fit into "
-                    "memory; lower --teacher_batch_size"
+                    f"teacher {teacher.name}: {size} examples of {lengths[indices[0]]} tokens do not fit into memory; "
+                    "lower --teacher_batch_size"
                 ) from error
             if not all(np.isfinite(entropy) for _, entropy in answers):
                 raise UserError(f"teacher {teacher.name}: its logits are not finite; give another --dtype")
             yield [(index, *answer) for index, answer in zip(indices, answers, strict=True)]
             bar.update(len(indices))
-
-
-@torch.no_grad()
-def _run_batch(model: Any, batch: Any, top_k: int) -> list[tuple[SoftLabel, float]]:
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits
-    return [_soft_label(row, wanted, top_k) for row, wanted in zip(logits, labels, strict=True)]
 
 
 def _soft_label(logits: Tensor, labels: Tensor, top_k: int) -> tuple[SoftLabel, float]:

@@ -7,13 +7,14 @@ in length, the shorter spelling in the vocabulary (`A` before `<0x41>`), the low
 Origin: FuseLLM, arXiv 2401.10491, section 3.3.
 """
 
+import functools
 import json
 import logging
 import os
 import re
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,36 +25,29 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.experts.identity import tokenizer_fingerprint
-from heterofusion.experts.store import cache_key, naming
+from heterofusion.experts.soft_labels import cache_key, told_cache
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import TEMPORARY
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-_WORD_MARK = "▁"
-
-
-_CONTINUATION = "##"
-
-
-_MARKED = {"Metaspace", "ByteFallback", "Unigram"}
-
-
 logger = logging.getLogger(__name__)
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_WORD_MARK = "▁"
+_CONTINUATION = "##"
+_MARKED = {"Metaspace", "ByteFallback", "Unigram"}
 
 UNMAPPED = -1
 _FORMAT = 1  # of the files; another number is another file name
 
-# A bit for each byte: one of their own for small letters and the space, 16 for the rest of ASCII, 21 for all others.
-_BITS = np.array(
-    [
-        1
-        << (byte - 97 if 97 <= byte <= 122 else 26 if byte == 32 else 27 + byte % 16 if byte < 128 else 43 + byte % 21)
-        for byte in range(256)
-    ],
-    dtype=np.uint64,
-)
+
+def _place(byte: int) -> int:
+    """The bit of a byte: one of their own for small letters and the space, 16 for other ASCII, 21 for the rest."""
+    if 97 <= byte <= 122 or byte == 32:
+        return byte - 97 if byte > 32 else 26
+    return 27 + byte % 16 if byte < 128 else 43 + byte % 21
+
+
+_BITS = np.array([1 << _place(byte) for byte in range(256)], dtype=np.uint64)
 
 Array = NDArray[np.int64]
 
@@ -92,10 +86,10 @@ def as_columns(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint16], 
 class TokenIndex:
     """Texts of a vocabulary, to find the nearest one.
 
-    They lie in buckets by length. Lengths are tried in the order of their difference to the query's, until that alone
-    is no better than what was found. In a bucket, only texts whose sets of bytes (folded to 64 bits) differ little
-    enough are compared: a difference of n bytes needs n edits. Worst case of a query: O(vocabulary * length^2) in
-    numpy; for most words a few hundred texts are left, which takes 2 to 3 ms with a vocabulary of 128,000 tokens.
+    Two bounds of a distance are known at once for all texts: the difference in length, and of their sets of bytes
+    (folded to 64 bits), as a difference of n bytes needs n edits. Texts are compared in the order of the larger bound,
+    until it is no better than what was found. Worst case of a query: O(vocabulary * length^2) in numpy; for most words
+    a few hundred texts are compared, which takes milliseconds with a vocabulary of 128,000 tokens.
 
     Args:
         texts: bytes by token id; tokens that are None or empty are never found.
@@ -103,21 +97,13 @@ class TokenIndex:
     """
 
     def __init__(self, texts: Sequence[bytes | None], spellings: Sequence[str]) -> None:
-        self.exact: dict[bytes, int] = {}
-        self._rank: dict[int, int] = {}  # in the order of preference among equally near ones
-        lengths: dict[int, list[int]] = defaultdict(list)
-        for index in sorted(range(len(texts)), key=lambda i: (len(spellings[i]), i)):
-            text = texts[index]
-            if text:
-                self._rank[index] = len(self._rank)
-                self.exact.setdefault(text, index)
-                lengths[len(text)].append(index)
-        self._buckets: dict[int, tuple[list[int], NDArray[np.uint16], NDArray[np.uint64]]] = {}
-        for length, ids in lengths.items():
-            joined = b"".join(texts[i] or b"" for i in ids)
-            columns = np.frombuffer(joined, dtype=np.uint8).reshape(len(ids), length).T.astype(np.uint16)
-            self._buckets[length] = (ids, columns, _byte_sets(columns))
-        self._longest = max(self._buckets, default=0)
+        order = sorted(range(len(texts)), key=lambda index: (len(spellings[index]), index))
+        self._ids = [index for index in order if texts[index]]  # in the order of preference among equally near ones
+        self.exact: dict[bytes, int] = {texts[index] or b"": index for index in reversed(self._ids)}
+        self._columns, self._lengths = as_columns([texts[index] or b"" for index in self._ids])
+        self._sets = np.zeros(len(self._ids), dtype=np.uint64)
+        for row, symbols in enumerate(self._columns):
+            self._sets |= np.where(row < self._lengths, _BITS[symbols], np.uint64(0))
 
     def nearest(self, text: bytes) -> int:
         """Id of the nearest token, by the order of preference that the module states; `UNMAPPED` if there is none."""
@@ -127,52 +113,26 @@ class TokenIndex:
         for equal in (text, respaced):  # at distance 0, and at 1, where nothing is nearer
             if equal in self.exact:
                 return self.exact[equal]
-        query, query_set = list(text), _byte_sets(np.array([list(text)], dtype=np.uint16).T)[0]
-        best, chosen = max(len(text), self._longest) + 1, UNMAPPED
-        for gap in range(max(len(text), self._longest) + 1):
-            if gap >= best:  # the distance is the gap at least, and of equal distances the smaller gap counts
-                break
-            found: list[tuple[int, int, int]] = []  # distance, rank, id
-            limit = best - 1
-            for length in {len(text) - gap, len(text) + gap} & self._buckets.keys():
-                limit = self._search(query, query_set, length, limit, found)
-            if found:
-                best, _, chosen = min(found)
-        return chosen
-
-    def _search(
-        self,
-        query: list[int],
-        query_set: np.uint64,
-        length: int,
-        limit: int,
-        found: list[tuple[int, int, int]],
-    ) -> int:
-        """Add what one bucket has at a distance of `limit` at most; gives the smallest distance as the new limit."""
-        ids, columns, sets = self._buckets[length]
-        missing = np.bitwise_count(query_set & ~sets).astype(np.int64)  # (tokens,)
-        for bit, count in Counter(_BITS[query].tolist()).items():
+        bits = _BITS[list(text)]
+        own = np.bitwise_or.reduce(bits)
+        missing = np.bitwise_count(own & ~self._sets).astype(np.int64)  # (tokens,)
+        for bit, count in Counter(bits.tolist()).items():
             if count > 1:  # each time that it stands there
-                missing += (count - 1) * (sets & np.uint64(bit) == 0)
-        bounds = np.maximum(missing, np.bitwise_count(sets & ~query_set))
-        for bound in range(int(bounds.min()), limit + 1):
-            if bound > limit:
+                missing += (count - 1) * (self._sets & np.uint64(bit) == 0)
+        gaps = np.abs(self._lengths - len(text))
+        bounds = np.maximum(np.maximum(missing, np.bitwise_count(self._sets & ~own)), gaps)
+        best = (len(text) + len(self._columns) + 1, 0, 0)  # distance, gap, place in the order of preference
+        for bound in range(int(bounds.min()), int(bounds.max()) + 1):
+            if bound > best[0]:
                 break
-            chosen = np.flatnonzero(bounds == bound)
-            if len(chosen) == 0:
-                continue
-            distances = edit_distances(query, columns[:, chosen], np.full(len(chosen), length))
-            smallest = int(distances.min())
-            if smallest <= limit:
-                limit = smallest
-                first = ids[chosen[int(distances.argmin())]]  # buckets are in the order of preference
-                found.append((smallest, self._rank[first], first))
-        return limit
-
-
-def _byte_sets(columns: NDArray[np.uint16]) -> NDArray[np.uint64]:
-    """Per column, the bits of the bytes that occur in it."""
-    return np.bitwise_or.reduce(_BITS[columns], axis=0)
+            # at a distance of the bound only what is nearer in length, or as near and preferred, can win
+            chosen = np.flatnonzero((bounds == bound) & (gaps <= best[1]) if bound == best[0] else bounds == bound)
+            if len(chosen):
+                lengths = self._lengths[chosen]
+                distances = edit_distances(text, self._columns[: lengths.max(), chosen], lengths)
+                first = np.lexsort((chosen, gaps[chosen], distances))[0]
+                best = min(best, (int(distances[first]), int(gaps[chosen[first]]), int(chosen[first])))
+        return self._ids[best[2]]
 
 
 class VocabularyMap:
@@ -215,23 +175,19 @@ class VocabularyMap:
             start = time.perf_counter()
             self._make(missing, shown)
             self.seconds += time.perf_counter() - start
-            self._save()
+            if self._path is not None:
+                self._save(self._path)
         return {token: self._known[token] for token in wanted}
 
     def _make(self, missing: Sequence[int], shown: bool) -> None:
         texts = token_bytes(self._source)
-        index = TokenIndex(token_bytes(self._target), _spellings(self._target))
-        special = {str(name): int(i) for name, i in zip(*_special(self._target), strict=True)}
-        names = dict(zip(*reversed(_special(self._source)), strict=True))
-        by_text: dict[bytes, int] = {}  # many ids may stand for one text
+        spellings = [str(token) for token in self._target.convert_ids_to_tokens([*range(len(self._target))])]
+        nearest = functools.cache(TokenIndex(token_bytes(self._target), spellings).nearest)  # ids may share a text
+        special = {name: token for token, name in _special(self._target).items()}
+        names = _special(self._source)
         for token in tqdm(missing, desc="Mapping tokens", unit="token", delay=3, leave=False, disable=not shown):
             text = texts[token] if token < self._size else None
-            if text is None:
-                self._known[token] = special.get(names.get(token, ""), UNMAPPED)
-            else:
-                if text not in by_text:
-                    by_text[text] = index.nearest(text)
-                self._known[token] = by_text[text]
+            self._known[token] = special.get(names.get(token, ""), UNMAPPED) if text is None else nearest(text)
 
     def _load(self, path: Path) -> None:
         if path.is_file():
@@ -242,33 +198,21 @@ class VocabularyMap:
             except (ValueError, KeyError, TypeError) as error:
                 logger.warning("%s is damaged (%s): it is made anew", path, error)
 
-    def _save(self) -> None:
-        if self._path is None:
-            return
-        content = json.dumps({"seconds": round(self.seconds, 3), "tokens": [*self._known.items()]})
-        temporary = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # others may write it
-        with naming(self._path):
+    def _save(self, path: Path) -> None:
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # others may write it too
+        with told_cache(path):
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(content, encoding="utf-8")
-                os.replace(temporary, self._path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps({"seconds": round(self.seconds, 3), "tokens": [*self._known.items()]}))
+                os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
 
 
-def _spellings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    spellings = [""] * len(tokenizer)
-    for token, index in tokenizer.get_vocab().items():
-        if index < len(spellings):
-            spellings[index] = token
-    return spellings
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[int]]:
-    """Names and ids of the special tokens, those that are only added as special included."""
-    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
-    return list(named.values()), list(named)
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens by id, those that are only added as special included."""
+    added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from heterofusion.experts.identity import tokenizer_fingerprint
-from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
-from heterofusion.experts.store import cache_key, new_table, read_table
+from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, cache_key, new_table, read_table
 from heterofusion.experts.teachers import Teacher
 from heterofusion.experts.token_alignment import Aligner, FusedAnswer, answer_symbols, used_tokens
 from heterofusion.experts.vocabulary import VocabularyMap

@@ -40,7 +40,7 @@ from heterofusion.data.labels import (
     labels_summary,
 )
 from heterofusion.data.replay import DataArguments, build_replay, examples_sha256
-from heterofusion.experts.soft_targets import add_soft_labels
+from heterofusion.experts.soft import add_soft_labels
 from heterofusion.runtime.errors import UserError
 
 PART = "mixture_part"  # column of a batch: the index in PARTS of each example's part

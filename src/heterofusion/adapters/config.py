@@ -27,36 +27,19 @@ class AdapterError(UserError):
 
 # Fields whose value changes nothing in how stored A and B act on the base.
 _NEUTRAL = {
-    "auto_mapping",
-    "ensure_weight_tying",
+    "auto_mapping", "ensure_weight_tying", "exclude_modules", "inference_mode", "megatron_core", "peft_type",
+    "peft_version", "revision", "target_modules", "task_type",
     "eva_config",  # EVA only chooses the first A and the ranks; the ranks stand in rank_pattern
-    "exclude_modules",
     "fan_in_fan_out",  # PEFT stores A as (r, in) and B as (out, r) for Conv1D too
-    "inference_mode",
     "lora_dropout",  # off during fusion
-    "megatron_core",
-    "peft_type",
-    "peft_version",
     "qalora_group_size",  # read by use_qalora only, which is refused
-    "revision",
     "runtime_config",  # where PEFT computes; it is not even saved
-    "target_modules",
-    "task_type",
-}
+}  # fmt: skip
 # Fields that are read and checked below.
 _READ = {
-    "alpha_pattern",
-    "base_model_name_or_path",
-    "bias",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "modules_to_save",
-    "r",
-    "rank_pattern",
-    "use_rslora",
-}
+    "alpha_pattern", "base_model_name_or_path", "bias", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "modules_to_save", "r", "rank_pattern", "use_rslora",
+}  # fmt: skip
 # Fields that, when set, make the adapter something else than W + scaling * B A; the text says how.
 _REFUSED = {
     "use_dora": "DoRA rescales the merged weight by a magnitude vector",
@@ -83,26 +66,28 @@ _BASE_PRESERVING_INITS = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read and validate `adapter_config.json` in the folder of a PEFT LoRA adapter.
-
-    The config comes as written, with `r`, `lora_alpha`, `use_rslora`, `rank_pattern` and `alpha_pattern` present.
-    """
+    """The `adapter_config.json` of a plain LoRA adapter, as written, with `use_rslora` and both patterns present."""
     path = folder / CONFIG_FILE
     try:
         config = read_json_object(path)
     except UserError as error:
         raise AdapterError(str(error)) from None
-    peft_type = config.get("peft_type")
-    if peft_type != "LORA":
-        raise AdapterError(f"{path}: peft_type is {peft_type!r}; only 'LORA' adapters can be fused")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}; only 'LORA' adapters can be fused")
     for key, reason in _REFUSED.items():
-        value = config.get(key)
-        if not _is_empty(value) or (value == {} and key in _ON_WHEN_EMPTY):
+        if not _is_empty(config.get(key)) or (config.get(key) == {} and key in _ON_WHEN_EMPTY):
             raise AdapterError(
                 f"{path}: {key} is set ({_short(config[key])}): {reason}; only plain LoRA is supported, "
                 "re-train or convert the adapter without it"
             )
-    _check_unknown_keys(path, config)
+    for key in sorted(set(config) - _NEUTRAL - _READ - set(_REFUSED)):
+        if not _is_empty(config[key]):
+            raise AdapterError(
+                f"{path}: unknown field {key!r} = {_short(config[key])} "
+                f"(written by peft {config.get('peft_version', 'of unknown version')}); it may change what the "
+                "weights mean, so the adapter is refused; remove the field only if you know that it does not"
+            )
+        logger.warning("%s: unknown field %r = %s is empty and ignored", path, key, _short(config[key]))
     if config.get("bias") not in (None, "none"):
         raise AdapterError(
             f"{path}: bias is {config['bias']!r}: trained biases cannot be fused; train the adapter with bias='none'"
@@ -126,7 +111,7 @@ def keeps_base(init: Any) -> bool:
 
 
 def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
-    """Rank and scaling that a config gives the module of a path (PEFT's pattern rules).
+    """Rank and scaling that a config gives the module of a path, by PEFT's pattern rules.
 
     The scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA (arXiv 2312.03732).
     """
@@ -135,23 +120,9 @@ def rank_and_scaling(config: dict[str, Any], module: str) -> tuple[int, float]:
     return rank, alpha / (rank**0.5 if config["use_rslora"] else rank)
 
 
-def chosen_layers(config: dict[str, Any]) -> set[int] | None:
-    """Layers that `layers_to_transform` names, None for all (PEFT reads an empty list so)."""
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return None
-    return {layers} if isinstance(layers, int) else set(layers)
-
-
-def _check_unknown_keys(path: Path, config: dict[str, Any]) -> None:
-    for key in sorted(set(config) - _NEUTRAL - _READ - set(_REFUSED)):
-        if not _is_empty(config[key]):
-            raise AdapterError(
-                f"{path}: unknown field {key!r} = {_short(config[key])} "
-                f"(written by peft {config.get('peft_version', 'of unknown version')}); it may change what the "
-                "weights mean, so the adapter is refused; remove the field only if you know that it does not"
-            )
-        logger.warning("%s: unknown field %r = %s is empty and ignored", path, key, _short(config[key]))
+def as_list(value: Any) -> list[Any]:
+    """What PEFT takes one or several of: nothing is an empty list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:
@@ -159,37 +130,35 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         if not good:
             raise AdapterError(f"{path}: {key} is {_short(value)}, {what} was expected")
 
-    for key, patterns, kind in (("r", "rank_pattern", int), ("lora_alpha", "alpha_pattern", float)):
-        what = f"a positive {'integer' if kind is int else 'number'}"
-        expect(key, config.get(key), _is_positive(config.get(key), kind), what)
+    def check_pattern(key: str, pattern: str) -> None:
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")  # the form in which PEFT matches it
+        except (re.error, OverflowError, RecursionError) as error:
+            raise AdapterError(f"{path}: {key} has an invalid pattern {_short(pattern)}: {error}") from None
+
+    for key, patterns, number in (("r", "rank_pattern", "integer"), ("lora_alpha", "alpha_pattern", "number")):
+        kinds, what = (int,) if number == "integer" else (int, float), f"a positive {number}"
+        expect(key, config.get(key), _is_positive(config.get(key), kinds), what)
         expect(patterns, config[patterns], isinstance(config[patterns], dict), "an object")
         for pattern, value in config[patterns].items():
-            expect(f"{patterns}[{pattern!r}]", value, _is_positive(value, kind), what)
-            _check_pattern(path, patterns, pattern)
+            expect(f"{patterns}[{pattern!r}]", value, _is_positive(value, kinds), what)
+            check_pattern(patterns, pattern)
     expect("use_rslora", config["use_rslora"], isinstance(config["use_rslora"], bool), "true or false")
-    layers, names = config.get("layers_to_transform"), config.get("layers_pattern")
-    indices = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    good = _is_list_of(indices, int) and all(index >= 0 for index in indices)
-    expect("layers_to_transform", layers, good, "a layer index or a list of them")
-    names = names if isinstance(names, list) else [] if names is None else [names]
-    expect("layers_pattern", config.get("layers_pattern"), _is_list_of(names, str), "a name or a list of them")
+    layers, names = as_list(config.get("layers_to_transform")), as_list(config.get("layers_pattern"))
+    good = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in layers)
+    expect("layers_to_transform", config.get("layers_to_transform"), good, "a layer index or a list of them")
+    good = all(isinstance(name, str) for name in names)
+    expect("layers_pattern", config.get("layers_pattern"), good, "a name or a list of them")
     for name in names:
-        _check_pattern(path, "layers_pattern", name)
+        check_pattern("layers_pattern", name)
     base, saved = config.get("base_model_name_or_path"), config.get("modules_to_save")
     expect("base_model_name_or_path", base, base is None or isinstance(base, str), "a name or null")
-    expect("modules_to_save", saved, saved is None or _is_list_of(saved, str), "a list of module names")
+    good = not isinstance(saved, str) and all(isinstance(name, str) for name in as_list(saved))
+    expect("modules_to_save", saved, good, "a list of module names")
 
 
-def _check_pattern(path: Path, key: str, pattern: str) -> None:
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")  # the form in which PEFT matches it
-    except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterError(f"{path}: {key} has an invalid pattern {_short(pattern)}: {error}") from None
-
-
-def _is_positive(value: Any, kind: type) -> bool:
-    number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return number and 0 < value <= sys.float_info.max
+def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _short(value: Any) -> str:
@@ -200,7 +169,3 @@ def _short(value: Any) -> str:
 def _is_empty(value: Any) -> bool:
     """Null, false, or nothing; a number says something, 0 too."""
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)

@@ -7,13 +7,14 @@ complete LoRA adapter is refused with an `AdapterError` that names the file, the
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from heterofusion.adapters.config import (
     CONFIG_FILE,
     AdapterError,
-    chosen_layers,
+    as_list,
     rank_and_scaling,
     read_adapter_config,
 )
@@ -35,38 +36,26 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "vocab*",
-    "merges.txt",
+    "tokenizer*", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt",
     "added_tokens.json",
-)
+)  # fmt: skip
 PREFIX = "base_model.model."
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight")
 LAYER_PATTERN = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
 # What PEFT saves beside LoRA pairs without being told: embeddings and heads that were resized or targeted.
 _EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|embed_out|lm_head|wte|word_embeddings|score|classifier)\b")
 _MAX_LAYERS = 10_000  # a larger index is damage or malice: layer maps are as long as the deepest model
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One LoRA-adapted linear layer.
+    """One LoRA-adapted linear layer; tensors are in the file's dtype."""
 
-    Attributes:
-        path: path of the module in the base model, such as `model.layers.3.self_attn.q_proj`.
-        lora_A: (rank, in_features), in the file's dtype.
-        lora_B: (out_features, rank), in the file's dtype.
-        scaling: factor of B A in the update of the weight.
-    """
-
-    path: str
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
+    path: str  # in the base model, such as `model.layers.3.self_attn.q_proj`
+    lora_A: Tensor  # (rank, in_features)
+    lora_B: Tensor  # (out_features, rank)
+    scaling: float  # factor of B A in the update of the weight
 
     @property
     def rank(self) -> int:
@@ -146,36 +135,31 @@ def load_adapter(
     Raises:
         AdapterError: the adapter is missing, damaged, or not a plain LoRA adapter.
     """
-    folder = _resolve(str(name_or_path), revision, token, allow_pickle)
+    folder = adapter_folder(str(name_or_path), revision, [PICKLE_FILE] if allow_pickle else [], token)
     config = read_adapter_config(folder)
-    tensors, weights_file = _read_tensors(folder, allow_pickle)
-    modules, extra = _sort_tensors(tensors, config, weights_file)
-    _check_layers(modules, config, weights_file)
-    ordered = sorted(modules.items(), key=lambda item: (layer_index(item[0]) or 0, item[0]))
-    return LoraAdapter(
-        name=str(name_or_path),
-        folder=folder,
-        config=config,
-        modules=dict(ordered),
-        extra_tensors=extra,
-        weights_file=weights_file,
-        sha256=file_sha256(weights_file),
-    )
+    tensors, file = _read_tensors(folder, allow_pickle)
+    modules, extra = _sort_tensors(tensors, config, file)
+    _check_layers(modules, config, file)
+    ordered = dict(sorted(modules.items(), key=lambda item: (layer_index(item[0]) or 0, item[0])))
+    return LoraAdapter(str(name_or_path), folder, config, ordered, extra, file, file_sha256(file))
 
 
-def _resolve(name: str, revision: str | None, token: str | None, allow_pickle: bool) -> Path:
+def adapter_folder(
+    name: str, revision: str | None = None, more_files: Sequence[str] = (), token: str | None = None
+) -> Path:
+    """The folder of an adapter: a local one, or what the Hub has of its config, weights and tokenizer."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise AdapterError(f"{folder.resolve()} is a file; name the adapter's folder instead")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise AdapterError(
-            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
-        )
-    patterns = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, *([PICKLE_FILE] if allow_pickle else [])]
+        raise AdapterError(f"adapter {folder.resolve()} is a file; name the adapter's folder instead")
+    patterns = [CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES, *more_files]
     try:
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    except HFValidationError:
+        raise AdapterError(
+            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
+        ) from None
     except Exception as error:  # the Hub client raises its own, its transport's and the system's types
         raise AdapterError(
             f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
@@ -184,13 +168,12 @@ def _resolve(name: str, revision: str | None, token: str | None, allow_pickle: b
 
 
 def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], Path]:
-    path = folder / WEIGHTS_FILE
+    path, pickle = folder / WEIGHTS_FILE, folder / PICKLE_FILE
     if path.is_file():
         try:
             return load_file(path), path
         except (SafetensorError, OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged or truncated ({error}); download or save it again") from None
-    pickle = folder / PICKLE_FILE
     if not pickle.is_file():
         raise AdapterError(f"{path} is missing; save the adapter with save_pretrained()")
     if not allow_pickle:
@@ -200,19 +183,16 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], 
         )
     try:
         tensors = torch.load(pickle, map_location="cpu", weights_only=True)
+        if not all(isinstance(key, str) and value.layout is torch.strided for key, value in tensors.items()):
+            raise TypeError("other things than names and dense tensors")
+        # a pickle may hold parameters and views that share memory; a safetensors file cannot
+        return {key: value.detach().contiguous().clone() for key, value in tensors.items()}, pickle
     except Exception as error:  # torch.load raises many types on hostile input; all mean the same here
         # its message is not passed on: it recommends weights_only=False
         raise AdapterError(
-            f"{pickle} cannot be loaded with weights_only=True ({type(error).__name__}): it is damaged, or holds code "
-            "besides tensors; ask for a safetensors file"
+            f"{pickle} is no dictionary of names and dense tensors that weights_only=True can read "
+            f"({type(error).__name__}): it is damaged, or holds code; ask for a safetensors file"
         ) from None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided
-        for key, value in tensors.items()
-    ):
-        raise AdapterError(f"{pickle} does not hold a dictionary of names and dense tensors; save the adapter again")
-    # a pickle may hold parameters and views that share memory; a safetensors file cannot
-    return {key: value.detach().contiguous().clone() for key, value in tensors.items()}, pickle
 
 
 def _sort_tensors(
@@ -220,7 +200,6 @@ def _sort_tensors(
 ) -> tuple[dict[str, LoraModule], dict[str, Tensor]]:
     factors: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
-    saved = config.get("modules_to_save") or []
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             raise AdapterError(
@@ -231,10 +210,10 @@ def _sort_tensors(
             raise AdapterError(
                 f"{file}: tensor {key} holds NaN or Inf; the training that made it diverged: use an earlier checkpoint"
             )
-        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key)
-        if match and match.group(1).startswith(PREFIX):
-            factors.setdefault(match.group(1).removeprefix(PREFIX), {})[match.group(2)] = tensor
-        elif _is_extra(key, saved):
+        match = _FACTOR.fullmatch(key)
+        if match:
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        elif _is_extra(key, config.get("modules_to_save") or []):
             extra[key] = tensor
         else:
             raise AdapterError(
@@ -283,8 +262,8 @@ def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: 
         )
     if max(held) >= _MAX_LAYERS:
         raise AdapterError(f"{file}: layer index {max(held)} is beyond any model; the file is damaged, save it again")
-    wanted = chosen_layers(config)
-    if wanted is None:
+    wanted, patterns = set(as_list(config.get("layers_to_transform"))), as_list(config.get("layers_pattern"))
+    if not wanted:  # PEFT reads an empty list as all layers
         return
     if not held <= wanted:
         raise AdapterError(
@@ -293,8 +272,6 @@ def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: 
         )
     if wanted - held:
         logger.warning("%s: layers_to_transform names layers that it does not hold: %s", file, sorted(wanted - held))
-    patterns = config.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
     if patterns and not any(
         re.match(rf"(?:^|.*?\.)(?:{pattern})\.\d+\.", path) for pattern in patterns for path in modules
     ):
@@ -322,10 +299,15 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
             raise AdapterError(
                 f"base model {name} has no module {path}, which adapter {adapter.folder} changes; {remedy}"
             ) from None
-        shape = _layer_shape(layer)
-        if shape is not None and shape != (module.in_features, module.out_features):
+        if isinstance(layer, Conv1D):
+            found = (layer.nx, layer.nf)
+        elif isinstance(layer, nn.Linear):
+            found = (layer.in_features, layer.out_features)
+        else:
+            continue  # PEFT says what it cannot adapt
+        if found != (module.in_features, module.out_features):
             raise AdapterError(
-                f"base model {name}: {path} maps {shape[0]} to {shape[1]} features, but adapter "
+                f"base model {name}: {path} maps {found[0]} to {found[1]} features, but adapter "
                 f"{adapter.folder} has {module.in_features} to {module.out_features}; {remedy}"
             )
     for key, tensor in adapter.extra_tensors.items():
@@ -345,11 +327,3 @@ def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:
                 f"{tuple(tensor.shape)}; tokens were added when it was trained: give a base that was resized alike "
                 "(resize_token_embeddings, then save_pretrained)"
             )
-
-
-def _layer_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear layer or of GPT-2's Conv1D; None of anything else."""
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    inputs, outputs = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from heterofusion.adapters.config import AdapterError, keeps_base
-from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE
+from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
 from heterofusion.experts.examples import Examples, Prompts, encode
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.experts.identity import base_fingerprint, tokenizer_identity
@@ -40,7 +38,6 @@ from heterofusion.runtime.loading import (
 )
 
 NO_ADAPTER = "none"
-_HUB_FILES = ["*.json", WEIGHTS_FILE, "tokenizer.model", "*.jinja", "merges.txt", "vocab.*"]
 
 
 @dataclass
@@ -86,7 +83,7 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
     """Read everything of an adapter but its weights: a local folder or a Hub id; None for `none`."""
     if name == NO_ADAPTER:
         return None
-    folder = _find_folder(name, revision)
+    folder = adapter_folder(name, revision)
     read_json_object(folder / CONFIG_FILE)  # PEFT's own messages name no file
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
@@ -106,27 +103,6 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged or truncated ({error}); download or save it again") from error
     return Adapter(name, folder, config, shapes, file_sha256(weights))
-
-
-def _find_folder(name: str, revision: str | None) -> Path:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists():
-        raise AdapterError(f"adapter {folder.resolve()} is a file; name the adapter's folder instead")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise AdapterError(
-            f"adapter folder {folder.absolute()} does not exist; name a folder that holds {CONFIG_FILE}, or a Hub id"
-        ) from None
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the Hub client raises its own, its transport's and the system's types
-        raise AdapterError(
-            f"adapter {name!r} is neither a local folder ({folder.absolute()} does not exist) nor reachable on the "
-            f"Hub ({type(error).__name__}); check the name and the network, or download it first"
-        ) from error
 
 
 @dataclass(frozen=True)

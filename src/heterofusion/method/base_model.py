@@ -1,4 +1,4 @@
-"""What the target's base model must be for a fusion: it fits the adapter, drops nothing out, can be checkpointed."""
+"""What a fusion needs of the base model: no dropout, no reentrant checkpointing, frozen weights in its dtype."""
 
 import logging
 from typing import Any
@@ -12,11 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Refuse a model whose reentrant activation checkpointing would give the hypernetworks no gradient.
-
-    Raises:
-        ValueError: it is enabled on some layer.
-    """
+    """Refuse reentrant activation checkpointing, which would give the hypernetworks no gradient."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
@@ -27,15 +23,11 @@ def refuse_reentrant_checkpointing(model: nn.Module) -> None:
 
 
 def disable_dropout_config(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Set the dropout rates to 0 that a model's code reads from its config (Falcon's residuals, say).
-
-    Returns:
-        (config, name, rate) of each, to set them back.
-    """
+    """Set the dropout rates to 0 that code reads from the config; gives (config, name, rate) of each."""
     changed = []
     config = getattr(model, "config", None)
-    for part in (config, getattr(config, "text_config", None)):
-        for name, value in list(vars(part).items()) if part is not None else ():
+    for part in filter(None, (config, getattr(config, "text_config", None))):
+        for name, value in list(vars(part).items()):
             if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
                 logger.info("dropout: %s = %s is off during fusion", name, value)
                 changed.append((part, name, value))

@@ -10,40 +10,23 @@ from heterofusion.runtime.flags import check_ranges, flag
 FORMS = ("paper", "compact")
 DEFAULT_PRESET = "paper"
 _PAPER = {
-    "form": "paper",
-    "extra_rank": 0,
-    "extra_basis": "random",
-    "residual_scale": 0.0,
-    "rdm_weight": 0.005,
-    "learning_rate": 5e-5,
-    "warmup_steps": 0.05,
-    "weight_decay": 0.01,
-    "max_grad_norm": 0.0,
-}
+    "form": "paper", "extra_rank": 0, "extra_basis": "random", "residual_scale": 0.0, "rdm_weight": 0.005,
+    "learning_rate": 5e-5, "warmup_steps": 0.05, "weight_decay": 0.01, "max_grad_norm": 0.0,
+}  # fmt: skip
+_RECOMMENDED = {
+    "form": "compact", "extra_rank": 40, "extra_basis": "activations", "residual_scale": 1.0, "rdm_weight": 0.0,
+    "learning_rate": 2e-4, "warmup_steps": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0,
+}  # fmt: skip
 # The form of the hypernetworks, and the values of flags that are not given.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "compact": _PAPER | {"form": "compact"},
-    "recommended": {
-        "form": "compact",
-        "extra_rank": 40,
-        "extra_basis": "activations",
-        "residual_scale": 1.0,
-        "rdm_weight": 0.0,
-        "learning_rate": 2e-4,
-        "warmup_steps": 0.1,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-    },
+    "recommended": _RECOMMENDED,
 }
 
-_EXTRA_RANK_HELP = (
-    "Rank that every module gets beside the adapter's own: rows orthogonal to those of its lora_A, whose columns of "
-    "lora_B start at 0; 0 is the published method"
-)
+_EXTRA_RANK_HELP = "Rows that every lora_A gets beside its own, with columns of lora_B that start at 0"
 _EXTRA_BASIS_HELP = (
-    "Where the rows of --extra_rank lie: at random, or along the principal directions of the inputs that the module "
-    "sees on the training data"
+    "Where these rows lie: at random, or along the principal directions of the module's inputs on training data"
 )
 _EXTRA_RANK = {"range": "[0, inf)"}
 _EXTRA_BASIS = {"choices": ["random", "activations"]}
@@ -70,8 +53,7 @@ class BasisArguments:
         check_ranges(self)
         if self.extra_basis != "random" and self.extra_rank == 0:
             raise UserError(
-                f"--extra_basis is {self.extra_basis}, but --extra_rank is 0, so no rows are added; give a rank, or "
-                "leave --extra_basis out"
+                f"--extra_basis is {self.extra_basis}, but --extra_rank is 0, so no rows are added; give a rank"
             )
 
 
@@ -84,16 +66,15 @@ class MethodConfig(BasisArguments):
 
     preset: str = flag(
         DEFAULT_PRESET,
-        help="Defaults of the flags that are not given: the published method, the same with a compact "
-        "hypernetwork, or recommended: compact, with extra rank and a free update, made for source labels.",
+        help="Defaults of what is not given: the published method, the same with a compact hypernetwork, or "
+        "compact with extra rank and a free update, made for source labels.",
         choices=list(PRESETS),
     )
     extra_rank: int = preset_field("extra_rank", _EXTRA_RANK_HELP, **_EXTRA_RANK)
     extra_basis: str = preset_field("extra_basis", _EXTRA_BASIS_HELP, **_EXTRA_BASIS)
     residual_scale: float = preset_field(
         "residual_scale",
-        "Scale of a free update that is trained beside the predicted one. Under Adam it moves by the learning rate "
-        "times this scale; 0 leaves it out",
+        "Scale of a free update trained beside the predicted one, which Adam moves by the rate times this scale",
         range="[0, inf)",
     )
     block_size: int | None = flag(
@@ -138,19 +119,12 @@ class MethodConfig(BasisArguments):
         """The form of the hypernetworks."""
         return PRESETS[self.preset]["form"]
 
-    def alignment(self) -> dict[str, Any]:
-        """Settings of the alignment, as `plan_alignment` takes them."""
-        return {"layer_alignment": self.layer_alignment, "transfer_ratio": self.transfer_ratio}
-
     def check_same(self, other: "MethodConfig") -> None:
         """Refuse other settings of the method than these, which a model was built with."""
         wanted = other.method_dict()
         for name, value in self.method_dict().items():
             if value != wanted[name]:
-                raise UserError(
-                    f"{name} is {value} in the model and {wanted[name]} in args; build the model with the same "
-                    "HeteroFusionConfig"
-                )
+                raise UserError(f"{name} is {value} in the model and {wanted[name]} in args; build it with the same")
 
     def method_dict(self) -> dict[str, Any]:
         """The method's settings as plain values, without those of training."""
@@ -182,9 +156,8 @@ class HypernetworkConfig:
     def fitted(cls, form: str, width: int, method: MethodConfig | None = None) -> "HypernetworkConfig":
         """Sizes of a form for a target of some hidden size; what `method` gives stands.
 
-        The paper's sizes belong to 4096-wide models and are what such a model gets. Others get the nearest power of
-        two as block size (64 to 4096) and an embedding of a quarter of it (128 to 1024), so that a tiny model does
-        not carry a 0.7 B hypernetwork.
+        The paper's sizes belong to 4096-wide models. Others get the nearest power of two as block size (64 to 4096)
+        and an embedding of a quarter of it (128 to 1024): a tiny model carries no 0.7 B hypernetwork.
         """
         names = ("block_size", "embed_dim", "num_heads", "max_position_embeddings", "mu_gate", "residual_scale")
         given = {name: value for name in names if (value := getattr(method, name, None)) is not None}
@@ -197,5 +170,4 @@ class HypernetworkConfig:
         return cls(form=form, row_features=max(1, min(block_size // 2, values["embed_dim"])), **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
         return asdict(self)

@@ -1,11 +1,10 @@
 """What a fusion is doing: scale of the updates, how much the gates close, which sources are attended to."""
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from heterofusion.adapters.alignment import AlignedSlice, adapter_depth
@@ -16,22 +15,21 @@ from heterofusion.runtime.files import display_name
 DIAGNOSTICS_FILE = "diagnostics.json"
 
 
-@dataclass(frozen=True)
-class SliceState:
+class SliceState(NamedTuple):
     """State of one aligned slice."""
 
     item: AlignedSlice
+    b_blocks: int
+    weight_norm: float  # ||B||
     update_norm: float  # ||alpha dB||
     extra_norm: float  # the same in the columns of extra rows
-    weight_norm: float  # ||B||
     gate_sparsity: float  # share of zeros in the gates of its source blocks
-    attention: dict[int, float]  # by source, the share of attention of its B blocks
-    source_blocks: int
-    b_blocks: int
+    source_blocks: float
+    attention: list[float]  # per source of the plan, the share of attention of the slice's B blocks
 
 
 @torch.no_grad()
-def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceState]]]:
+def _slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceState]]]:
     """Alpha and the state of every aligned slice, by group name: one forward of the hypernetworks, on all ranks."""
     report = {}
     extra = extra_rank(model.plan.target)
@@ -41,14 +39,15 @@ def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceS
         assert output.attention is not None and output.source_gate is not None and output.alpha is not None
         origin = context.source_of_block  # (M, N_s)
         real = (origin >= 0).float()
-        closed = (output.source_gate == 0).float().mean(-1)  # (M, N_s)
-        sparsity = (closed * real).sum(-1) / real.sum(-1)
+        zeros = (output.source_gate == 0).float().mean(-1)  # (M, N_s)
+        sparsity = (zeros * real).sum(-1) / real.sum(-1)
         attention = output.attention.flatten(0, 1)[context.inputs.decode_index].split(context.b_blocks)
-        updates = output.update.split(context.b_blocks)
         rows = []
-        for position, item in enumerate(context.members):
+        for position, (item, blocks) in enumerate(
+            zip(context.members, output.update.split(context.b_blocks), strict=True)
+        ):
             # padded rows are part of the blocks but not of the update: cut them as the update does
-            update = updates[position].flatten(0, 1)[: item.target.out_features]
+            update = blocks.flatten(0, 1)[: item.target.out_features]
             extra_columns = update[:, update.shape[1] - extra :]
             figures = [update.norm(), extra_columns.norm(), sparsity[position], real[position].sum()]
             weights = attention[position].mean(0)  # (N_s,), 0 at padding
@@ -56,16 +55,9 @@ def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceS
             rows.append(torch.cat([torch.stack(figures), shares]))
         states = [
             SliceState(
-                item,
-                update_norm,
-                extra_norm,
-                float(item.target.lora_B.float().norm()),
-                closed_share,
-                {index: shares[index] for index, _ in item.sources},
-                int(blocks),
-                b_blocks,
+                item, count, float(item.target.lora_B.float().norm()), update, extra_part, closed, blocks, shares
             )
-            for item, b_blocks, (update_norm, extra_norm, closed_share, blocks, *shares) in zip(
+            for item, count, (update, extra_part, closed, blocks, *shares) in zip(
                 context.members, context.b_blocks, torch.stack(rows).tolist(), strict=True
             )  # one wait for the device
         ]
@@ -73,53 +65,38 @@ def slice_states(model: HeteroFusionModel) -> dict[str, tuple[float, list[SliceS
     return report
 
 
-def fusion_diagnostics(model: HeteroFusionModel) -> dict[str, dict[str, float]]:
-    """State of the fusion, by group name: one extra forward of the hypernetworks, on all ranks together.
-
-    Per group: `alpha`; `gate_sparsity`, the share of zeros in the sources' gates; `delta_ratio`, ||alpha dB|| / ||B||
-    over the group's modules; `attention/<i>`, the share of attention that B blocks give to source i (counted from 0).
-    """
-    report = {}
-    for name, (alpha, states) in slice_states(model).items():
-        sources, blocks = sum(state.source_blocks for state in states), sum(state.b_blocks for state in states)
-        report[name] = {
-            "alpha": alpha,
-            "gate_sparsity": sum(state.gate_sparsity * state.source_blocks for state in states) / sources,
-            "delta_ratio": _ratio(states),
-        }
-        for index in range(len(model.plan.sources)):
-            share = sum(state.attention.get(index, 0.0) * state.b_blocks for state in states)
-            report[name][f"attention/{index}"] = share / blocks
-    return report
-
-
 def diagnostic_logs(model: HeteroFusionModel) -> dict[str, float]:
-    """The state of the fusion as flat log entries: `alpha/q_proj`, ..., `attention/<source>` over all roles."""
-    roles = {key.name: key.role for key in model.plan.groups}
-    shares = defaultdict(list)
+    """The state of the fusion as log entries: per role, or role and rank, and attention to each source over all roles.
+
+    `alpha`; `gate_sparsity`, the share of zeros in the sources' gates; `delta_ratio`, ||alpha dB|| / ||B||;
+    `attention/<source>`, the share of attention that B blocks give to it. All ranks together.
+    """
     logs: dict[str, float] = {}
-    for name, values in fusion_diagnostics(model).items():
-        label = roles[name] if list(roles.values()).count(roles[name]) == 1 else name
-        for entry, value in values.items():
-            if entry.startswith("attention/"):
-                shares[int(entry.removeprefix("attention/"))].append(value)
-            else:
-                logs[f"{entry}/{label}"] = value
-    for index, parts in sorted(shares.items()):
-        source = display_name(model.plan.sources[index].name)
-        logs[f"attention/{index + 1}-{source}"] = sum(parts) / len(parts)
+    roles = [key.role for key in model.plan.groups]
+    names = {key.name: key.role if roles.count(key.role) == 1 else key.name for key in model.plan.groups}
+    shares = []
+    for name, (alpha, states) in _slice_states(model).items():
+        logs[f"alpha/{names[name]}"] = alpha
+        source_blocks = [state.source_blocks for state in states]
+        closed = np.average([state.gate_sparsity for state in states], weights=source_blocks)
+        logs[f"gate_sparsity/{names[name]}"] = float(closed)
+        logs[f"delta_ratio/{names[name]}"] = _ratio(states)
+        b_blocks = [state.b_blocks for state in states]
+        shares.append(np.average([state.attention for state in states], axis=0, weights=b_blocks))
+    for number, (source, share) in enumerate(zip(model.plan.sources, np.mean(shares, axis=0), strict=True), start=1):
+        logs[f"attention/{number}-{display_name(source.name)}"] = float(share)
     return logs
 
 
 def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
     """What `diagnostics.json` beside a fused adapter holds: the fusion module by module, for the report's pictures.
 
-    `modules` tells of each aligned module its figures as in `fusion_diagnostics`, the share of attention that its B
+    `modules` tells of each aligned module its figures as in `diagnostic_logs`, the share of attention that its B
     blocks give to each of its `sources`, and with an `extra_rank` the share of ||alpha dB||^2 in the extra columns.
     """
     plan = model.plan
     modules = []
-    for state in [state for _, states in slice_states(model).values() for state in states]:
+    for state in [state for _, states in _slice_states(model).values() for state in states]:
         target = state.item.target
         row = {
             "path": target.module.path,
@@ -136,11 +113,10 @@ def adapter_diagnostics(model: HeteroFusionModel) -> dict[str, Any]:
         if extra_rank(plan.target):
             row["extra_share"] = (state.extra_norm / max(state.update_norm, 1e-12)) ** 2
         modules.append(row)
-    return {
-        "target": {"name": display_name(plan.target.name), "layers": adapter_depth(plan.target)},
-        "sources": [{"name": display_name(s.name), "layers": adapter_depth(s)} for s in plan.sources],
-        "modules": modules,
-    }
+    target_and_sources = [
+        {"name": display_name(a.name), "layers": adapter_depth(a)} for a in (plan.target, *plan.sources)
+    ]
+    return {"target": target_and_sources[0], "sources": target_and_sources[1:], "modules": modules}
 
 
 def _ratio(states: Sequence[SliceState]) -> float:

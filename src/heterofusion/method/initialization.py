@@ -44,22 +44,13 @@ class Initialization:
 def plan_initialization(
     label: str, file: Path, found_sizes: Mapping[str, Any] | None, plan: AlignmentPlan, sizes: HypernetworkConfig
 ) -> Initialization:
-    """What a fusion of some plan and sizes takes from a file of hypernetworks; its header alone is read.
-
-    Args:
-        label: names the other fusion.
-        file: its hypernetworks.
-        found_sizes: their sizes, as `HypernetworkConfig.to_dict` gives them.
-        plan: the alignment of this fusion.
-        sizes: its hypernetworks' sizes.
-    """
+    """What a fusion takes from a file of hypernetworks of some sizes; reads its header alone."""
     for name, expected in sizes.to_dict().items():
         there = (found_sizes or {}).get(name)
         if there != expected:
-            flag = "preset" if name == "form" else name
             raise UserError(
                 f"the hypernetworks of {label} have {name} {there}, those of this fusion {expected}; give both the "
-                f"same --{flag}, or start fresh"
+                f"same --{'preset' if name == 'form' else name}, or start fresh"
             )
     try:
         with safe_open(file, "pt") as content:

@@ -89,7 +89,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
         plan = expand_plan(plan, method, seed)
         sizes = hypernetwork_config(plan, method)
         check_base_fits(model, plan.target)
-        with _own_randomness(seed), _without_peft_warning():
+        with _building(seed):
             super().__init__(model, _lora_config(plan.target), ADAPTER_NAME)
             torch.default_generator.manual_seed(seed)  # whatever PEFT drew
             ranks = {key.name: key.rank for key in plan.groups}
@@ -138,17 +138,16 @@ class HeteroFusionModel(PeftModelForCausalLM):
         """
         method = method or MethodConfig()
         plan = plan_alignment(
-            target, sources, **method.alignment(), target_config=model.config, source_configs=source_configs
-        )
+            target, sources,
+            layer_alignment=method.layer_alignment, transfer_ratio=method.transfer_ratio,
+            target_config=model.config, source_configs=source_configs,
+        )  # fmt: skip
         return cls(model, plan, method, seed)
 
     # ---- extra rank ---------------------------------------------------------------------------------------------
 
     def fit_basis(self, examples: Sequence[Tensor]) -> None:
-        """Fit the rows of `extra_rank` to the inputs that the modules see on examples, token ids of (1, tokens) each.
-
-        Without it they have the norm of the anchor's rows, and are random. All ranks together, before training.
-        """
+        """Fit the rows of `extra_rank` to inputs, see `method.expansion`. All ranks together, before training."""
         target = self.plan.target
         assert isinstance(target, ExpandedAdapter), "the model was made without extra_rank"
         self._anchor_alone = True
@@ -203,7 +202,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Enable activation checkpointing of the base; with reentrance it would give no gradient."""
+        """Enable activation checkpointing of the base, without reentrance."""
         settings = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         base: Any = self.get_base_model()
         self._mode_set = False
@@ -259,7 +258,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             setattr(config, name, rate)
         base: Any = self.get_base_model()
         del base.peft_config  # PEFT would take the adapter, which it replaces, for a second one
-        with _own_randomness(self.seed), _without_peft_warning():
+        with _building(self.seed):
             plain = PeftModelForCausalLM(base, _lora_config(self.plan.target), ADAPTER_NAME)
         _load_adapter(plain, state, self.plan.target)
         return plain.eval()
@@ -269,14 +268,12 @@ class HeteroFusionModel(PeftModelForCausalLM):
         return self.fuse().merge_and_unload(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not available."""
         raise NotImplementedError(
             "save_pretrained would save the anchor without the live updates; use export_adapter(model, folder) or "
             "trainer.save_model() for the fused adapter, or model.fuse().save_pretrained(folder)"
         )
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available."""
         raise NotImplementedError("merge_adapter would leave out the live updates; use model.fuse().merge_adapter()")
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -306,22 +303,17 @@ def _load_adapter(model: PeftModelForCausalLM, state: dict[str, Tensor], target:
 
 
 @contextlib.contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
+def _building(seed: int) -> Iterator[None]:
     """What is drawn on the CPU in here depends on the seed alone, and leaves the generators of all devices alone.
 
-    `torch.manual_seed` would reseed those of GPUs too.
+    `torch.manual_seed` would reseed those of GPUs too. Without a warning: peft 0.21 reads a name that transformers
+    5.23 deprecates.
     """
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is dep", category=FutureWarning)
+            yield
     finally:
         torch.default_generator.set_state(state)
-
-
-@contextlib.contextmanager
-def _without_peft_warning() -> Iterator[None]:
-    """peft 0.21 reads a name that transformers 5.23 deprecates."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        yield

@@ -43,14 +43,13 @@ def plan_summary(plan: AlignmentPlan, method: MethodConfig) -> dict[str, Any]:
         "untouched": plan.untouched,
         "preset": method.preset,
         "form": method.form,
-        "forms": {name: form_cost(plan, method, name) for name in FORMS},
+        "forms": {name: _form_cost(plan, method, name) for name in FORMS},
     }
 
 
 def _slice_row(item: RoleSlice) -> dict[str, Any]:
-    module = item.module
-    own = {"module": module.path, "layer": item.layer, "role": item.role, "fused": item.rows is not None}
-    return own | {"rank": module.rank, "scaling": module.scaling}
+    own = {"module": item.module.path, "layer": item.layer, "role": item.role, "fused": item.rows is not None}
+    return own | {"rank": item.module.rank, "scaling": item.module.scaling}
 
 
 def _adapter_row(adapter: LoraAdapter) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _source_row(plan: AlignmentPlan, index: int, modules: list[dict[str, Any]]) 
     }
 
 
-def form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str, Any]:
+def _form_cost(plan: AlignmentPlan, method: MethodConfig, form: str) -> dict[str, Any]:
     """Sizes, parameters and bytes of the hypernetworks of one form; activations are an estimate of one forward's."""
     config = HypernetworkConfig.fitted(form, target_width(plan), method)
     predicted, lengths = predicted_blocks(plan, config.block_size), sequence_lengths(plan, config.block_size)
@@ -116,52 +115,45 @@ def format_plan(summary: dict[str, Any]) -> str:
     lines += ["", f"alignment: {summary['layer_alignment']}, transfer ratio {summary['transfer_ratio']}"]
     if summary["extra_rank"]:
         lines.append(f"extra rank: {summary['extra_rank']} ({summary['extra_basis']}), counted in the target's")
-    lines += ["", *_table(
-        ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)"),
-        [(row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", _sources_text(row))
-         for row in summary["modules"]],
-    )]  # fmt: skip
-    lines += _by_reason("untouched target modules", summary["untouched"])
+    rows: list[tuple[Any, ...]] = [
+        ("layer", "role", "target module", "rank", "scaling", "sources (number: layer, module, rank, scaling)")
+    ]
+    for row in summary["modules"]:
+        fed = "; ".join(_source_text(source, row["sources_at_rank"]) for source in row["sources"])
+        rows.append((row["layer"], row["role"], row["module"], row["rank"], f"{row['scaling']:g}", fed))
+    lines += ["", *_table(rows), *_by_reason("untouched target modules", summary["untouched"])]
     for number, source in enumerate(summary["sources"], start=1):
         lines += _by_reason(f"unused modules of source {number}", source["unused"])
         if source["ignored_tensors"]:
             lines += ["", f"source {number}: ignored outside LoRA: {', '.join(source['ignored_tensors'])}"]
-    of_run = f"preset of this run: {summary['preset']}, form {summary['form']}"
-    sizes = ("block_size", "embed_dim", "num_heads")
+    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; preset of this run: {summary['preset']}, "
+              f"form {summary['form']})"]  # fmt: skip
     costs = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes_estimate", "delta_bytes")
-    rows = []
+    rows = [("form", "b", "e", "heads", "positions", "parameters",
+             "weights", "gradients", "AdamW", "activations ~", "dB")]  # fmt: skip
     for name, cost in summary["forms"].items():
         positions = f"{cost['longest_sequence']}/{cost['max_position_embeddings']}"
         positions += "" if cost["fits_positions"] else " TOO LONG"
-        mebibytes = (f"{cost[kind] / 2**20:,.1f} MiB" for kind in costs)
-        rows.append((name, *(cost[size] for size in sizes), positions, f"{cost['parameters']:,}", *mebibytes))
-    header = ("form", "b", "e", "heads", "positions", "parameters", "weights", "gradients", "AdamW", "activations ~")
-    lines += ["", f"hypernetworks ({len(summary['groups'])} groups; {of_run})", *_table((*header, "dB"), rows)]
-    return "\n".join(lines)
+        sizes = (cost["block_size"], cost["embed_dim"], cost["num_heads"], positions, f"{cost['parameters']:,}")
+        rows.append((name, *sizes, *(f"{cost[kind] / 2**20:,.1f} MiB" for kind in costs)))
+    return "\n".join([*lines, *_table(rows)])
 
 
-def _sources_text(row: dict[str, Any]) -> str:
-    parts = []
-    for source in row["sources"]:
-        name = source["module"].rpartition(".")[2] + (f"[{source['role']}]" if source["fused"] else "")
-        text = f"{source['source']}: {source['layer']} {name} r{source['rank']} s{source['scaling']:g}"
-        if source["rank"] != row["sources_at_rank"]:
-            text += f" (re-factored, cut {source['truncated_energy']:.2%})"
-        parts.append(text)
-    return "; ".join(parts)
+def _source_text(source: dict[str, Any], rank: int) -> str:
+    name = source["module"].rpartition(".")[2] + (f"[{source['role']}]" if source["fused"] else "")
+    text = f"{source['source']}: {source['layer']} {name} r{source['rank']} s{source['scaling']:g}"
+    return text if source["rank"] == rank else f"{text} (re-factored, cut {source['truncated_energy']:.2%})"
 
 
 def _by_reason(what: str, modules: dict[str, str]) -> list[str]:
-    if not modules:
-        return []
     examples = {reason: path for path, reason in reversed(modules.items())}
     counts = Counter(modules.values()).most_common()
     lines = [f"  {count:4d}  {reason}  (such as {examples[reason]})" for reason, count in counts]
-    return ["", f"{what} ({len(modules)}):", *lines]
+    return ["", f"{what} ({len(modules)}):", *lines] if modules else []
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    cells = [header, *[tuple(map(str, row)) for row in rows]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+def _table(rows: list[tuple[Any, ...]]) -> list[str]:
+    """Rows as lines, the first one underlined."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    rows = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
+    return ["  ".join(str(c).ljust(width) for c, width in zip(row, widths, strict=True)).rstrip() for row in rows]

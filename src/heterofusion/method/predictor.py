@@ -1,8 +1,7 @@
 """From hypernetworks to updates: what gives every aligned module of a plan its dB, and the regularizer of the method.
 
-`BlockPredictor` is the published form, which reads and writes blocks. `method.live` knows of it only that it predicts
-an update per group, cuts updates into those of modules, and has a loss of its own: another form of hypernetwork is
-another class with these methods.
+`BlockPredictor` is the published form, which reads and writes blocks. Another form of hypernetwork is another class
+with its methods: `method.live` needs no more of it.
 """
 
 import torch
@@ -17,12 +16,6 @@ from heterofusion.method.rdm import rdm_loss
 
 class BlockPredictor:
     """Predicts the update of every group of a plan from blocks of the target's and the sources' adapters.
-
-    Args:
-        networks: the hypernetworks; they stay the model's.
-        plan: the alignment.
-        method: settings of the contexts and of RDM.
-        seed: seed of RDM's draws.
 
     Attributes:
         contexts: constants of every group, by group name.
@@ -42,11 +35,7 @@ class BlockPredictor:
         self._placed_on: torch.device | None = None
 
     def predict(self, diagnostics: bool = False) -> dict[str, HypernetworkOutput]:
-        """Run every hypernetwork, in float32. Where parameters are sharded, all ranks must call this together.
-
-        Args:
-            diagnostics: also give attention maps and gates.
-        """
+        """Run every hypernetwork, in float32; for `diagnostics` with attention maps and gates. All ranks together."""
         contexts = self.placed_contexts()
         return self.networks({name: context.inputs for name, context in contexts.items()}, diagnostics)
 
@@ -90,5 +79,5 @@ class BlockPredictor:
 
 
 def _mix(seed: int, step: int, index: int) -> int:
-    """One generator seed of (seed, optimizer step, group), far apart for neighbours."""
+    """A generator's seed of (seed, optimizer step, group), far apart for neighbours."""
     return (seed * 1_000_003 + step * 10_007 + index * 101 + 17) % (2**63)

@@ -17,7 +17,6 @@ interrupted goes on with --resume true, with any number of processes.
 """
 
 import logging
-import os
 import sys
 
 # what libraries warn of while they are imported must not stand beside an error
@@ -26,8 +25,7 @@ logging.getLogger().addHandler(logging.NullHandler())
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
 from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import Routing
-from heterofusion.labelling.run import ROUTING_PICTURE, STAGING, Labelling
-from heterofusion.runtime.files import staging_folder
+from heterofusion.labelling.run import ROUTING_PICTURE, Labelling
 from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import start_ranks
 
@@ -59,10 +57,8 @@ def draw(routing: Routing, labelling: Labelling) -> None:
     try:
         from heterofusion.experiments.pictures import draw_routing, save_picture
 
-        with staging_folder(labelling.folder, STAGING) as staging:
-            figure = draw_routing(scores, routing.labelled_by, routing.tasks, routing.control)
-            save_picture(figure, staging / ROUTING_PICTURE)
-            os.replace(staging / ROUTING_PICTURE, labelling.folder / ROUTING_PICTURE)
+        figure = draw_routing(scores, routing.labelled_by, routing.tasks, routing.control)
+        save_picture(figure, labelling.folder / ROUTING_PICTURE)
     except ImportError as error:
         logger.warning("the routing is not drawn: %s", error)
 

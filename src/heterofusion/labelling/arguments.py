@@ -22,8 +22,8 @@ class LabelModelArguments(BaseArguments):
     model_name_or_path: str = flag("", help="Base model of --target_adapter: local folder or Hub id.")
     target_adapter: str | None = flag(
         None,
-        help="The fusion's target adapter (the anchor), which is scored beside the sources and may label; it "
-        "may be left out where --routing names all tasks and gives none of them to it.",
+        help="The fusion's target adapter (the anchor), which sources have to beat; not needed where --routing "
+        "gives all tasks to sources.",
     )
     target_revision: str | None = flag(None, help="Hub revision of the target adapter.")
     source_models: list[str] = flag(
@@ -38,24 +38,19 @@ class LabelModelArguments(BaseArguments):
     )
     merge_adapters: bool = flag(
         False,
-        help="Merge each adapter into its base before it answers, which is faster on a GPU; in bfloat16 the "
-        "weights are rounded once more, so answers may differ.",
+        help="Merge each adapter into its base before it answers: faster on a GPU, and rounded once more.",
     )
 
     def __post_init__(self) -> None:
-        count = len(self.source_adapters)
-        for name in ("source_models", "source_adapters"):
-            if not getattr(self, name) or not all(getattr(self, name)):
-                raise UserError(f"--{name} is missing or has an empty name: name at least one")
-        if len(self.source_models) not in (1, count):
+        if not self.source_models or not self.source_adapters:
+            raise UserError("--source_models or --source_adapters is missing: name at least one of each")
+        if len(self.source_models) not in (1, len(self.source_adapters)):
             raise UserError(
-                f"--source_models has {len(self.source_models)} values, but --source_adapters has {count}: give one "
-                "base per adapter, or one for all"
+                f"--source_models has {len(self.source_models)} values, but --source_adapters has "
+                f"{len(self.source_adapters)}: give one base per adapter, or one for all"
             )
         if self.target_adapter is not None and not self.model_name_or_path:
             raise UserError(f"--target_adapter {self.target_adapter} needs its base: give --model_name_or_path")
-        if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
-            raise UserError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
         self.names()
 
     def names(self) -> list[str]:
@@ -71,22 +66,20 @@ class LabelModelArguments(BaseArguments):
 
     def experts(self, generation: GenerationArguments) -> dict[str, Expert]:
         """The sources in order and, if there is one, the anchor; files are in order and adapters fit their bases."""
-        found = {}
-        bases = self.source_models * (len(self.source_adapters) if len(self.source_models) == 1 else 1)
-        for name, model, adapter in zip(self.names(), bases, self.source_adapters, strict=True):
-            # a source may be on the anchor's base
-            base = self.base(model, self.model_revision if model == self.model_name_or_path else None)
-            try:
-                found[name] = find_expert(base, adapter, None, name, generation, self.merge_adapters)
-            except UserError as error:
-                told = str(error).replace("--model_name_or_path", "--source_models")
-                raise UserError(f"source {name}: {told}") from error
+        models = self.source_models * (len(self.source_adapters) if len(self.source_models) == 1 else 1)
+        # a source may be on the anchor's base
+        bases = [self.base(m, self.model_revision if m == self.model_name_or_path else None) for m in models]
+        given = [*zip(self.names(), bases, self.source_adapters, strict=True)]
         if self.target_adapter is not None:
-            args = (self.target_adapter, self.target_revision, ANCHOR, generation, self.merge_adapters)
+            given.append((ANCHOR, self.base(), self.target_adapter))
+        found = {}
+        for name, base, adapter in given:
+            revision = self.target_revision if name == ANCHOR else None
             try:
-                found[ANCHOR] = find_expert(self.base(), *args)
+                found[name] = find_expert(base, adapter, revision, name, generation, self.merge_adapters)
             except UserError as error:
-                raise UserError(f"{ANCHOR}: {error}") from error
+                what = name if name == ANCHOR else f"source {name} (--source_models, --source_adapters)"
+                raise UserError(f"{what}: {error}") from error
         return found
 
 
@@ -97,16 +90,14 @@ class LabelOutputArguments:
     output_dir: str = flag(help="Folder for the labels (one .jsonl file per task) and labels.json.")
     resume: bool = flag(
         False,
-        help="Go on in an output_dir that is not empty: answers that are there, by the same models to the same "
-        "whole set of prompts of a task with the same settings, are not generated again.",
+        help="Go on in an output_dir that is not empty: answers of the same models to the same prompts are kept.",
     )
     overwrite: bool = flag(
         False, help="Write into an output_dir that is not empty; what an earlier run wrote there goes."
     )
     top_k_logits: int = flag(
         0,
-        help="Also store the most probable tokens of the source at every position of its labels: how many of "
-        "them, such as 10; 0 stores none. One process does it.",
+        help="Also store that many of a source's most probable tokens at every position of its labels, such as 10.",
         range="[0, inf)",
     )
     teacher_batch_size: int = flag(
@@ -119,20 +110,14 @@ class LabelOutputArguments:
             raise UserError("--resume and --overwrite exclude each other; choose one")
 
 
-LABEL_ARGUMENTS = (
-    LabelModelArguments,
-    LabelDataArguments,
-    RoutingArguments,
-    GenerationArguments,
-    LabelOutputArguments,
-)
-
-
 class LabelArguments(NamedTuple):
-    """All flags of a labelling, in the order of `LABEL_ARGUMENTS`."""
+    """All flags of a labelling."""
 
     model: LabelModelArguments
     data: LabelDataArguments
     routing: RoutingArguments
     generation: GenerationArguments
     output: LabelOutputArguments
+
+
+LABEL_ARGUMENTS = tuple(LabelArguments.__annotations__.values())

@@ -4,12 +4,9 @@ The prompts of a task are a template around an input: what all of its replay pro
 end with. The beginning is continued by sampling; where that reaches the end, what stands between is an input.
 
 The source's base writes them by default: an expert that was trained on answers alone tends to answer at once (on the
-embedded zoo it kept to the template in 0 to 4 of 10 continuations, its base in all).
-
-What this cannot do: of the domain it knows no more than the template and the model tell. Templates whose inputs come
-first have no beginning to continue; prompts that are strings need a common end, while in a conversation a stop token
-is an end, too. Whether an input makes sense is not checked, only its lines: where all inputs of the replay have as
-many lines, and a line of all of them begins alike, those of an invented one must, too.
+embedded zoo it kept to the template in 0 to 4 of 10 continuations, its base in all). Whether an input makes sense is
+not checked, only its lines: where all inputs of the replay have as many lines, and a line of all of them begins alike,
+those of an invented one must, too.
 """
 
 import hashlib
@@ -104,10 +101,8 @@ def _whole_words(text: str) -> str:
 
 def _from_line(text: str) -> str:
     """From the first line break on or, where there is none, from the first space: what is before may be of inputs."""
-    for mark in ("\n", " "):
-        if mark in text:
-            return text[text.index(mark) :]
-    return ""
+    mark = "\n" if "\n" in text else " "
+    return mark + text.partition(mark)[2] if mark in text else ""
 
 
 def _collapsed(text: str) -> str:
@@ -115,12 +110,10 @@ def _collapsed(text: str) -> str:
 
 
 def longest_input(prompts: Sequence[Sequence[int]], head: Sequence[int]) -> int:
-    """Most tokens of an input that is invented, the template's end included: about those of the replay's longest."""
     return max(1, max(map(len, prompts)) - len(head)) + _ROOM
 
 
 def draw_seed(seed: int, task: str, source: str) -> int:
-    """A seed for what a source invents for a task."""
     return int.from_bytes(hashlib.sha256(f"{seed} {task} {source}".encode()).digest()[:6], "big")
 
 

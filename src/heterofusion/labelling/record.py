@@ -1,8 +1,7 @@
 """What a labelling leaves: the records of labels, what `labels.json` tells of them, and a table of it."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from heterofusion.data.labels import CONTROL_COLUMN
@@ -13,31 +12,20 @@ from heterofusion.labelling.routing import most_confident
 from heterofusion.labelling.tasks import LabelTask, labelled_record
 
 
-@dataclass(frozen=True)
-class TaskLabels:
-    """The labels of a task."""
-
-    task: LabelTask
-    records: list[dict[str, Any]]  # one per prompt, as they are written
-    invented: dict[str, int] | None  # counts of `invented_prompts`
-    cut: int  # how many prompts a source read without their beginning
-
-    def summary(self) -> dict[str, Any]:
-        """What `labels.json` tells of them."""
-        task, count = self.task, len(self.records)
-        failures = sum(not record["format_ok"] for record in self.records)
-        return {
-            "metric": task.metric,
-            "labels": count,
-            "sources": dict(Counter(record["source"] for record in self.records)),
-            "format_failures": failures,
-            "format_failure_rate": failures / count if count else None,
-            "mean_log_probability": sum(r["log_probability"] for r in self.records) / count if count else None,
-            "prompts_cut": self.cut,
-            "prompts_sha256": task.prompts.sha256 if task.prompts is not None else None,
-            "replay_sha256": task.replay.sha256 if task.replay is not None else None,
-            "invented": self.invented,
-        }
+def summary(task: LabelTask, records: Sequence[Mapping[str, Any]], cut: int) -> dict[str, Any]:
+    """What `labels.json` tells of a task's labels."""
+    count, failures = len(records), sum(not record["format_ok"] for record in records)
+    return {
+        "metric": task.metric,
+        "labels": count,
+        "sources": dict(Counter(record["source"] for record in records)),
+        "format_failures": failures,
+        "format_failure_rate": failures / count if count else None,
+        "mean_log_probability": sum(r["log_probability"] for r in records) / count if count else None,
+        "prompts_cut": cut,
+        "prompts_sha256": task.prompts.sha256 if task.prompts is not None else None,
+        "replay_sha256": task.replay.sha256 if task.replay is not None else None,
+    }
 
 
 def label_records(

@@ -10,7 +10,6 @@ chosen for what it knows. Tasks that the anchor labels stay its own in any contr
 contribute.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +36,7 @@ class RoutingArguments:
     routing: str | None = flag(
         None,
         help="YAML file that says so instead of the scores: a mapping of tasks to a source, a list of sources, "
-        f"or none; the word {ANCHOR} stands for the anchor itself. Tasks that it leaves out are measured.",
+        f"{ANCHOR}, or none. Tasks that it leaves out are measured.",
     )
     routing_margin: float = flag(
         0.1,
@@ -46,37 +45,26 @@ class RoutingArguments:
     )
     routing_share: float = flag(
         0.5,
-        help="Share of the best source's gain over the anchor that a source has to reach for it to label "
-        "a task beside that one (0: all that beat the anchor by the margin do).",
+        help="Share of the best source's gain over the anchor that a source has to reach to label a task beside it.",
         range="[0, 1]",
     )
     anchor_labels: bool = flag(
         False,
-        help="Let the anchor itself label measured tasks that no source serves, which keeps what it can do: "
-        "those where its own score is at least --anchor_min_score.",
+        help="Let the anchor itself label measured tasks that no source serves and that it is good at "
+        "(--anchor_min_score), which keeps what it can do.",
     )
     anchor_min_score: float = flag(
-        _ANCHOR_MIN_SCORE, help="The anchor's score from which it labels a task, with --anchor_labels.", range="[0, 1]"
+        0.5, help="The anchor's score from which it labels a task, with --anchor_labels.", range="[0, 1]"
     )
     control: str | None = flag(
         None,
-        help="Let somebody who does not know answer in place of the sources that were chosen, to see what "
-        "their labels contribute: bases (the sources' bases without adapters), shuffle (sources that were chosen "
-        "for other tasks; --seed draws) or anchor (the anchor itself). What trains on such labels is a control.",
+        help="Let somebody who does not know answer in place of the chosen sources: bases (their bases without "
+        "adapters), shuffle (sources that were chosen for other tasks; --seed draws) or anchor (the anchor itself).",
         choices=[*LABEL_CONTROLS],
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if not self.anchor_labels and self.anchor_min_score != _ANCHOR_MIN_SCORE:
-            raise UserError(
-                f"--anchor_min_score {self.anchor_min_score} is for --anchor_labels true alone; leave it out"
-            )
-
-    @property
-    def anchor_from(self) -> float | None:
-        """The anchor's score from which it labels a task that no source serves; None if it does not."""
-        return self.anchor_min_score if self.anchor_labels else None
 
 
 @dataclass(frozen=True)
@@ -105,11 +93,6 @@ class Routing:
         shown = ANCHOR in self.scores or any(ANCHOR in names for names in self.labelled_by.values())
         return [*([ANCHOR] if shown else []), *self.sources]
 
-    @property
-    def unserved(self) -> list[str]:
-        """Tasks that get no labels."""
-        return [task for task in self.tasks if not self.chosen[task]]
-
     def record(self, metrics: Mapping[str, str | None]) -> dict[str, Any]:
         """What `routing.json` holds; `metrics` say what the scores are."""
         return {
@@ -132,15 +115,15 @@ class Routing:
 
     def table(self) -> str:
         """Markdown table: a row per model, a column per task, bold where a model labels the task."""
-        rows = []
-        for name in self.models:
-            cells = []
-            for task in self.tasks:
-                value = self.scores.get(name, {}).get(task)
-                text = "-" if value is None else f"{value:.3f}"
-                named = "map" if self.control is None else "control"
-                cells.append(f"**{named if value is None else text}**" if name in self.labelled_by[task] else text)
-            rows.append([name, *cells])
+        named = "map" if self.control is None else "control"
+
+        def cell(name: str, task: str) -> str:
+            value = self.scores.get(name, {}).get(task)
+            chosen = name in self.labelled_by[task]
+            text = (named if chosen else "-") if value is None else f"{value:.3f}"
+            return f"**{text}**" if chosen else text
+
+        rows = [[name, *(cell(name, task) for task in self.tasks)] for name in self.models]
         return markdown_table(["" if self.control is None else f"CONTROL {self.control}", *self.tasks], rows)
 
     def reason(self, task: str) -> str:
@@ -149,13 +132,9 @@ class Routing:
             return "--routing says so"
         best = max(self.sources, key=lambda source: self.scores[source][task])
         found, needed = self.scores[best][task], self.scores[ANCHOR][task]
-        if found <= needed:
-            why = f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
-        else:
-            why = (
-                f"the best source, {best}, has {found:.3f}, the anchor {needed:.3f}; lower --routing_margin "
-                f"{self.margin:g}, or name the source in --routing"
-            )
+        why = f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
+        if found > needed:
+            why += f" by --routing_margin {self.margin:g}: lower it, or name the source in --routing"
         return why if self.anchor_from is None else f"{why}; the anchor is below --anchor_min_score {self.anchor_from}"
 
 
@@ -171,10 +150,7 @@ def read_map(path: str, tasks: Sequence[str], sources: Sequence[str]) -> dict[st
         names = [str(name) if isinstance(name, int) else name for name in names]  # a name such as 7
         for name in names:
             if name not in known:
-                raise UserError(
-                    f"{where} gives the task {task!r} to {name!r}, which is no source; choose among "
-                    f"{', '.join(known)}, or write {NO_ADAPTER}"
-                )
+                raise UserError(f"{where}: {task!r}: {name!r} is no source; name {', '.join(known)} or {NO_ADAPTER}")
         chosen[task] = [name for name in known if name in names]
     return chosen
 
@@ -191,8 +167,7 @@ def route(
     """Choose who labels every task.
 
     A source has to be better than the anchor, by the margin at least, and to have the given share of the best source's
-    gain over it: one that is just better than an anchor that knows nothing would spoil what another one knows,
-    confident as it may be. The anchor labels other tasks where its score is at least `anchor_from`, if that is given.
+    gain over it: one that is just better than an anchor that knows nothing would spoil what another one knows.
     """
     chosen = {}
     for task in tasks:
@@ -217,22 +192,14 @@ def most_confident(labels: Mapping[str, Answer], prompt: str, is_well_formed: Fo
 
 
 def with_control(routing: Routing, kind: str, seed: int) -> Routing:
-    """A routing with a control in the place of the sources that were chosen.
-
-    - `bases`: the same sources, of which `labellers` then takes the bases alone.
-    - `shuffle`: every task gets the sources that were chosen for another one, see `exchange`.
-    - `anchor`: the anchor.
-    """
+    """A routing with a control in the place of the sources that were chosen."""
     sources = {task: [name for name in names if name != ANCHOR] for task, names in routing.chosen.items()}
     served = {task: names for task, names in sources.items() if names}
     if not served:
-        raise UserError(
-            f"--control {kind} takes the place of sources, but no source labels any task; leave it out, or lower "
-            "--routing_margin"
-        )
+        raise UserError(f"--control {kind} takes the place of sources, but no source labels any task; leave it out")
     if kind == "shuffle":
         others = exchange(served, seed)
-    else:
+    else:  # with `bases` they are the same sources, of which `labellers` takes the bases alone
         others = {task: [ANCHOR] if kind == "anchor" else names for task, names in served.items()}
     replaced = {
         task: [*dict.fromkeys([*others.get(task, []), *(name for name in names if name == ANCHOR)])]
@@ -250,12 +217,9 @@ def exchange(served: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[s
     try:
         _, others = linear_sum_assignment(costs)
     except ValueError as error:  # no assignment is finite
-        name, count = Counter(name for names in served.values() for name in names).most_common(1)[0]
-        why = "there is no other task" if len(tasks) == 1 else f"source {name} labels {count} of them"
         raise UserError(
-            f"--control shuffle: the sources of the {len(tasks)} tasks that have some ({', '.join(tasks)}) cannot be "
-            f"exchanged so that every task gets only sources that were not chosen for it: {why}; choose --control "
-            "bases or anchor, or give more tasks and sources"
+            f"--control shuffle: the sources of {', '.join(tasks)} cannot be exchanged so that every task gets only "
+            "sources that were not chosen for it; choose --control bases or anchor, or give more tasks and sources"
         ) from error
     return {task: [*served[tasks[other]]] for task, other in zip(tasks, others, strict=True)}
 

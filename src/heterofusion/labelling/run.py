@@ -10,7 +10,6 @@ output_dir/parts/<key>/    answers as they came, by a hash of all that they depe
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,20 +30,13 @@ from heterofusion.experts.soft import FOLDER as SOFT
 from heterofusion.experts.soft import INDEX_FILE as SOFT_INDEX
 from heterofusion.experts.soft import OwnLabel, check_soft, store_soft_labels
 from heterofusion.labelling.arguments import LabelArguments
-from heterofusion.labelling.prompts import Template, draw_seed, find_template, invented_prompts, longest_input
-from heterofusion.labelling.record import TaskLabels, label_records
+from heterofusion.labelling.prompts import draw_seed, find_template, invented_prompts, longest_input
+from heterofusion.labelling.record import label_records, summary
 from heterofusion.labelling.routing import Routing, labellers, read_map, route, with_control
 from heterofusion.labelling.tasks import LabelTask, asked, file_name, load_tasks
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import (
-    check_output_dir,
-    display_name,
-    read_json,
-    staging_folder,
-    write_json,
-    write_lines,
-)
+from heterofusion.runtime.files import check_output_dir, display_name, read_json, write_json, write_lines
 from heterofusion.runtime.ranks import all_together, cost_record
 
 logger = logging.getLogger(__name__)
@@ -52,7 +44,6 @@ logger = logging.getLogger(__name__)
 ROUTING_FILE = "routing.json"
 ROUTING_PICTURE = "routing.png"
 PARTS = "parts"
-STAGING = ".labels-"
 _FORMAT = 3  # of part files; another number is another folder
 
 
@@ -65,118 +56,82 @@ class Labelling:
     def __init__(self, arguments: LabelArguments, ranks: PartialState) -> None:
         self.arguments, self.ranks = arguments, ranks
         self.folder = Path(arguments.output.output_dir).expanduser().absolute()
-        self._encoded: dict[tuple[Any, ...], Prompts] = {}
+        self._encoded: dict[tuple[int, int], Prompts] = {}
         self._seconds: dict[Path, float] = {}  # of generation, in all runs; the same questions may be asked twice
         with all_together(ranks):
-            self._check_folder()
-            names, labels = arguments.model.names(), arguments.data.labels()
-            self.mapped = read_map(arguments.routing.routing, labels, names) if arguments.routing.routing else {}
-            self._check_routing(labels)
+            self.labels, routing = arguments.data.labels(), arguments.routing.routing
+            self.mapped = read_map(routing, self.labels, arguments.model.names()) if routing else {}
+            self._check_flags()
             self.tasks = load_tasks(arguments.data)
-            self.templates = self._templates()
+            self.templates = {
+                task.name: find_template(task.replay, asked(task.replay))
+                for task in self.tasks
+                if arguments.data.self_prompt and task.replay is not None and self.mapped.get(task.name) != []
+            }
             self.experts = arguments.model.experts(arguments.generation)
             self.sources = [expert for name, expert in self.experts.items() if name != ANCHOR]
-            self.scored = [expert for expert in [self.experts.get(ANCHOR), *self.sources] if expert is not None]
-            if arguments.routing.control == "bases":
-                self._check_adapters()
-            if len(self.mapped) == len(labels):
-                self._controlled(self._routing({}))
+            if arguments.routing.control == "bases" and any(source.adapter is None for source in self.sources):
+                raise UserError("--control bases needs sources with adapters: leave out the one that is a base alone")
+            if len(self.mapped) == len(self.labels):
+                self._routing({})  # tells of a control that cannot be
             if arguments.output.top_k_logits:
-                check_soft([e for e in self.experts.values() if e.name != ANCHOR or self._anchor_may_label])
+                needed = {name for label in self.labels for name in self._may_label(label)}
+                check_soft([expert for name, expert in self.experts.items() if name in needed])
             self._encode_all()
         self.runner = ExpertRunner(ranks.device)
 
     # ---- before anything is loaded ----
 
-    def _check_folder(self) -> None:
-        output, data, ours = self.arguments.output, self.arguments.data, (LABELS_FILE, ROUTING_FILE, PARTS)
+    def _check_flags(self) -> None:
+        output, data, model = self.arguments.output, self.arguments.data, self.arguments.model
         if self.ranks.is_main_process:
             check_output_dir(str(self.folder), output.resume, output.overwrite, resume_flag="--resume")
-            if output.resume and self.folder.is_dir() and any(self.folder.iterdir()):
-                if not any((self.folder / name).exists() for name in ours):
-                    raise UserError(f"--resume: {self.folder} holds no labels ({', '.join(ours)}); name another")
-                read_json(self.folder / LABELS_FILE)
+            found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if output.resume and found and not found & {LABELS_FILE, ROUTING_FILE, PARTS}:
+                raise UserError(f"--resume: {self.folder} holds no labels; name another folder")
         # a task has the name of its replay's file by default, and so has the file of its labels
         read = {Path(name).expanduser().resolve() for name in (*data.dataset_name, *data.prompts)}
-        for written in (file_name(self.folder, label) for label in data.labels()):
-            if written.resolve() in read:
-                raise UserError(
-                    f"--output_dir {self.folder}: labels would be written over {written}, which is read; name another "
-                    "folder"
-                )
-
-    def _check_routing(self, labels: list[str]) -> None:
-        measured = [label for label in labels if label not in self.mapped]
-        model, data, routing = self.arguments.model, self.arguments.data, self.arguments.routing
-        own = [task for task, names in self.mapped.items() if ANCHOR in names]
-        if model.target_adapter is None and (own or routing.control == ANCHOR):
-            who = f"--routing {routing.routing} gives {', '.join(own)} to the anchor" if own else "--control is anchor"
-            raise UserError(
-                f"{who}, but --target_adapter is missing: give it with its --model_name_or_path, or let sources label"
-            )
-        if not measured and not any(self.mapped.values()):
-            raise UserError(f"--routing {routing.routing} gives no task to any source; name one")
-        if not measured and routing.anchor_labels:
-            raise UserError(
-                f"--anchor_labels is of tasks that are measured, but --routing {routing.routing} names all: write "
-                f"{ANCHOR} there for those that the anchor is to label, and leave --anchor_labels out"
-            )
+        for written in (file_name(self.folder, label).resolve() for label in self.labels):
+            if written in read:
+                raise UserError(f"--output_dir: labels would be written over {written}, which is read; name another")
+        measured = [label for label in self.labels if label not in self.mapped]
         if measured and not data.dataset_name:
             raise UserError(
                 f"without --dataset_name no source can be scored, so --routing must name the sources of every task; "
                 f"it lacks {', '.join(measured)}"
             )
-        if measured and model.target_adapter is None:
+        if not measured and not any(self.mapped.values()):
+            raise UserError(f"--routing {self.arguments.routing.routing} gives no task to any source; name one")
+        beside = [label for label in self.labels if label in measured or ANCHOR in self._may_label(label)]
+        if model.target_adapter is None and beside:
             raise UserError(
-                f"--target_adapter is missing: sources have to beat the anchor on {', '.join(measured)}; give it with "
-                "its --model_name_or_path, or name the sources of all tasks in --routing"
+                f"--target_adapter is missing, which sources have to beat, or which labels, {', '.join(beside)}: give "
+                "it with its --model_name_or_path, or name sources in --routing"
             )
-
-    def _check_adapters(self) -> None:
-        for source in self.sources:
-            if source.adapter is None:
-                raise UserError(
-                    f"--control bases: {source.name} is a base without an adapter, so its base would give the same "
-                    "labels; give its adapter, or leave the source out"
-                )
-
-    @property
-    def _anchor_may_label(self) -> bool:
-        routing = self.arguments.routing
-        named = any(ANCHOR in names for names in self.mapped.values())
-        return named or routing.anchor_labels or routing.control == ANCHOR
 
     def _may_label(self, task: str) -> list[str]:
         """Names of all that may have to write or answer a task's prompts."""
-        routing, sources = self.arguments.routing, [source.name for source in self.sources]
-        names = self.mapped.get(task, [*sources, *([ANCHOR] if routing.anchor_labels else [])])
-        if names and routing.control == "shuffle":
-            names = [*sources, *names]
-        return [*dict.fromkeys([*names, *([ANCHOR] if names and routing.control == ANCHOR else [])])]
-
-    def _templates(self) -> dict[str, Template]:
-        tasks = self.tasks if self.arguments.data.self_prompt else []
-        return {
-            task.name: find_template(task.replay, asked(task.replay))
-            for task in tasks
-            if task.replay is not None and self.mapped.get(task.name) != []
-        }
+        args, sources = self.arguments.routing, self.arguments.model.names()
+        names = self.mapped.get(task, [*sources, *([ANCHOR] if args.anchor_labels else [])])
+        others = {"shuffle": sources, "anchor": [ANCHOR]}.get(args.control or "", [])
+        return [*dict.fromkeys([*names, *others])] if names else []
 
     def _encode_all(self) -> None:
         """Everything that may be asked, in the words of everyone who may be: what cannot be is told before."""
         for task in self.tasks:
-            for expert in self.scored if task.name not in self.mapped and task.replay is not None else []:
-                self._encode(expert, task.replay)
-            for name in self._may_label(task.name):
-                if task.prompts is not None:
-                    self._encode(self.experts[name], task.prompts)
+            if task.name not in self.mapped:
+                for expert in self.experts.values():
+                    self._encode(expert, task.replay)
+            for expert in map(self.experts.__getitem__, self._may_label(task.name)):
+                if task.prompts is None:
+                    self._drawing(expert, expert, task, 1)
                 else:
-                    self._drawing(self.experts[name], self.experts[name], task, 1)
+                    self._encode(expert, task.prompts)
 
     def _encode(self, expert: Expert, examples: EvalSet | None) -> Prompts:
-        """Prompts in an expert's words; experts with the same tokenizer share them."""
+        """Prompts in an expert's words."""
         assert examples is not None  # for the type checker: who is asked, is asked something
-        key = (expert.tokenizer.name_or_path, expert.base.model_name_or_path, expert.limit, id(examples))
+        key = (id(expert.tokenizer), id(examples))
         if key not in self._encoded:
             self._encoded[key] = expert.encode(examples)
             check_references(examples, self._encoded[key])
@@ -186,43 +141,39 @@ class Labelling:
 
     def run(self) -> tuple[Routing, dict[str, Any]]:
         """Route, label and write; gives the routing and the content of `labels.json`."""
-        output = self.arguments.output
-        if output.overwrite:
-            self._clear()
+        output, main = self.arguments.output, self.ranks.is_main_process
+        with all_together(self.ranks):
+            if output.overwrite and main:
+                remove_labels(self.folder)
         routing = self._route()
-        self._tell(routing)
+        with all_together(self.ranks):
+            if main:
+                self._tell(routing)
+        if not any(routing.chosen.values()):
+            reasons = "; ".join(f"{task}: {routing.reason(task)}" for task in routing.tasks)
+            raise UserError(f"no source labels any task: {reasons}")
         counts = self._invent(routing) if self.templates else {}
         answering = labellers(self.experts, routing.control)
-        made = self._label(routing, answering, counts)
+        records, cut = self._label(routing, answering)
         self.runner.release()
-        if not any(labels.records for labels in made):
-            raise UserError(
-                "--self_prompt: no invented input is new and keeps to its template; give --prompts, or a larger number"
-            )
+        if not any(records.values()):
+            raise UserError("--self_prompt: no invented input is new and keeps to its template; give --prompts")
         seconds = sum(self._seconds.values())
         if output.top_k_logits:
-            experts = {expert.name: expert for expert in answering.values()}
             own: dict[str, list[OwnLabel]] = {}
-            for labels in made:
-                for line, record in enumerate(labels.records):
-                    own.setdefault(record["source"], []).append(OwnLabel(labels.task.name, line, record))
+            for task, line, record in ((task, *each) for task, rows in records.items() for each in enumerate(rows)):
+                own.setdefault(record["source"], []).append(OwnLabel(task, line, record))
+            experts = {expert.name: expert for expert in answering.values()}
             size, device = output.teacher_batch_size, self.ranks.device
             seconds += store_soft_labels(self.folder, experts, own, output.top_k_logits, size, device)["seconds"]
-        told = self._record(made, routing, seconds)
+        tasks = {task.name: summary(task, records[task.name], cut[task.name]) for task in self.tasks}
+        told = self._record(
+            {name: {**one, "invented": counts.get(name)} for name, one in tasks.items()}, routing, seconds
+        )
         with all_together(self.ranks):
-            if self.ranks.is_main_process:
-                self._write(made, told)
+            if main:
+                self._write(records, told)
         return routing, told
-
-    def _clear(self) -> None:
-        """Remove what an earlier run wrote, once the first model is loaded: the last thing that may be wrong."""
-        needed = [name for task in self.tasks for name in self.mapped.get(task.name, [])]
-        first = self.scored[0] if len(self.mapped) < len(self.tasks) else self.experts[needed[0]]
-        with all_together(self.ranks):
-            self.runner.load(first.base)
-        with all_together(self.ranks):
-            if self.ranks.is_main_process:
-                remove_labels(self.folder)
 
     def _questions(
         self, expert: Expert, ids: Sequence[Sequence[int]], length: int, sampling: Sampling | None = None
@@ -247,40 +198,34 @@ class Labelling:
     def _route(self) -> Routing:
         replays = {t.name: t.replay for t in self.tasks if t.name not in self.mapped and t.replay is not None}
         scores: dict[str, dict[str, float]] = {}
-        for expert in self.scored if replays else []:
+        anchor_first = sorted(self.experts.items(), key=lambda item: item[0] != ANCHOR)  # as tables show them
+        for expert_name, expert in anchor_first if replays else []:
             prompts = {name: self._encode(expert, replay) for name, replay in replays.items()}
             answers = self._answers(expert, prompts, "replay")
-            scores[expert.name] = {
+            scores[expert_name] = {
                 name: metric_record(replay.metric, [a.text for a in answers[name]], prompts[name].references)["score"]
                 for name, replay in replays.items()
             }
-        return self._controlled(self._routing(scores))
+        return self._routing(scores)
 
     def _routing(self, scores: dict[str, dict[str, float]]) -> Routing:
-        args, sources = self.arguments.routing, [source.name for source in self.sources]
-        labels = self.arguments.data.labels()
-        return route(labels, sources, scores, args.routing_margin, self.mapped, args.anchor_from, args.routing_share)
-
-    def _controlled(self, routing: Routing) -> Routing:
-        """With --control, somebody else in the place of the sources; where nobody labels anything, `_tell` says so."""
-        kind = self.arguments.routing.control
-        if kind is None or len(routing.unserved) == len(routing.tasks):
-            return routing
-        return with_control(routing, kind, self.arguments.data.seed)
+        """The routing by these scores and the map; with --control, somebody else in the place of the sources."""
+        args, sources = self.arguments.routing, self.arguments.model.names()
+        least = args.anchor_min_score if args.anchor_labels else None
+        found = route(self.labels, sources, scores, args.routing_margin, self.mapped, least, args.routing_share)
+        if args.control is None or not any(found.chosen.values()):
+            return found
+        return with_control(found, args.control, self.arguments.data.seed)
 
     def _tell(self, routing: Routing) -> None:
         """Write and say who labels what."""
-        with all_together(self.ranks):
-            if self.ranks.is_main_process:
-                write_json(self.folder / ROUTING_FILE, routing.record({t.name: t.metric for t in self.tasks}))
-                logger.info("routing (bold: labels the task):\n%s", routing.table())
-                if routing.control is not None:
-                    logger.warning("CONTROL (%s): the labels are not of the sources that were chosen", routing.control)
-                for task in routing.unserved:
-                    logger.warning("NO LABELS FOR %s: %s", task, routing.reason(task))
-        if len(routing.unserved) == len(routing.tasks):
-            reasons = "; ".join(f"{task}: {routing.reason(task)}" for task in routing.tasks)
-            raise UserError(f"no source labels any task: {reasons}")
+        write_json(self.folder / ROUTING_FILE, routing.record({task.name: task.metric for task in self.tasks}))
+        logger.info("routing (bold: labels the task):\n%s", routing.table())
+        if routing.control is not None:
+            logger.warning("CONTROL (%s): the labels are not of the sources that were chosen", routing.control)
+        for task in routing.tasks:
+            if not routing.chosen[task]:
+                logger.warning("NO LABELS FOR %s: %s", task, routing.reason(task))
 
     # ---- inputs that are invented ----
 
@@ -288,10 +233,10 @@ class Labelling:
         """A template's beginning, `count` times, to be continued by sampling."""
         assert task.replay is not None  # for the type checker: --self_prompt needs it
         data = self.arguments.data
-        whole = self._encode(source, task.replay).ids
         head = self.templates[task.name].head(asked(task.replay).format, source.tokenizer)
         sampling = Sampling(draw_seed(data.seed, task.name, source.name), data.temperature, data.top_p)
-        return self._questions(writer, [head] * count, longest_input(whole, head), sampling)
+        length = longest_input(self._encode(source, task.replay).ids, head)
+        return self._questions(writer, [head] * count, length, sampling)
 
     def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
         """Let those that were chosen invent the prompts of their tasks, with --control too; counts by task."""
@@ -302,10 +247,9 @@ class Labelling:
             questions = {}
             for task in self.tasks:
                 chosen = routing.chosen[task.name]
-                if name in chosen:
-                    count = total // len(chosen) + (chosen.index(name) < total % len(chosen))
-                    if count:
-                        questions[task.name] = self._drawing(source, writer, task, count)
+                count = total // len(chosen) + (chosen.index(name) < total % len(chosen)) if name in chosen else 0
+                if count:
+                    questions[task.name] = self._drawing(source, writer, task, count)
             for task_name, answers in self._ask(writer, questions, "inventing").items():
                 drawn[task_name] += answers
         counts = {}
@@ -313,8 +257,8 @@ class Labelling:
             if routing.chosen[task.name] and task.replay is not None:
                 template, format = self.templates[task.name], asked(task.replay).format
                 prompts, counts[task.name] = invented_prompts(task.name, template, format, drawn[task.name])
-                told = ", ".join(f"{key} {value}" for key, value in counts[task.name].items())
                 if self.ranks.is_main_process:
+                    told = ", ".join(f"{key} {value}" for key, value in counts[task.name].items())
                     (logger.info if prompts else logger.warning)("invented inputs of %s: %s", task.name, told)
                 self.tasks[index] = replace(task, prompts=prompts)
         return counts
@@ -322,38 +266,32 @@ class Labelling:
     # ---- labels ----
 
     def _label(
-        self, routing: Routing, experts: Mapping[str, Expert], counts: Mapping[str, dict[str, int]]
-    ) -> list[TaskLabels]:
-        encoded: dict[str, dict[str, Prompts]] = {}
-        answers: dict[str, dict[str, list[Answer]]] = {}
+        self, routing: Routing, experts: Mapping[str, Expert]
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+        """By task, its records, and how many prompts a source read without their beginning."""
+        texts: dict[str, dict[str, Prompts]] = {task.name: {} for task in self.tasks}
+        labels: dict[str, dict[str, list[Answer]]] = {task.name: {} for task in self.tasks}
         for name, expert in experts.items():
-            encoded[name] = {
-                task.name: self._encode(expert, task.prompts)
-                for task in self.tasks
-                if task.prompts is not None and name in routing.labelled_by[task.name]
-            }
-            answers[name] = self._answers(expert, encoded[name], "labelling")
-        made = []
-        for task in self.tasks:
-            names = [name for name in routing.labelled_by[task.name] if task.name in answers[name]]
-            texts = {experts[name].name: encoded[name][task.name] for name in names}
-            labels = {experts[name].name: answers[name][task.name] for name in names}
-            cut = max((prompts.cut for prompts in texts.values()), default=0)
-            if cut and self.ranks.is_main_process:
-                logger.warning("%s: %d prompts were cut on the left to fit a source's context", task.name, cut)
-            records = label_records(task, texts, labels, routing.control)
-            made.append(TaskLabels(task, records, counts.get(task.name), cut))
-        return made
+            served = [t for t in self.tasks if t.prompts is not None and name in routing.labelled_by[t.name]]
+            prompts = {task.name: self._encode(expert, task.prompts) for task in served}
+            for task_name, answers in self._answers(expert, prompts, "labelling").items():
+                texts[task_name][expert.name], labels[task_name][expert.name] = prompts[task_name], answers
+        cut = {name: max((prompts.cut for prompts in found.values()), default=0) for name, found in texts.items()}
+        for name, count in cut.items():
+            if count and self.ranks.is_main_process:
+                logger.warning("%s: %d prompts were cut on the left to fit a source's context", name, count)
+        records = {t.name: label_records(t, texts[t.name], labels[t.name], routing.control) for t in self.tasks}
+        return records, cut
 
-    def _record(self, made: Sequence[TaskLabels], routing: Routing, seconds: float) -> dict[str, Any]:
+    def _record(self, tasks: dict[str, Any], routing: Routing, seconds: float) -> dict[str, Any]:
         """What `labels.json` holds. Local paths are cut to their names."""
         data, anchor = self.arguments.data, self.experts.get(ANCHOR)
         names = ("max_prompts", "self_prompt", "temperature", "top_p", "seed", "dataset_seed")
         return {
             "control": routing.control,
-            "tasks": {labels.task.name: labels.summary() for labels in made},
-            "labels": sum(len(labels.records) for labels in made),
-            "routing": routing.record({labels.task.name: labels.task.metric for labels in made}),
+            "tasks": tasks,
+            "labels": sum(task["labels"] for task in tasks.values()),
+            "routing": routing.record({name: task["metric"] for name, task in tasks.items()}),
             "anchor": anchor.record() if anchor is not None else None,
             "sources": [source.record() for source in self.sources],
             "settings": {
@@ -368,38 +306,32 @@ class Labelling:
             "versions": library_versions(),
         }
 
-    def _write(self, made: list[TaskLabels], record: dict[str, Any]) -> None:
-        """All files anew beside their places, then moved; `labels.json` last, and meanwhile there is none."""
-        earlier = _task_files(self.folder)
-        with staging_folder(self.folder, STAGING) as staging:
-            files = [file_name(staging, labels.task.name) for labels in made if labels.records]
-            for path, labels in zip(files, [labels for labels in made if labels.records], strict=True):
-                write_lines(path, labels.records)
-            files.append(staging / LABELS_FILE)
-            write_json(files[-1], record)
-            (self.folder / LABELS_FILE).unlink(missing_ok=True)
-            for path in earlier:
-                if path.name not in [new.name for new in files]:
-                    path.unlink(missing_ok=True)
-            if not self.arguments.output.top_k_logits:  # those of an earlier run are kept, but not of these labels
-                (self.folder / SOFT / SOFT_INDEX).unlink(missing_ok=True)
-            for path in files:
-                os.replace(path, self.folder / path.name)
+    def _write(self, records: Mapping[str, list[dict[str, Any]]], told: dict[str, Any]) -> None:
+        """`labels.json` goes first and comes last: where it stands, the labels are complete."""
+        _remove_tasks(self.folder)
+        if not self.arguments.output.top_k_logits:  # those of an earlier run are kept, but not of these labels
+            (self.folder / SOFT / SOFT_INDEX).unlink(missing_ok=True)
+        for name, rows in records.items():
+            if rows:
+                write_lines(file_name(self.folder, name), rows)
+        write_json(self.folder / LABELS_FILE, told)
 
 
-def _task_files(folder: Path) -> list[Path]:
-    """The files of labels that an earlier run finished."""
-    tasks = (read_json(folder / LABELS_FILE) or {}).get("tasks") or {}
-    return [file_name(folder, name) for name in tasks if is_file_name(name)]
+def _remove_tasks(folder: Path) -> None:
+    """Remove the labels that an earlier run finished."""
+    try:
+        tasks = (read_json(folder / LABELS_FILE) or {}).get("tasks") or {}
+    except UserError:  # damaged: it goes all the same
+        tasks = {}
+    (folder / LABELS_FILE).unlink(missing_ok=True)
+    for name in filter(is_file_name, tasks):
+        file_name(folder, name).unlink(missing_ok=True)
 
 
 def remove_labels(folder: Path) -> None:
     """Remove what an earlier labelling wrote, and nothing else."""
-    try:
-        files = _task_files(folder)
-    except UserError:
-        files = []
-    for path in [*files, *(folder / name for name in (LABELS_FILE, ROUTING_FILE, ROUTING_PICTURE))]:
-        path.unlink(missing_ok=True)
+    _remove_tasks(folder)
+    for name in (ROUTING_FILE, ROUTING_PICTURE):
+        (folder / name).unlink(missing_ok=True)
     for name in (PARTS, SOFT):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -21,8 +21,6 @@ from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
 
 REPLAY = "replay"  # as a value of --prompts: the replay's own
-_ONLY_INVENTED = {"self_prompt_model": BASE_NAME, "temperature": 1.0, "top_p": 0.95}
-_MAX_PROMPTS = 300
 _NO_ANSWER: Message = {"role": "assistant", "content": ""}
 _TAGS = ("task", "kind")  # columns that labels have as the replay has them
 
@@ -35,8 +33,8 @@ class LabelDataArguments(EvalDataArguments):
 
     dataset_name: list[str] = flag(
         default_factory=list,
-        help="The replay's data sets with the right answers, one per task: local .json, .jsonl, .csv or "
-        ".parquet files, local folders, or ids on the Hub. Without them --routing and --prompts have to be given.",
+        help="The replay's data sets with the right answers, one per task: files, folders, or Hub ids. Without "
+        "them --routing and --prompts have to be given.",
     )
     dataset_split: list[str] = flag(
         default_factory=lambda: ["train"],
@@ -44,8 +42,7 @@ class LabelDataArguments(EvalDataArguments):
     )
     dataset_label: list[str] | None = flag(
         None,
-        help="Name of each task, for files, tables and --routing; by default that of its replay file, or of "
-        "its prompt file where there is no replay.",
+        help="Name of each task, for files, tables and --routing; by default that of its replay or prompt file.",
     )
     max_examples: list[int] = flag(
         default_factory=lambda: [300],
@@ -53,29 +50,22 @@ class LabelDataArguments(EvalDataArguments):
     )
     prompts: list[str] = flag(
         default_factory=list,
-        help="Prompts to label, one file per task in the order of --dataset_name: column `prompt`, or the "
-        f"replay's columns, whose answers are not looked at. The word {REPLAY} takes the replay's own prompts. "
-        "Folders and Hub data sets are read from their split train.",
+        help="Prompts to label, one file per task in the order of --dataset_name, with column `prompt` or the "
+        f"replay's columns, whose answers are not looked at; the word {REPLAY} takes the replay's own prompts.",
     )
     self_prompt: int = flag(
         0,
-        help="In place of --prompts: number of times that the sources of a task continue its prompt template, "
-        "to invent inputs; what is repeated, or leaves the template, is dropped.",
+        help="In place of --prompts: how often the sources of a task continue its prompt template, to invent inputs.",
         range="[0, inf)",
     )
     self_prompt_model: str = flag(
         BASE_NAME,
-        help="What continues the template: the source's base, or the expert itself, which may rather answer "
-        "than write on where it was trained on answers alone.",
+        help="What continues the template: the source's base, or the expert itself, which may rather answer.",
         choices=[BASE_NAME, "expert"],
     )
-    max_prompts: int = flag(
-        _MAX_PROMPTS, help="Number of prompts that are sampled for each task at most; 0 takes all.", range="[0, inf)"
-    )
-    temperature: float = flag(_ONLY_INVENTED["temperature"], help="Temperature of --self_prompt.", range="(0, inf)")
-    top_p: float = flag(
-        _ONLY_INVENTED["top_p"], help="Probability mass that --self_prompt draws tokens from.", range="(0, 1]"
-    )
+    max_prompts: int = flag(300, help="Number of --prompts of a task at most, sampled; 0 takes all.", range="[0, inf)")
+    temperature: float = flag(1.0, help="Temperature of --self_prompt.", range="(0, inf)")
+    top_p: float = flag(0.95, help="Probability mass that --self_prompt draws tokens from.", range="(0, 1]")
     seed: int = flag(
         42, help="Seed of the sample of prompts, of --self_prompt, and of --control shuffle.", range="[0, inf)"
     )
@@ -83,27 +73,16 @@ class LabelDataArguments(EvalDataArguments):
     def __post_init__(self) -> None:
         check_ranges(self)
         if bool(self.prompts) == bool(self.self_prompt):
-            raise UserError(
-                "give either --prompts (files, or the word replay) or --self_prompt (a number of inputs to invent)"
-                + (", not both" if self.prompts else "")
-            )
-        if self.self_prompt and self.max_prompts != _MAX_PROMPTS:
-            raise UserError(
-                f"--max_prompts {self.max_prompts} is for --prompts; --self_prompt is itself the number of inputs"
-            )
-        for name, default in _ONLY_INVENTED.items():
-            if not self.self_prompt and getattr(self, name) != default:
-                raise UserError(f"--{name} {getattr(self, name)} is for --self_prompt alone; leave it out")
+            raise UserError("give either --prompts (files, or replay) or --self_prompt (a number), and not both")
         if self.dataset_name:
             super().__post_init__()
             if self.prompts and not self.own_prompts and len(self.prompts) != len(self.dataset_name):
                 raise UserError(
                     f"--prompts has {len(self.prompts)} values, but --dataset_name has {len(self.dataset_name)}: give "
-                    f"one file per task, in the same order, or the word {REPLAY}"
+                    f"one file per task, or the word {REPLAY}"
                 )
         elif self.self_prompt or self.own_prompts:
-            what = "--self_prompt" if self.self_prompt else f"--prompts {REPLAY}"
-            raise UserError(f"{what} needs the replay's prompts: give --dataset_name, one file per task")
+            raise UserError(f"--self_prompt and --prompts {REPLAY} need the replay: give --dataset_name")
         else:
             self._named_by_prompts()
 
@@ -116,11 +95,9 @@ class LabelDataArguments(EvalDataArguments):
         return self.prompts == [REPLAY]
 
     def labels(self) -> list[str]:
-        """The names of the tasks."""
         return super().labels() if self.dataset_name else self._named_by_prompts().labels()
 
     def metrics(self) -> list[str]:
-        """The metrics, one per task."""
         return super().metrics() if self.dataset_name else self._named_by_prompts().metrics()
 
 

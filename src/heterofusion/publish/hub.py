@@ -1,7 +1,7 @@
 """An adapter goes to the Hub: exactly its files, in one commit, and nothing that tells of this machine.
 
 The local folder is only read. What names a local folder there (PEFT loads the base model from it) is cut to a name in
-a staged copy, which is uploaded; `heterofusion push` uploads the same again.
+what is uploaded; `heterofusion push` uploads the same again.
 """
 
 import json
@@ -10,21 +10,16 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.publish.record import (
     CARD_FILE,
-    DISTILLATION_FILE,
-    EXPERT_FILE,
-    MERGE_FILE,
     PROVENANCE_FILE,
     RECORD_FILES,
     find_record,
@@ -45,8 +40,7 @@ HUB_PATTERNS = (
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model", "sentencepiece.model",
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-_MADE = {PROVENANCE_FILE: "fused adapter", MERGE_FILE: "merged adapter", DISTILLATION_FILE: "distilled adapter",
-         EXPERT_FILE: "LoRA expert"}  # fmt: skip
+_MADE = dict(zip(RECORD_FILES, ("fused adapter", "merged adapter", "distilled adapter", "LoRA expert"), strict=True))
 _SCANNED = (CONFIG_FILE, "tokenizer_config.json", CARD_FILE, *RECORD_FILES)
 
 
@@ -57,10 +51,7 @@ def push_output(
     revision: str | None = None,
     private: bool | None = None,
 ) -> str:
-    """Push the adapter in a run's `output_dir` under its `hub_model_id`, or the folder's name; see `push_adapter`.
-
-    The run's Hub settings hold where an argument is None.
-    """
+    """Push the adapter in a run's `output_dir`; the run's Hub settings hold where an argument is None."""
     folder = Path(str(args.output_dir))
     return push_adapter(
         folder,
@@ -98,46 +89,33 @@ def push_adapter(
         Address of the commit.
 
     Raises:
-        ExportError: the folder holds no complete adapter, or a control; the name is none for a repository, or the Hub
-            refused: the message says how to push again.
+        ExportError: the folder holds no complete adapter, or a control; or the Hub refused: the message says how to
+            push again.
     """
     folder = Path(folder).expanduser().absolute()
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ExportError(
-            f"{repo_id!r} is no name for a repository on the Hub ({_reason(error)}); the adapter is in {folder}. Push "
-            f"it under a --hub_model_id of letters, digits, '-', '_' and '.': "
-            f"{push_command(folder, 'NAME', private, revision)}"
-        ) from error
     files = hub_files(folder)
     message = commit_message or next(f"Upload {made}" for name, made in _MADE.items() if name in files)
     api = HfApi(token=token)
     try:
-        with tempfile.TemporaryDirectory() as staging:
-            _stage(files, Path(staging))
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision not in (None, "main") and not str(revision).startswith("refs/"):
-                api.create_branch(repo, branch=str(revision), exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=staging, allow_patterns=[*files], commit_message=message, revision=revision
-            )
-            return commit.commit_url
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision not in (None, "main") and not str(revision).startswith("refs/"):
+            api.create_branch(repo, branch=str(revision), exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url
     except Exception as error:  # whatever the Hub or the network says, the adapter is safe and the user must hear so
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         login = " with a token in HF_TOKEN, or after `hf auth login`" if token or refused else ""
+        name = "NAME" if isinstance(error, HFValidationError) else repo_id
         raise ExportError(
-            f"the push to {repo_id} failed ({_reason(error, token)}); the adapter is safe in {folder}. "
-            f"Push again{login}: {push_command(folder, repo_id, private, revision)}"
+            f"the push to {repo_id!r} failed ({_reason(error, token)}); the adapter is safe in {folder}. "
+            f"Push again{login}: {push_command(folder, name, private, revision)}"
         ) from error
 
 
 def push_command(folder: Path, repo_id: str, private: bool | None = None, revision: str | None = None) -> str:
     """The shell command that pushes a folder, from anywhere. It holds no token."""
-    words = (
-        ["heterofusion"] if shutil.which("heterofusion") else [sys.executable or "python", "-m", "heterofusion.cli"]
-    )
-    words += ["push", "--adapter", str(folder.absolute()), "--hub_model_id", repo_id]
+    program = ["heterofusion"] if shutil.which("heterofusion") else [sys.executable, "-m", "heterofusion.cli"]
+    words = [*program, "push", "--adapter", str(folder.absolute()), "--hub_model_id", repo_id]
     if private is not None:
         words += ["--hub_private_repo", str(private).lower()]
     if revision is not None:
@@ -147,19 +125,16 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, revisi
 
 def hub_files(folder: Path) -> dict[str, Path | bytes]:
     """What is uploaded of a folder, by its path there: a file, or a content from which paths and tokens are gone."""
-    for names in (RECORD_FILES, (CONFIG_FILE,), (WEIGHTS_FILE,)):
-        if not any((folder / name).is_file() for name in names):
-            raise ExportError(f"{folder} holds no {' or '.join(names)}; export an adapter there first")
     try:
         record_file, record = find_record(folder)
         base = load_adapter(folder).base_model or ""
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
     control = record_control(record)
     if control is not None:
         raise ExportError(
-            f"{folder} holds a control (source_control {control} in {record_file}): it was made without what its "
-            "sources know, so it is not pushed as a fusion of them; push that of the real sources"
+            f"{folder} holds a control (source_control {control} in {record_file}), which is not published; push what "
+            "the real sources made"
         )
     own = [record_file, DIAGNOSTICS_FILE] if record_file == PROVENANCE_FILE else [record_file]
     files: dict[str, Path | bytes] = {
@@ -175,11 +150,10 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
     if cleaned:
         logger.info("local paths and tokens are taken out of the uploaded copy of %s", ", ".join(cleaned))
     if base and (base != display_name(base) or os.path.isdir(base)):
+        edit = f"edit it in {CONFIG_FILE} and {CARD_FILE} there to its Hub id"
         logger.warning(
-            "the base model was a local folder, so the repository names it %r; edit base_model_name_or_path in %s and "
-            "base_model in %s there to its Hub id",
-            display_name(base), CONFIG_FILE, CARD_FILE,
-        )  # fmt: skip
+            "the base model was a local folder, so the repository names it %r; %s", display_name(base), edit
+        )
     return files | cleaned
 
 
@@ -195,15 +169,6 @@ def _cleaned(path: Path, roots: list[str]) -> bytes | None:
         return None
     whole = clean if isinstance(clean, str) else json.dumps(clean, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     return whole.encode("utf-8")
-
-
-def _stage(files: dict[str, Path | bytes], staging: Path) -> None:
-    for name, content in files.items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        if isinstance(content, bytes):
-            (staging / name).write_bytes(content)
-        else:
-            (staging / name).symlink_to(content.resolve())
 
 
 def _reason(error: Exception, token: str | None = None) -> str:

@@ -19,11 +19,8 @@ from heterofusion.runtime.files import display_name, file_sha256, read_json_obje
 from heterofusion.runtime.ranks import cost_record
 
 PROVENANCE_FILE = "fusion.json"
-MERGE_FILE = "merge.json"
-DISTILLATION_FILE = "distillation.json"
-EXPERT_FILE = "expert.json"
-FILE_OF_KIND = {"fusion": PROVENANCE_FILE, "merge": MERGE_FILE, "distillation": DISTILLATION_FILE,
-                "tuning": EXPERT_FILE}  # fmt: skip
+FILE_OF_KIND = {"fusion": PROVENANCE_FILE, "merge": "merge.json", "distillation": "distillation.json",
+                "tuning": "expert.json"}  # fmt: skip
 RECORD_FILES = tuple(FILE_OF_KIND.values())
 CARD_FILE = "README.md"
 
@@ -56,15 +53,7 @@ def make_record(
 ) -> dict[str, Any]:
     """The record of an adapter, without local paths and tokens; `write_adapter` adds `weights_sha256`.
 
-    Args:
-        kind: `fusion`, `merge`, `distillation` or `tuning`.
-        method: name of the method within its kind, such as `ties`.
-        base_model: of the adapter.
-        cost: of `training_cost` or `cost_record`.
-        seed: of what is random in it; None if nothing is.
-        ran_source_models: whether models of the sources were run on their own bases.
-        control: which control it is; see `join_controls`.
-        parts: plain values of the kind: adapters, settings, data, `metrics`, ...; `method` may be one of them.
+    `parts` are plain values of the kind: adapters, settings, data, `metrics`, ...; `method` may be one of them.
     """
     return publishable(
         {
@@ -77,14 +66,14 @@ def make_record(
 
 
 def made_by(
-    kind: str,
-    method: str,
+    kind: str,  # a key of `FILE_OF_KIND`, or `ensemble`
+    method: str,  # within its kind, such as `ties`
     cost: dict[str, Any],
-    seed: int | None = None,
-    ran_source_models: bool = False,
-    source_control: str | None = None,
+    seed: int | None = None,  # of what is random in it
+    ran_source_models: bool = False,  # on their own bases
+    source_control: str | None = None,  # see `join_controls`
 ) -> dict[str, Any]:
-    """What every record holds as `made_by`, so that tables can set methods side by side; see `make_record`."""
+    """What every record holds as `made_by`, so that tables can set methods side by side."""
     return {
         "kind": kind,
         "method": method,
@@ -127,7 +116,7 @@ def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, d
     """File name and content of the record beside an adapter; of several, the one that was written for its weights."""
     records = {name: read_json_object(folder / name) for name in RECORD_FILES if (folder / name).is_file()}
     if not records:
-        raise UserError(f"{folder} holds no record of what made it: none of {', '.join(RECORD_FILES)}")
+        raise UserError(f"it holds no {' or '.join(RECORD_FILES)}, a record of what made it")
     names = list(records)
     if len(names) > 1:
         sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)

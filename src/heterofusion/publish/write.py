@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from heterofusion.runtime.files import display_name, file_sha256, staging_folder
 from heterofusion.runtime.sharding import whole_tensors
 
 _STAGING = ".export-"
+_REMEDY = "lower --learning_rate, or take an earlier checkpoint"
 
 
 class ExportError(UserError):
@@ -45,39 +46,20 @@ def write_adapter(
     record: Mapping[str, Any],
     *,
     about: str = "",
-    expected: Mapping[str, Tensor] | None = None,
-    remedy: str = "lower --learning_rate, or take an earlier checkpoint",
+    remedy: str = _REMEDY,
     tokenizer: Any = None,
     diagnostics: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter: validated, written beside its place, then moved, the record last.
 
-    Records of other kinds, diagnostics and pickled weights in the folder go; what killed runs left there goes too.
-
-    Args:
-        folder: made if missing; files of the same names are replaced.
-        weights: tensors by their keys in the file.
-        config: for `adapter_config.json`; it may name a local base, which PEFT loads from there.
-        record: of `make_record`.
-        about: paragraphs of the card; see `model_card`.
-        expected: what keys, shapes and dtypes must be those of.
-        remedy: what to do where a weight is not finite.
-        tokenizer: saved along; of a folder, the tokenizer files are copied. Tokenizer files that lie there go first.
-        diagnostics: for `diagnostics.json`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ExportError: a weight is not finite, or unlike what was expected; names it.
-        AdapterError: what was written could not be read again.
-        OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
+    Records of other kinds, diagnostics, pickled weights and, if `tokenizer` is given, tokenizer files in the folder
+    go. `tokenizer` may be a folder, whose files are copied; `record` is of `make_record`, `about` see `model_card`.
+    An `ExportError` names a weight that is not finite, an `OSError` tells what is left where writing failed.
     """
-    _check(weights, expected, remedy)
+    check_finite(weights, remedy)
     folder = Path(folder)
     record_file = FILE_OF_KIND[record["made_by"]["kind"]]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_traces(folder))
         with told_writes(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
             staging = stack.enter_context(staging_folder(folder, _STAGING))
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
@@ -88,7 +70,9 @@ def write_adapter(
                 _write_json(staging / CONFIG_FILE, config)
             shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
             if isinstance(tokenizer, Path):
-                _copy_tokenizer(tokenizer, staging)
+                for file in _tokenizer_files(tokenizer):
+                    (staging / file.relative_to(tokenizer)).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, staging / file.relative_to(tokenizer))
             elif tokenizer is not None:
                 tokenizer.save_pretrained(str(staging))
             name = display_name(str(folder.absolute()))
@@ -127,12 +111,11 @@ def export_adapter(
         The folder.
 
     Raises:
-        ExportError: a weight is not finite, or the key set or a shape is not the target's.
+        ExportError: a weight is not finite.
         OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
     """
     state = model.fused_state_dict()
-    expected = model.plan.target.state_dict()
-    _check(state, expected)
+    check_finite(state)
     alphas = whole_tensors(model.hypernetworks.alphas.items())
     diagnostics = adapter_diagnostics(model)
     for entry, source in zip(diagnostics["sources"], model.plan.sources, strict=True):
@@ -148,7 +131,6 @@ def export_adapter(
         fused_config(model),
         record,
         about=_about_fusion(record),
-        expected=expected,
         tokenizer=tokenizer,
         diagnostics=diagnostics,
     )
@@ -166,41 +148,14 @@ def _about_fusion(record: Mapping[str, Any]) -> str:
     return "\n\n".join([text, *filter(None, told)])
 
 
-def _check(
-    weights: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor] | None,
-    remedy: str = "lower --learning_rate, or take an earlier checkpoint",
-) -> None:
-    if expected is not None and weights.keys() != expected.keys():
-        raise ExportError(
-            f"the adapter has other tensors than expected: {sorted(weights.keys() ^ expected.keys())[:3]}"
-        )
+def check_finite(weights: Mapping[str, Tensor], remedy: str = _REMEDY) -> None:
+    """Refuse weights of which one is not finite."""
     for key, tensor in weights.items():
-        if expected is not None and (tensor.shape, tensor.dtype) != (expected[key].shape, expected[key].dtype):
-            raise ExportError(f"tensor {key} is {tensor.dtype} {tuple(tensor.shape)}, unlike the target's")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ExportError(
                 f"tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was written; "
                 f"{remedy}"
             )
-
-
-@contextlib.contextmanager
-def _without_traces(folder: Path) -> Iterator[None]:
-    """A folder that is new is not left behind empty."""
-    is_new = not folder.exists()
-    try:
-        yield
-    except BaseException:  # an interruption too
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for file in _tokenizer_files(source):
-        (folder / file.relative_to(source)).parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / file.relative_to(source))
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

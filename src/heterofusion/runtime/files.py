@@ -51,7 +51,11 @@ def write_whole(path: Path, parts: str | Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder `<folder>/<prefix>...`, gone afterwards; what killed programs left of such goes first."""
+    """An empty folder `<folder>/<prefix>...`, gone afterwards; what killed programs left of such goes first.
+
+    `folder` itself goes where it is new and still empty afterwards.
+    """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{prefix}*"):
         shutil.rmtree(left)
@@ -60,6 +64,8 @@ def staging_folder(folder: Path, prefix: str) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def is_failed_write(error: BaseException) -> bool:

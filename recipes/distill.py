@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     if args.push_to_hub:
         refuse_push(control_of(lora.initial))
-    target, report = find_target(distill.base(base, args.use_cpu), str(lora.initial.folder), data)
+    target, report = find_target(base.base(args.use_cpu), str(lora.initial.folder), data)
     evaluation = build_eval(data, target.expert.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
     models = [target, *find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)]

@@ -141,16 +141,3 @@ def test_evaluation_is_the_loss_of_the_answers(collator, tmp_path):
     logits = trainer.model(input_ids=torch.tensor([row["input_ids"] for row in rows])).logits
     tokens = sum(label != -100 for row in rows for label in row["labels"])
     assert found == pytest.approx(naive(logits, rows)[0].item() / tokens, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("distill_lambda", 1.5, "--distill_lambda is 1.5; it must be at least 0 and at most 1"),
-        ("label_smoothing_factor", 0.1, "--label_smoothing_factor is 0.1, .*leave it out"),
-        ("use_liger_kernel", True, "--use_liger_kernel gives no logits"),
-    ],
-)
-def test_settings_that_do_not_go_together_raise(flag, value, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        DistillConfig(output_dir=str(tmp_path), use_cpu=True, **{flag: value})

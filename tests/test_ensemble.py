@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from heterofusion.experts.generation import AnswerGenerator, stop_ids
 from heterofusion.rivals.codec import AnswerCodec, split_characters
-from heterofusion.rivals.ensemble import EnsembleGenerator, Member
-from heterofusion.rivals.reader import CachedReader
+from heterofusion.rivals.ensemble import CachedReader, EnsembleGenerator, Member
 from heterofusion.rivals.voting import END, GaC, Union, UniTE
 from heterofusion.zoo import make_examples, zoo_path
 from recipe_runner import save_tokenizer

@@ -56,9 +56,6 @@ def kill_after(monkeypatch):
     return after
 
 
-# ---- results ----------------------------------------------------------------------------------------------------
-
-
 def test_results_are_one_row_of_all_members(whole):
     folder, found = whole
     assert files(folder) == [
@@ -98,23 +95,18 @@ def test_interrupted_ensemble_goes_on(values, whole, kill_after):
     assert run(values, resume=True) == found and sizes == []
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------
-
-
 def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_restored):
     kill_after(1)
     fails_inside(values)
     before = contents(values["output_dir"])
-    for field, changes in {
+    for told, changes in {
         "ensemble: gac, this one has unite": {"ensemble": "unite"},
         "members: 2, this one has 3": {"adapters": [*EXPERTS, "none"], "ensemble_models": [*BASES, BASES[0]]},
         "member 2 adapter": {"adapters": [EXPERTS[0], "none"]},
-        "member 1 base:": {"adapters": EXPERTS[::-1], "ensemble_models": BASES[::-1]},
-        "max_new_tokens: 24, this one has 23": {"max_new_tokens": 23},
         "base: None": {"ensemble": None, "ensemble_models": None, "adapters": EXPERTS[:1]},
     }.items():
         argv = flags({**values, **changes, "resume": True})
-        error_line(capsys, evaluation.main, argv, "holds an evaluation with another", field)
+        error_line(capsys, evaluation.main, argv, "holds an evaluation with another", told)
     assert contents(values["output_dir"]) == before
 
 
@@ -122,10 +114,7 @@ def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_res
 def refused(values, capsys, logging_restored, monkeypatch):
     """Run an ensemble with some flags changed; it must fail as a user's error does, before weights are loaded."""
 
-    def no_weights(*args, **kwargs):
-        raise AssertionError("a base model was loaded before the error")
-
-    monkeypatch.setattr("heterofusion.experts.expert.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.expert.load_base", lambda *args: pytest.fail("a base was loaded"))
 
     def check(*words: object, **changed: object) -> None:
         error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
@@ -134,25 +123,30 @@ def refused(values, capsys, logging_restored, monkeypatch):
     return check
 
 
-def test_flags_that_do_not_belong_together(refused, tmp_path):
-    refused("--ensemble gac needs two members", "--adapters has 1", adapters=EXPERTS[:1], ensemble_models=BASES[:1])
-    refused("--ensemble_models has 1 values, but --adapters has 2", ensemble_models=BASES[:1])
-    refused("--ensemble_models is for ensembles", "give --ensemble", ensemble=None)
-    refused(f"--model_name_or_path {zoo_path('mistral')} is not among", model_name_or_path=zoo_path("mistral"))
-    refused("--model_revision main cannot be of all", model_revision="main")
-    refused("--unite_top_k is 0", "at least 1", ensemble="unite", unite_top_k=0)
-    refused("--unite_top_k 5 is for --ensemble unite", unite_top_k=5)
-    refused("invalid choice: 'mean'", "gac", "unite", ensemble="mean")
-    refused("--names names adapters, but --ensemble gac", "--name", names=["a", "b"])
-    refused("--adapter_per_dataset and --ensemble exclude each other", adapter_per_dataset=True)
-    refused("--cache_implementation static cannot be cropped", cache_implementation="static")
-    refused("--merge_adapters", "quantized", merge_adapters=True, load_in_4bit=True)
-    refused("--max_new_tokens 600 leaves no room", max_new_tokens=600)
+WRONG = {
+    "one member": ({"adapters": EXPERTS[:1], "ensemble_models": BASES[:1]}, ["needs two members", "--adapters has 1"]),
+    "numbers": ({"ensemble_models": BASES[:1]}, ["--ensemble_models has 1 values, but --adapters has 2"]),
+    "no ensemble": ({"ensemble": None}, ["--ensemble_models is for ensembles", "give --ensemble"]),
+    "other base": ({"model_name_or_path": zoo_path("mistral")}, [f"--model_name_or_path {zoo_path('mistral')} among"]),
+    "revision": ({"model_revision": "main"}, ["--model_revision main cannot be of all"]),
+    "top k": ({"unite_top_k": 0}, ["--unite_top_k is 0", "at least 1"]),
+    "method": ({"ensemble": "mean"}, ["invalid choice: 'mean'", "gac", "unite"]),
+    "names": ({"names": ["a", "b"]}, ["--names names adapters, but --ensemble gac", "--name"]),
+    "per data set": ({"adapter_per_dataset": True}, ["--adapter_per_dataset and --ensemble exclude each other"]),
+    "static cache": ({"cache_implementation": "static"}, ["--cache_implementation static cannot be cropped"]),
+    "room": ({"max_new_tokens": 600}, ["--max_new_tokens 600 leaves no room"]),
+    "unfit": ({"ensemble_models": None}, [f"adapter {EXPERTS[1]} does not fit base model {BASES[0]}"]),
+    "nowhere": ({"adapters": [EXPERTS[0], "/no"]}, ["adapter folder", "/no", "does not exist"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flags_raise(case, refused):
+    changed, words = WRONG[case]
+    refused(*words, **changed)
 
 
 def test_members_that_cannot_be(refused, base_dir, tmp_path):
-    refused(f"adapter {EXPERTS[1]} does not fit base model {BASES[0]}", ensemble_models=None)
-    refused("adapter folder", tmp_path / "no", "does not exist", adapters=[EXPERTS[0], tmp_path / "no"])
     base = AutoModelForCausalLM.from_pretrained(BASES[1])
     get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(tmp_path)
     refused("puts tokens before the prompt", "name a LoRA adapter", adapters=[EXPERTS[0], tmp_path])

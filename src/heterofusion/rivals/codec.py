@@ -41,11 +41,9 @@ class AnswerCodec:
                 self.ids.setdefault(piece, token)
 
     def encode(self, answer: bytes) -> tuple[list[int], bool]:
-        """Tokenize an answer, or the beginning of one, which may end within a character.
+        """Token ids of an answer, or of the beginning of one, and whether they say it all.
 
-        Returns:
-            Token ids, and whether they say it all: not where the bytes end within a character of which the tokenizer
-            has no parts.
+        They do not where the bytes end within a character of which the tokenizer has no parts.
         """
         ids: list[int] = []
         whole = True
@@ -60,16 +58,9 @@ class AnswerCodec:
         return ids, whole
 
     def append(self, ids: list[int], piece: bytes, answer: bytes, whole: bool = True) -> tuple[list[int], bool]:
-        """The tokens of an answer that grew by a token of some other tokenizer or of this one.
+        """The tokens of an answer that grew by a piece, and whether they say it all, as `ids` did if `whole`.
 
-        Args:
-            ids: Tokens of the answer before.
-            piece: Bytes that came.
-            answer: The answer with them.
-            whole: Whether `ids` said all of the answer before.
-
-        Returns:
-            As `encode`: `ids` and one more where this tokenizer has the token, else all of the answer tokenized anew.
+        They are `ids` and one more where this tokenizer has the token, else all of the answer tokenized anew.
         """
         token = self.ids.get(piece)
         return ([*ids, token], True) if whole and token is not None else self.encode(answer)

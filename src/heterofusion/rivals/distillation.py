@@ -29,8 +29,6 @@ from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
 from heterofusion.training.mixture import kl_divergences, pad_rows
 
-# ---- flags ------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class DistillModelArguments(ExpertModelArguments):
@@ -38,6 +36,11 @@ class DistillModelArguments(ExpertModelArguments):
 
     model_name_or_path: str = flag(help="Base model of the target: local folder or Hub id.")
     trust_remote_code: bool = flag(False, help="Run model code from the Hub for the target's base and the teachers'.")
+
+    def base(self, use_cpu: bool) -> BaseArguments:
+        """The base as experts are loaded."""
+        flags = {item.name: getattr(self, item.name) for item in fields(ModelArguments)}
+        return BaseArguments(**flags, trust_remote_code=self.trust_remote_code, use_cpu=use_cpu)
 
 
 @dataclass
@@ -65,10 +68,7 @@ class DistillArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        for name in ("teacher_models", "teacher_adapters"):
-            if not getattr(self, name) or not all(getattr(self, name)):
-                raise UserError(f"--{name} has an empty name: name at least one")
-        if len(self.teacher_models) not in (1, len(self.teacher_adapters)):
+        if not all(self.teacher_models) or len(self.teacher_models) not in (1, len(self.teacher_adapters)):
             raise UserError(
                 f"--teacher_models has {len(self.teacher_models)} values, but --teacher_adapters has "
                 f"{len(self.teacher_adapters)}: give one base per adapter, or one for all"
@@ -76,14 +76,7 @@ class DistillArguments:
 
     def bases(self) -> list[str]:
         """The teachers' bases, one each."""
-        count = len(self.teacher_adapters)
-        return [*self.teacher_models] * count if len(self.teacher_models) == 1 else [*self.teacher_models]
-
-    def base(self, target: ExpertModelArguments, use_cpu: bool) -> BaseArguments:
-        """The target's base as experts are loaded."""
-        names = [item.name for item in fields(ModelArguments)]
-        flags = {name: getattr(target, name) for name in names}
-        return BaseArguments(**flags, trust_remote_code=target.trust_remote_code, use_cpu=use_cpu)
+        return self.teacher_models * (len(self.teacher_adapters) if len(self.teacher_models) == 1 else 1)
 
 
 @dataclass
@@ -99,20 +92,12 @@ class DistillConfig(ExpertConfig):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.label_smoothing_factor:
-            raise UserError(
-                f"--label_smoothing_factor is {self.label_smoothing_factor}, but the teachers' labels are what "
-                "smooths here: leave it out"
-            )
-        if self.use_liger_kernel:
-            raise UserError("--use_liger_kernel gives no logits, which the teachers' labels need: leave it out")
+        if self.label_smoothing_factor or self.use_liger_kernel:
+            raise UserError("--label_smoothing_factor and --use_liger_kernel are of other losses: leave them out")
         super().__post_init__()
 
 
 DISTILL_ARGUMENTS = (DistillModelArguments, DistillArguments, DataArguments, OutputArguments, DistillConfig)
-
-
-# ---- the loss ---------------------------------------------------------------------------------------------------
 
 
 def distillation_losses(
@@ -195,9 +180,6 @@ class DistillationTrainer(AdapterTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-# ---- what is told -----------------------------------------------------------------------------------------------
-
-
 def distillation_record(
     trainer: DistillationTrainer,
     base: str,
@@ -209,11 +191,7 @@ def distillation_record(
     metrics: Mapping[str, Any],
     resumed_from_step: int | None = None,
 ) -> dict[str, Any]:
-    """What `distillation.json` tells: settings, models, labels and metrics.
-
-    Its seconds are those of the teachers, of the maps, of aligning and of the training; labels and maps from disk
-    count as long as it once took to make them.
-    """
+    """What `distillation.json` tells; labels and maps from disk count as long as it once took to make them."""
     args, cost = trainer.args, training_cost(metrics, resumed_from_step)
     if cost["seconds"] is not None:
         cost["seconds"] = round(cost["seconds"] + report.seconds, 3)

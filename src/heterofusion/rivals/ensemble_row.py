@@ -26,8 +26,6 @@ from heterofusion.runtime.flags import check_ranges, flag
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 10
-
 
 @dataclass
 class EnsembleArguments:
@@ -35,8 +33,8 @@ class EnsembleArguments:
 
     ensemble: str | None = flag(
         None,
-        help="Let all of --adapters answer together, token by token, in one row of results: gac takes the mean "
-        "of their next-token distributions, unite the mean over the union of their top tokens.",
+        help="Let all of --adapters answer together, token by token, in one row of results: gac takes the mean of "
+        "their next-token distributions, unite the mean over the union of their top tokens.",
         choices=["gac", "unite"],
     )
     ensemble_models: list[str] | None = flag(
@@ -45,15 +43,13 @@ class EnsembleArguments:
         "among them; by default it is the base of all.",
     )
     unite_top_k: int = flag(
-        TOP_K, help="Number of top tokens of each model that --ensemble unite takes.", range="[1, inf)"
+        10, help="Number of top tokens of each model that --ensemble unite takes.", range="[1, inf)"
     )
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.ensemble is None and self.ensemble_models is not None:
             raise UserError("--ensemble_models is for ensembles; give --ensemble gac or unite, or leave it out")
-        if self.ensemble != "unite" and self.unite_top_k != TOP_K:
-            raise UserError(f"--unite_top_k {self.unite_top_k} is for --ensemble unite alone; leave it out")
 
     def settings(self) -> dict[str, Any]:
         """For results, without local paths."""
@@ -62,30 +58,21 @@ class EnsembleArguments:
 
     def bases(self, model: EvalModelArguments) -> list[str]:
         """The base models of the members, one each."""
-        count = len(model.adapters)
+        count, models = len(model.adapters), self.ensemble_models
         if count < 2:
-            raise UserError(
-                f"--ensemble {self.ensemble} needs two members at least, but --adapters has {count}; name an adapter "
-                f"for each, or {NO_ADAPTER}"
-            )
-        if self.ensemble_models is None:
+            raise UserError(f"--ensemble {self.ensemble} needs two members at least, but --adapters has {count}")
+        if models is None:
             return [model.model_name_or_path] * count
-        if len(self.ensemble_models) != count:
+        if len(models) != count or model.model_name_or_path not in models:
             raise UserError(
-                f"--ensemble_models has {len(self.ensemble_models)} values, but --adapters has {count}: give one "
-                f"base per adapter, and {NO_ADAPTER} as the adapter of a base alone"
-            )
-        if model.model_name_or_path not in self.ensemble_models:
-            raise UserError(
-                f"--model_name_or_path {model.model_name_or_path} is not among --ensemble_models "
-                f"({', '.join(self.ensemble_models)}); give one of them"
+                f"--ensemble_models has {len(models)} values, but --adapters has {count}: give one base per adapter "
+                f"({NO_ADAPTER} is that of a base alone), --model_name_or_path {model.model_name_or_path} among them"
             )
         if model.model_revision is not None:
             raise UserError(
-                f"--model_revision {model.model_revision} cannot be of all --ensemble_models; download the revision "
-                "and name its folder"
+                f"--model_revision {model.model_revision} cannot be of all --ensemble_models: leave it out"
             )
-        return [*self.ensemble_models]
+        return [*models]
 
 
 def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device: torch.device) -> list[Row]:
@@ -97,8 +84,7 @@ def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device:
         raise UserError("--adapter_per_dataset and --ensemble exclude each other; choose one")
     if generation.cache_implementation != "dynamic":
         raise UserError(
-            f"--cache_implementation {generation.cache_implementation} cannot be cropped, as --ensemble needs it; "
-            "leave it out"
+            f"--cache_implementation {generation.cache_implementation} cannot be cropped, as --ensemble needs it"
         )
     name = output.row_name(method, f"--ensemble {method}")
     experts = [
@@ -129,14 +115,13 @@ def find_member(
     expert = find_expert(base, adapter, revision, generation=generation, merged=merged)
     if expert.adapter is not None and expert.adapter.config.is_prompt_learning:
         raise AdapterError(
-            f"adapter {adapter} puts tokens before the prompt, which no member of an ensemble can; name a LoRA "
-            "adapter, or evaluate it alone"
+            f"adapter {adapter} puts tokens before the prompt, which no member of an ensemble can; name a LoRA adapter"
         )
     layers = DynamicCache(config=expert.config.get_text_config()).layers
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(
             f"base model {base.model_name_or_path} keeps a running state in place of keys and values, which cannot be "
-            "cropped where a text is tokenized anew; no ensemble can have it as a member"
+            "cropped, so that no ensemble can have it as a member"
         )
     padding_id(expert.tokenizer)
     return expert
@@ -154,7 +139,7 @@ class EnsembleAnswerer:
     ) -> None:
         self.experts, self.ensemble, self.generation, self.device = experts, ensemble, generation, device
         self.codecs = [AnswerCodec(expert.tokenizer, expert.config.get_text_config().vocab_size) for expert in experts]
-        self.runners = [ExpertRunner(device) for _ in experts]  # all bases are in memory at once
+        self.runners = [ExpertRunner(device) for _ in experts]
         self.limit = min((expert.limit for expert in experts if expert.limit is not None), default=None)
 
     def identity(self) -> dict[str, Any]:
@@ -171,16 +156,11 @@ class EnsembleAnswerer:
     def encode(self, examples: Examples) -> Prompts:
         """The prompts: ids of every member, the text of the first one."""
         members = [expert.encode(examples) for expert in self.experts]
-        texts = zip(*(prompts.texts for prompts in members), strict=True)
-        split = sum(len({*row}) > len({text.rstrip(" ") for text in row}) for row in texts)
-        if split:
-            logger.warning(
-                "in %d of %d prompts of %s the space before the answer is part of the prompt for some members only, "
-                "as their tokenizers differ; these begin the answer after one space, or after two",
-                split,
-                len(members[0].texts),
-                examples.label,
-            )
+        for row in zip(*(prompts.texts for prompts in members), strict=True):
+            if len({*row}) > len({text.rstrip(" ") for text in row}):
+                told = "in some prompts of %s the space before the answer is part of the prompt for some members only"
+                logger.warning(told, examples.label)
+                break
         return Prompts(
             texts=members[0].texts,
             ids=[[*ids] for ids in zip(*(prompts.ids for prompts in members), strict=True)],
@@ -199,8 +179,8 @@ class EnsembleAnswerer:
     ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
         """As `heterofusion.experts.answering.Answerer` says."""
         with ExitStack() as stack:
-            pairs = zip(self.runners, self.experts, strict=True)
-            generator = self._generator([stack.enter_context(runner.running(expert)) for runner, expert in pairs])
+            models = [stack.enter_context(r.running(e)) for r, e in zip(self.runners, self.experts, strict=True)]
+            generator = self._generator(models)
             for name, share in shares.items():
                 yield name, generator.answers({i: questions[name].ids[i] for i in share})
             run, needed = sum(generator.tokens_run), sum(generator.tokens_needed)
@@ -214,5 +194,5 @@ class EnsembleAnswerer:
             Member(model, codec, padding_id(expert.tokenizer), expert.context)
             for model, codec, expert in zip(models, self.codecs, self.experts, strict=True)
         ]
-        generation = self.generation
-        return EnsembleGenerator(members, union, vote, generation.max_new_tokens, generation.fixed_batch_size())
+        limits = self.generation.max_new_tokens, self.generation.fixed_batch_size()
+        return EnsembleGenerator(members, union, vote, *limits)

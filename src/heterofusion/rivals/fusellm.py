@@ -40,38 +40,19 @@ _BATCH = 64  # examples that are aligned before they are written
 
 @dataclass(frozen=True)
 class FusionReport:
-    """How the labels came about.
+    """How the labels came about."""
 
-    Attributes:
-        picked: per model, the target first, how many examples MinCE gave it.
-        mean_cross_entropy: per model, nats per answer.
-        one_to_one: share of the answers' tokens that DTW aligns one to one; all, where the target was picked.
-        soft: share of the answers' tokens whose label is a model's distribution and no single token.
-        seconds: for running all models, mapping and aligning; what came from disk counts as long as it once took.
-    """
-
-    picked: list[int]
-    mean_cross_entropy: list[float]
-    one_to_one: float
-    soft: float
-    seconds: float
+    picked: list[int]  # per model, the target first: how many examples MinCE gave it
+    mean_cross_entropy: list[float]  # per model, nats per answer
+    one_to_one: float  # share of the answers' tokens that DTW aligns one to one; all, where the target was picked
+    soft: float  # share of the answers' tokens whose label is a model's distribution and no single token
+    seconds: float  # of all models, maps and alignment; what came from disk counts as long as it once took
 
 
 def fuse_labels(models: Sequence[Teacher], labels: Sequence[SoftLabels], folder: Path) -> tuple[Dataset, FusionReport]:
-    """Give the target's examples the fused labels, which are kept too. All ranks together: the main one makes them.
+    """Give the target's examples the fused labels, `teacher_ids` and `teacher_probs`, both (answer tokens, k).
 
-    Args:
-        models: the target as it is now, and the teachers.
-        labels: their soft labels.
-        folder: where fused labels and the maps of vocabularies are kept; all ranks must see it.
-
-    Returns:
-        The target's examples with `teacher_ids` and `teacher_probs`, both (answer tokens, k) and memory-mapped, and
-        the report.
-
-    Raises:
-        ValueError: ranks see different folders.
-        OSError: the labels cannot be written.
+    They are memory-mapped and kept in a folder. All ranks together: the main one makes them, and all must see it.
     """
     ranks = PartialState()
     choice = min_ce([item.cross_entropy for item in labels])
@@ -101,12 +82,10 @@ def _write_fused(
     maps = _vocabulary_maps(models, labels, choice, folder)
     start = time.perf_counter()
     target_symbols = answer_symbols(models[0].expert.tokenizer, models[0].examples)
-    aligners = {
-        index: Aligner(
-            answer_symbols(models[index].expert.tokenizer, models[index].examples), target_symbols, vocabulary
-        )
-        for index, vocabulary in maps.items()
-    }
+    aligners = {}
+    for index, vocabulary in maps.items():
+        symbols = answer_symbols(models[index].expert.tokenizer, models[index].examples)
+        aligners[index] = Aligner(symbols, target_symbols, vocabulary)
     tokens = aligned = soft = 0
     with (
         new_table(path, _FEATURES) as table,
@@ -146,11 +125,7 @@ def _vocabulary_maps(
 
 
 def min_ce(cross_entropies: Sequence[NDArray[np.float64]]) -> NDArray[np.int64]:
-    """Index of the model of lowest cross-entropy, per example; the first of equals.
-
-    Args:
-        cross_entropies: (examples,) of each model.
-    """
+    """Index of the model of lowest cross-entropy per example, (examples,) of each model; the first of equals."""
     return np.argmin(np.stack(cross_entropies), axis=0)
 
 

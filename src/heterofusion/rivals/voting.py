@@ -21,12 +21,7 @@ Vote = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Union:
-    """The union of the vocabularies of several members.
-
-    Args:
-        codecs: Of the members.
-        stops: Token ids that end an answer, for each member.
-        device: Where distributions are.
+    """The union of the vocabularies of several members, of which some token ids end an answer.
 
     Attributes:
         pieces: Bytes by index; those of `END` are empty.
@@ -55,14 +50,8 @@ class Union:
         return len(self.pieces)
 
     def distribution(self, member: int, probabilities: Tensor) -> Tensor:
-        """A member's distribution over the union; tokens with the same bytes are added up.
-
-        Args:
-            member: Its number.
-            probabilities: Over its own vocabulary. (rows, vocabulary of the member)
-
-        Returns:
-            (rows, union); sums to less than 1 by what special tokens had.
+        """A member's distribution over the union, tokens with the same bytes added up: (rows, vocabulary) to
+        (rows, union), which sums to less than 1 by what special tokens had.
         """
         sums = probabilities.new_zeros(len(probabilities), len(self) + 1)  # the last one is of what stands for nothing
         return sums.index_add_(1, self.columns[member], probabilities)[:, :-1]
@@ -106,11 +95,9 @@ class UniTE:
             self.first_tokens.append(first[:-1])
 
     def shares(self, probabilities: Sequence[Tensor], voting: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean shares of the candidates.
+        """Candidates as ascending indices in the union, some twice, and the mean share of each, -1 of a second one.
 
-        Returns:
-            Candidates as indices in the union, ascending, some twice, and the mean share of each, which is -1 for the
-            second of two. Both (rows, members * top_k)
+        Both are (rows, members * top_k).
         """
         over_union = [self.union.distribution(member, p) for member, p in enumerate(probabilities)]
         top = torch.cat([p.topk(k, dim=1).indices for p, k in zip(over_union, self.top_k, strict=True)], dim=1)

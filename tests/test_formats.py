@@ -294,7 +294,7 @@ def test_messages_without_template_raises(tmp_path):
 
 def test_template_that_rewrites_earlier_turns_raises(tmp_path):
     turns = [USER, {"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}]
-    match = r"record 1: .* writes message 2 differently .* mark them with \{% generation %\}"
+    match = r"record 1: .* writes message 2 differently .* mark answers with \{% generation %\}"
     refused(write(tmp_path / "a.json", [{"messages": turns}]), match, word_level(LAST_DIFFERS))
     # The last turn alone can be found.
     split = {"prompt": turns[:3], "completion": turns[3:]}

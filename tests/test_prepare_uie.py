@@ -278,12 +278,12 @@ def test_a_failed_write_leaves_nothing_half_done(data, tmp_path, monkeypatch, ca
     run_uie(data, out)
     before = contents(out)
 
-    def full(path, task, name):
+    def full(path, rows):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("heterofusion.data.prepared._write_examples", full)
+    monkeypatch.setattr("_prepared.write_lines", full)
     uie_fails(capsys, data, "No space left on device", overwrite=True, seed=1)
     assert contents(out) == before
 

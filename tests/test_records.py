@@ -112,7 +112,7 @@ def test_empty_file_raises(tmp_path, name, content):
         ("l.csv", 'text,id\na,1\n"b\nc,2\n', r"not valid CSV from line 3 on"),
         ("m.csv", "prompt,completion\na,b\na,b,c\n", r"line 3 has 3 fields, but the header has 2: quote fields"),
         ("n.csv", "prompt,completion\na\n", r"line 2 has 1 fields, but the header has 2"),
-        ("o.parquet", "", r"is empty: leave it out or fill it"),
+        ("o.parquet", "", r"not a readable parquet file"),
         ("o.parquet", "hello", r"not a readable parquet file"),
         ("q.json", "[]", r"holds no records"),
         ("r.json", '{"data": []}', r"holds no records"),
@@ -128,7 +128,7 @@ def test_unparseable_file_raises(tmp_path, name, content, match):
 
 def test_slice_of_a_local_file_raises(tmp_path):
     path = write(tmp_path / "a.json", [GOOD])
-    refused(path, r"has no splits, but --dataset_split slices one \('train\[:10%\]'\)", dataset_split="train[:10%]")
+    refused(path, r"has no splits, but --dataset_split is 'train\[:10%\]'", dataset_split="train[:10%]")
 
 
 def test_bad_folder_raises(tmp_path):

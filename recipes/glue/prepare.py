@@ -23,16 +23,17 @@ from typing import Any
 logging.getLogger().addHandler(logging.NullHandler())
 
 from datasets import ClassLabel, Dataset
-from tqdm import tqdm
 
 from heterofusion.data.files import Records, load_records
 from heterofusion.data.formats import check_string, type_name
-from heterofusion.data.prepared import Example, PrepareArguments, PreparedTask, make_splits, summary_table, write_tasks
 from heterofusion.evaluation.glue import GLUE_LABELS, MAX_SIMILARITY
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
 from heterofusion.runtime.flags import flag
-from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what this shares with uie/prepare.py
+from _prepared import Example, PrepareArguments, PreparedTask, prepare
 
 HUB_NAME = "nyu-mll/glue"
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -204,13 +205,8 @@ def write_question(task: str, sentences: Mapping[str, str]) -> str:
 @command
 def main(argv: list[str]) -> None:
     source, args = parse_arguments((GlueArguments, PrepareArguments), argv, __doc__)
-    set_up_logging(logging.INFO, hold=True)
-    tasks = []
-    for task in tqdm(list(dict.fromkeys(source.tasks)), desc="Reading", delay=3):
-        tasks.append(make_splits(read_task(task, source), args))
-    write_tasks(tasks, args, "GLUE")
-    release_logging()
-    print(f"{summary_table(tasks)}\nwritten to {args.output_dir}")
+    set_up_logging(hold=True)
+    prepare((read_task(task, source) for task in dict.fromkeys(source.tasks)), args, "GLUE")
 
 
 if __name__ == "__main__":

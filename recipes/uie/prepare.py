@@ -24,24 +24,16 @@ from typing import Any
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from tqdm import tqdm
-
 from heterofusion.data.files import Records, load_json, parse_json, read_text
 from heterofusion.data.formats import check_string, type_name
-from heterofusion.data.prepared import (
-    Example,
-    PrepareArguments,
-    PreparedTask,
-    make_splits,
-    stable_number,
-    summary_table,
-    write_tasks,
-)
 from heterofusion.evaluation.uie import KINDS
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
 from heterofusion.runtime.flags import flag
-from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what this shares with glue/prepare.py
+from _prepared import Example, PrepareArguments, PreparedTask, prepare, stable_number
 
 logger = logging.getLogger("heterofusion.recipes.uie.prepare")
 
@@ -302,13 +294,9 @@ def write_answer(items: Iterable[Item]) -> str:
 @command
 def main(argv: list[str]) -> None:
     source, args = parse_arguments((UieArguments, PrepareArguments), argv, __doc__)
-    set_up_logging(logging.INFO, hold=True)
-    tasks = []
-    for task in tqdm(select_tasks(find_tasks(source.dataset_path), source.tasks), desc="Reading", delay=3):
-        tasks.append(make_splits(read_task(task, args.seed), args))
-    write_tasks(tasks, args, "InstructUIE")
-    release_logging()
-    print(f"{summary_table(tasks)}\nwritten to {args.output_dir}")
+    set_up_logging(hold=True)
+    folders = select_tasks(find_tasks(source.dataset_path), source.tasks)
+    prepare((read_task(folder, args.seed) for folder in folders), args, "InstructUIE")
 
 
 if __name__ == "__main__":

@@ -58,30 +58,17 @@ def load_records(
     `kind` ("replay", "training", "eval", "prompt", ...) is what messages call it.
     """
     path = Path(os.path.abspath(os.path.expanduser(name)))
-    if os.path.isdir(path):
-        label = f"{kind} folder {path}"
-        saved = any((path / file).exists() for file in ("dataset_dict.json", "dataset_info.json", "state.json"))
-        load = (lambda: load_from_disk(str(path))) if saved else (lambda: load_dataset(str(path), config, split=split))
-        unreadable = "holds no data set that can be read", "name a folder of data files, or one of save_to_disk"
-        records = Records(label, _from_datasets(load, label, config, split, kind, unreadable))
-    elif os.path.exists(path):  # unlike Path.exists, no error for a name that is too long
+    flags = ("--eval_config", "--eval_split") if kind == "eval" else ("--dataset_config", "--dataset_split")
+    if os.path.exists(path) and not os.path.isdir(path):  # unlike Path.exists, no error for a name that is too long
         if "[" in split:
-            raise UserError(
-                f"{kind} file {path} has no splits, but {_flags(kind)[1]} slices one ({split!r}): use max_examples"
-            )
+            raise UserError(f"{kind} file {path} has no splits, but {flags[1]} is {split!r}: use max_examples")
         records = _load_file(path, f"{kind} file {path}")
+    elif os.path.isdir(path):
+        records = _load_with_datasets(str(path), f"{kind} folder {path}", config, split, flags, None)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in FILE_SUFFIXES:
         raise UserError(f"{kind} file {path} does not exist: check the path")
     else:
-        label = f"data set {name!r}"
-        unreadable = (
-            "is neither a local file or folder nor reachable on the Hub",
-            "check the name, or download it first",
-        )
-        rows = _from_datasets(
-            lambda: load_dataset(name, config, split=split, revision=revision), label, config, split, kind, unreadable
-        )
-        records = Records(label, rows)
+        records = _load_with_datasets(name, f"data set {name!r}", config, split, flags, revision)
     if len(records.rows) == 0:
         raise UserError(f"{records.label} holds no records: leave it out or fill it")
     return records
@@ -92,35 +79,29 @@ def sample_indices(total: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())
 
 
-def _from_datasets(
-    load: Callable[[], Any], label: str, config: str | None, split: str, kind: str, unreadable: tuple[str, str]
-) -> Dataset:
-    """What `load` gives; `unreadable` is what is told, and the remedy, if there is nothing that it can read."""
-    config_flag, split_flag = _flags(kind)
+def _load_with_datasets(
+    source: str, label: str, config: str | None, split: str, flags: tuple[str, str], revision: str | None
+) -> Records:
+    """A folder or a Hub id as `datasets` reads it."""
+    saved = any((Path(source) / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
     try:
-        data = load()
+        data = load_from_disk(source) if saved else load_dataset(source, config, split=split, revision=revision)
     except DatasetGenerationError as error:
         found = one_line(error.__cause__ or error)
         raise UserError(f"{label} holds a file that cannot be read ({found}): correct that file") from error
     except ValueError as error:
-        remedy = "name a file" if kind == "prompt" else f"check {config_flag} and {split_flag}"
-        raise UserError(
-            f"{label} has no configuration {config!r} with split {split!r} that can be loaded ({one_line(error)}): "
-            f"{remedy}"
-        ) from error
+        found = f"no configuration {config!r} with split {split!r} that can be loaded ({one_line(error)})"
+        raise UserError(f"{label} has {found}: check {' and '.join(flags)}, or name a file") from error
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{label} {unreadable[0]} ({one_line(error)}): {unreadable[1]}") from error
-    if not isinstance(data, DatasetDict):
-        return data
-    if split not in data:
-        names = ", ".join(data)
-        remedy = "name a file" if kind == "prompt" else f"set {split_flag} to one of {names}"
-        raise UserError(f"{label} has no split {split!r}, only {names}: {remedy}")
-    return data[split]
-
-
-def _flags(kind: str) -> tuple[str, str]:
-    return ("--eval_config", "--eval_split") if kind == "eval" else ("--dataset_config", "--dataset_split")
+        local = "holds no data set that can be read"
+        found = local if os.path.isdir(source) else "is neither a local file or folder nor reachable on the Hub"
+        raise UserError(f"{label} {found} ({one_line(error)}): check the name, or download it first") from error
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            names = ", ".join(data)
+            raise UserError(f"{label} has no split {split!r}, only {names}: set {flags[1]} to one of {names}")
+        data = data[split]
+    return Records(label, data)
 
 
 def _load_file(path: Path, label: str) -> Records:
@@ -128,36 +109,25 @@ def _load_file(path: Path, label: str) -> Records:
     if suffix not in SUFFIXES:
         raise UserError(f"{label} has the extension '{path.suffix}': give one of {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
-        content = _read_bytes(path, label)
         try:
             # Not Dataset.from_parquet: it copies the file into the user's cache, and its bar stands beside an error.
-            return Records(label, Dataset(parquet.read_table(io.BytesIO(content))))
-        except (OSError, ValueError) as error:  # what pyarrow raises are subclasses
+            return Records(label, Dataset(parquet.ParquetFile(path).read()))
+        except ValueError as error:  # what pyarrow raises are subclasses
             raise UserError(f"{label} is not a readable parquet file ({one_line(error)}): write it again") from error
     text = read_text(path, label)
-    return Records(label, *(parse_csv(text, label) if suffix == ".csv" else parse_json(text, label)))
+    return Records(label, *(_parse_csv(text, label) if suffix == ".csv" else parse_json(text, label)))
 
 
 def read_text(path: Path, label: str) -> str:
     """Text of a UTF-8 file, never blank, without a byte order mark; `label` names the file in messages."""
     try:
-        text = _read_bytes(path, label).decode("utf-8").removeprefix("\ufeff")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise UserError(f"{label} is not UTF-8 ({byte}): convert it") from error
     if not text.strip():
         raise UserError(f"{label} is empty: leave it out or fill it")
     return text
-
-
-def _read_bytes(path: Path, label: str) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{label} cannot be read ({one_line(error)}): check its permissions") from error
-    if not content:
-        raise UserError(f"{label} is empty: leave it out or fill it")
-    return content
 
 
 def parse_json(text: str, label: str, is_record: Callable[[dict[str, Any]], Any] = detect_format) -> Parsed:
@@ -178,10 +148,8 @@ def parse_json(text: str, label: str, is_record: Callable[[dict[str, Any]], Any]
     if isinstance(value, dict) and not is_record(value):
         lists = [item for item in value.values() if isinstance(item, list)]
         if len(lists) > 1:
-            raise UserError(
-                f"{label} is an object with {len(lists)} lists and no known columns (found: {', '.join(value)}): make "
-                'it a list of records, or an object with one list, such as {"data": [...]}'
-            )
+            found = f"{len(lists)} lists and no known columns (found: {', '.join(value)})"
+            raise UserError(f"{label} is an object with {found}: make it a list of records, or leave one list in it")
         value = lists[0] if lists else value
     if isinstance(value, dict):
         return [value], [1] if "\n" not in text.strip() else None
@@ -205,21 +173,20 @@ def load_json(text: str, label: str, line: int | None = None) -> Any:
         raise UserError(f"{label} holds a value that cannot be read ({one_line(error)}): remove it") from error
 
 
-def parse_csv(text: str, label: str) -> Parsed:
+def _parse_csv(text: str, label: str) -> Parsed:
     """Rows of a CSV text with a header, all values as strings, and the line on which each ends."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = sum(value is not None for key, value in row.items() if key is not None)
-                found += len(row.get(None, []))
+        header = next(reader)
+        for fields in filter(None, reader):  # no blank lines
+            if len(fields) != len(header):
                 raise UserError(
-                    f"{label}, line {reader.line_num} has {found} fields, but the header has "
-                    f"{len(reader.fieldnames or [])}: quote fields that hold commas"
+                    f"{label}, line {reader.line_num} has {len(fields)} fields, but the header has {len(header)}: "
+                    "quote fields that hold commas"
                 )
-            rows.append(row)
+            rows.append(dict(zip(header, fields, strict=True)))
             lines.append(reader.line_num)
     except csv.Error as error:
         start = (lines[-1] if lines else 1) + 1  # the reader has gone on to look for a closing quote

@@ -33,23 +33,20 @@ _PLACEHOLDER = "x"  # an answer where there is none: a word, as most answers beg
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as text: `spans` are the character ranges that get loss, none where there is no answer.
-
-    In a `templated` text a chat template wrote all special tokens, and none are added.
-    """
+    """One example as text."""
 
     text: str
-    spans: list[tuple[int, int]]
-    templated: bool
+    spans: list[tuple[int, int]]  # the character ranges that get loss, none where there is no answer
+    templated: bool  # whether a chat template wrote all special tokens; then none are added
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example as it is asked: the text before the answer; `reference` is the right answer, empty without one."""
+    """One example as it is asked: the text before the answer."""
 
     text: str
     templated: bool
-    reference: str
+    reference: str  # the right answer, empty without one
 
 
 def detect_format(columns: Any) -> str | None:
@@ -66,12 +63,10 @@ def to_conversation(record: dict[str, Any], format: str) -> tuple[Part, Part]:
     Only the answer gets loss, and of a list of messages only its assistant turns: `messages` comes back as
     `([], messages)`, `text` as `("", text)`, alpaca as messages.
     """
-    missing = [column for column in FORMATS[format] if column not in record]
-    if missing:
-        raise UserError(
-            f"the column `{missing[0]}` is missing (found: {', '.join(record) or 'none'}), but the first record has "
-            f"it: give every record the columns {' and '.join(FORMATS[format])}"
-        )
+    for column in FORMATS[format]:
+        if column not in record:
+            found = ", ".join(record) or "none"
+            raise UserError(f"the column `{column}` is missing (found: {found}), but the first record has it: add it")
     if format == "text":
         return "", check_string(record["text"], "text")
     if format == "messages":
@@ -117,12 +112,8 @@ def check_string(value: Any, field: str) -> str:
     """Give back a string that a tokenizer can read; `field` names it in messages."""
     if not isinstance(value, str):
         raise UserError(f"`{field}` is {type_name(value)}: make it a string or leave the record out")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"`{field}` holds half a surrogate pair at character {error.start}, which no tokenizer can read: remove it"
-        ) from error
+    if half := re.search(r"[\ud800-\udfff]", value):
+        raise UserError(f"`{field}` holds half a surrogate pair at character {half.start()}: remove it")
     return value
 
 
@@ -137,19 +128,15 @@ def type_name(value: Any) -> str:
 def render(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Write what `to_conversation` gave as a text with its answers marked; no spans if all of them are blank.
 
-    Strings are concatenated as they are. Messages go through the chat template; alpaca turns without one are joined by
-    newlines, with one space between prompt and answer where neither brings white space.
+    Strings are concatenated as they are. Messages go through the chat template; alpaca turns without one become lines.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
         prompt, answer = cast(str, prompt), cast(str, answer)
         spans = [(len(prompt), len(prompt) + len(answer))] if answer.strip() else []
         return Rendered(prompt + answer, spans, templated=False)
     messages = [*prompt, *answer]
-    wanted = [
-        i
-        for i in range(len(prompt), len(messages))
-        if messages[i]["role"] == "assistant" and messages[i]["content"].strip()
-    ]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = [i for i in answers if i >= len(prompt) and messages[i]["content"].strip()]
     if not wanted:
         return Rendered("", [], templated=False)
     if format == "alpaca" and tokenizer.chat_template is None:
@@ -157,46 +144,45 @@ def render(prompt: Part, answer: Part, format: str, tokenizer: PreTrainedTokeniz
     if tokenizer.chat_template is None:
         raise UserError(
             f"the columns {' and '.join(FORMATS[format])} hold a conversation, which needs a chat template, and this "
-            "tokenizer has none: use `prompt` and `completion` strings or alpaca columns instead, or set the "
-            "tokenizer's chat_template"
+            "tokenizer has none: use `prompt` and `completion` strings or alpaca columns, or set its chat_template"
         )
     if format == "alpaca":  # the template brings its own white space around a turn
         messages = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
     try:
-        return _render_chat(messages, wanted, tokenizer)
+        return _render_chat(messages, answers, wanted, tokenizer)
     except TemplateError as error:
-        raise UserError(
-            f"the tokenizer's chat template refuses the conversation ({error}): change its roles"
-        ) from error
+        text = f"the tokenizer's chat template refuses the conversation ({error}): change its roles"
+        raise UserError(text) from error
 
 
 def _render_plain_turns(messages: list[Message]) -> Rendered:
     """Alpaca turns without a chat template: `prompt answer` lines; the last answer is the one with loss."""
-    text, spans = "", []
+    lines = []
     for asked, answered in zip(messages[::2], messages[1::2], strict=True):
         prompt, answer = asked["content"], answered["content"]
         bare = bool(prompt and answer) and not prompt[-1].isspace() and not answer[0].isspace()
-        text += ("\n" if text else "") + prompt + (" " if bare else "")
-        spans = [(len(text), len(text) + len(answer))]
-        text += answer
-    return Rendered(text, spans, templated=False)
+        lines.append(prompt + (" " if bare else "") + answer)
+    text = "\n".join(lines)
+    return Rendered(text, [(len(text) - len(answer), len(text))], templated=False)
 
 
-def _render_chat(messages: list[Message], wanted: list[int], tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Apply the chat template and find the assistant turns with the indices `wanted` in what it wrote."""
+def _render_chat(
+    messages: list[Message], answers: list[int], wanted: list[int], tokenizer: PreTrainedTokenizerBase
+) -> Rendered:
+    """Apply the chat template and find those of the assistant turns `answers` that are `wanted` in what it wrote."""
     template = tokenizer.get_chat_template()
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         names: dict[str, Any] = dict(tokenizer.special_tokens_map)
         # Annotated as returning a string, it returns the texts and, per text, the character ranges of the marks.
-        written: Any = cast(
-            Any, render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **names)
+        written: Any = render_jinja_template(
+            [messages], chat_template=template, return_assistant_tokens_mask=True, **names
         )
-        texts, marked = written[0], [(start, end) for start, end in written[1][0]]
-        assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(marked) == len(assistant):
-            return Rendered(texts[0], [marked[assistant.index(i)] for i in wanted], templated=True)
-        if assistant == wanted:  # several marks in one turn, say reasoning and answer: all of them are wanted
-            return Rendered(texts[0], marked, templated=True)
+        [text], [marks] = written
+        marked = [(start, end) for start, end in marks]
+        if len(marked) == len(answers):
+            return Rendered(text, [marked[answers.index(i)] for i in wanted], templated=True)
+        if answers == wanted:  # several marks in one turn, say reasoning and answer: all of them are wanted
+            return Rendered(text, marked, templated=True)
 
     def write(part: list[Message], add_generation_prompt: bool = False) -> str:
         return str(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=add_generation_prompt))
@@ -204,15 +190,12 @@ def _render_chat(messages: list[Message], wanted: list[int], tokenizer: PreTrain
     text, spans = write(messages), []
     for i in wanted:
         if i == 0:
-            raise UserError(
-                "the conversation starts with an assistant turn, which answers nothing: start with the user's"
-            )
+            raise UserError("the conversation starts with an assistant turn: start with the user's")
         before, upto = write(messages[:i], add_generation_prompt=True), write(messages[: i + 1])
         if not (upto.startswith(before) and text.startswith(upto)):
             raise UserError(
                 f"the tokenizer's chat template writes message {i + 1} differently inside the conversation than at "
-                "its end, so the tokens of the answer cannot be found: mark them with {% generation %} in the "
-                "template, or give the last turn alone as `completion` and the turns before it as `prompt`"
+                "its end: mark answers with {% generation %} in it, or give the last turn alone as `completion`"
             )
         spans.append((len(before), len(upto)))
     return Rendered(text, spans, templated=True)

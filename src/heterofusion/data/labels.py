@@ -1,8 +1,7 @@
 """Source labels: answers of the source experts to unlabelled prompts, as examples for the target.
 
 A file of `recipes/label.py` has, beside the replay's columns, `task`, `kind`, `source`, `log_probability` (mean per
-token of the answer), `format_ok`, and `control` if it is one; each of them may be missing, and any file in a format of
-the replay will do.
+token of the answer), `format_ok`, and `control` if it is one; each of them may be missing.
 """
 
 import logging
@@ -34,7 +33,7 @@ from heterofusion.data.replay import (
 )
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
-from heterofusion.runtime.flags import check_ranges, flag, in_range
+from heterofusion.runtime.flags import as_text, check_ranges, flag, in_range
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +76,8 @@ class SourceLabelArguments:
     )
     label_loss: str = flag(
         "hard",
-        help="What source labels are trained on: the answers alone, or also what their source thought of other "
-        "tokens (recipes/label.py --top_k_logits stores it).",
+        help="Train on the labels' answers alone, or (soft) also on what their source thought of other tokens "
+        "(recipes/label.py --top_k_logits stores it).",
         choices=["hard", "soft"],
     )
     soft_weight: float = flag(
@@ -99,13 +98,9 @@ class SourceLabelArguments:
             if value == item.default:
                 continue
             if not self.source_labels:
-                raise UserError(
-                    f"--{item.name} is {value}, but --source_labels is not given: name the files, or leave it out"
-                )
+                raise UserError(f"--{item.name} is {value}, but --source_labels is not given: name the files")
             if item.name in ("soft_weight", "logits_cache") and self.label_loss == "hard":
-                raise UserError(
-                    f"--{item.name} is {value}, but --label_loss is hard: add --label_loss soft, or leave it out"
-                )
+                raise UserError(f"--{item.name} is {value}, but --label_loss is hard: add --label_loss soft")
 
 
 def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: TrainingArguments) -> None:
@@ -113,47 +108,31 @@ def check_label_flags(labels: SourceLabelArguments, data: DataArguments, args: T
     if not labels.source_labels:
         return
     check_settings(args, soft=labels.label_loss == "soft")
-    if labels.replay_fraction is None:
-        return
-    share, replay = check_fraction(labels.replay_fraction), bool(data.dataset_name)
-    if share and not replay:
-        raise UserError(
-            f"--replay_fraction is {labels.replay_fraction}, but there is no replay: name it with --dataset_name, or "
-            "leave --replay_fraction out"
-        )
-    if replay and not share:
-        raise UserError(
-            "--replay_fraction is 0, so the replay of --dataset_name would never be seen: leave one of the two out"
-        )
+    share, replay = labels.replay_fraction, bool(data.dataset_name)
+    if share is not None and (check_fraction(share) > 0) != replay:
+        with_replay = "the replay of --dataset_name would never be seen: leave one of the two out"
+        without = "there is no replay: name it with --dataset_name, or leave --replay_fraction out"
+        raise UserError(f"--replay_fraction is {share}, but {with_replay if replay else without}")
 
 
 def check_settings(args: TrainingArguments, soft: bool) -> None:
     """Refuse settings of training that would break the shares of a mixture, or the loss of its parts."""
-    if args.train_sampling_strategy != "random":
-        raise UserError(
-            f"--train_sampling_strategy is {args.train_sampling_strategy}, but --source_labels brings an order of its "
-            "own, with the same share of replay all along: leave --train_sampling_strategy out"
-        )
-    if args.use_liger_kernel:
-        raise UserError(
-            "--use_liger_kernel is true, but its fused loss keeps no logits, from which --source_labels logs the loss "
-            "of replay and of labels: leave one of the two out"
-        )
-    if soft and args.label_smoothing_factor:
-        raise UserError(
-            f"--label_smoothing_factor is {args.label_smoothing_factor}, but with --label_loss soft the sources' "
-            "distributions are what smooths: leave one of the two out"
-        )
+    refused = {
+        "train_sampling_strategy": args.train_sampling_strategy != "random" and "--source_labels has its own order",
+        "use_liger_kernel": args.use_liger_kernel and "--source_labels needs the logits, which its loss does not keep",
+        "label_smoothing_factor": soft and args.label_smoothing_factor and "with --label_loss soft the sources smooth",
+    }
+    for name, reason in refused.items():
+        if reason:
+            raise UserError(f"--{name} is {as_text(getattr(args, name))}, but {reason}: leave one of the two out")
 
 
 def check_fraction(fraction: float) -> Fraction:
     """The share of replay, in [0, 1), as the nearest ratio with a denominator of at most `FINEST_SHARE`."""
     share = Fraction(fraction).limit_denominator(FINEST_SHARE) if math.isfinite(fraction) else Fraction(-1)
     if not (fraction == 0 or (0 < fraction < 1 and 0 < share < 1)):
-        raise UserError(
-            f"--replay_fraction is {fraction}: give the share of replay, at least 0 and below 1 (0, or "
-            f"from {1 / FINEST_SHARE} to {1 - 1 / FINEST_SHARE})"
-        )
+        finest = f"0, or from {1 / FINEST_SHARE} to {1 - 1 / FINEST_SHARE}"
+        raise UserError(f"--replay_fraction is {fraction}: give a share of at least 0 and below 1 ({finest})")
     return share
 
 
@@ -173,12 +152,12 @@ class LabelReport(DatasetReport):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a label comes from: its file, the index of its row there, its name in messages, and the row."""
+    """Where a label comes from."""
 
     path: Path
-    line: int
-    where: str
-    record: Mapping[str, Any]
+    line: int  # index of its row there
+    where: str  # its name in messages
+    record: Mapping[str, Any]  # the row
 
 
 @dataclass(frozen=True)
@@ -191,20 +170,15 @@ class SourceLabels:
 
 
 def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> SourceLabels:
-    """Load, filter, sample, tokenize and mix the files of source labels.
-
-    `data` gives `max_length`, and `dataset_seed` for the sampling and for the order over all files.
-    """
+    """Load, filter, sample (by `dataset_seed`), tokenize and mix the files of source labels."""
     examples: list[Example] = []
     reports: list[LabelReport] = []
     origins: list[Origin] = []
     needed: list[int] = []
-    names: list[str] = []
     files = _label_files(args.source_labels)
-    for index, name in files:
-        path = Path(name).expanduser().absolute()
+    for index, path in files:
         records = load_records(str(path), kind="source label")
-        report = LabelReport(name, checked_format(records), read=len(records.rows), sha256=file_sha256(path))
+        report = LabelReport(str(path), checked_format(records), read=len(records.rows), sha256=file_sha256(path))
         good = _good_labels(records, args, report)
         limit = nth(args.source_labels_max_examples, index)
         if limit is not None:
@@ -216,39 +190,35 @@ def build_labels(args: SourceLabelArguments, data: DataArguments, tokenizer: Pre
         examples += found
         origins += [Origin(path, i, records.where(i), records.rows[i]) for i in kept]
         needed += missing
-        names.append(records.label)
         reports.append(report)
-    if not examples and not any(report.sampled for report in reports):
-        raise UserError(
-            f"{', '.join(names)}: no source label is left, of {sum(report.read for report in reports)} "
-            f"{_dropped(reports, args)}: lower what is asked of them, or label more prompts"
-        )
+    names = [report.name for report in reports]
+    if not any(report.sampled for report in reports):
+        dropped = f"of {sum(report.read for report in reports)} {_dropped(reports, args)}"
+        raise UserError(f"{', '.join(names)}: no source label is left, {dropped}: lower what is asked of them")
     if not examples:
         raise no_examples(names, needed, data.max_length)
     order = np.random.default_rng([data.dataset_seed, 2]).permutation(len(examples))  # replay has 1
     return SourceLabels(as_dataset([examples[i] for i in order]), reports, [origins[i] for i in order])
 
 
-def _label_files(names: Sequence[str]) -> list[tuple[int, str]]:
+def _label_files(names: Sequence[str]) -> list[tuple[int, Path]]:
     """The files that `--source_labels` names, each with the index of its name: a folder's are those with labels."""
-    files: list[tuple[int, str]] = []
+    files: list[tuple[int, Path]] = []
     for index, name in enumerate(names):
         path = Path(name).expanduser().absolute()
-        if path.is_dir():
-            if not (path / LABELS_FILE).is_file():
-                raise UserError(
-                    f"--source_labels {path} is a folder without {LABELS_FILE}, which a finished recipes/label.py "
-                    "leaves: name the files in it"
-                )
-            tasks = read_json_object(path / LABELS_FILE).get("tasks") or {}
-            made = [task for task, entry in tasks.items() if entry.get("labels")]
-            if not made:
-                raise UserError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
-            files += [(index, str(Path(name) / f"{task}.jsonl")) for task in made]
-        elif path.exists():
-            files.append((index, name))
-        else:
+        if not path.exists():
             raise UserError(f"--source_labels {path} does not exist: check the path")
+        if not path.is_dir():
+            files.append((index, path))
+            continue
+        if not (path / LABELS_FILE).is_file():
+            left = f"{LABELS_FILE}, which a finished recipes/label.py leaves"
+            raise UserError(f"--source_labels {path} is a folder without {left}: name the files in it")
+        tasks = read_json_object(path / LABELS_FILE).get("tasks") or {}
+        made = [(index, path / f"{task}.jsonl") for task, entry in tasks.items() if entry.get("labels")]
+        if not made:
+            raise UserError(f"--source_labels {path}: its {LABELS_FILE} tells of no labels; label more prompts")
+        files += made
     return files
 
 
@@ -272,10 +242,7 @@ def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, floa
     if not isinstance(well_formed, bool | None):
         raise UserError(f"`format_ok` is {well_formed!r}: make it true, false or null")
     if confidence is None and lowest is not None:
-        raise UserError(
-            f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave the flag out, or label "
-            "with recipes/label.py"
-        )
+        raise UserError(f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave it out")
     if confidence is not None and not in_range(confidence, "(-inf, inf)"):
         raise UserError(f"`log_probability` is {confidence!r}: make it a finite number or null")
     return well_formed is not False, confidence or 0.0
@@ -286,9 +253,8 @@ def _count_sources(records: Records, kept: list[int], report: LabelReport) -> No
     counts: dict[str, Counter[str]] = {}
     for index in kept:
         label = records.rows[index]
-        source, task = (
-            display_name(str(label[name])) if label.get(name) else "not named" for name in ("source", "task")
-        )
+        names = [label.get(name) for name in ("source", "task")]
+        source, task = (display_name(str(name)) if name else "not named" for name in names)
         counts.setdefault(source, Counter())[task] += 1
     report.by_source = {source: dict(sorted(tasks.items())) for source, tasks in sorted(counts.items())}
     controls = {label[CONTROL_COLUMN] for label in records.rows if label.get(CONTROL_COLUMN)}
@@ -303,21 +269,17 @@ def _dropped(reports: Sequence[LabelReport], args: SourceLabelArguments) -> str:
     )
 
 
-# ---- what is told of them ----------------------------------------------------------------------------------------
-
-
 def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]:
     """What became of the files, in lines for the log."""
     lines = []
     for report in reports:
-        sources = "; ".join(
-            f"{source}: {', '.join(f'{count} {task}' for task, count in tasks.items())}"
-            for source, tasks in report.by_source.items()
-        )
+        counts = {
+            name: ", ".join(f"{n} {task}" for task, n in tasks.items()) for name, tasks in report.by_source.items()
+        }
         lines += [
             f"{report.name} ({report.format}): {report.malformed} malformed and {report.unsure} not sure enough "
             f"dropped; {describe_counts(asdict(report), max_length)}",
-            f"  kept by source and task: {sources or 'none'}",
+            f"  kept by source and task: {'; '.join(f'{name}: {tasks}' for name, tasks in counts.items()) or 'none'}",
             *([] if report.control is None else [f"  CONTROL ({report.control}): not of the sources that know"]),
         ]
     return lines
@@ -344,7 +306,7 @@ def labels_record(
 def _file_record(report: LabelReport) -> dict[str, Any]:
     found = asdict(report)
     name, control = display_name(found.pop("name")), found.pop("control")
-    return {"name": name, **({} if control is None else {"control": control}), "sha256": found.pop("sha256"), **found}
+    return {"name": name, **({"control": control} if control else {}), "sha256": found.pop("sha256"), **found}
 
 
 def is_labelled_by_sources(record: Mapping[str, Any] | None) -> bool:

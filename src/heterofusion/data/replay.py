@@ -1,8 +1,6 @@
 """Replay: answered examples on disk or on the Hub become one mixed, tokenized `datasets.Dataset`.
 
-Every data set of `DataArguments` is loaded, sampled, turned into tokens and labels (loss on the answers only), cut to
-`max_length` and mixed. What was sampled, cut and dropped is in the `ReplayReport` that comes with it. The same
-arguments always give the same examples in the same order.
+The same arguments always give the same examples in the same order; loss is on the answers only.
 """
 
 import copy
@@ -47,39 +45,29 @@ class DataArguments:
     """Flags for the replay mixture; list flags have one value for all data sets, or one per data set."""
 
     dataset_name: list[str] = flag(
-        default_factory=list,
-        help="Replay data sets: local .json, .jsonl, .csv or .parquet files, folders, or Hub ids.",
+        default_factory=list, help="Replay data sets: .json, .jsonl, .csv or .parquet files, folders, or Hub ids."
     )
     dataset_config: list[str] | None = flag(
         None, help="Configuration of each Hub data set or folder, 'default' where it has only one."
     )
     dataset_split: list[str] = flag(
-        default_factory=lambda: ["train"],
-        help="Split of each replay data set; a file has none and is read whole.",
+        default_factory=lambda: ["train"], help="Split of each replay data set; a file has none and is read whole."
     )
     max_examples: list[int] = flag(
-        default_factory=lambda: [300],
-        help="Examples that are sampled from each replay data set at most; 0 takes all.",
-        range="[0, inf)",
+        default_factory=lambda: [300], help="Examples sampled from each replay set; 0 takes all.", range="[0, inf)"
     )
     dataset_ratio: list[float] = flag(
-        default_factory=lambda: [1.0],
-        help="Fraction of each replay data set to sample, before max_examples caps it.",
-        range="(0, 1]",
+        default_factory=lambda: [1.0], help="Fraction sampled of each, before max_examples caps it.", range="(0, 1]"
     )
     dataset_seed: int = flag(42, help="Seed of the sampling and of the order of the mixture.", range="[0, inf)")
     max_length: int = flag(1024, help="Tokens after which an example is cut off on the right.", range="[2, inf)")
-    eval_dataset_name: list[str] | None = flag(
-        None, help="Data sets for the evaluation loss, named like those of dataset_name."
-    )
+    eval_dataset_name: list[str] | None = flag(None, help="Data sets for the evaluation loss, like dataset_name.")
     eval_config: list[str] | None = flag(None, help="Configuration of each evaluation data set, like dataset_config.")
     eval_split: list[str] = flag(
         default_factory=lambda: ["test"], help="Split of each evaluation data set, like dataset_split."
     )
     eval_max_examples: list[int] = flag(
-        default_factory=lambda: [300],
-        help="Examples that are sampled from each evaluation data set at most; 0 takes all.",
-        range="[0, inf)",
+        default_factory=lambda: [300], help="Examples sampled from each evaluation set; 0 takes all.", range="[0, inf)"
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +117,7 @@ def _specs(
 
 @dataclass
 class DatasetReport:
-    """What became of one data set: of `read` records `sampled` were taken, and `kept` of those are in the mixture."""
+    """What became of one data set."""
 
     name: str
     format: str
@@ -172,7 +160,7 @@ class ReplayReport:
 
 
 def describe_counts(count: Mapping[str, Any], max_length: int) -> str:
-    """The counts of a `DatasetReport` in words, for the log."""
+    """The counts of a `DatasetReport` in words."""
     return (
         f"{count['read']} read, {count['sampled']} sampled, {count['cut']} cut to {max_length} tokens "
         f"({count['cut_tokens']} tokens removed), {count['dropped']} dropped without label tokens "
@@ -184,11 +172,7 @@ def describe_counts(count: Mapping[str, Any], max_length: int) -> str:
 def build_replay(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, kind: str = "replay"
 ) -> tuple[Dataset, ReplayReport]:
-    """Load, sample, tokenize and mix the replay data sets ("training" ones, if `kind` says so).
-
-    Gives examples with `input_ids`, `attention_mask` and `labels` (lists of at most `max_length`), shuffled over all
-    data sets by `dataset_seed`, and the report of what was sampled, cut and dropped.
-    """
+    """Load, sample, tokenize, cut to `max_length` and mix the replay data sets (`kind` is their name in messages)."""
     if not args.dataset_name:
         raise UserError(f"--dataset_name is missing: name at least one {kind} data set")
     examples, report = _build(args.replay_sets(), args, tokenizer, kind)
@@ -210,22 +194,20 @@ def _build(
 ) -> tuple[list[Example], ReplayReport]:
     report = ReplayReport(args.max_length)
     examples: list[Example] = []
-    shortest: list[int] = []  # tokens that a dropped example would have needed to keep a label
-    labels = []
+    needed: list[int] = []
     for spec in specs:
         records = load_records(spec.name, spec.config, spec.split, kind)
-        labels.append(records.label)
         found = DatasetReport(spec.name, checked_format(records), read=len(records.rows))
         count = min(spec.max_examples, max(1, round(found.read * spec.ratio)))
         indices = sample_indices(found.read, count, args.dataset_seed)
-        kept, _, needed = encode_records(records, indices, found, args.max_length, tokenizer)
+        kept, _, missing = encode_records(records, indices, found, args.max_length, tokenizer)
         examples += kept
+        needed += missing
         report.datasets.append(found)
-        shortest += needed
         if not kept and len(specs) > 1:
             logger.warning("%s gives no example within --max_length %d", records.label, args.max_length)
     if not examples:
-        raise no_examples(labels, shortest, args.max_length)
+        raise no_examples([spec.name for spec in specs], needed, args.max_length)
     if tokenizer.eos_token_id is None:
         logger.warning("the tokenizer has no EOS token: the model does not learn to stop after plain texts")
     return examples, report
@@ -237,9 +219,8 @@ def checked_format(records: Records) -> str:
     columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
     format = detect_format(columns)
     if format is None:
-        raise UserError(
-            f"{records.label} has no known columns (found: {', '.join(columns) or 'none'}): give it {KNOWN_COLUMNS}"
-        )
+        found = ", ".join(columns) or "none"
+        raise UserError(f"{records.label} has no known columns (found: {found}): give it {KNOWN_COLUMNS}")
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         records.call(i, to_conversation, row, format)
     return format
@@ -254,8 +235,8 @@ def encode_records(
 ) -> tuple[list[Example], list[int], list[int]]:
     """Tokenize some rows of a data set, and count in the report what becomes of them.
 
-    Gives the examples with a label token left, their indices, and of each other one whose answer is not empty the
-    `max_length` that it would have needed.
+    Gives the examples with a label token left, their indices, and the `max_length` that each of the others (but those
+    with an empty answer) would have needed.
     """
     examples: list[Example] = []
     kept: list[int] = []
@@ -289,10 +270,8 @@ def no_examples(labels: Sequence[str], needed: Sequence[int], max_length: int) -
     names = ", ".join(labels)
     if not needed:
         return UserError(f"{names}: every sampled answer is empty, so nothing is left to train on: fill them")
-    return UserError(
-        f"{names}: all examples are too long for --max_length {max_length}, no label token is "
-        f"left: raise it to {min(needed)} at least, which is what the shortest needs for its first label token"
-    )
+    text = f"all examples are too long for --max_length {max_length}, no label token is left"
+    return UserError(f"{names}: {text}: raise it to {min(needed)} at least, which the shortest needs")
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

@@ -1,29 +1,37 @@
-"""Published data sets as the files of an experiment: samples with no text in two splits, a manifest, a table.
+"""What uie/prepare.py and glue/prepare.py share: samples with no text in two splits, a manifest, a table.
 
-`recipes/uie/prepare.py` and `recipes/glue/prepare.py` read the data; this is what they share. A sample is drawn by the
-SHA-256 of seed, task and example, not by a generator: it depends neither on the order of the examples nor on a
-library's version, a larger one holds the smaller, and an example that is added pushes out one other at most.
+A sample is drawn by the SHA-256 of seed, task and example, not by a generator: it depends neither on the order of the
+examples nor on a library's version, a larger one holds the smaller, and one more example pushes out one at most.
 """
 
 import hashlib
 import heapq
-import json
 import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from heterofusion.data.markdown import markdown_table
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import check_output_dir, file_sha256, read_json_object, staging_folder
+from heterofusion.runtime.files import (
+    check_output_dir,
+    file_sha256,
+    read_json_object,
+    staging_folder,
+    write_json,
+    write_lines,
+)
 from heterofusion.runtime.flags import check_ranges, flag
+from heterofusion.runtime.program import release_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("heterofusion.recipes.prepare")
 
 MANIFEST = "manifest.json"
 FILES = ("replay", "train", "validation", "test", "unlabelled")
@@ -39,15 +47,12 @@ class PrepareArguments:
     num_replay: int = flag(300, help="Examples of train in a replay file, at most.", range="[1, inf)")
     num_validation: int = flag(
         300,
-        help="Examples in a validation file, at most: of the published split, else cut from train, a tenth of "
-        "it at most; 0 writes none.",
+        help="Examples in a validation file, at most: of the published split, else a tenth of train at most.",
         range="[0, inf)",
     )
     num_test: int | None = flag(None, help="Examples in a test file, at most; all by default.", range="[1, inf)")
     num_unlabelled: int = flag(
-        0,
-        help="Prompts without answers for recipes/label.py, cut from train, a tenth of it at most.",
-        range="[0, inf)",
+        0, help="Prompts for recipes/label.py, cut from train, a tenth of it at most.", range="[0, inf)"
     )
     overwrite: bool = flag(
         False, help="Write into an output_dir that is not empty; files that its manifest.json lists go."
@@ -74,25 +79,20 @@ class Example:
 
 @dataclass
 class PreparedTask:
-    """A task: its examples by split as it was read, by file (see `FILES`) when it is ready to be written.
-
-    `counts` has by split how many rows were `read`, how many were left out, by reason, and how many `kept`; `record`
-    is what the manifest says of the source: its name, labels and hashes.
-    """
+    """A task as it was read (`examples` by split), or ready to be written (`examples` by file, see `FILES`)."""
 
     name: str
     kind: str
     examples: dict[str, list[Example]]
-    counts: dict[str, Counter[str]]
-    record: dict[str, Any]
+    counts: dict[str, Counter[str]]  # by split: rows `read`, those left out, by reason, and those `kept`
+    record: dict[str, Any]  # what the manifest says of the source: its name, labels and hashes
 
 
 def make_splits(task: PreparedTask, args: PrepareArguments) -> PreparedTask:
     """Draw the samples of a task that was read with `train`, `test` and, where the data has one, `validation`.
 
-    A text that is in test is taken out of validation and train, one that is in validation out of train. Examples of
-    validation and train that repeat another one with the same answer are taken out too; test stays as published.
-    Without a validation split one is cut from train, and so are unlabelled prompts. Replay is a sample of the rest.
+    A text that is in test is taken out of validation and train, one that is in validation out of train, and repeats
+    out of both; test stays as published. Replay is a sample of what is left of train.
     """
     salt = f"{args.seed} {task.name}"
     counts = {split: Counter(found) for split, found in task.counts.items()}
@@ -107,8 +107,8 @@ def make_splits(task: PreparedTask, args: PrepareArguments) -> PreparedTask:
     else:
         validation, train = _cut(train, args.num_validation, salt, "validation", counts["train"])
     unlabelled, train = _cut(train, args.num_unlabelled, salt, "unlabelled", counts["train"])
-    counts["train"]["kept"], counts["test"]["kept"] = len(train), len(test)
     for split, left in (("train", train), ("test", test)):
+        counts[split]["kept"] = len(left)
         if not left:
             found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts[split].items()) if count)
             raise UserError(f"{task.name}: no record of {split} can be used ({found}): check the data of this task")
@@ -135,9 +135,8 @@ def _distinct(examples: list[Example], counts: Counter[str], **others: set[str])
     """Those whose text is in none of the other splits, without repeats; `counts` says what was left out."""
     kept: dict[tuple[str, str], Example] = {}
     for example in examples:
-        reason = next((name for name, keys in others.items() if example.key in keys), None)
-        if reason is None and (example.key, example.completion) in kept:
-            reason = "repeated"
+        repeated = "repeated" if (example.key, example.completion) in kept else None
+        reason = next((name for name, keys in others.items() if example.key in keys), repeated)
         if reason is None:
             kept[example.key, example.completion] = example
         else:
@@ -170,22 +169,21 @@ def _sample(examples: list[Example], count: int | None, salt: str) -> list[Examp
     return [examples[index] for index in sorted(heapq.nsmallest(count, range(len(examples)), key=rank))]
 
 
-def write_tasks(tasks: Sequence[PreparedTask], args: PrepareArguments, layout: str) -> None:
+def _write(tasks: Sequence[PreparedTask], args: PrepareArguments, layout: str) -> None:
     """Write `replay/NAME.jsonl`, `train/`, `validation/`, `test/`, `unlabelled/` and `manifest.json`.
 
-    All is written beside its place and then moved there; files that an earlier manifest in the folder lists are
-    removed first. The manifest is moved last: where it stands, the files that it lists are complete.
+    All is written beside its place and then moved there, the manifest last: where it stands, its files are complete.
     """
     folder = Path(args.output_dir).absolute()
     with staging_folder(folder, ".preparing-") as staging:
         entries = {}
         for task in tasks:
             written = {}
-            for name in FILES:
-                if task.examples[name]:  # a data set that is empty is refused by what reads it
+            for name, examples in task.examples.items():
+                if examples:  # a data set that is empty is refused by what reads it
                     path = staging / name / f"{task.name}.jsonl"
-                    _write_examples(path, task, name)
-                    written[f"{name}/{path.name}"] = {"records": len(task.examples[name]), "sha256": file_sha256(path)}
+                    write_lines(path, (_row(task, name, example) for example in examples))
+                    written[f"{name}/{path.name}"] = {"records": len(examples), "sha256": file_sha256(path)}
             splits = {
                 split: {name: count for name, count in counts.items() if count or name in ("read", "kept")}
                 for split, counts in task.counts.items()
@@ -193,8 +191,7 @@ def write_tasks(tasks: Sequence[PreparedTask], args: PrepareArguments, layout: s
             entries[task.name] = {"kind": task.kind, **task.record, "splits": splits, "files": written}
         sizes = {name: getattr(args, name) for name in ("seed", *(f"num_{file}" for file in FILES if file != "train"))}
         manifest = {"heterofusion": version("heterofusion"), "layout": layout, **sizes, "tasks": entries}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (staging / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_json(staging / MANIFEST, manifest)
         _remove_old(folder)
         for path in sorted(staging.rglob("*.jsonl")):
             target = folder / path.relative_to(staging)
@@ -213,16 +210,12 @@ def _remove_old(folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
-def _write_examples(path: Path, task: PreparedTask, name: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for example in task.examples[name]:
-            answer = {} if name == "unlabelled" else {"completion": example.completion}
-            row = {"prompt": example.prompt, **answer, "task": task.name, "kind": task.kind}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _row(task: PreparedTask, name: str, example: Example) -> dict[str, str]:
+    answer = {} if name == "unlabelled" else {"completion": example.completion}
+    return {"prompt": example.prompt, **answer, "task": task.name, "kind": task.kind}
 
 
-def summary_table(tasks: Sequence[PreparedTask]) -> str:
+def _table(tasks: Sequence[PreparedTask]) -> str:
     """A row per task: rows read (train + validation + test), those left out by reason, and those in every file."""
     totals: list[Counter[str]] = [sum(task.counts.values(), Counter()) for task in tasks]
     reasons = [name for name in sorted(set().union(*totals)) if name not in ("read", "kept")]
@@ -237,3 +230,13 @@ def summary_table(tasks: Sequence[PreparedTask]) -> str:
         for task, total in zip(tasks, totals, strict=True)
     ]
     return markdown_table(["task", "read", *(name.replace("_", " ") for name in reasons), *files], rows)
+
+
+def prepare(read: Iterable[PreparedTask], args: PrepareArguments, layout: str) -> None:
+    """Split and write tasks as they are read, and print their table."""
+    tasks = []
+    for task in tqdm(read, desc="Reading", delay=3):
+        tasks.append(make_splits(task, args))
+    _write(tasks, args, layout)
+    release_logging()
+    print(f"{_table(tasks)}\nwritten to {args.output_dir}")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts import identity
-from heterofusion.experts.answering import PartWriter, read_parts
+from heterofusion.experts.answering import part_file, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags, succeeds
@@ -236,10 +236,10 @@ def test_damaged_files_are_told(values, whole, capsys, logging_restored):
 def test_part_file_keeps_every_text(tmp_path):
     texts = ["", "two\nlines", "line\u2028separator", "half a pair \ud83d", '"quoted"']
     answers = [Answer(i, text, i) for i, text in enumerate(texts)]
-    with PartWriter(tmp_path / "a" / "rank-0.jsonl") as part:
-        part.write(answers[:2], 1.0)
+    with part_file(tmp_path / "a" / "rank-0.jsonl") as write:
+        write(answers[:2], 1.0)
         assert read_parts(tmp_path / "a") == (dict(enumerate(answers[:2])), 1.0)  # flushed with every batch
-        part.write(answers[2:], 3.0)
+        write(answers[2:], 3.0)
     found, seconds = read_parts(tmp_path / "a")
     assert seconds == pytest.approx(4.0)
     assert [found[i].text for i in (0, 1, 2, 4)] == [texts[i] for i in (0, 1, 2, 4)]

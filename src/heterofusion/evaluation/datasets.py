@@ -48,21 +48,15 @@ class EvalDataArguments:
 
     dataset_name: list[str] = flag(
         default_factory=list,
-        help="Data sets with the right answers: local .json, .jsonl, .csv or .parquet files, local folders, or "
-        "ids on the Hub.",
+        help="Data sets with the right answers: .json, .jsonl, .csv or .parquet files, folders, or Hub ids.",
     )
-    dataset_config: list[str] | None = flag(
-        None, help="Configuration of each Hub data set or local folder ('default' where there is only one)."
-    )
+    dataset_config: list[str] | None = flag(None, help="Configuration of each Hub data set or local folder.")
     dataset_split: list[str] = flag(
-        default_factory=lambda: ["test"], help="Split of each data set; a local file has no splits and is read whole."
+        default_factory=lambda: ["test"], help="Split of each data set; a local file is read whole."
     )
-    dataset_label: list[str] | None = flag(
-        None, help="Name of each data set in results; by default its file's, or the last part of its Hub id."
-    )
+    dataset_label: list[str] | None = flag(None, help="Name of each data set in results; by default its own.")
     max_examples: list[int] = flag(
-        default_factory=lambda: [0],
-        help="Number of examples that are sampled from each data set at most; 0 takes all.",
+        default_factory=lambda: [0], help="Examples that are sampled from each data set at most; 0 takes all."
     )
     dataset_seed: int = flag(42, help="Seed of the sampling.")
     metric: list[str] = flag(
@@ -96,18 +90,15 @@ class EvalDataArguments:
 
     def labels(self) -> list[str]:
         """The names of the data sets in results, one per data set."""
-        labels = self.dataset_label or [_default_label(name) for name in self.dataset_name]
+        paths = [Path(name).expanduser() for name in self.dataset_name]
+        # a Hub id may hold a dot too; what ends like a data file is one
+        files = (".json", ".jsonl", ".csv", ".parquet")
+        labels = self.dataset_label or [p.stem if p.suffix.lower() in files else p.resolve().name for p in paths]
         return check_file_names(labels, self.dataset_name, "data set", "dataset_label")
 
     def metrics(self) -> list[str]:
         """The metrics, one per data set."""
         return self.metric * len(self.dataset_name) if len(self.metric) == 1 else self.metric
-
-
-def _default_label(name: str) -> str:
-    path = Path(name).expanduser()
-    # A Hub id may hold a dot too; what ends like a data file is one.
-    return path.stem if path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet") else path.resolve().name
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,6 @@ logger = logging.getLogger(__name__)
 STATE_FILE, RESULTS_FILE, PREDICTIONS, PARTS = "state.json", "results.json", "predictions", "parts"
 
 
-# ---- scores -----------------------------------------------------------------------------------------------------
-
-
 def metric_record(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """What results hold of the scores of one data set: `metric`, `primary`, `score` and `scores`."""
     scores = score(metric, predictions, references)
@@ -50,9 +47,6 @@ def totals(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "new_tokens": new_tokens,
         "tokens_per_second": round(new_tokens / seconds, 1) if seconds else 0.0,
     }
-
-
-# ---- what made an adapter ---------------------------------------------------------------------------------------
 
 
 def made_record(adapter: Adapter | None) -> dict[str, Any]:
@@ -107,9 +101,6 @@ def common_made_by(records: Sequence[Mapping[str, Any] | None]) -> dict[str, Any
 
 def _largest(values: Iterable[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
-
-
-# ---- several results --------------------------------------------------------------------------------------------
 
 
 def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

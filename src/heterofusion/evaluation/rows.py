@@ -3,20 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
-from heterofusion.evaluation.datasets import (
-    EvalDataArguments,
-    check_file_names,
-)
-from heterofusion.evaluation.results import (
-    common_made_by,
-    made_record,
-)
+from heterofusion.evaluation.datasets import EvalDataArguments, check_file_names
+from heterofusion.evaluation.results import common_made_by, made_record
 from heterofusion.experts.answering import Answerer, ExpertAnswerer
-from heterofusion.experts.examples import Examples, Prompts
 from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.runtime.errors import UserError
@@ -24,8 +17,6 @@ from heterofusion.runtime.files import display_name
 from heterofusion.runtime.flags import flag
 
 BASE_NAME = "base"
-
-
 PER_DATASET_NAME = "adapter_per_dataset"  # of the row, without --name
 
 
@@ -36,21 +27,17 @@ class EvalModelArguments(BaseArguments):
     model_name_or_path: str = flag(help="Base model of the adapters: local folder or Hub id.")
     adapters: list[str] = flag(
         default_factory=lambda: [NO_ADAPTER],
-        help="PEFT adapters to evaluate one after the other: local folders or Hub ids; the word none is the "
-        "base model alone, which is also the default.",
+        help="PEFT adapters to evaluate: local folders or Hub ids; the word none, the default, is the base alone.",
     )
-    adapter_revision: list[str] | None = flag(
-        None, help="Hub revision of the adapters: one for all, or one per adapter."
-    )
+    adapter_revision: list[str] | None = flag(None, help="Hub revision: one for all, or one per adapter.")
     merge_adapters: bool = flag(
         False,
-        help="Merge each adapter into the base before it answers, which is two to four times faster on a GPU; "
-        "in bfloat16 the weights are rounded once more, so answers may differ.",
+        help="Merge adapters into the base first: two to four times faster on a GPU; bfloat16 rounds once more.",
     )
     adapter_per_dataset: bool = flag(
         False,
-        help="Give each data set an adapter of its own: the first of --adapters answers the first of "
-        "--dataset_name alone, and so on, in one row of results that needs to know the task.",
+        help="Give each data set an adapter of its own, in one row: the first of --adapters answers the first of "
+        "--dataset_name alone, and so on.",
     )
 
     def __post_init__(self) -> None:
@@ -59,10 +46,8 @@ class EvalModelArguments(BaseArguments):
         if self.merge_adapters and (self.load_in_4bit or self.load_in_8bit):
             raise UserError("--merge_adapters would round an adapter to the bits of a quantized base: leave it out")
         if self.adapter_revision is not None and len(self.adapter_revision) not in (1, len(self.adapters)):
-            raise UserError(
-                f"--adapter_revision has {len(self.adapter_revision)} values, but --adapters has "
-                f"{len(self.adapters)}: give one for all, or one per adapter"
-            )
+            count = len(self.adapter_revision)
+            raise UserError(f"--adapter_revision has {count} values: give one for all, or one per adapter")
 
     def revisions(self) -> list[str | None]:
         """The Hub revisions of the adapters, one each."""
@@ -76,18 +61,10 @@ class EvalOutputArguments:
 
     output_dir: str = flag(help="Folder for results.json and the predictions.")
     resume: bool = flag(False, help="Go on with the evaluation of the same settings that output_dir holds.")
-    overwrite: bool = flag(
-        False, help="Write into an output_dir that is not empty; what an earlier evaluation wrote there goes."
-    )
-    name: str | None = flag(
-        None, help="Name of the row in reports, for one adapter; by default the adapter's, or base."
-    )
-    names: list[str] | None = flag(
-        None, help="One name per adapter, for its folder and its row in reports; by default its own."
-    )
-    labels: list[str] = flag(
-        default_factory=list, help="Labels key=value by which reports group results, such as experiment=noise seed=0."
-    )
+    overwrite: bool = flag(False, help="Write over what an earlier evaluation left in output_dir.")
+    name: str | None = flag(None, help="Name of the row, for one adapter; by default the adapter's, or base.")
+    names: list[str] | None = flag(None, help="One name per adapter, for its folder and row; by default its own.")
+    labels: list[str] = flag(default_factory=list, help="Labels key=value by which reports group results.")
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
@@ -132,26 +109,12 @@ class EvalArguments(NamedTuple):
 EVAL_ARGUMENTS = (EvalModelArguments, EvalDataArguments, GenerationArguments, EvalOutputArguments)
 
 
-class RowAnswerer(Answerer, Protocol):
-    """Who answers in a row of results: `ExpertAnswerer`, or several experts together."""
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens of a prompt at most."""
-
-    def identity(self) -> dict[str, Any]:
-        """What its answers depend on, prompts aside; with `dtype`."""
-
-    def encode(self, examples: Examples) -> Prompts:
-        """The prompts in its words."""
-
-
 @dataclass(frozen=True)
 class Row:
     """One row of results."""
 
     name: str
-    answerers: Mapping[str, RowAnswerer]  # by data set
+    answerers: Mapping[str, Answerer]  # by data set
     record: dict[str, Any]  # what results tell of it: `base_model`, `adapter`, `made_by`, ...
 
 

@@ -14,20 +14,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from heterofusion.evaluation.datasets import (
-    EvalSet,
-    check_references,
-    is_file_name,
-    load_eval_sets,
-)
-from heterofusion.evaluation.results import (
-    PARTS,
-    PREDICTIONS,
-    RESULTS_FILE,
-    STATE_FILE,
-    metric_record,
-    totals,
-)
+from heterofusion.evaluation.datasets import EvalSet, check_references, is_file_name, load_eval_sets
+from heterofusion.evaluation.results import PARTS, PREDICTIONS, RESULTS_FILE, STATE_FILE, metric_record, totals
 from heterofusion.evaluation.rows import EvalArguments, Row, expert_rows
 from heterofusion.experts.answering import Answers, Questions, ask
 from heterofusion.experts.examples import Prompts
@@ -42,11 +30,7 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """An evaluation whose flags, files and adapters are in order; nothing is written and no weights are loaded yet.
 
-    Args:
-        arguments: On what is evaluated, how, and where results go.
-        ranks: The processes; all of them construct and run this together.
-        make_rows: Gives the rows; the rows of the adapters by default.
-        settings: More flags for `results.json`.
+    All processes construct and run it together. `settings` are more flags for `results.json`.
     """
 
     def __init__(
@@ -177,7 +161,12 @@ class Evaluation:
                 "seconds": round(found[examples.label].seconds, 3),
                 "sha256": examples.sha256,
             }
-        device, generation = self.ranks.device, self.arguments.generation
+        model, data, generation, _ = self.arguments
+        settings = {**asdict(model), **asdict(data), **self.settings, "batch_size": generation.batch_size}
+        for flag in ("adapters", "dataset_name"):
+            settings[flag] = [display_name(name) for name in settings[flag]]
+        settings["model_name_or_path"] = display_name(model.model_name_or_path)
+        device = self.ranks.device
         limits = [who.limit for who in row.answerers.values() if who.limit is not None]
         return {
             **row.record,
@@ -193,16 +182,9 @@ class Evaluation:
             "peak_memory_bytes": peak,
             "processes": self.ranks.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "settings": self._settings(),
+            "settings": settings,
             "versions": library_versions(),
         }
-
-    def _settings(self) -> dict[str, Any]:
-        model, data, generation, _ = self.arguments
-        settings = {**asdict(model), **asdict(data), **self.settings, "batch_size": generation.batch_size}
-        for flag in ("adapters", "dataset_name"):
-            settings[flag] = [display_name(name) for name in settings[flag]]
-        return {**settings, "model_name_or_path": display_name(model.model_name_or_path)}
 
     def _renewed(self, finished: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Finished results by the metrics of this run; nothing is generated."""

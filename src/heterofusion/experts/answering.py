@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from accelerate import PartialState
@@ -51,6 +50,16 @@ class Answers(NamedTuple):
 class Answerer(Protocol):
     """Who answers: an expert, or several together."""
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens of a prompt at most."""
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, prompts aside; with `dtype`."""
+
+    def encode(self, examples: Examples) -> Prompts:
+        """The prompts in its words."""
+
     def load(self) -> None:
         """Load what may be missing or wrong."""
 
@@ -61,7 +70,7 @@ class Answerer(Protocol):
 
 
 @dataclass(frozen=True)
-class ExpertAnswerer:
+class ExpertAnswerer(Answerer):
     """An expert that answers in a place of its own or one that others use as well."""
 
     expert: Expert
@@ -107,13 +116,9 @@ class ExpertAnswerer:
 
 
 def ask(ranks: PartialState, answerer: Answerer, questions: Mapping[str, Questions], title: str) -> dict[str, Answers]:
-    """The answers to questions, by their name. All processes call it together.
+    """The answers to questions, by their name. All processes call it together; they see the same folders.
 
-    Args:
-        ranks: The processes; they see the same folders.
-        answerer: Who answers what is missing; nothing of it is loaded where nothing is.
-        questions: By name.
-        title: Says what is going on, for the progress bar.
+    The answerer is asked for what is missing; nothing of it is loaded where nothing is.
     """
     known = _read(ranks, questions)
     missing = {
@@ -139,12 +144,11 @@ def ask(ranks: PartialState, answerer: Answerer, questions: Mapping[str, Questio
 
 def _read(ranks: PartialState, questions: Mapping[str, Questions]) -> dict[str, tuple[dict[int, Answer], float]]:
     """What is there, as the main process sees it: all others may be about to write."""
-    found: dict[str, tuple[dict[int, Answer], float]] | None = None
+    found: Any = None
     with all_together(ranks):
         if ranks.is_main_process:
             found = {name: read_parts(asked.folder) for name, asked in questions.items()}
-    result: dict[str, tuple[dict[int, Answer], float]] = from_main(ranks, found)
-    return result
+    return dict(from_main(ranks, found))
 
 
 def _answer_share(
@@ -166,11 +170,11 @@ def _answer_share(
     with closing(answering), tqdm(total=total, desc=title, unit="prompt", disable=rank > 0) as bar:
         for name, batches in answering:
             bar.set_postfix_str(name)
-            with PartWriter(questions[name].folder / f"rank-{rank}.jsonl") as part:
+            with part_file(questions[name].folder / f"rank-{rank}.jsonl") as write:
                 start = time.perf_counter()
                 for batch in batches:
                     end = time.perf_counter()
-                    part.write(batch, end - start)
+                    write(batch, end - start)
                     start = end
                     bar.update(len(batch))
 
@@ -178,29 +182,21 @@ def _answer_share(
 # ---- part files -------------------------------------------------------------------------------------------------
 
 
-class PartWriter:
-    """Appends answers to a part file, a batch at a time; what a kill cut off at its end goes first."""
+@contextmanager
+def part_file(path: Path) -> Iterator[Callable[[Sequence[Answer], float], None]]:
+    """Appends batches of answers, and the seconds of each; what a kill cut off at the file's end goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+        def write(answers: Sequence[Answer], seconds: float) -> None:
+            share = round(seconds / len(answers), 6)
+            lines = [json.dumps({**asdict(answer), "seconds": share}, ensure_ascii=False) for answer in answers]
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+            file.flush()
 
-    def __enter__(self) -> PartWriter:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "ab+")  # closed by __exit__
-        self._file.seek(0)
-        whole = self._file.read().rfind(b"\n") + 1
-        self._file.truncate(whole)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def write(self, answers: Sequence[Answer], seconds: float) -> None:
-        """Append a batch that took so long; it is on its way to the disk when this returns."""
-        share = round(seconds / len(answers), 6)
-        lines = [json.dumps({**asdict(answer), "seconds": share}, ensure_ascii=False) for answer in answers]
-        self._file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
-        self._file.flush()
+        yield write
 
 
 def read_parts(folder: Path) -> tuple[dict[int, Answer], float]:

@@ -127,38 +127,30 @@ class Batches:
         start = 0
         while start < len(order):
             batch = order[start : start + self.size]
-            answers = _unless_out_of_memory(generate, batch)
-            if answers is None:  # by now no traceback holds the tensors of the failed batch
-                clear_device_cache(garbage_collection=True)
-                self._halve(len(batch), lengths[batch[0]])
+            try:
+                answers = generate(batch)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                    raise
+                answers = None
+            if answers is not None:
+                start += len(batch)
+                yield answers
                 continue
-            start += len(batch)
-            yield answers
-
-    def _halve(self, tried: int, longest: int) -> None:
-        if not self.automatic:
-            raise UserError(
-                f"--batch_size {self.size} does not fit into memory with prompts of {longest} tokens; lower it, or "
-                "give auto"
-            )
-        if tried == 1:
-            raise UserError(
-                f"one prompt of {longest} tokens and {self.max_new_tokens} new tokens do not fit into memory; lower "
-                "--max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
-            )
-        self.size = max(1, min(self.size, tried) // 2)
-        logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
-
-
-def _unless_out_of_memory(
-    generate: Callable[[Sequence[int]], list[Answer]], batch: Sequence[int]
-) -> list[Answer] | None:
-    try:
-        return generate(batch)
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
-            raise
-        return None
+            clear_device_cache(garbage_collection=True)  # by now no traceback holds the tensors of the failed batch
+            tried, longest = len(batch), lengths[batch[0]]
+            if not self.automatic:
+                raise UserError(
+                    f"--batch_size {self.size} does not fit into memory with prompts of {longest} tokens; lower it, "
+                    "or give auto"
+                )
+            if tried == 1:
+                raise UserError(
+                    f"one prompt of {longest} tokens and {self.max_new_tokens} new tokens do not fit into memory; "
+                    "lower --max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
+                )
+            self.size = tried // 2
+            logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
 
 
 class AnswerGenerator:
@@ -186,34 +178,23 @@ class AnswerGenerator:
         sampling: Sampling | None = None,
         in_context: bool = False,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_new_tokens = max_new_tokens
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.batches = Batches(batch_size, max_new_tokens)
-        self.cache_implementation = cache_implementation
-        self.sampling = sampling
-        self.in_context = in_context
-        self.pad_id = padding_id(tokenizer)
-        self.stops = stop_ids(model, tokenizer)
+        self.cache_implementation, self.sampling, self.in_context = cache_implementation, sampling, in_context
+        self.pad_id, self.stops = padding_id(tokenizer), stop_ids(model, tokenizer)
 
     def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
-        """Generate, one batch at a time.
-
-        Args:
-            prompts: Token ids by a key that the answers carry; it also seeds what is sampled.
-
-        Yields:
-            The answers of a batch. Longest prompts first; batches hold prompts of similar length.
-
-        Raises:
-            UserError: A prompt has no tokens, or memory does not suffice for a batch.
-        """
+        """Answer token ids by a key that the answers carry and that seeds what is sampled; longest prompts first."""
         lengths = {index: len(ids) for index, ids in prompts.items()}
         config = self._config(longest=max(lengths.values(), default=0))
 
         def generate(batch: Sequence[int]) -> list[Answer]:
-            choice = self._choice(batch)
-            rows = self._generate([prompts[index] for index in batch], config, choice)
-            told = choice.rows() if isinstance(choice, RecordGreedy) else [[0.0]] * len(batch)
+            greedy, choice = RecordGreedy(), self.sampling
+            drawn = choice and SampleTokens(
+                choice.uniforms(batch, self.max_new_tokens), choice.temperature, choice.top_p
+            )
+            rows = self._generate([prompts[index] for index in batch], config, drawn or greedy)
+            told = [[0.0]] * len(batch) if drawn else greedy.rows()
             return [self._answer(i, prompts[i], row, p) for i, row, p in zip(batch, rows, told, strict=True)]
 
         yield from self.batches.run(lengths, generate)
@@ -230,12 +211,6 @@ class AnswerGenerator:
             # of all batches: a cache of another size is another graph to a compiler
             max_cache_len=longest + self.max_new_tokens if self.cache_implementation == "static" else None,
         )
-
-    def _choice(self, batch: Sequence[int]) -> SampleTokens | RecordGreedy:
-        if self.sampling is None:
-            return RecordGreedy()
-        uniforms = self.sampling.uniforms(batch, self.max_new_tokens)
-        return SampleTokens(uniforms, self.sampling.temperature, self.sampling.top_p)
 
     @torch.no_grad()
     def _generate(
@@ -273,10 +248,8 @@ class SampleTokens(LogitsProcessor):
     """Draws the next token of every row by inverting its cumulative distribution, and leaves no other."""
 
     def __init__(self, uniforms: torch.Tensor, temperature: float, top_p: float) -> None:
-        self.uniforms = uniforms  # (rows, steps)
-        self.temperature = temperature
-        self.top_p = top_p
-        self.step = 0
+        self.uniforms, self.step = uniforms, 0  # (rows, steps)
+        self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores that are 0 for the token drawn and minus infinity for all others. (rows, vocabulary)"""

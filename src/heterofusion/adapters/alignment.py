@@ -8,16 +8,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from heterofusion.adapters.architectures import (
     ModuleKey,
+    base_config,
     module_keys,
     read_source_configs,
-    read_target_config,
     role_rows,
 )
 from heterofusion.adapters.controls import SOURCE_CONTROLS, control_sources
@@ -27,7 +27,6 @@ from heterofusion.runtime.flags import flag
 
 logger = logging.getLogger(__name__)
 
-LAYER_ALIGNMENTS = ("tail", "proportional")
 _OUTSIDE = "outside the decoder layers"
 
 
@@ -39,21 +38,18 @@ class AdapterArguments:
     source_adapters: list[str] = flag(help="Source adapters of any family, in order: local folders or Hub ids.")
     source_configs: list[str] | None = flag(
         None,
-        help="Base model (folder, config.json or Hub id) of each source, 'none' where not needed; only fused "
-        "projections need it, and base_model_name_or_path is followed by default.",
+        help="Base model (folder, config.json or Hub id) of each source with fused projections, 'none' to follow "
+        "base_model_name_or_path.",
     )
     target_revision: str | None = flag(None, help="Hub revision of the target adapter.")
     source_control: str | None = flag(
         None,
-        help="Replace the sources' tensors, to see what the sources contribute: noise (random directions of "
-        "the same norms and spectra), shuffle (the right tensors in the wrong modules) or zero; --seed draws. The "
-        "result is a control, no fusion of the sources.",
+        help="Make a control: noise in place of the sources' tensors, shuffle them among modules, or zero them; "
+        "--seed draws.",
         choices=list(SOURCE_CONTROLS),
     )
     allow_pickle: bool = flag(False, help="Also read adapter_model.bin, with weights_only=True.")
-    trust_remote_code: bool = flag(
-        False, help="Run model code from the Hub for the target's base; sources never need it."
-    )
+    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the target's base, never sources'.")
 
 
 class GroupKey(NamedTuple):
@@ -102,27 +98,16 @@ class AlignedSlice:
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """The result of `plan_alignment`.
-
-    Attributes:
-        target: the target adapter.
-        sources: the source adapters.
-        groups: aligned slices by (role, rank), in layer order; one hypernetwork each.
-        layer_maps: per source, the kept pairs target layer -> source layer.
-        untouched: target modules (or roles of fused ones) that keep their B, with the reason.
-        unused: per source, modules that feed nothing, with the reason.
-        layer_alignment: `tail` or `proportional`.
-        transfer_ratio: share of the layer pairs kept, from the top.
-    """
+    """The result of `plan_alignment`."""
 
     target: LoraAdapter
     sources: tuple[LoraAdapter, ...]
-    groups: dict[GroupKey, tuple[AlignedSlice, ...]]
-    layer_maps: tuple[dict[int, int], ...]
-    untouched: dict[str, str] = field(default_factory=dict)
-    unused: tuple[dict[str, str], ...] = ()
+    groups: dict[GroupKey, tuple[AlignedSlice, ...]]  # in layer order; one hypernetwork each
+    layer_maps: tuple[dict[int, int], ...]  # per source, the kept pairs target layer -> source layer
+    untouched: dict[str, str] = field(default_factory=dict)  # target modules or roles that keep their B, and why
+    unused: tuple[dict[str, str], ...] = ()  # per source, what feeds nothing, and why
     layer_alignment: str = "tail"
-    transfer_ratio: Fraction = Fraction(1)
+    transfer_ratio: Fraction = Fraction(1)  # share of the layer pairs kept, from the top
 
     @property
     def aligned(self) -> list[AlignedSlice]:
@@ -132,27 +117,25 @@ class AlignmentPlan:
 
 def load_plan(
     adapters: AdapterArguments,
-    method: Any,  # whose layer_alignment and transfer_ratio are taken
     base: str | None = None,
     base_revision: str | None = None,
+    *,
+    layer_alignment: str = "tail",
+    transfer_ratio: str = "1",
     seed: int = 42,
 ) -> AlignmentPlan:
-    """Read all adapters, draw the source control if there is one (by `seed`), and align; no base weights are loaded.
-
-    The base model's config is read only if the target has fused projections.
-    """
-    target = load_adapter(
-        adapters.target_adapter, revision=adapters.target_revision, allow_pickle=adapters.allow_pickle
-    )
-    sources = [load_adapter(name, allow_pickle=adapters.allow_pickle) for name in adapters.source_adapters]
+    """Read all adapters, draw the source control if there is one, and align; no base weights are loaded."""
+    pickles = adapters.allow_pickle
+    target = load_adapter(adapters.target_adapter, revision=adapters.target_revision, allow_pickle=pickles)
+    sources = [load_adapter(name, allow_pickle=pickles) for name in adapters.source_adapters]
     if adapters.source_control is not None:
         sources = control_sources(sources, adapters.source_control, seed)
     return plan_alignment(
         target,
         sources,
-        layer_alignment=method.layer_alignment,
-        transfer_ratio=method.transfer_ratio,
-        target_config=read_target_config(target, base, base_revision, adapters.trust_remote_code),
+        layer_alignment=layer_alignment,
+        transfer_ratio=transfer_ratio,
+        target_config=base_config(target, "target adapter", base, base_revision, adapters.trust_remote_code),
         source_configs=read_source_configs(adapters.source_configs, sources),
     )
 
@@ -164,9 +147,9 @@ def parse_transfer_ratio(value: float | str | Fraction) -> Fraction:
         if isinstance(value, float):  # 0.3 means 3/10, not the binary number beside it
             ratio = ratio.limit_denominator(10**6) or ratio
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        raise UserError(f"transfer_ratio is {value!r}; give a number such as 0.5, or a fraction such as 1/2") from None
+        ratio = Fraction(0)
     if not 0 < ratio <= 1:
-        raise UserError(f"transfer_ratio is {value}; it must be above 0 and at most 1")
+        raise UserError(f"transfer_ratio is {value!r}; give a number above 0 and at most 1, such as 0.5 or 1/2")
     return ratio
 
 
@@ -187,7 +170,7 @@ def map_layers(target_layers: int, source_layers: int, alignment: str, ratio: Fr
             for i in range(target_layers)
         ]
     else:
-        raise UserError(f"layer_alignment is {alignment!r}; choose one of {', '.join(LAYER_ALIGNMENTS)}")
+        raise UserError(f"layer_alignment is {alignment!r}; choose one of tail, proportional")
     return dict(pairs[-max(1, int(len(pairs) * ratio)) :])
 
 
@@ -219,16 +202,16 @@ def plan_alignment(
         UserError: an option is out of range.
     """
     ratio = parse_transfer_ratio(transfer_ratio)
-    target_config = read_target_config(target) if target_config is None else target_config
-    configs = read_source_configs(None, sources) if source_configs is None else source_configs
     _check_inputs(target, sources)
+    target_config = target_config or base_config(target, "target adapter")
+    configs = read_source_configs(None, sources) if source_configs is None else source_configs
     wanted = _RoleTable(target, target_config, "target adapter")
     tables = [
         _RoleTable(source, config, f"source adapter {source.name}")
         for source, config in zip(sources, configs, strict=True)
     ]
     layer_maps = tuple(map_layers(wanted.depth, table.depth, layer_alignment, ratio) for table in tables)
-    groups: dict[GroupKey, list[AlignedSlice]] = {}
+    groups: dict[GroupKey, tuple[AlignedSlice, ...]] = {}
     untouched = dict.fromkeys(wanted.outside, _OUTSIDE)
     used: set[int] = set()
     for item in wanted.slices:
@@ -236,20 +219,26 @@ def plan_alignment(
         found = tuple((index, match) for index, match in enumerate(matches) if match is not None)
         used.update(id(match) for _, match in found)
         if found:
-            groups.setdefault(GroupKey(item.role, item.module.rank), []).append(AlignedSlice(item, found))
+            key = GroupKey(item.role, item.module.rank)
+            groups[key] = (*groups.get(key, ()), AlignedSlice(item, found))
         else:
             untouched[item.label] = _why_untouched(item, tables, layer_maps)
     if not groups:
         raise AdapterError(_nothing_aligned(wanted, tables, layer_maps))
     unused = []
     for number, (table, pairs) in enumerate(zip(tables, layer_maps, strict=True), start=1):
-        idle = [item for item in table.slices if id(item) not in used]
-        unused.append(
-            dict.fromkeys(table.outside, _OUTSIDE) | {item.label: _why_unused(item, wanted, pairs) for item in idle}
-        )
-        _report_source(table, number, len(table.slices) - len(idle))
-    ordered = {key: tuple(members) for key, members in groups.items()}
-    return AlignmentPlan(target, tuple(sources), ordered, layer_maps, untouched, tuple(unused), layer_alignment, ratio)
+        idle = {item.label: _why_unused(item, wanted, pairs) for item in table.slices if id(item) not in used}
+        unused.append(dict.fromkeys(table.outside, _OUTSIDE) | idle)
+        source = table.adapter
+        if source.extra_tensors:
+            logger.warning(
+                "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
+                source.name, len(source.extra_tensors), ", ".join(sorted(source.extra_tensors)[:3]),
+            )  # fmt: skip
+        if len(idle) == len(table.slices):
+            logger.warning("source %s (number %d) feeds no target module", source.name, number)
+        logger.info("source %s: %d of %d modules used", source.name, len(table.slices) - len(idle), len(table.slices))
+    return AlignmentPlan(target, tuple(sources), groups, layer_maps, untouched, tuple(unused), layer_alignment, ratio)
 
 
 def adapter_depth(adapter: LoraAdapter) -> int:
@@ -296,12 +285,13 @@ class _RoleTable:
                     f"{what} ({adapter.weights_file}): {other} and {path} stand at the same place of two stacks of "
                     "layers; an adapter of one decoder is needed, train it without the other"
                 )
-            module = adapter.modules[path]
-            try:
-                rows = _rows(module, key, config)
-            except AdapterError as error:
-                raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from None
-            self.slices += [RoleSlice(module, key.layer, role, key.suffix, rows[role]) for role in key.roles]
+            module, rows = adapter.modules[path], {}
+            if key.is_fused:
+                try:
+                    rows = _fused_rows(module, key, config)
+                except AdapterError as error:
+                    raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from None
+            self.slices += [RoleSlice(module, key.layer, role, key.suffix, rows.get(role)) for role in key.roles]
         if not self.slices:
             raise AdapterError(
                 f"{what} ({adapter.weights_file}) has no LoRA module inside the language model's layers; train it on "
@@ -319,16 +309,14 @@ class _RoleTable:
         return [] if layer is None else self._places.get((layer, role), [])
 
 
-def _rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -> dict[str, Tensor | None]:
-    if not key.is_fused:
-        return dict.fromkeys(key.roles)
+def _fused_rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -> dict[str, Tensor]:
     if config is None:
         raise AdapterError(
             f"{module.path} is a fused projection ({', '.join(key.roles)}); splitting it needs the head counts in its "
             "base model's config.json, and base_model_name_or_path names none: give it with --source_configs "
             "(a source) or --model_name_or_path (the target)"
         )
-    return dict(role_rows(key, module.out_features, config))
+    return role_rows(key, module.out_features, config)
 
 
 def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, pairs: dict[int, int]) -> RoleSlice | None:
@@ -339,18 +327,6 @@ def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, pairs: dict[
     # Under other names a role is matched only where it is the only one of its layer (not among MoE experts).
     alone = len(candidates) == 1 and len(target.at(item.layer, item.role)) == 1
     return candidates[0] if alone else None
-
-
-def _report_source(table: _RoleTable, number: int, used: int) -> None:
-    source = table.adapter
-    if source.extra_tensors:
-        logger.warning(
-            "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
-            source.name, len(source.extra_tensors), ", ".join(sorted(source.extra_tensors)[:3]),
-        )  # fmt: skip
-    if not used:
-        logger.warning("source %s (number %d) feeds no target module", source.name, number)
-    logger.info("source %s: %d of %d modules used", source.name, used, len(table.slices))
 
 
 def _why_untouched(item: RoleSlice, sources: list[_RoleTable], layer_maps: Sequence[dict[int, int]]) -> str:

@@ -63,10 +63,9 @@ def module_key(path: str) -> ModuleKey | None:
     if match is None or any(tower in path[: match.start()] for tower in _OTHER_TOWERS):
         return None
     suffix = path[match.end() :]
-    parent, _, leaf = suffix.rpartition(".")
-    place = (parent.rpartition(".")[2], leaf)
-    if leaf in ROLES:
-        roles: tuple[str, ...] = (leaf,)
+    place = _place(suffix)
+    if place[1] in ROLES:
+        roles: tuple[str, ...] = (place[1],)
     elif place in _RENAMED:
         roles = (_RENAMED[place],)
     elif place in _FUSED:
@@ -88,46 +87,43 @@ def module_keys(adapter: LoraAdapter) -> dict[str, ModuleKey | None]:
         raise AdapterError(f"{adapter.weights_file}: {error}") from None
 
 
-def has_fused_modules(adapter: LoraAdapter) -> bool:
-    """Whether an adapter holds fused projections, whose split needs the config of its base model."""
-    return any(key is not None and key.is_fused for key in module_keys(adapter).values())
-
-
-def read_target_config(
-    target: LoraAdapter, base: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+def base_config(
+    adapter: LoraAdapter,
+    what: str,
+    name: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PretrainedConfig | None:
-    """Base config of a target that has fused projections; None where there are none, or no base is named.
+    """Config of the base of an adapter that has fused projections, whose split needs it; None for others.
 
     The base is the one that is given, else the `base_model_name_or_path` of the adapter.
     """
-    name = base or target.base_model
-    if name is None or not has_fused_modules(target):
+    if not any(key is not None and key.is_fused for key in module_keys(adapter).values()):
         return None
-    return load_base_config(name, "target adapter", trust_remote_code, revision=revision if base else None)
+    if not (base := name or adapter.base_model):
+        return None
+    return load_base_config(base, what, trust_remote_code, revision=revision if name else None)
 
 
 def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapter]) -> list[PretrainedConfig | None]:
-    """Base configs of sources that have fused projections; None where there is none, or none is needed.
+    """Base configs of sources that have fused projections, None for others; code that comes with one is never run.
 
-    Names are a path or Hub id per source, or `none`; without names each source's `base_model_name_or_path` is
-    followed. Code that comes with a config is never run.
+    Names are a folder, config.json or Hub id per source, or `none`, which follows `base_model_name_or_path`.
     """
-    if names is not None and len(names) != len(sources):
+    names = names or ["none"] * len(sources)
+    if len(names) != len(sources):
         raise UserError(
             f"--source_configs has {len(names)} entries for {len(sources)} sources; give one per source, 'none' where "
             "a source needs none"
         )
-    configs: list[PretrainedConfig | None] = []
-    for index, source in enumerate(sources):
-        what = f"source adapter {source.name}"
-        if names is not None and names[index].lower() != "none":
-            path = Path(names[index]).expanduser()
-            path = path.parent if path.name == "config.json" and path.is_file() else path
-            configs.append(load_base_config(str(path) if path.exists() else names[index], what))
-        elif source.base_model and has_fused_modules(source):
-            configs.append(load_base_config(source.base_model, what))
+    configs = []
+    for name, source in zip(names, sources, strict=True):
+        path, what = Path(name).expanduser(), f"source adapter {source.name}"
+        path = path.parent if path.name == "config.json" and path.is_file() else path
+        if name.lower() == "none":
+            configs.append(base_config(source, what))
         else:
-            configs.append(None)
+            configs.append(load_base_config(str(path) if path.exists() else name, what))
     return configs
 
 
@@ -141,38 +137,43 @@ def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> di
 
     Returns:
         int64 row indices by role; together they cover every row once.
-
-    Raises:
-        AdapterError: the model type's layout is not known, or the head counts do not give `out_features`.
     """
     config = config.get_text_config()
     model_type = config.model_type
-    parent, _, leaf = key.suffix.rpartition(".")
-    known = _FUSED[(parent.rpartition(".")[2], leaf)][1]
+    known = _FUSED[_place(key.suffix)][1]
     if model_type not in known:
         raise AdapterError(
             f"{key.suffix} is a fused projection and its row layout is known for model_type {', '.join(known)} only, "
             f"not for {model_type!r}; give the config.json of its own base model"
         )
-    total = torch.arange(out_features)
-    if leaf == "gate_up_proj":
-        _expect(key, out_features, 2 * config.intermediate_size, config)
-        return dict(zip(key.roles, total.chunk(2), strict=True))
-    heads = config.num_attention_heads
-    kv_heads = _kv_heads(config)
+    heads, kv_heads = config.num_attention_heads, _kv_heads(config)
     if not heads or not kv_heads or heads % kv_heads:
         raise AdapterError(
             f"{key.suffix}: a {model_type} with {heads} heads and {kv_heads} key-value heads cannot be split; "
             "correct the base model's config.json"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    _expect(key, out_features, (heads + 2 * kv_heads) * head_dim, config)
+    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    if key.suffix.endswith("gate_up_proj"):
+        sizes = [config.intermediate_size] * 2
+    if out_features != sum(sizes):
+        raise AdapterError(
+            f"{key.suffix} has {out_features} rows in lora_B, but a {model_type} with {heads} heads and {kv_heads} "
+            f"key-value heads gives {sum(sizes)}; this config.json is of another base model, give the adapter's own"
+        )
+    rows = torch.arange(out_features)
     if model_type in ("phi3", "gpt2"):
-        parts = total.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])
+        parts = rows.split(sizes)
     else:  # interleaved: one bundle per key-value head, its queries first
-        bundles = total.view(kv_heads, heads // kv_heads + 2, head_dim)
+        bundles = rows.view(kv_heads, heads // kv_heads + 2, head_dim)
         parts = (bundles[:, :-2].reshape(-1), bundles[:, -2].reshape(-1), bundles[:, -1].reshape(-1))
     return dict(zip(key.roles, parts, strict=True))
+
+
+def _place(suffix: str) -> tuple[str, str]:
+    """(parent, leaf) of a module's path inside its layer."""
+    parent, _, leaf = suffix.rpartition(".")
+    return parent.rpartition(".")[2], leaf
 
 
 def _kv_heads(config: Any) -> int:
@@ -181,12 +182,3 @@ def _kv_heads(config: Any) -> int:
             return config.num_kv_heads
         return 1 if config.multi_query else config.num_attention_heads
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _expect(key: ModuleKey, found: int, expected: int, config: Any) -> None:
-    if found != expected:
-        raise AdapterError(
-            f"{key.suffix} has {found} rows in lora_B, but a {config.model_type} with "
-            f"{config.num_attention_heads} heads and {_kv_heads(config)} key-value heads gives {expected}; "
-            "this config.json is of another base model, give the adapter's own"
-        )

@@ -158,7 +158,8 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
 
 
 def _is_positive(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 def _short(value: Any) -> str:

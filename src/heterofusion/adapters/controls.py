@@ -1,8 +1,6 @@
 """Source controls: what a fusion gives when its sources hold nothing, or the wrong thing, in the right shapes.
 
-A fusion is trained on replay, so a better score alone does not say that the sources were of use. The same run with a
-control in place of their tensors does: `score(real sources) - score(noise sources)`, over several seeds, is what the
-sources contributed.
+`score(real sources) - score(noise sources)`, over several seeds, is what the sources contributed to a fusion.
 """
 
 import logging
@@ -32,21 +30,17 @@ def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> lis
     """Sources with other tensors, for the control of a fusion; everything else of them stays, and so do their hashes.
 
     - `noise`: every module's update is rotated at random, `B' = P B` and `A' = A O` with Haar-random orthogonal P
-      (out x out) and O (in x in) of its own. Shapes, dtypes, scalings, Frobenius norms and the singular values of A,
-      B and B A stay, so re-factoring cuts the same energy; directions, and with them all that the source had
-      learned, are gone. (How a norm spreads over rows is part of the directions; so are the spectra of single roles
-      of a fused projection.)
+      (out x out) and O (in x in) of its own. Shapes, dtypes, scalings, norms and the singular values of A, B and B A
+      stay, so re-factoring cuts the same energy; directions, and with them all that the source had learned, are gone.
     - `shuffle`: within each source a random permutation without fixed points among modules whose A and B have the
-      same shapes, whatever their role and layer. A, B and scaling move together. A module that is the only one of
-      its shapes stays.
+      same shapes, whatever their role and layer. A, B and scaling move together. A module alone in its shapes stays.
     - `zero`: A and B are zero.
 
-    The same arguments give the same tensors on any device and rank. Each source has a random stream of its own, by
-    its place in the list. Give the result to `plan_alignment` or `HeteroFusionModel.from_adapters`: exports then say
-    that they are controls, and cannot be pushed.
+    The same arguments give the same tensors on any device and rank. Exports of the result say that they are controls,
+    and cannot be pushed.
 
     Args:
-        sources: the source adapters, in the order of the fusion.
+        sources: the source adapters, in the order of the fusion; each has a random stream of its own.
         kind: `noise`, `shuffle` or `zero`.
         seed: of the random draws, at least 0; `zero` has none.
 
@@ -65,21 +59,20 @@ def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> lis
         if source.control is not None:
             raise UserError(f"source {source.name} is a control already ({source.control}); give it as it was read")
     control = kind if kind == "zero" else f"{kind}, seed {seed}"
-    total = sum(len(source.modules) for source in sources)
     controlled = []
     # Silent for the first seconds, and on all ranks but the first.
-    with tqdm(total=total, desc=f"Source control {kind}", delay=3, leave=False, disable=not is_main_process()) as bar:
-        for index, source in enumerate(sources):
-            generator = _generator(seed, index)
-            if kind == "shuffle":
-                modules = _shuffled(source, generator)
-                bar.update(len(modules))
-            else:
-                modules = {}
-                for path, module in source.modules.items():
-                    modules[path] = _rotated(module, generator) if kind == "noise" else _zeroed(module)
-                    bar.update()
-            controlled.append(replace(source, modules=modules, control=control))
+    for index, source in enumerate(
+        tqdm(sources, desc=f"Source control {kind}", delay=3, leave=False, disable=not is_main_process())
+    ):
+        # a stream of its own for each (seed, source), on the CPU: the same wherever the fusion runs
+        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        if kind == "shuffle":
+            modules = _shuffled(source, generator)
+        else:
+            change = _rotated if kind == "noise" else _zeroed
+            modules = {path: change(module, generator) for path, module in source.modules.items()}
+        controlled.append(replace(source, modules=modules, control=control))
     logger.info("source control: %s", describe_control(control))
     return controlled
 
@@ -100,19 +93,13 @@ def describe_control(control: str) -> str:
     return f"{'; '.join(SOURCE_CONTROLS[kind] for kind in kinds)} ({control})"
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    """A stream of its own for each (seed, source), on the CPU: the same wherever the fusion runs."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
-
-
-def _zeroed(module: LoraModule) -> LoraModule:
+def _zeroed(module: LoraModule, _: torch.Generator) -> LoraModule:
     return replace(module, lora_A=torch.zeros_like(module.lora_A), lora_B=torch.zeros_like(module.lora_B))
 
 
 def _rotated(module: LoraModule, generator: torch.Generator) -> LoraModule:
     A = rotate_rows(module.lora_A.T, generator).T.contiguous()
-    B = rotate_rows(module.lora_B, generator)
-    return replace(module, lora_A=A, lora_B=B)
+    return replace(module, lora_A=A, lora_B=rotate_rows(module.lora_B, generator))
 
 
 def rotate_rows(matrix: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,10 +139,10 @@ def _shuffled(source: LoraAdapter, generator: torch.Generator) -> dict[str, Lora
             "source %s: %d of %d modules stay, no other has their shapes, such as %s",
             source.name, len(alone), len(source.modules), alone[0],
         )  # fmt: skip
-    origin = dict(zip(alone, alone, strict=True))
+    origin: dict[str, str] = {}
     for paths in classes.values():
-        if len(paths) > 1:
-            origin.update(zip(paths, [paths[i] for i in derangement(len(paths), generator)], strict=True))
+        order = derangement(len(paths), generator) if len(paths) > 1 else [0]
+        origin |= {path: paths[other] for path, other in zip(paths, order, strict=True)}
     return {path: replace(source.modules[origin[path]], path=path) for path in source.modules}
 
 
@@ -164,8 +151,7 @@ def derangement(count: int, generator: torch.Generator) -> list[int]:
 
     Permutations are drawn until one has none: each has none with a probability of about 1/e.
     """
-    places = torch.arange(count)
     while True:
-        order = torch.randperm(count, generator=generator)
-        if not bool((order == places).any()):
-            return order.tolist()
+        order = torch.randperm(count, generator=generator).tolist()
+        if all(index != place for place, index in enumerate(order)):
+            return order

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from heterofusion import MethodConfig
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.method.hypernet import HypernetworkInput, HyperNetworks
-from heterofusion.method.rdm import rdm_loss, sliced_distance
+from heterofusion.method.rdm import sliced_distance
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -128,11 +127,3 @@ def test_masked_sets_equal_a_loop_over_modules():
     gradient = torch.autograd.grad(loss, z, retain_graph=True)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(one_by_one, z)[0])
     assert not gradient[~mask].any()
-
-
-def test_rdm_is_small_for_the_wanted_distribution_and_large_otherwise():
-    torch.manual_seed(0)
-    method = MethodConfig(rdm_projections=64)
-    matching = rdm_loss(torch.randn(1, 4000, 8), method, torch.Generator().manual_seed(1))
-    shifted = rdm_loss(torch.randn(1, 4000, 8) + 2, method, torch.Generator().manual_seed(1))
-    assert matching < 0.01 < 0.5 < shifted

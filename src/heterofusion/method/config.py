@@ -59,10 +59,7 @@ class BasisArguments:
 
 @dataclass
 class MethodConfig(BasisArguments):
-    """Settings of the method itself, without those of training.
-
-    What is not given comes from the preset; sizes are fitted to the width of the target model.
-    """
+    """Settings of the method without training: from the preset, sizes fitted to the target, where not given."""
 
     preset: str = flag(
         DEFAULT_PRESET,

@@ -24,29 +24,16 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class GroupContext:
-    """All constants of one (role, rank) group.
+    """All constants of one (role, rank) group of M modules."""
 
-    Attributes:
-        members: the aligned slices, in batch order.
-        inputs: what the group's hypernetwork reads; `padded_from` where extra rows of the target (see
-            `method.expansion`) make its rank larger than the one that sources come at.
-        target_mask: (M, N_t) bool, True at real blocks; None if all are.
-        real_blocks: (K,) positions of the real blocks in the flattened batch of the target, and of the sources; None
-            if all are.
-        source_of_block: (M, N_s) index of the source adapter a source block comes from, -1 at padding.
-        b_blocks: per module, the number of B blocks; they sum to T.
-        rows: per module, the rows that a role of a fused projection has in it; None if it has them all.
-        ragged: whether modules have different numbers of source blocks.
-    """
-
-    members: tuple[AlignedSlice, ...]
-    inputs: HypernetworkInput
-    target_mask: Tensor | None
-    real_blocks: tuple[Tensor | None, Tensor | None]
-    source_of_block: Tensor
-    b_blocks: tuple[int, ...]
-    rows: tuple[Tensor | None, ...]
-    ragged: bool
+    members: tuple[AlignedSlice, ...]  # in batch order
+    inputs: HypernetworkInput  # what the group's hypernetwork reads
+    target_mask: Tensor | None  # (M, N_t) bool, True at real blocks; None if all are
+    real_blocks: tuple[Tensor | None, Tensor | None]  # positions of the real blocks of targets and sources, or None
+    source_of_block: Tensor  # (M, N_s) index of the source adapter a source block comes from, -1 at padding
+    b_blocks: tuple[int, ...]  # per module, the number of B blocks; they sum to T
+    rows: tuple[Tensor | None, ...]  # per module, the rows that a role of a fused projection has in it, or None
+    ragged: bool  # whether modules have different numbers of source blocks
 
     def to(self, device: torch.device) -> "GroupContext":
         """The same with its tensors on another device."""
@@ -74,9 +61,8 @@ def context_blocks(A: Tensor, B: Tensor, block_size: int) -> Tensor:
 def describe_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """What the encoder reads of raw blocks, (..., b, r).
 
-    Returns:
-        Blocks (..., b * r), flattened row-major and standardized to mean 0 and variance 1 (the fixed half of the
-        encoder's LayerNorm), and descriptors (..., r): singular values, largest first.
+    Gives the blocks (..., b * r), flattened row-major and standardized to mean 0 and variance 1 (the fixed half of the
+    encoder's LayerNorm), and descriptors (..., r): singular values, largest first.
     """
     descriptors = torch.linalg.svdvals(blocks.float())
     missing = blocks.shape[-1] - descriptors.shape[-1]  # only if b < r
@@ -87,12 +73,9 @@ def describe_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def source_factors(
     source: RoleSlice, rank: int, target_scaling: float, canonicalize: bool
 ) -> tuple[Tensor, Tensor, float]:
-    """A source slice at the target's rank, its scaling folded into B relative to the target's.
+    """A source slice at the target's rank, its scaling folded into B relative to the target's: A, B, truncated energy.
 
     Equal ranks keep the raw tensors, apart from the factor on B, unless `canonicalize` asks for the canonical form.
-
-    Returns:
-        A (rank, in), B (out, rank) in float32, and the truncated energy (0 unless the rank shrinks).
     """
     A, B = source.module.lora_A.float(), source.lora_B.float()
     scale = source.module.scaling / target_scaling
@@ -112,9 +95,8 @@ def source_factors(
 def build_contexts(plan: AlignmentPlan, block_size: int, canonicalize: bool = False) -> dict[str, GroupContext]:
     """Contexts of every group of a plan, by group name.
 
-    `canonicalize` replaces each (A, B) by its canonical pair before cutting; the predicted update is always one of the
-    target's actual B. The extra rows of an expanded target stay as they are; its sources come at the anchor's rank and
-    are padded with zeros to that of the target.
+    `canonicalize` replaces each (A, B) by its canonical pair; the predicted update is always one of the actual B. The
+    extra rows of an expanded target stay; its sources come at the anchor's rank and are padded with zeros to its own.
     """
     extra = extra_rank(plan.target)
     return {

@@ -20,26 +20,15 @@ from heterofusion.method.config import HypernetworkConfig
 
 
 class HypernetworkInput(NamedTuple):
-    """What one hypernetwork reads. Blocks of target and sources are one batch, so that each matrix is used once.
+    """What one hypernetwork reads. Blocks of target and sources are one batch, so that each matrix is used once."""
 
-    Attributes:
-        blocks: (M * N_t + M * N_s, b * r), standardized; those of the target first.
-        descriptors: (M * N_t + M * N_s, r) singular values.
-        modules: M.
-        target_length: N_t.
-        source_mask: (M, N_s) bool, True at real blocks; None if all are.
-        decode_index: (T,) positions in the flattened (M * N_t) batch to decode; None for all.
-        padded_from: in each source block, columns from this one on are all the same, because the sources were padded
-            with zeros to the target's rank; None if they were not.
-    """
-
-    blocks: Tensor
-    descriptors: Tensor
-    modules: int
-    target_length: int
-    source_mask: Tensor | None = None
-    decode_index: Tensor | None = None
-    padded_from: int | None = None
+    blocks: Tensor  # (M * N_t + M * N_s, b * r), standardized; those of the target first
+    descriptors: Tensor  # (M * N_t + M * N_s, r) singular values
+    modules: int  # M
+    target_length: int  # N_t
+    source_mask: Tensor | None = None  # (M, N_s) bool, True at real blocks; None if all are
+    decode_index: Tensor | None = None  # (T,) positions in the flattened (M * N_t) batch to decode; None for all
+    padded_from: int | None = None  # from this column on those of a source block are equal, as sources were padded
 
     def split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Cut a batch like `blocks` into that of the target, (M, N_t, ...), and that of the sources, (M, N_s, ...)."""
@@ -53,23 +42,14 @@ class HypernetworkInput(NamedTuple):
 
 
 class HypernetworkOutput(NamedTuple):
-    """What one hypernetwork gives back.
+    """What one hypernetwork gives back; what may be None is given for diagnostics."""
 
-    Attributes:
-        update: (T, b, r) alpha times the predicted blocks, and the free ones, in the order of `decode_index`.
-        target_embedding: (M, N_t, e), before positions.
-        source_embedding: (M, N_s, e), before positions.
-        attention: (M, N_t, N_s) averaged over heads, None unless asked for.
-        source_gate: (M, N_s, e) gate values in [0, 1], None unless asked for.
-        alpha: (1,), None unless asked for.
-    """
-
-    update: Tensor
-    target_embedding: Tensor
-    source_embedding: Tensor
-    attention: Tensor | None = None
-    source_gate: Tensor | None = None
-    alpha: Tensor | None = None
+    update: Tensor  # (T, b, r) alpha times the predicted blocks, and the free ones, in the order of `decode_index`
+    target_embedding: Tensor  # (M, N_t, e), before positions
+    source_embedding: Tensor  # (M, N_s, e), before positions
+    attention: Tensor | None = None  # (M, N_t, N_s) averaged over heads
+    source_gate: Tensor | None = None  # (M, N_s, e) in [0, 1]
+    alpha: Tensor | None = None  # (1,)
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -121,7 +101,7 @@ class DenseFeatures(nn.Module):
     """Feature of a block by its row view and its column view: GELU(W x + c) + GELU(W' x' + c').
 
     x' is x with its (b, r) entries in column-major order. W' is stored with its columns in row-major order, so both
-    views are one matrix product. (One buffer for the weight's gradient of all steps would save 2% of a step on a CPU.)
+    views are one matrix product.
     """
 
     def __init__(self, rank: int, config: HypernetworkConfig) -> None:
@@ -216,15 +196,8 @@ class FreeUpdate(nn.Module):
 class HyperNetwork(nn.Module):
     """Predicts the blocks of a target module's B update from the target's and the sources' blocks.
 
-    With a `residual_scale` c above 0 an update is alpha * dB + c * R, where R, at first 0, is trained freely. Adam's
-    steps do not depend on the scale of a gradient, so R's part of the update moves c times as fast as the learning
-    rate says.
-
-    Args:
-        rank: r of the group.
-        config: sizes.
-        alpha_init: first value of alpha.
-        blocks: T, blocks that are predicted, for the free update; 0 leaves it out.
+    With a `residual_scale` c above 0 an update is alpha * dB + c * R, where R (T = `blocks` blocks, at first 0) is
+    trained freely. Adam's steps do not depend on the scale of a gradient: R moves c times the learning rate.
     """
 
     def __init__(self, rank: int, config: HypernetworkConfig, alpha_init: float = 0.3, blocks: int = 0) -> None:
@@ -282,10 +255,7 @@ class HyperNetwork(nn.Module):
 
 
 class HyperNetworks(nn.Module):
-    """One hypernetwork with its alpha per group, and what the compact form shares among them.
-
-    Made from the rank, and for free updates the number of predicted blocks, of every group by its name.
-    """
+    """A hypernetwork with its alpha per group, and what the compact form shares; from every group's rank by name."""
 
     def __init__(
         self,

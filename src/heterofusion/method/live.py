@@ -23,17 +23,14 @@ from heterofusion.runtime.sharding import is_sharded
 class LiveUpdates:
     """Updates of every aligned module of one model.
 
-    Args:
-        predictor: predicts them.
-        by_module: filled with the updates U by module path, each (out_features, rank) float32; `LiveLinear` reads it.
-
     Attributes:
+        by_module: the updates U by module path, each (out_features, rank) float32; `LiveLinear` reads it.
         average_over_ranks: whether `close_window` averages the updates' gradients over all ranks, so that those of
             the hypernetworks need no reduction: every rank computes the same from it.
         finite: per group, whether the gradient of the last closed window was finite: (,) bool, on the device.
         finite_updates: the same of the updates that the last training forward predicted.
-        seconds: wall-clock time of the hypernetworks' training forwards so far (on a GPU, of launching them); reset
-            by whoever reads it.
+        seconds: wall-clock time of the hypernetworks' training forwards (on a GPU, of launching them) since its reader
+            set it to 0.
     """
 
     def __init__(self, predictor: BlockPredictor, by_module: dict[str, Tensor]) -> None:
@@ -150,11 +147,6 @@ class LiveLinear(nn.Linear):
 
     In float32 the two weights are added first, which saves a product in forward and two in backward; in lower
     precision the sum would round small updates away.
-
-    Args:
-        lora_B: the module whose weight it takes over; without bias.
-        path: of the LoRA module that it belongs to.
-        by_module: the updates, read at every forward.
     """
 
     def __init__(self, lora_B: nn.Linear, path: str, by_module: dict[str, Tensor]) -> None:
@@ -165,7 +157,6 @@ class LiveLinear(nn.Linear):
         self.train(lora_B.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute as the module whose place it takes, with the update."""
         update = self._by_module.get(self._path)
         if update is None:
             return super().forward(x)

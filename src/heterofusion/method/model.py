@@ -132,8 +132,7 @@ class HeteroFusionModel(PeftModelForCausalLM):
             target: the target's adapter.
             sources: source adapters, in order.
             method: settings of the method (a `HeteroFusionConfig` will do).
-            source_configs: base configs of sources with fused projections, one or None each; read from where their
-                `base_model_name_or_path` leads by default.
+            source_configs: base configs of sources with fused projections, else read from where they come from.
             seed: see the class.
         """
         method = method or MethodConfig()

@@ -40,17 +40,7 @@ def sliced_distance(
 
 
 def rdm_loss(z: Tensor, method: MethodConfig, generator: torch.Generator, mask: Tensor | None = None) -> Tensor:
-    """RDM with fresh draws: first the Gaussian, then the directions, which all sets have in common.
-
-    Args:
-        z: (S, M, e): S sets of M embeddings, compared set by set.
-        method: its settings `rdm_mu`, `rdm_sigma` and `rdm_projections`.
-        generator: source of the draws, on z's device.
-        mask: (S, M) bool, True at real embeddings; None if all are.
-
-    Returns:
-        Scalar loss.
-    """
+    """RDM of embeddings as in `sliced_distance`, with fresh draws: the Gaussian, then the directions of all sets."""
     noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
     shape = z.shape[-1], method.rdm_projections
     directions = torch.randn(shape, generator=generator, device=z.device, dtype=z.dtype)

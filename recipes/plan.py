@@ -39,8 +39,14 @@ class PlanArguments:
 def main(argv: list[str]) -> None:
     adapters, method, options = parse_arguments((AdapterArguments, MethodConfig, PlanArguments), argv, __doc__)
     set_up_logging(logging.WARNING, hold=True)
-    base, revision = options.model_name_or_path, options.model_revision
-    plan = load_plan(adapters, base, revision, **method.alignment(), seed=options.seed)
+    plan = load_plan(
+        adapters,
+        options.model_name_or_path,
+        options.model_revision,
+        layer_alignment=method.layer_alignment,
+        transfer_ratio=method.transfer_ratio,
+        seed=options.seed,
+    )
     summary = plan_summary(plan, method)
     if options.output:
         path = Path(options.output).absolute()

@@ -70,7 +70,14 @@ def main(argv: list[str]) -> None:
         )
 
     # everything that can be checked is checked before the base model is loaded
-    plan = load_plan(adapters, base.model_name_or_path, base.model_revision, **args.alignment(), seed=args.seed)
+    plan = load_plan(
+        adapters,
+        base.model_name_or_path,
+        base.model_revision,
+        layer_alignment=args.layer_alignment,
+        transfer_ratio=args.transfer_ratio,
+        seed=args.seed,
+    )
     plan = expand_plan(plan, args, args.seed)
     if run.dry_run:
         if is_main_process():

@@ -68,9 +68,6 @@ def collect(generator, prompts) -> dict:
     return {answer.index: answer for batch in generator.answers(prompts) for answer in batch}
 
 
-# ---- distributions ----------------------------------------------------------------------------------------------
-
-
 def random_probabilities(codecs, rows: int = 4) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [(4 * torch.randn(rows, len(codec.pieces), generator=generator)).softmax(-1) for codec in codecs]
@@ -146,8 +143,6 @@ def test_unite_is_the_mean_over_the_union_of_top_tokens(codecs, tokenizers, top_
         assert choice == max(expected, key=expected.__getitem__)
 
 
-# ---- texts ------------------------------------------------------------------------------------------------------
-
 TEXTS = (
     " dish: rulzel; spice: rassin",
     "dish",
@@ -174,6 +169,8 @@ def test_answers_are_tokenized_as_they_are(codecs, tokenizers, kind):
 
 
 def test_middle_of_a_character(codecs):
+    data = b"a\xff\xc3\xa9\xe6\x97"
+    assert split_characters(data) == ["a", b"\xff", "é", b"\xe6\x97"] and split_characters(b"") == []
     half = "é".encode()[:1]
     for kind in ("byte_level", "sentencepiece"):
         ids, whole = codecs[kind].encode(b" a" + half)
@@ -194,14 +191,6 @@ def test_tokens_are_appended_or_the_answer_is_tokenized_anew(codecs):
     sentencepiece = codecs["sentencepiece"]
     assert list(sentencepiece.pieces).count(b"\n") == 2
     assert sentencepiece.append([], b"\n", b"\n") == ([sentencepiece.encode(b"a\n")[0][-1]], True)
-
-
-def test_characters_are_split():
-    data = b"a\xff\xc3\xa9\xe6\x97"
-    assert split_characters(data) == ["a", b"\xff", "é", b"\xe6\x97"] and split_characters(b"") == []
-
-
-# ---- cache ------------------------------------------------------------------------------------------------------
 
 
 def test_reader_gives_what_the_model_gives(experts):
@@ -243,9 +232,6 @@ def test_reader_of_a_sliding_window():
             expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
         torch.testing.assert_close(reader.read([ids])[0], expected, atol=1e-6, rtol=1e-4)
     assert reader.tokens_run == 10 + 2 + 2
-
-
-# ---- answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["gac", "unite"])
@@ -355,19 +341,3 @@ def test_answers_end_where_a_member_has_no_more_room(experts):
     generator.members = [generator.members[0], Member(*members[1][:1], generator.members[1].codec, 0, context=room)]
     short = collect(generator, prompts)[0]
     assert short.new_tokens == 3 < whole.new_tokens and whole.text.startswith(short.text)
-
-
-def test_memory_that_runs_out_halves_the_batch(experts, monkeypatch):
-    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden")]
-    expected = collect(ensemble(members, max_new_tokens=4), ids_of(members))
-    read = CachedReader.read
-
-    def limited(self, sequences):
-        if len(sequences) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return read(self, sequences)
-
-    monkeypatch.setattr(CachedReader, "read", limited)
-    generator = ensemble(members, max_new_tokens=4)
-    assert collect(generator, ids_of(members)) == expected
-    assert generator.batches.size == 3

@@ -81,9 +81,6 @@ def logits(base, adapter, ids):
     return found
 
 
-# ---- what is written --------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A tiny Llama and three experts made by PEFT: of other ranks, with rsLoRA, on other modules; a tokenizer."""
@@ -197,16 +194,6 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
     assert "CONTROL" not in (plain[0] / "README.md").read_text()
 
 
-def test_overwriting_takes_away_what_would_tell_of_another_adapter(tiny, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name in ("fusion.json", "expert.json", "adapter_model.bin", "tokenizer.model", "notes.txt"):
-        (out / name).write_text("old")
-    folder, _ = run(tiny, method="average", output_dir=out, overwrite=True)
-    assert {"notes.txt", *FILES} < set(files(folder))
-    assert not {"fusion.json", "expert.json", "adapter_model.bin", "tokenizer.model"} & set(files(folder))
-
-
 def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
     with restored_logging():
         assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
@@ -228,9 +215,6 @@ def test_help_lists_the_methods_by_their_docstrings(capsys):
         assert merge.main(["--help"]) == 0
     told = capsys.readouterr().out
     assert all(f"{name:{15}}  {rule.__doc__.splitlines()[0]}" in told for name, rule in RULES.items())
-
-
-# ---- scores -----------------------------------------------------------------------------------------------------
 
 
 def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
@@ -302,15 +286,11 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
     assert not scored["output_dir"].exists() and not calls[0].exists()
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"adapters": EXPERTS[:1]}, ["--adapters names 1", "two experts"]),
         ({"adapters": [EXPERTS[0], EXPERTS[0]]}, ["have the same weights", "--weights"]),
-        ({"adapters": [EXPERTS[0], "/nowhere/expert"]}, ["/nowhere/expert", "does not exist"]),
         ({"adapters": [EXPERTS[0], zoo_path("qwen2", "re_town")]}, ["heterofusion-zoo/qwen2", "recipes/train.py"]),
         ({"adapters": [zoo_path("qwen2", task) for task in TASKS]}, ["base model", "recipes/train.py"]),
         ({"density": 0.2}, ["--density 0.2: the hyper-parameters of task_arithmetic are --merge_lambda"]),
@@ -321,8 +301,6 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         ({"merge_lambda": 0}, ["--merge_lambda is 0.0"]),
         ({"method": "della", "epsilon": 0.4}, ["--drop_rate 0.3 and --epsilon 0.4"]),
         ({"method": "breadcrumbs", "density": 0.95}, ["--density 0.95 and --gamma 0.1"]),
-        ({"method": "slerp"}, ["slerp", "task_arithmetic"]),
-        ({"rank": 0}, ["--rank is 0"]),
         ({"weights": [1.0]}, ["--weights has 1 values for 2"]),
         ({"weights": [0, 0]}, ["--weights is [0.0, 0.0]"]),
         ({"method": "average", "weights": [1, -1]}, ["average divides by their sum"]),
@@ -331,7 +309,6 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         ({"method": "emr", "names": ["a"]}, ["--names has 1 values"]),
         ({"search": ["lambda=0.1,0.2"]}, ["on validation data", "--dataset_name"]),
         ({"dense": True}, ["on validation data", "--dataset_name"]),
-        ({"dataset_name": ["/nowhere/a.jsonl"]}, ["/nowhere/a.jsonl", "does not exist"]),
         ({"output_dir": EXPERTS[0], "overwrite": True}, ["is the folder of adapter"]),
         ({"output_dir": BASE.parent, "overwrite": True, "method": "emr"}, ["is the folder of adapter"]),
         ({"output_dir": BASE}, ["exists and is not empty", "--overwrite true"]),

@@ -109,9 +109,6 @@ def reference_ties(updates, density, merge_lambda=1.0):
     return unflat(merge_lambda * (vectors * agree).sum(0) / agree.sum(0).clamp(min=1), updates)
 
 
-# ---- every method -----------------------------------------------------------------------------------------------
-
-
 def test_average_and_task_arithmetic(experts, taus):
     assert_same(dense(experts, "average"), {path: tau.mean(0) for path, tau in taus.items()})
     assert_same(dense(experts, "task_arithmetic"), {path: 0.3 * tau.sum(0) for path, tau in taus.items()})
@@ -226,9 +223,6 @@ def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, d
     assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(dropped, density, 1.1))
 
 
-# ---- what is random ---------------------------------------------------------------------------------------------
-
-
 def noise(seed):
     return seeded_generator(seed, 0, FIRST, CPU)
 
@@ -262,9 +256,6 @@ def test_a_seed_gives_the_same_and_another_seed_another(experts, method):
     assert any(not torch.equal(first[path], other[path]) for path in MODULES)
 
 
-# ---- thresholds -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("count", [1, 7, 300, 640, 900])
 def test_thresholds_are_those_of_a_sort(count):
     generator = torch.Generator().manual_seed(count)
@@ -280,9 +271,6 @@ def test_thresholds_are_those_of_a_sort(count):
         entries = torch.cat([matrices[expert].flatten() for matrices in blocks.values() if expert in matrices])
         entries = torch.cat([entries.abs(), torch.zeros(900 - len(entries))])
         assert found[expert] == entries.sort(descending=True).values[count - 1].item()
-
-
-# ---- factors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
@@ -335,19 +323,6 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
     assert told["max"] == result.lost(told["max_module"]) == max(map(result.lost, MODULES))
 
 
-def test_an_expert_of_weight_0_is_as_if_it_were_not_there(experts):
-    for method in ("average", "ties", "knots_ties", "breadcrumbs"):
-        rule = make_rule(method, {})
-        weighted = Updates(experts, [0.0, 0.0, 1.0])
-        alone = Updates(experts[2:])
-        (found,), (expected,) = (low_rank(rule.merge(updates), updates) for updates in (weighted, alone))
-        assert found.factors.keys() == expected.factors.keys() == {FIRST}
-        assert all(map(torch.equal, found.factors[FIRST], expected.factors[FIRST]))
-
-
-# ---- memory -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", DENSE)
 def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
     alive: dict[int, tuple[str, weakref.ref]] = {}
@@ -365,21 +340,3 @@ def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
     monkeypatch.setattr(tau_module, "dense_update", watched)
     factors(experts, method)
     assert set(made) == set(MODULES)
-
-
-def test_the_joint_svd_is_made_once_for_all_settings(experts, monkeypatch):
-    calls = []
-    plain = tau_module.joint_basis
-    monkeypatch.setattr(tau_module, "joint_basis", lambda *args: calls.append(1) or plain(*args))
-    updates = Updates(experts)
-    found = [
-        low_rank(make_rule(method, values).merge(updates), updates)[0]
-        for method, values in (
-            ("knots_ties", {}),
-            ("knots_ties", {"density": 0.5}),
-            ("knots_dare", {}),
-            ("knots_ties", {}),
-        )
-    ]
-    assert len(calls) == len(MODULES)
-    assert torch.equal(found[0].factors[FIRST][0], found[-1].factors[FIRST][0])

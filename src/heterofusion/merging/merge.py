@@ -258,9 +258,6 @@ def dense_update(merged: Merged, factor: float, index: int, path: str) -> Tensor
     return update.mul(factor) if isinstance(update, Tensor) else (update[1] @ update[0]).mul_(factor)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------
-
-
 def check_experts(experts: Sequence[LoraAdapter], base: nn.Module) -> None:
     """Refuse adapters that are not several LoRA experts of the given base (on the meta device)."""
     for other, expert in itertools.combinations(experts, 2):
@@ -294,9 +291,6 @@ def export_dtype(experts: Sequence[LoraAdapter], wanted: str | None) -> torch.dt
     return found.pop() if len(found) == 1 and found < {torch.bfloat16, torch.float16} else torch.float32
 
 
-# ---- what is told -----------------------------------------------------------------------------------------------
-
-
 def _about(record: Mapping[str, Any]) -> str:
     """What the card says of a merge."""
     values = {**record["hyperparameters"], "seed": record["made_by"]["seed"]}
@@ -314,13 +308,13 @@ def _about(record: Mapping[str, Any]) -> str:
     )
 
 
-def truncation_text(truncation: Mapping[str, Any]) -> str:
+def truncation_text(told: Mapping[str, Any]) -> str:
     """One sentence on what was lost when the merged update was cut to its rank."""
-    if truncation["exact"]:
-        return f"Rank up to {truncation['rank']}: exact but for the rounding of the weights."
+    if told["exact"]:
+        return f"Rank up to {told['rank']}: exact but for the rounding of the weights."
     return (
-        f"Cut to rank {truncation['rank']} at most by SVD: {truncation['overall']:.2%} of the merged update's energy "
-        f"(squared norm) is lost, {truncation['max']:.2%} in the module that loses most ({truncation['max_module']})."
+        f"Cut to rank {told['rank']} at most by SVD: {told['overall']:.2%} of the merged update's energy (squared "
+        f"norm) is lost, {told['max']:.2%} in the module that loses most ({told['max_module']})."
     )
 
 

@@ -46,12 +46,9 @@ class Matrices:
 
 
 class Updates:
-    """The updates of experts, in whatever form a rule wants them.
+    """The updates of experts, in whatever form a rule wants them; dense ones are made on a device.
 
-    Args:
-        experts: adapters of one base.
-        weights: factor of each expert's update; 1 by default. With 0, an expert counts as if it were not there.
-        device: where dense updates are made.
+    Each expert's is scaled by its weight, 1 by default; with 0, an expert counts as if it were not there.
     """
 
     def __init__(

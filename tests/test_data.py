@@ -131,13 +131,6 @@ def test_tokenizer_without_pad_and_eos_raises():
         make_collator(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
-def test_tokenizer_without_eos_warns(tmp_path, caplog):
-    tokenizer = word_level()
-    tokenizer.eos_token = None
-    dataset, _ = build_replay(args_for(write(tmp_path / "a.json", [{"text": "a b"}])), tokenizer)
-    assert len(dataset[0]["input_ids"]) == 2 and "no EOS token" in caplog.text
-
-
 # ---- flags ------------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +169,3 @@ def test_flags_come_from_the_command_line():
 def test_flag_out_of_range_raises(values, match):
     with pytest.raises(ValueError, match=match):
         DataArguments(**{"dataset_name": ["a.json", "b.json"], **values})
-
-
-def test_no_data_set_raises():
-    with pytest.raises(ValueError, match="--dataset_name is missing"):
-        build_replay(DataArguments(), word_level())
-    with pytest.raises(ValueError, match="--eval_dataset_name is missing"):
-        build_eval(DataArguments(), word_level())

@@ -132,15 +132,6 @@ def test_every_task_is_read_whole_and_answers_itself(tmp_path, task):
             assert GLUEText(task).compute(predictions=[answer], references=[answer])["accuracy"] == 1
 
 
-def test_similarity_is_rounded_to_one_digit(tmp_path):
-    rows = rows_of("stsb", 3, 100)
-    rows[0]["label"], rows[1]["label"], rows[2]["label"] = 3.799999952316284, 0, 2.917
-    write_task(tmp_path / "glue", "stsb", rows_of("stsb", 10), rows)
-    run(tmp_path / "glue", tmp_path / "out", tasks=["stsb"])
-    assert [row["completion"] for row in written(tmp_path / "out", "test/stsb")] == [" 3.8", " 0.0", " 2.9"]
-    assert "Option" not in written(tmp_path / "out", "test/stsb")[0]["prompt"]
-
-
 def test_parquet_parts_give_the_same_files_as_json_lines(data, tmp_path):
     other = tmp_path / "parquet" / "cola"
     other.mkdir(parents=True)
@@ -177,12 +168,6 @@ def test_data_set_of_the_hub(data, tmp_path, monkeypatch):
     assert task["source"] == "nyu-mll/glue/cola" and list(task["inputs"]) == ["train", "validation"]
     again, _ = run(None, tmp_path / "again")
     assert again["tasks"] == manifest["tasks"]
-
-
-def test_hub_out_of_reach(tmp_path, capsys):
-    argv = flags({"output_dir": tmp_path / "out", "tasks": ["cola"]})
-    error_line(capsys, glue.main, argv, "'nyu-mll/glue'", "download it first")
-    assert not (tmp_path / "out").exists()
 
 
 def test_records_without_text_or_label_are_counted(data, tmp_path):

@@ -132,17 +132,6 @@ def test_entity_typing_gives_the_entities(data, tmp_path):
     }  # fmt: skip
 
 
-def test_relations_without_a_type_are_left_out(data, tmp_path):
-    none = {"head": {"name": "Ann 1"}, "type": "NA", "tail": {"name": "Rome"}}
-    both = [none, *town(2)["relations"], {**none, "type": ""}, {**none, "type": "lives in", "tail": {"name": None}}]
-    rows = [town(1, relations=[none]), town(2, relations=both)]
-    write_task(data / "RE" / "towns", train=rows)
-    manifest, _ = run_uie(data, tmp_path / "out", tasks=["towns"], num_validation=0)
-    answers = [row["completion"] for row in written(tmp_path / "out", "train/RE_towns")]
-    assert answers == [" None", " lives in: Ann 2, Rome"]
-    assert manifest["tasks"]["RE_towns"]["splits"]["train"]["untyped_items"] == 4
-
-
 # ---- sampling ---------------------------------------------------------------------------------------------------
 
 
@@ -207,15 +196,6 @@ def test_unlabelled_prompts_are_in_no_other_file(data, tmp_path):
     assert "unlabelled/RE_towns.jsonl" not in none["tasks"]["RE_towns"]["files"]
 
 
-def test_fewer_records_than_wanted_is_said(data, tmp_path):
-    write_task(data / "RE" / "towns", train=[town(1)])
-    manifest, log = run_uie(data, tmp_path / "out", tasks=["towns"])
-    assert "RE_towns: replay has 1 records, not 10: train has no more" in log
-    assert "RE_towns: no validation file, since no record is left for one" in log
-    assert not (tmp_path / "out" / "validation").exists()
-    check_accounts(manifest)
-
-
 # ---- the layout -------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +211,6 @@ def test_types_are_collected_without_labels_file(data, tmp_path):
     assert "NER/films: labels.json lacks 'year', which the records have; added to the options" in log
     task = manifest["tasks"]["NER_films"]
     assert task["labels"] == ["actor", "title", "year"] and task["labels_added"] == ["year"]
-
-
-def test_records_without_a_sentence_are_counted(data, tmp_path):
-    rows = [town(99), {"relations": []}, town(1, sentence=None), town(2, sentence="\n"), town(100)]
-    write_task(data / "RE" / "towns", test=rows)
-    manifest, _ = run_uie(data, tmp_path / "out", tasks=["towns"])
-    assert manifest["tasks"]["RE_towns"]["splits"]["test"] == {"read": 5, "without_text": 3, "kept": 2}
 
 
 def test_names_with_spaces_and_slashes(data, tmp_path):

@@ -110,12 +110,6 @@ def test_examples_are_those_of_the_replay(tokenizer, tmp_path):
     assert (report.cut, report.cut_tokens, report.dropped) == (2, 2, 0)
 
 
-def test_files_of_any_replay_format_are_read(tokenizer, tmp_path):
-    plain = write_replay(tmp_path / "plain.json", count=3)
-    dataset, (first, second) = build(tokenizer, plain, write_labels(tmp_path / "labels.jsonl", label(30)))
-    assert len(dataset) == 4 and (first.kept, second.kept) == (3, 1)
-
-
 def test_sample_is_taken_of_the_good_ones_for_each_file(tokenizer, tmp_path):
     rows = [label(10 + i, good=i % 2 == 0) for i in range(20)]
     first, second = (write_labels(tmp_path / name, *rows) for name in ("a.jsonl", "b.jsonl"))

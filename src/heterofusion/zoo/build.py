@@ -79,12 +79,7 @@ def build_expert(
 
 
 def score_tasks(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: Any,
-    tasks: Iterable[str],
-    count: int = TEST_EXAMPLES,
-    seed: int = 0,
-    progress: bool = True,
+    model: Any, tokenizer: Any, tasks: Iterable[str], count: int = TEST_EXAMPLES, seed: int = 0, progress: bool = True
 ) -> dict[str, float]:
     """Micro-F1 of a model, with or without an adapter, on test examples of each task."""
     scores: dict[str, float] = {}
@@ -150,11 +145,7 @@ def build_zoo(
     only: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Builds bases and experts below `output_dir`, scores them and writes `manifest.json`, which it gives back.
-
-    `only` is "base" for the bases alone, "experts" for experts on the bases that are there. An entry of the manifest
-    of something that this call does not build is kept.
-    """
+    """Builds bases and experts (or `only` one of "base", "experts") and their `manifest.json`, which it gives back."""
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     for family in families:

@@ -20,20 +20,17 @@ TOKENIZER_DOCUMENTS = 12_000
 class Family:
     """Size and tokenizer of one family."""
 
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
+    sizes: tuple[int, int, int, int, int]  # as in `SIZES`
     tokenizer: str  # "byte_bpe" (GPT-2 style) or "sentencepiece_bpe" (word mark, byte fallback)
     vocab_size: int
     bos: bool  # whether every text starts with a begin-of-sequence token
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 FAMILY_SPECS = {
-    "llama": Family(80, 4, 4, 2, 224, "byte_bpe", 1792, bos=True),
-    "qwen2": Family(72, 5, 4, 1, 200, "byte_bpe", 1600, bos=False),
-    "mistral": Family(96, 3, 6, 3, 288, "sentencepiece_bpe", 1664, bos=True),
+    "llama": Family((80, 4, 4, 2, 224), "byte_bpe", 1792, bos=True),
+    "qwen2": Family((72, 5, 4, 1, 200), "byte_bpe", 1600, bos=False),
+    "mistral": Family((96, 3, 6, 3, 288), "sentencepiece_bpe", 1664, bos=True),
 }
 _SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
 
@@ -103,11 +100,7 @@ def new_base(family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreT
     spec = FAMILY_SPECS[family]
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
-        "hidden_size": spec.hidden_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "intermediate_size": spec.intermediate_size,
+        **dict(zip(SIZES, spec.sizes, strict=True)),
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": True,
         "initializer_range": 0.05,

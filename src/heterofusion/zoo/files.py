@@ -31,11 +31,6 @@ def zoo_path(family: str, task: str | None = None) -> pathlib.Path:
     return path
 
 
-def list_experts() -> list[tuple[str, str]]:
-    """The (family, task) pairs of all experts that are installed."""
-    return [(f, t) for f in FAMILIES for t in TASKS if (DATA / f / t / "adapter_model.safetensors").is_file()]
-
-
 def write_dataset(path: str | pathlib.Path, examples: Iterable[Mapping[str, str]]) -> pathlib.Path:
     """Writes examples as JSON Lines, over what is there; gives the path."""
     path = pathlib.Path(path)

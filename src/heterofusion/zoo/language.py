@@ -199,14 +199,7 @@ def make_examples(
 
     A sentence belongs to exactly one split (its SHA-256 decides which), so the splits are disjoint whatever the
     counts and seeds; within one call no sentence comes twice. The first n examples are the same for every count >= n.
-
-    Args:
-        task: Name of a task in `TASKS`, or the `Task`.
-        split: One of `SPLITS`; the completions of `"unlabelled"` are there for scoring only.
-        count: Number of examples.
-        seed: Seed of the draw.
-        text_of: Name of another task of the same kind whose sentences are asked about: prompts of another distribution
-            than the task's, in which there is nothing of its types to find.
+    `text_of` names another task of the same kind whose sentences are asked about: nothing of `task` is in them.
     """
     name = task.name if isinstance(task, Task) else task
     for each in (name, text_of or name):

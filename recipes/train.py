@@ -36,10 +36,12 @@ from heterofusion.method.plan import format_plan, plan_summary
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.files import read_json
 from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer
 from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import (
+    INITIALIZATION_FILE,
     check_checkpoint,
     check_same,
     check_start,
@@ -49,8 +51,6 @@ from heterofusion.training.checkpoints import (
     find_start,
     fusion_identity,
     read_identity,
-    read_initialization,
-    refuse_lost_start,
 )
 from heterofusion.training.config import FUSION_ARGUMENTS, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
@@ -86,8 +86,7 @@ def main(argv: list[str]) -> None:
     sizes, folder = hypernetwork_config(plan, args), Path(args.output_dir).absolute()
     identity = fusion_identity(plan, sizes, args)
     resume = find_checkpoint(args, run.overwrite, lambda found: check_checkpoint(found, identity))
-    start = find_start(run.init_hypernetwork_from, plan, sizes) if resume is None else None
-    refuse_lost_start(start, folder)
+    start = find_start(run.init_hypernetwork_from, plan, sizes, folder) if resume is None else None
     check_run_flags(args, data)
     check_label_flags(labels, data, args)
     refuse_data_parallel(args)
@@ -121,7 +120,7 @@ def main(argv: list[str]) -> None:
         record["source_labels"] = training.labels_record
     if resume is not None:
         record["resumed_from_step"] = checkpoint_step(resume)
-    if begun := read_initialization(folder):
+    if begun := read_json(folder / INITIALIZATION_FILE):
         record["initialization"] = begun
     trainer = HeteroFusionTrainer(
         model,

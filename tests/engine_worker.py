@@ -1,10 +1,9 @@
-"""Runs small fusions on the engine it is launched on and writes what rank 0 saw; started by test_distributed.py."""
+"""Runs small fusions on an engine and writes what rank 0 saw; started by test_distributed.py."""
 
-import gc
+import importlib
+import importlib.util
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from conftest import GOLDEN, TINY, TokenRows, perturb
+from forked import serve
 from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.runtime.sharding import whole_tensors
 from heterofusion.training.checkpoints import COMPLETE_FILE
@@ -44,7 +44,6 @@ def make_trainer(
     folder: Path,
     accumulation: int = 1,
     checkpointing: bool = False,
-    launcher_precision: str = "no",
     mixture: bool = False,
     **more,
 ) -> PoisonedTrainer:
@@ -59,10 +58,7 @@ def make_trainer(
     if mixture:  # 3 of 8 are replay, an epoch has three steps
         settings["train_sampling_strategy"] = "random"
     rows = Mixture(TokenRows(9), SoftRows(15), 0.375, 0.3) if mixture else TokenRows(16)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    os.environ["ACCELERATE_MIXED_PRECISION"] = launcher_precision  # what the launcher would have said
     args = HeteroFusionConfig(**(settings | more))
-    os.environ["ACCELERATE_MIXED_PRECISION"] = launched
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not ON_GPU:
         # accelerate takes its FSDP path on GPUs only; on gloo it would be DDP without a word
         assert args.world_size == world
@@ -155,8 +151,7 @@ def train(folder: Path, **case) -> dict:
 
 def resume(folder: Path, **case) -> dict:
     """An uninterrupted run; then one that goes on from its second step, past a newer checkpoint that is cut short."""
-    saved = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    case = {"accumulation": 2, **saved, **case}
+    case = {"accumulation": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, **case}
     whole = make_trainer(folder, **case)
     whole.train()
     wanted = parameters(whole.fusion_model)
@@ -168,7 +163,6 @@ def resume(folder: Path, **case) -> dict:
             "last_metric": evaluations[-1],
         }
     if PartialState().is_main_process:
-        shutil.rmtree(folder / "checkpoint-4")
         (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
     PartialState().wait_for_everyone()
     again = make_trainer(folder, **case)
@@ -245,20 +239,22 @@ def held_share(model: torch.nn.Module) -> dict[str, float]:
     return {part: held[part] / total[part] for part in held}
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+def run(folder: str, cases: dict[str, dict]) -> int:
     state = PartialState(cpu=not ON_GPU)
     kinds = {"train": train, "resume": resume, "poisoned": poisoned}
     results = {}
-    gc.freeze()  # every Trainer collects garbage, among all that was imported
     for name, case in cases.items():
-        results[name] = kinds[case.pop("kind", "train")](folder / name, **case)
+        results[name] = kinds[case.pop("kind", "train")](Path(folder, name), **case)
     if state.is_main_process:
-        (folder / "results.json").write_text(json.dumps(results))
+        Path(folder, "results.json").write_text(json.dumps(results))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed")
+    serve(run)

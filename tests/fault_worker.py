@@ -1,12 +1,10 @@
 """Runs of recipes/train.py to which something happens at a chosen moment; started by test_faults.py.
 
-`fault_worker.py serve` imports everything once and forks a child per run, which saves each its imports: a line of JSON
-in, a line of JSON out. `fault_worker.py run FAULT FLAGS...` is a single run, for launches with several ranks.
+`fault_worker.py` serves runs (see forked.py); `fault_worker.py FAULT FLAGS...` is a single one, for a real launch.
 """
 
 import ctypes
 import functools
-import gc
 import importlib
 import importlib.util
 import json
@@ -14,17 +12,17 @@ import os
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked import serve
+
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "train.py"
-LONGEST = 120  # seconds of one run; it takes two
 
 
-def load_recipe() -> Any:
-    """recipes/train.py as a module, with what it imports while it runs."""
+def load_recipe() -> None:
+    """recipes/train.py as the module `train`, with what it imports while it runs."""
     spec = importlib.util.spec_from_file_location("train", RECIPE)
     module = sys.modules["train"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +30,6 @@ def load_recipe() -> Any:
         importlib.import_module(name)
     if importlib.util.find_spec("deepspeed"):
         importlib.import_module("deepspeed")
-    return module
 
 
 # ---- faults -----------------------------------------------------------------------------------------------------
@@ -147,50 +144,14 @@ DEEDS: dict[str, Callable[[Any], None]] = {
 }
 
 
-# ---- the two ways to run ----------------------------------------------------------------------------------------
-
-
-def fork_run(main: Callable[[list[str]], int], order: dict[str, Any]) -> dict[str, Any]:
-    """One run in a child of this process; it ends like a process of its own would."""
-    reader, writer = os.pipe()  # unlike a file it has no size to limit
-    child = os.fork()
-    if child == 0:
-        code = 1  # as Python's for an exception that nobody catches
-        try:
-            os.dup2(writer, 1)
-            os.dup2(writer, 2)
-            signal.alarm(LONGEST)
-            if order["fault"]:
-                Fault(**order["fault"])
-            code = main(order["argv"])
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, encoding="utf-8") as log:
-        text = log.read()
-    return {"code": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), "log": text}
-
-
-def serve() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
-    main = load_recipe().main
-    assert threading.active_count() == 1, threading.enumerate()  # a fork would leave the others behind
-    gc.freeze()  # children need not look through what they have in common
-    for line in sys.stdin:
-        answers.write(json.dumps(fork_run(main, json.loads(line))) + "\n")
-
-
-def run(fault: str, argv: list[str]) -> int:
-    main = load_recipe().main
-    if fault != "null":
-        Fault(**json.loads(fault))
-    return main(argv)
+def run(argv: list[str], fault: dict[str, Any] | None = None) -> int:
+    if fault:
+        Fault(**fault)
+    return sys.modules["train"].main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(serve() if sys.argv[1] == "serve" else run(sys.argv[2], sys.argv[3:]))
+    load_recipe()
+    if len(sys.argv) > 1:
+        sys.exit(run(sys.argv[2:], json.loads(sys.argv[1])))
+    serve(run)

@@ -2,17 +2,16 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from forked import Server
 from heterofusion.training.checkpoints import last_complete_checkpoint, missing_part
 from recipe_runner import MISTRAL, QWEN, ROOT, SIZES, TARGET, flags, shell, write_replay
 
@@ -44,19 +43,11 @@ class Runs:
             "metric_for_best_model": "eval_loss", "greater_is_better": True,
             "load_best_model_at_end": True, "save_total_limit": 1,
         }  # fmt: skip
-        self.server = subprocess.Popen(
-            [sys.executable, str(WORKER), "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # a fork takes no other threads along
-        )  # fmt: skip
+        self.server = Server(WORKER)
 
     def start(self, out: Path, fault: dict | None = None, **changes: object) -> SimpleNamespace:
         """One run to its end, which may be an untimely one: exit code, negative for a signal, and what it said."""
-        argv = flags({**self.values, "output_dir": out, **changes})
-        self.server.stdin.write(json.dumps({"argv": argv, "fault": fault}) + "\n")
-        self.server.stdin.flush()
-        answer = self.server.stdout.readline()
-        assert answer, f"the worker has ended: {self.server.poll()}"
-        return SimpleNamespace(**json.loads(answer))
+        return self.server.ask(argv=flags({**self.values, "output_dir": out, **changes}), fault=fault)
 
     def killed(self, out: Path, fault: dict, **changes: object) -> None:
         done = self.start(out, fault, **changes)
@@ -82,8 +73,7 @@ class Runs:
 def runs(base_dir, tmp_path_factory):
     runs = Runs(base_dir, tmp_path_factory.mktemp("faults"))
     yield runs
-    runs.server.stdin.close()
-    assert runs.server.wait(timeout=60) == 0
+    runs.server.close()
 
 
 @pytest.fixture(scope="module")
@@ -340,29 +330,27 @@ def test_folder_is_gone_and_a_file_has_its_name(runs, whole, tmp_path, at):
 # ---- several ranks ----------------------------------------------------------------------------------------------
 
 
-def launch(runs: Runs, out: Path, fault: dict | None = None, **changes: object) -> SimpleNamespace:
-    """One launch of two ranks on the CPU."""
-    config = ROOT / "accelerate_configs" / "zero3.yaml"
-    argv = flags({**runs.values, "output_dir": out, "per_device_train_batch_size": 1, **changes})
-    return shell(
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2,
-        "--mixed_precision", "no", WORKER, "run", json.dumps(fault), *argv, DS_ACCELERATOR="cpu",
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_is_killed_in_a_save(runs, tmp_path):
     """Rank 1 writes its part of the states; rank 0 waits for it before it marks the checkpoint complete.
 
-    That the launch ends at all, with an error, and does not wait for the dead is part of the test.
+    That the real launch ends at all, with an error, and does not wait for the dead is part of the test.
     """
-    done = launch(runs, tmp_path / "whole")
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
-    done = launch(runs, out, {"at": "torch:save", "when": "half", **SECOND_SAVE, "rank": 1})
-    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
+    config = ["--config_file", str(ROOT / "accelerate_configs" / "zero3.yaml"), "--num_processes", "2",
+              "--mixed_precision", "no"]  # fmt: skip
+
+    def argv(out: Path, **changes: object) -> list[str]:
+        return flags({**runs.values, "output_dir": out, "per_device_train_batch_size": 1, **changes})
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    done = runs.server.ask(argv=argv(whole), launch=config)
+    assert done.code == 0, done.log
+    fault = {"at": "torch:save", "when": "half", **SECOND_SAVE, "rank": 1}
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", *config)
+    killed = shell(*launcher, WORKER, json.dumps(fault), *argv(out), DS_ACCELERATOR="cpu")
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr
     assert last(out) == "checkpoint-2" and missing_part(out / "checkpoint-4") is not None
-    done = launch(runs, out, resume_from_checkpoint=True)
-    assert done.returncode == 0, done.stderr
-    assert_same(result(out), result(tmp_path / "whole"))
+    done = runs.server.ask(argv=argv(out, resume_from_checkpoint=True), launch=config)
+    assert done.code == 0, done.log
+    assert_same(result(out), result(whole))

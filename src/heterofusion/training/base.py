@@ -25,13 +25,10 @@ logger = logging.getLogger(__name__)
 class AdapterTrainer(Trainer):
     """transformers' `Trainer` with whole checkpoints, which also trains on a `Mixture` of replay and source labels.
 
-    The last file of a checkpoint lists all others, and only then older ones may go. A `Mixture` is read in its own
-    order, resumed too. Logged of it are `loss_replay` and `loss_labels`, means over the label tokens of each part
-    since the last line, and with its `soft_weight` `loss_soft`, that of KL(source || model) over the soft labels. A
-    logged loss that is not finite ends the run. Nothing is pushed on the way.
-
-    Attributes:
-        add_to_checkpoint: gets the folder of a new checkpoint, on the main process, to add files to it.
+    Of a mixture it logs `loss_replay` and `loss_labels`, means over the label tokens of each part since the last line,
+    and with its `soft_weight` `loss_soft`, that of KL(source || model) over the soft labels. A logged loss that is not
+    finite ends the run. Nothing is pushed on the way. `add_to_checkpoint` gets the folder of a new checkpoint, on the
+    main process, to add files to it.
     """
 
     add_to_checkpoint: Callable[[Path], None] | None = None
@@ -42,10 +39,7 @@ class AdapterTrainer(Trainer):
         if isinstance(train_dataset, Mixture):
             check_settings(args, soft=self._soft_weight is not None)
         if self._soft_weight is not None and kwargs.get("compute_loss_func") is not None:
-            raise UserError(
-                "compute_loss_func is given, but soft labels are added to the loss of the model itself: leave one "
-                "of the two out"
-            )
+            raise UserError("compute_loss_func is given, but soft labels are added to the loss of the model itself")
         self._means = WindowMeans()
         self._mixed: MixtureSampler | None = None
         self._stopped_early = False
@@ -59,9 +53,7 @@ class AdapterTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `train`; `resume_from_checkpoint=True` takes the last complete checkpoint in `output_dir`.
 
-        Raises:
-            NonFiniteError: a loss or gradient was not finite; says at which step.
-            UserError: a checkpoint that is not complete, or of another fusion or engine.
+        A loss or gradient that is not finite is a `NonFiniteError`.
         """
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(str(self.args.output_dir))
@@ -70,7 +62,7 @@ class AdapterTrainer(Trainer):
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint:
             self._check_resumed(resume_from_checkpoint)
-        self._stopped_early = bool(resume_from_checkpoint) and stopped_early(str(resume_from_checkpoint))
+        self._stopped_early = bool(resume_from_checkpoint) and stopped_early(Path(str(resume_from_checkpoint)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def run(self, checkpoint: Path | None) -> dict[str, Any]:

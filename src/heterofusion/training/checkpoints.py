@@ -1,14 +1,11 @@
 """Checkpoints: written as a whole or not at all, tied to what they were made of, found again by a run that resumes.
 
-A checkpoint of a fusion holds hypernetworks, never a fused adapter: loaded as the target it would add the update
-twice. The last file written to a checkpoint lists all others with their sizes; a folder without it, or that disagrees
-with it, was cut short.
+One of a fusion holds hypernetworks, never a fused adapter: loaded as the target it would add the update twice.
 """
 
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +27,15 @@ from heterofusion.method.expansion import ExpandedAdapter, read_rows, write_rows
 from heterofusion.method.initialization import Initialization, plan_initialization
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import check_output_dir, display_name, is_failed_write
+from heterofusion.runtime.files import (
+    check_output_dir,
+    display_name,
+    is_failed_write,
+    read_json_object,
+    told_writes,
+    write_json,
+)
+from heterofusion.runtime.ranks import is_main_process
 from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
 from heterofusion.training.nonfinite import NonFiniteError
 
@@ -47,16 +52,20 @@ INITIALIZATION_FILE = "initialization.json"  # beside the checkpoints: what the 
 
 def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: MethodConfig) -> dict[str, Any]:
     """What must agree for hypernetworks to fit: weights and configs of all adapters, control, sizes, alignment."""
+
+    def settings(adapter: LoraAdapter) -> dict[str, Any]:  # without where its base lies, which may be moved
+        return {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
+
     target, expansion = plan.target, None
     if isinstance(plan.target, ExpandedAdapter):
         target, expansion = plan.target.anchor, plan.target.expansion
     identity = {
         "target_sha256": target.sha256,
-        "target_config": _settings(target),
+        "target_config": settings(target),
         "extra_rank": expansion.extra_rank if expansion else 0,
         "extra_basis": expansion.extra_basis if expansion else None,
         "source_sha256": [source.sha256 for source in plan.sources],
-        "source_config": [_settings(source) for source in plan.sources],
+        "source_config": [settings(source) for source in plan.sources],
         "source_control": control_record(plan.sources),
         "hypernetwork": sizes.to_dict(),
         "canonicalize": method.canonicalize,
@@ -67,19 +76,15 @@ def fusion_identity(plan: AlignmentPlan, sizes: HypernetworkConfig, method: Meth
     return json.loads(json.dumps(identity))  # as it comes back from a file
 
 
-def _settings(adapter: LoraAdapter) -> dict[str, Any]:
-    """The config of an adapter but for where its base lies, which may be moved."""
-    return {name: value for name, value in adapter.config.items() if name != "base_model_name_or_path"}
-
-
 def check_same(where: str | Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to go on with what was made of something else; names the first field of `wanted` that differs."""
     for name, here in wanted.items():
         if (there := found.get(name)) != here:
-            name, there, here = _first_difference(name, there, here)
+            name, *values = _first_difference(name, there, here)
+            there, here = (f"{text:.117}..." if len(text) > 120 else text for text in map(json.dumps, values))
             raise UserError(
-                f"{where} was trained with another {name}: {_shorten(there)}, this run has {_shorten(here)}; resume "
-                "with the same adapters, data and flags, or start in a new output_dir"
+                f"{where} was trained with another {name}: {there}, this run has {here}; resume with the same "
+                "adapters, data and flags, or start in a new output_dir"
             )
 
 
@@ -92,11 +97,6 @@ def _first_difference(name: str, found: Any, wanted: Any) -> tuple[str, Any, Any
         index = next(i for i, (there, here) in enumerate(zip(found, wanted, strict=True)) if there != here)
         return _first_difference(f"{name}[{index}]", found[index], wanted[index])
     return name, found, wanted
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def check_checkpoint(folder: str | Path, identity: Mapping[str, Any]) -> None:
@@ -119,18 +119,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is missing; {folder} is not a complete HeteroFusion checkpoint, name a checkpoint-N folder"
             )
-    found = _read_json(folder / IDENTITY_FILE)
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / IDENTITY_FILE} is damaged; name another checkpoint")
-    return found
-
-
-def _read_json(path: Path) -> Any:
-    """The content of a file, None if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
+    return read_json_object(folder / IDENTITY_FILE)
 
 
 # ---- hypernetworks ----------------------------------------------------------------------------------------------
@@ -139,13 +128,10 @@ def _read_json(path: Path) -> Any:
 def save_hypernetworks(
     model: HeteroFusionModel, folder: str | Path, record: Mapping[str, Any] | None = None, write: bool = True
 ) -> None:
-    """Write hypernetworks, alphas, extra rows and the identity of the fusion, with a record of more, into a folder.
+    """Write hypernetworks, extra rows and the identity of the fusion with a `record` of more; all ranks together.
 
-    All ranks together, for whole tensors; those with `write` write.
-
-    Raises:
-        NonFiniteError: a weight is not finite, and nothing was written; names the roles. A step whose loss and
-            gradient are finite makes such weights if its learning rate is out of proportion.
+    A step whose loss and gradient are finite makes weights that are not if its learning rate is out of proportion:
+    then nothing is written, and a `NonFiniteError` names the roles.
     """
     state = whole_tensors(model.hypernetworks.named_parameters(), keep=write)
     if not write:
@@ -160,20 +146,14 @@ def save_hypernetworks(
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder, model.plan.target)
-    try:
+    with told_writes(f"{folder / HYPERNETWORKS_FILE} could not be written"):
         save_file(state, folder / HYPERNETWORKS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{folder / HYPERNETWORKS_FILE} could not be written ({error})") from error
     identity = fusion_identity(model.plan, model.hypernetworks.config, model.method) | dict(record or {})
-    (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / IDENTITY_FILE, identity)
 
 
 def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
-    """Load what `save_hypernetworks` wrote, the extra rows too. All ranks together.
-
-    Raises:
-        UserError: files are missing or damaged, or of another fusion; names the field that differs.
-    """
+    """Load what `save_hypernetworks` wrote of this fusion, the extra rows too. All ranks together."""
     folder = Path(folder).absolute()
     identity = fusion_identity(model.plan, model.hypernetworks.config, model.method)
     check_same(folder, read_identity(folder), identity)
@@ -186,10 +166,7 @@ def load_hypernetworks(model: HeteroFusionModel, folder: str | Path) -> None:
 
 
 def restore_basis(model: HeteroFusionModel, folder: str | Path) -> None:
-    """Give an expanded target the extra rows that are in a checkpoint. All ranks together.
-
-    `load_hypernetworks` does so too. DeepSpeed, which reads weights from files of its own, needs it before training.
-    """
+    """Give an expanded target a checkpoint's extra rows; DeepSpeed needs them before it reads files of its own."""
     if isinstance(model.plan.target, ExpandedAdapter):
         model.set_basis(read_rows(folder, model.plan.target))
 
@@ -203,10 +180,8 @@ def whole_checkpoint(
 ) -> Iterator[Path]:
     """Save a checkpoint in here, on all ranks together; its last file then says that it is complete.
 
-    What a killed run left in its place goes first, older checkpoints (`save_total_limit`) once this one is complete.
-
-    Raises:
-        OSError: it could not be written; nothing of it is left.
+    What a killed run left in its place goes first, older checkpoints (`save_total_limit`) once this one is complete,
+    and this one if it cannot be written.
     """
     folder = run_dir / f"checkpoint-{state.global_step}"
     limit, args.save_total_limit = args.save_total_limit, None  # Trainer would rotate too early
@@ -214,11 +189,15 @@ def whole_checkpoint(
         if args.should_save and folder.exists():
             shutil.rmtree(folder)
         wait_for_everyone()
-        with failing_writes(folder):
-            yield folder
-            wait_for_everyone()
-            if args.should_save:
-                mark_complete(folder)
+        yield folder
+        wait_for_everyone()
+        if args.should_save:
+            mark_complete(folder)
+    except Exception as error:
+        if not (is_failed_write(error) or isinstance(error, RuntimeError)):  # torch's of a full disk
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"checkpoint {folder} could not be written ({error}); {last_good(run_dir)}") from error
     finally:
         args.save_total_limit = limit
     if args.should_save:
@@ -229,34 +208,20 @@ def mark_complete(folder: Path) -> None:
     """Write the list of a finished checkpoint's files, with their sizes in bytes, as its last file."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE_FILE]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    partial = folder / f"{COMPLETE_FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"files": sizes}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / COMPLETE_FILE)
-
-
-@contextlib.contextmanager
-def failing_writes(folder: Path) -> Iterator[None]:
-    """Name the checkpoint in what torch and other libraries say of a full disk, and clear what there is of it."""
-    try:
-        yield
-    except Exception as error:
-        if not (is_failed_write(error) or isinstance(error, RuntimeError)):
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"checkpoint {folder} could not be written ({error}); {last_good(folder.parent)}") from error
+    write_json(folder / COMPLETE_FILE, {"files": sizes})
 
 
 def missing_part(folder: Path) -> str | None:
     """What a checkpoint folder lacks to be complete, in words; None if nothing."""
     if not (folder / COMPLETE_FILE).is_file():
         return f"{COMPLETE_FILE}, the last file to be written, is missing"
-    content = _read_json(folder / COMPLETE_FILE)
-    if not isinstance(content, dict) or not content.get("files"):
+    try:
+        sizes = read_json_object(folder / COMPLETE_FILE).get("files")
+    except UserError:
+        sizes = None
+    if not sizes:
         return f"{COMPLETE_FILE} is damaged"
-    for name, size in content["files"].items():
+    for name, size in sizes.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (found := (folder / name).stat().st_size) != size:
@@ -272,12 +237,8 @@ def check_complete(folder: Path) -> None:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """All `checkpoint-N` folders, complete or not, by their steps."""
-    paths = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)), key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
+    paths = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, paths), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -285,7 +246,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     for path in reversed(checkpoint_folders(Path(output_dir))):
         if (lack := missing_part(path)) is None:
             return path
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             logger.warning("passing over %s, which was not finished: %s", path, lack)
     return None
 
@@ -298,12 +259,12 @@ def last_good(output_dir: str | Path) -> str:
 
 def checkpoint_step(folder: Path) -> int:
     """The optimizer step that a complete checkpoint is of."""
-    return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    return read_json_object(folder / TRAINER_STATE_NAME)["global_step"]
 
 
-def stopped_early(folder: str | Path) -> bool:
+def stopped_early(folder: Path) -> bool:
     """Whether a checkpoint was the last of a run that a callback had stopped before its last step."""
-    state = json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = read_json_object(folder / TRAINER_STATE_NAME)
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
 
@@ -333,7 +294,9 @@ def find_checkpoint(args: TrainingArguments, overwrite: bool, check: Callable[[P
     return found
 
 
-def find_start(name: str | None, plan: AlignmentPlan, sizes: HypernetworkConfig) -> Initialization | None:
+def find_start(
+    name: str | None, plan: AlignmentPlan, sizes: HypernetworkConfig, output_dir: Path
+) -> Initialization | None:
     """The hypernetworks that `--init_hypernetwork_from` names: a checkpoint, or the last complete one of a run."""
     if name is None:
         return None
@@ -344,6 +307,8 @@ def find_start(name: str | None, plan: AlignmentPlan, sizes: HypernetworkConfig)
         found = folder if (folder / HYPERNETWORKS_FILE).is_file() else last_complete_checkpoint(folder)
         if found is None:
             raise UserError(f"it holds neither {HYPERNETWORKS_FILE} nor a complete checkpoint-N folder")
+        if found in checkpoint_folders(output_dir):
+            raise UserError("it is among what --overwrite true removes; name another --output_dir")
         recorded = read_identity(found).get("hypernetwork")
         return plan_initialization(display_name(str(folder)), found / HYPERNETWORKS_FILE, recorded, plan, sizes)
     except UserError as error:
@@ -361,34 +326,19 @@ def check_start(start: Initialization, control: str | None) -> None:
 
 
 def clear_remains(folder: Path, main: bool, resume: Path | None, start: Initialization | None = None) -> None:
-    """Remove what an earlier run left and a resumed one would take for this run's. All ranks together, `main` removes.
+    """Remove what an earlier run left and a resumed one would take for this run's; record what a new one starts from.
 
-    What a new run starts from is recorded for a run that resumes it.
+    All ranks together, `main` removes.
     """
     ranks = PartialState()
     ranks.wait_for_everyone()  # nobody may still look at what goes
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in checkpoint_folders(folder) if resume is None else ():
-            logger.info("--overwrite: removing %s", path)
-            shutil.rmtree(path)
         if resume is None:
+            for path in checkpoint_folders(folder):
+                logger.info("--overwrite: removing %s", path)
+                shutil.rmtree(path)
             (folder / INITIALIZATION_FILE).unlink(missing_ok=True)
         if start is not None:
-            (folder / INITIALIZATION_FILE).write_text(json.dumps(start.record(), indent=2) + "\n", encoding="utf-8")
+            write_json(folder / INITIALIZATION_FILE, start.record())
     ranks.wait_for_everyone()
-
-
-def refuse_lost_start(start: Initialization | None, folder: Path) -> None:
-    """Refuse to start from hypernetworks that `--overwrite true` removes."""
-    if start is not None and any(path in start.file.parents for path in checkpoint_folders(folder)):
-        raise UserError(
-            f"--init_hypernetwork_from {start.file.parent} is among what --overwrite true removes; name another "
-            "--output_dir"
-        )
-
-
-def read_initialization(folder: Path) -> dict[str, Any] | None:
-    """What a run in this folder started from, None if it started fresh."""
-    path = folder / INITIALIZATION_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
@@ -16,19 +17,13 @@ from heterofusion.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+DATA_PARALLEL = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 # Engines on which one backward of the hypernetworks per window is tested to give the same gradient.
-ONCE_PER_WINDOW = {
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.DEEPSPEED,
-    DistributedType.FSDP,
-}
+ONCE_PER_WINDOW = {*DATA_PARALLEL, DistributedType.NO, DistributedType.DEEPSPEED, DistributedType.FSDP}
 _CASTS = (
     "{engine} with mixed precision would cast the hypernetworks, which must stay float32; leave bf16 and fp16 out of "
     "its config: with --bf16 true, or --dtype bfloat16, the frozen base alone is bfloat16"
 )
-DATA_PARALLEL = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 
 def engine_name(accelerator: Accelerator) -> str:
@@ -68,29 +63,25 @@ def check_engine(accelerator: Accelerator) -> None:
         logger.warning("accelerate runs FSDP on GPUs only: this is plain DDP, every rank holds the whole base")
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise UserError("FSDP1 does not keep single parameters; set fsdp_version: 2 in the accelerate config")
-        if not _wraps_by_class(plugin):
-            raise UserError(
-                "FSDP must wrap by layer classes, or the hypernetworks cannot be gathered apart from the base; set "
-                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in the accelerate config"
-            )
-        if plugin.cpu_ram_efficient_loading:
-            raise UserError(
-                "fsdp_cpu_ram_efficient_loading would leave the target adapter unread on all ranks but one; set it to "
-                "false in the accelerate config"
-            )
+        policy = getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy)
+        wanted = {  # what the config has to say, whether it does, and why
+            "fsdp_version: 2": (plugin.fsdp_version == 2, "FSDP1 does not keep single parameters"),
+            "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": (
+                policy is transformer_auto_wrap_policy, "the hypernetworks are gathered apart from the base"
+            ),
+            "fsdp_cpu_ram_efficient_loading: false": (
+                not plugin.cpu_ram_efficient_loading, "else all ranks but one leave the target adapter unread"
+            ),
+        }  # fmt: skip
+        for setting, (good, reason) in wanted.items():
+            if not good:
+                raise UserError(f"set {setting} in the accelerate config: {reason}")
         if accelerator.mixed_precision != "no":
             raise UserError(_CASTS.format(engine="FSDP"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
             raise UserError(_CASTS.format(engine="DeepSpeed"))
-
-
-def _wraps_by_class(plugin: object) -> bool:
-    policy = getattr(plugin, "auto_wrap_policy", None)
-    return getattr(getattr(policy, "func", policy), "__name__", "") == "transformer_auto_wrap_policy"
 
 
 def wrap_hypernetworks_apart(accelerator: Accelerator, model: nn.Module, name: str) -> None:
@@ -109,10 +100,9 @@ def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable
 
 
 def set_up_engine(model: HeteroFusionModel, accelerator: Accelerator, once_per_window: bool, ddp_reduce: str) -> None:
-    """Get a model ready for its engine; call it before the model is wrapped.
+    """Get a model ready for its engine, before it is wrapped; hypernetworks may backpropagate once per window.
 
-    `once_per_window`: the hypernetworks backpropagate once per accumulation window; `ddp_reduce`: `updates` if DDP
-    ranks are to exchange the gradient of the updates, where the engine allows it.
+    `ddp_reduce` is `updates` if DDP ranks are to exchange the gradient of the updates, where the engine allows it.
     """
     updates, hypernetworks, engine = model.updates, model.hypernetworks, accelerator.distributed_type
     offloads = engine in (DistributedType.FSDP, DistributedType.DEEPSPEED)

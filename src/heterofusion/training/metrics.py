@@ -1,6 +1,5 @@
 """Figures of a training: means over accumulation windows, what a log line holds, the metrics of a whole run."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,8 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_callback import ProgressCallback
 
-from heterofusion.method.diagnostics import diagnostic_logs
-from heterofusion.method.model import HeteroFusionModel
+PER_ROLE = ("alpha/", "gate_sparsity/", "delta_ratio/")
 
 
 class FusionProgressCallback(ProgressCallback):
@@ -24,25 +22,21 @@ class WindowMeans:
 
     A scalar is averaged over windows and ranks. A pair (sum, number), shape (2,), gives the quotient of its totals
     over windows and ranks: the mean over all that was counted, however uneven windows and ranks are.
-
-    Attributes:
-        window: sums of the window that is open, detached, on the device.
-        windows: windows that were committed since the last `take`.
     """
 
     def __init__(self) -> None:
-        self.window: dict[str, Tensor] = {}
-        self.windows = 0
+        self.window: dict[str, Tensor] = {}  # sums of the window that is open, detached, on the device
+        self.windows = 0  # that were committed since the last `take`
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a micro-batch's value to the open window; under the same names on all ranks."""
-        self.window[name] = self.window[name] + value.detach() if name in self.window else value.detach()
+        self.window[name] = self.window.get(name, 0) + value.detach()
 
     def commit(self) -> None:
         """Close the open window."""
         for name, value in self.window.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums.get(name, 0) + value
         self.windows += 1
         self.window = {}
 
@@ -62,15 +56,11 @@ class WindowMeans:
 
 def mean_over_roles(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Log entries with `alpha/<role>`, ... replaced by one mean per quantity; attention stays per source."""
-    parts: dict[str, list[float]] = defaultdict(list)
-    short: dict[str, Any] = {}
-    for name, value in logs.items():
-        quantity, _, role = name.partition("/")
-        if role and quantity in ("alpha", "gate_sparsity", "delta_ratio"):
-            parts[quantity].append(value)
-        else:
-            short[name] = value
-    return short | {f"mean {quantity}": sum(values) / len(values) for quantity, values in parts.items()}
+    short = {name: value for name, value in logs.items() if not name.startswith(PER_ROLE)}
+    for quantity in PER_ROLE:
+        if values := [value for name, value in logs.items() if name.startswith(quantity)]:
+            short[f"mean {quantity.rstrip('/')}"] = sum(values) / len(values)
+    return short
 
 
 def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,11 +75,3 @@ def run_metrics(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
             total += entry["loss"] * (entry["step"] - last)
             last = entry["step"]
     return kept | ({"train_loss": total / last} if last else {})
-
-
-def fusion_log(means: WindowMeans, model: HeteroFusionModel, accelerator: Accelerator) -> dict[str, float]:
-    """The method's own figures since the last log line; all of them begin anew. All ranks together."""
-    windows = means.windows
-    logs = means.take(accelerator) | {"hypernetwork_seconds": model.updates.seconds / windows}
-    model.updates.seconds = 0.0
-    return logs | diagnostic_logs(model)

@@ -34,10 +34,9 @@ def gradient_norms(hypernetworks: HyperNetworks) -> dict[str, Tensor]:
 
 
 class FiniteGuard:
-    """Remembers the first optimizer step at which something was not finite.
+    """Remembers the first optimizer step at which something was not finite, on the device.
 
-    `note` launches work on the device only. `first_bad` waits for it: call it at logging steps and before anything is
-    kept.
+    `first_bad` waits for the device: call it at logging steps and before anything is kept.
     """
 
     def __init__(self, groups: Sequence[str]) -> None:
@@ -56,14 +55,10 @@ class FiniteGuard:
         finite: Mapping[str, Tensor],
         finite_updates: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Look at one optimizer step.
+        """Look at an optimizer step, counted from 1: the window's loss, and the gradients' norm if it is known.
 
-        Args:
-            step: counted from 1.
-            loss: of the window, scalar.
-            grad_norm: of all hypernetworks' gradients; None if it is not known.
-            finite: per group, whether its gradient was finite; groups may be missing.
-            finite_updates: the same of the updates that it predicted.
+        `finite` tells of every group, as far as known, whether its gradient was; `finite_updates` the same of the
+        updates that it predicted.
         """
         good = torch.ones((), dtype=torch.bool, device=loss.device)
         norm = good if grad_norm is None else torch.as_tensor(grad_norm, device=loss.device).isfinite()

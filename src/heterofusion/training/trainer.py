@@ -18,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from heterofusion.data.replay import make_collator
 from heterofusion.method.base_model import cast_base, refuse_reentrant_checkpointing
+from heterofusion.method.diagnostics import diagnostic_logs
 from heterofusion.method.expansion import FitBasis
 from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.hub import push_output
@@ -32,13 +33,8 @@ from heterofusion.training.checkpoints import (
     save_hypernetworks,
 )
 from heterofusion.training.config import HeteroFusionConfig
-from heterofusion.training.engines import (
-    ONCE_PER_WINDOW,
-    check_engine,
-    engine_record,
-    set_up_engine,
-)
-from heterofusion.training.metrics import FusionProgressCallback, fusion_log
+from heterofusion.training.engines import ONCE_PER_WINDOW, check_engine, engine_record, set_up_engine
+from heterofusion.training.metrics import FusionProgressCallback
 from heterofusion.training.nonfinite import FiniteGuard, gradient_norms
 
 logger = logging.getLogger(__name__)
@@ -56,17 +52,14 @@ class HeteroFusionTrainer(AdapterTrainer):
         model: the model to train.
         args: a `HeteroFusionConfig`.
         train_dataset: examples with `input_ids` and `labels` (see `build_replay`), or a `Mixture` with source labels.
-        eval_dataset: the same, for evaluation.
         processing_class: the target's tokenizer; saved with the adapter and used for padding.
-        data_collator: pads and batches; `make_collator` of the tokenizer by default.
         run_record: plain values about the run and its data, for the provenance.
         checkpoint_record: plain values that stand in every checkpoint, for whoever resumes from it.
-        **kwargs: passed on to `Trainer`.
+        **kwargs: passed on to `Trainer`; the data collator is `make_collator` of the tokenizer by default.
 
     Raises:
         TypeError: model or args are of another type.
-        UserError: model and args differ in the method's settings; or an engine that cannot carry a fusion: several
-            GPUs in one process, FSDP1, DeepSpeed or FSDP configured to cast the hypernetworks.
+        UserError: model and args differ in the method's settings; or an engine that cannot carry a fusion.
     """
 
     args: HeteroFusionConfig
@@ -76,7 +69,6 @@ class HeteroFusionTrainer(AdapterTrainer):
         model: HeteroFusionModel,
         args: HeteroFusionConfig,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         data_collator: Any = None,
         run_record: Mapping[str, Any] | None = None,
@@ -94,15 +86,8 @@ class HeteroFusionTrainer(AdapterTrainer):
         self._guard = FiniteGuard([key.name for key in model.plan.groups])
         self.run_record, self.checkpoint_record = dict(run_record or {}), dict(checkpoint_record or {})
         self.fusion_model = model
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            **kwargs,
-        )
+        kwargs |= {"processing_class": processing_class, "data_collator": data_collator}
+        super().__init__(model, args, train_dataset, **kwargs)
         check_engine(self.accelerator)
         if args.base_in_bf16:
             cast_base(model, torch.bfloat16)
@@ -201,7 +186,10 @@ class HeteroFusionTrainer(AdapterTrainer):
 
     def own_figures(self) -> dict[str, float]:
         """The losses since the last line, and the state of the fusion by role and source. All ranks together."""
-        return fusion_log(self._means, self.fusion_model, self.accelerator)
+        windows, updates = self._means.windows, self.fusion_model.updates
+        logs = self._means.take(self.accelerator) | {"hypernetwork_seconds": updates.seconds / windows}
+        updates.seconds = 0.0
+        return logs | diagnostic_logs(self.fusion_model)
 
     # ---- what is not finite -------------------------------------------------------------------------------------
 
@@ -213,8 +201,7 @@ class HeteroFusionTrainer(AdapterTrainer):
         return get_total_norm(norms.values()) if norms else None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = self._own_grad_norm()
-        if norm is None:
+        if (norm := self._own_grad_norm()) is None:
             return super()._clip_grad_norm(model)
         clip_grads_with_norm_(self.fusion_model.hypernetworks.parameters(), self.args.max_grad_norm, norm)
         return norm
@@ -256,10 +243,7 @@ class HeteroFusionTrainer(AdapterTrainer):
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Export the fused adapter (a user's call), or save the hypernetworks (a checkpoint of the Trainer).
-
-        All ranks together; rank 0 writes.
-        """
+        """Export the fused adapter (a user's call), or save a checkpoint's hypernetworks (Trainer's). All ranks."""
         if not _internal_call:
             self.export(output_dir or str(self.args.output_dir))
         elif output_dir is not None:

@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import logits
 from heterofusion import load_adapter
 from recipe_runner import QWEN, TARGET, copy_adapter, error_line, flags, late_error, recipe, succeeds, write_replay
 
@@ -106,7 +105,7 @@ def test_record_and_card_tell_the_beginning(tuned_b):
     assert "begun as the adapter `target_llama`" in card and "`lora_B` alone" in card
 
 
-def test_half_precision_adapter_is_trained_in_fp32(values, base_dir, tmp_path):
+def test_half_precision_adapter_is_trained_in_fp32(values, tmp_path):
     def halve(tensors):
         for key in tensors:
             tensors[key] = tensors[key].to(torch.bfloat16)
@@ -115,12 +114,8 @@ def test_half_precision_adapter_is_trained_in_fp32(values, base_dir, tmp_path):
     run = {"init_adapter": half, "output_dir": tmp_path / "out", "train_only": "lora_B", "learning_rate": 1e-6}
     succeeds(expert.main, flags({**values, **run, "max_steps": 1, "warmup_steps": 0}))
     before, after = load_adapter(half), load_adapter(tmp_path / "out")
-    moved = [
-        not torch.equal(module.lora_B.float(), after.modules[path].lora_B) for path, module in before.modules.items()
-    ]
-    assert all(moved)  # a step of 1e-6 is lost in bfloat16
-    base = AutoModelForCausalLM.from_pretrained(base_dir).eval()
-    assert logits(PeftModel.from_pretrained(base, tmp_path / "out").eval()).isfinite().all()
+    for path, module in before.modules.items():  # a step of 1e-6 is lost in bfloat16
+        assert not torch.equal(module.lora_B.float(), after.modules[path].lora_B)
 
 
 @pytest.mark.parametrize(

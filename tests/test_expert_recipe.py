@@ -17,7 +17,7 @@ from builders import WEIGHTS
 from conftest import GOLDEN, logits
 from heterofusion import load_adapter
 from heterofusion.publish.hub import hub_files
-from heterofusion.training.config import ExpertConfig, ExpertDataArguments
+from heterofusion.training.config import ExpertConfig
 from recipe_runner import (
     QWEN,
     SIZES,
@@ -178,16 +178,10 @@ def test_flags_reach_peft(values, tmp_path):
     assert all("lora_" in key or "lm_head" in key for key in load_file(tmp_path / "out" / WEIGHTS))
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "true"])
-def test_all_linear_can_be_fused(init, values, tmp_path):
-    changed = {"target_modules": ["all-linear"], "init_lora_weights": init, "max_steps": 1, "save_strategy": "no"}
-    succeeds(expert.main, flags({**values, **changed, "output_dir": tmp_path / "out"}))
+def test_all_linear_can_be_fused(values, tmp_path):
+    changed = {"target_modules": ["all-linear"], "init_lora_weights": "orthogonal", "max_steps": 1}
+    succeeds(expert.main, flags({**values, **changed, "save_strategy": "no", "output_dir": tmp_path / "out"}))
     assert len({path.rpartition(".")[2] for path in load_adapter(tmp_path / "out").modules}) == 7
-
-
-def test_all_examples_are_used_by_default():
-    assert ExpertDataArguments(["a.json"]).replay_sets()[0].max_examples > 10**9
-    assert ExpertDataArguments(["a.json"], max_examples=[7]).replay_sets()[0].max_examples == 7
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
@@ -265,15 +259,6 @@ def test_a_full_disk_in_a_save_is_one_line(error, values, tmp_path, capsys, monk
     words = ("checkpoint-2 could not be written (no space)", "the last good checkpoint is", "checkpoint-1")
     late_error(capsys, expert.main, flags(changed), *words)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-def test_a_full_disk_in_the_last_save_is_one_line(values, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "heterofusion.publish.write.save_file", lambda *_: (_ for _ in ()).throw(Exception("no space"))
-    )
-    changed = {**values, "output_dir": tmp_path / "out", "save_strategy": "no", "eval_strategy": "no",
-               "load_best_model_at_end": False, "max_steps": 1}  # fmt: skip
-    late_error(capsys, expert.main, flags(changed), f"could not be written to {tmp_path / 'out'} (no space)")
 
 
 def test_several_gpus_in_one_process_are_refused(values, capsys, monkeypatch, tmp_path):

@@ -82,8 +82,7 @@ def test_losses_are_those_of_the_dense_reference():
 
 
 def test_batch_without_soft_labels_has_the_columns_and_no_loss():
-    rows = TokenRows(2).rows
-    batch = collate(rows)
+    batch = collate(TokenRows(2).rows)
     assert [tuple(batch[name].shape) for name in SOFT_COLUMNS] == [(2, 1), (2, 1, 1), (2, 1, 1)]
     logits = torch.randn(2, 10, VOCABULARY)
     difference, counted = soft_losses(logits, batch["labels"], *(batch[name] for name in SOFT_COLUMNS))

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from torch.optim import AdamW
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from conftest import GOLDEN, TokenRows, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionTrainer, load_adapter
@@ -178,17 +180,10 @@ def test_bf16_checkpointing_and_tensorboard_run_together(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-def test_reentrant_checkpointing_flag_raises(tmp_path):
-    with pytest.raises(ValueError, match="use_reentrant"):
-        make_args(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": True})
-
-
 def test_other_model_or_args_raise(tmp_path, base):
     args = make_args(tmp_path)
     with pytest.raises(TypeError, match="from_adapters"):
         HeteroFusionTrainer(base, args)
-    from transformers import TrainingArguments
-
     with pytest.raises(TypeError, match="HeteroFusionConfig"):
         HeteroFusionTrainer(make_model(args), TrainingArguments(str(tmp_path), use_cpu=True))
 
@@ -208,19 +203,17 @@ def test_settings_of_model_and_trainer_must_agree(tmp_path):
         HeteroFusionTrainer(model, make_args(tmp_path))
 
 
-def test_reentrant_checkpointing_enabled_later_raises(tmp_path):
+def test_reentrant_checkpointing_raises(tmp_path):
+    reentrant = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match="use_reentrant"):
+        make_args(tmp_path, activation_checkpointing=True, **reentrant)
     trainer = make_trainer(tmp_path)
-    trainer.model.get_base_model().activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": True}
-    )
+    trainer.model.get_base_model().activation_checkpointing_enable(**reentrant)
     with pytest.raises(ValueError, match="reentrant"):
         trainer.train()
 
 
 def test_default_collator_pads_without_a_padding_token(tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     words = {"<unk>": 0, "</s>": 1}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), eos_token="</s>", unk_token="<unk>"

@@ -43,8 +43,8 @@ class RunArguments(OutputArguments):
     dry_run: bool = flag(False, help="Print the alignment plan and stop.")
     init_hypernetwork_from: str | None = flag(
         None,
-        help="Start from hypernetworks of another fusion, of the same sizes: a checkpoint-N folder, or an "
-        "output_dir for its last one. Groups (role and rank) that it lacks start fresh.",
+        help="Start from another fusion's hypernetworks of the same sizes: a checkpoint-N folder, or an output_dir. "
+        "Groups (role and rank) that it lacks start fresh.",
     )
 
 
@@ -102,8 +102,8 @@ class TrainingConfig(TrainingArguments):
             kwargs = cast("dict[str, Any]", self.activation_checkpointing_kwargs or {})  # parsed by now
             if kwargs.get("use_reentrant"):
                 raise UserError(
-                    "activation_checkpointing_kwargs has use_reentrant=True: reentrant checkpointing gives what is "
-                    "trained behind a frozen base no gradient; set use_reentrant to false"
+                    "activation_checkpointing_kwargs has use_reentrant=True, which gives what is trained behind a "
+                    "frozen base no gradient; set it to false"
                 )
             self.activation_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
@@ -142,10 +142,7 @@ class HeteroFusionConfig(MethodConfig, TrainingConfig):
         if self.neftune_noise_alpha is not None:
             raise UserError("--neftune_noise_alpha is set, but the base stays in eval mode in a fusion: leave it out")
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
-            raise UserError(
-                "--torch_compile compiles the wrapper that all micro-batches of an accumulation window but the last "
-                "pass by, so little would be gained for minutes of compiling: leave it out"
-            )
+            raise UserError("--torch_compile compiles a wrapper that most micro-batches pass by: leave it out")
         with self._mixed_precision_taken_over():
             TrainingConfig.__post_init__(self)
         if self.base_in_bf16:
@@ -164,10 +161,7 @@ class HeteroFusionConfig(MethodConfig, TrainingConfig):
             yield
             return
         if self.fp16 or precision == "fp16":
-            raise UserError(
-                "float16 mixed precision is not supported with DeepSpeed and FSDP; use --bf16 true, or "
-                "--dtype float16 for the frozen base alone"
-            )
+            raise UserError("float16 mixed precision is not supported with DeepSpeed and FSDP; use --bf16 true")
         self.base_in_bf16 = bool(self.bf16) or precision == "bf16"
         self.bf16 = False
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
@@ -178,9 +172,7 @@ class HeteroFusionConfig(MethodConfig, TrainingConfig):
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Warm-up steps: a share of the steps is rounded down, as in the published recipe (Trainer rounds up)."""
-        if self.warmup_steps >= 1:
-            return int(self.warmup_steps)
-        return int(num_training_steps * self.warmup_steps)
+        return int(self.warmup_steps * (1 if self.warmup_steps >= 1 else num_training_steps))
 
     def training_dict(self) -> dict[str, Any]:
         """The settings of training that a fused adapter depends on, as plain values."""
@@ -208,16 +200,13 @@ class ExpertDataArguments(DataArguments):
     """Flags for the training data, as those of the replay; but everything is used by default."""
 
     dataset_name: list[str] = flag(
-        default_factory=list,
-        help="Training data sets: local .json, .jsonl, .csv or .parquet files, local folders, or Hub ids.",
+        default_factory=list, help="Training data: local .json, .jsonl, .csv or .parquet files, folders, or Hub ids."
     )
     max_examples: list[int] = flag(
-        default_factory=lambda: [0],
-        help="Number of examples that are sampled from each training data set at most; 0 takes all.",
+        default_factory=lambda: [0], help="Examples sampled from each training data set at most; 0 takes all."
     )
     eval_max_examples: list[int] = flag(
-        default_factory=lambda: [0],
-        help="Number of examples that are sampled from each evaluation data set at most; 0 takes all.",
+        default_factory=lambda: [0], help="Examples sampled from each evaluation data set at most; 0 takes all."
     )
 
 
@@ -234,9 +223,7 @@ class LoraArguments(BasisArguments):
         None, help="Dropout of the inputs of lora_A; 0.05 by default, or that of --init_adapter.", range="[0, 1)"
     )
     target_modules: list[str] | None = flag(
-        None,
-        help="Names of the modules that get LoRA, or all-linear; by default the attention and MLP projections, "
-        "by whatever names the base has them.",
+        None, help="Modules that get LoRA, or all-linear; by default the base's attention and MLP projections."
     )
     layers_to_transform: list[int] | None = flag(
         None, help="Indices of the layers that get LoRA; all by default.", range="[0, inf)"
@@ -246,9 +233,7 @@ class LoraArguments(BasisArguments):
         None, help="Modules that are trained whole and saved with the adapter; a fusion keeps the target's."
     )
     init_adapter: str | None = flag(
-        None,
-        help="Adapter that is trained on (local folder or Hub id) in place of a new one; it brings its rank, "
-        "scaling and modules.",
+        None, help="Adapter that is trained on, in place of a new one; it brings its rank, scaling and modules."
     )
     init_revision: str | None = flag(None, help="Hub revision of --init_adapter.")
     train_only: str | None = flag(
@@ -264,21 +249,14 @@ class LoraArguments(BasisArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_modules and ALL_LINEAR in self.target_modules:
-            if len(self.target_modules) > 1:
-                raise UserError(f"--target_modules names {ALL_LINEAR} and others; give it alone")
-            if self.layers_to_transform is not None:
-                raise UserError(
-                    f"--layers_to_transform cannot be used with --target_modules {ALL_LINEAR}; name the modules"
-                )
+        alone = self.target_modules == [ALL_LINEAR] and self.layers_to_transform is None
+        if ALL_LINEAR in (self.target_modules or ()) and not alone:
+            raise UserError(f"--target_modules {ALL_LINEAR} goes with no other name and no --layers_to_transform")
         if self.init_adapter is None:
             if self.init_revision is not None:
                 raise UserError("--init_revision is of --init_adapter, which is not given")
             if self.extra_rank:
-                raise UserError(
-                    f"--extra_rank is {self.extra_rank}: it adds to the rank of --init_adapter, which is not given; "
-                    "give a new LoRA its rank with --r"
-                )
+                raise UserError(f"--extra_rank is {self.extra_rank}, but no --init_adapter is given: use --r")
             return
         for item in fields(self):
             value = getattr(self, item.name)

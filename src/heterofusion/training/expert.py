@@ -1,12 +1,11 @@
 """Experts: LoRA supervised fine-tuning, of a new adapter or of one that is there; what a fusion is compared with.
 
-Trained by `AdapterTrainer` on the examples of `heterofusion.data`, so that the same flags give a fusion and its
-directly tuned twin the same token ids in the same order. What `load_adapter` would refuse (DoRA, biases, PiSSA, ...)
-has no flag.
+The same flags give a fusion and its directly tuned twin the same token ids in the same order. What `load_adapter`
+would refuse (DoRA, biases, PiSSA, ...) has no flag.
 """
 
+import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,13 +45,16 @@ from heterofusion.publish.record import (
 )
 from heterofusion.publish.write import write_adapter
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import read_json_object
+from heterofusion.runtime.files import read_json_object, write_json
 from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.checkpoints import check_complete, check_same
 from heterofusion.training.config import ALL_LINEAR, LORA_B, LoraArguments, TrainingConfig
 from heterofusion.training.mixture import TrainingData
 
+SETTINGS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform", "modules_to_save"
+)  # fmt: skip
 STATE_FILE = "expert_state.json"  # in a checkpoint: what the LoRA began as, what of it is trained, and on what
 
 
@@ -61,12 +63,9 @@ STATE_FILE = "expert_state.json"  # in a checkpoint: what the LoRA began as, wha
 
 @dataclass
 class ExpertLora:
-    """The LoRA that an expert is trained with.
+    """The LoRA that an expert is trained with: PEFT's config, the adapter that it begins as, and what is trained.
 
-    Attributes:
-        config: PEFT's config of it.
-        initial: the adapter that it begins as; None for a new one. With `--extra_rank` an expanded one.
-        train_only: `lora_B` if nothing else is trained.
+    `initial` is None for a new one and, with `--extra_rank`, an expanded one; `train_only` None trains all of it.
     """
 
     config: LoraConfig
@@ -94,12 +93,11 @@ class ExpertLora:
             "extra_basis": self.expansion.extra_basis if self.expansion else None,
         }
 
-    def write_state(self, checkpoint: Path, data: Mapping[str, Any] | None = None) -> None:
+    def write_state(self, checkpoint: Path, data: Mapping[str, Any]) -> None:
         """Write that into a checkpoint, with the extra rows that it began with and what it was trained on."""
         if self.initial is not None:
             write_rows(checkpoint, self.initial)
-        state = json.dumps(self.state() | dict(data or {}))
-        (checkpoint / STATE_FILE).write_text(state + "\n", encoding="utf-8")
+        write_json(checkpoint / STATE_FILE, self.state() | dict(data))
 
     def fit_basis(self, model: PeftModel, examples: Sequence[Tensor]) -> None:
         """Fit the extra rows to the inputs that the modules see, and put them into the model. All ranks together."""
@@ -120,24 +118,20 @@ class ExpertLora:
         in_folders = any(path.is_dir() for path in folder.iterdir())  # where DeepSpeed and FSDP keep the optimizer
         if not (folder / "optimizer.pt").is_file() and not in_folders:
             raise UserError(f"{folder} holds no optimizer (--save_only_model?); resume from another checkpoint")
-        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-                 "modules_to_save", "rank_pattern", "alpha_pattern")  # fmt: skip
-        found, wanted = read_adapter_config(folder), self.config.to_dict()
-        same = {name: plain(wanted[name]) for name in names}
         check_same(folder, read_json_object(folder / STATE_FILE), self.state() | dict(data or {}))
-        check_same(folder, {name: plain(found.get(name)) for name in names}, same)
+        names = (*SETTINGS, "rank_pattern", "alpha_pattern")
+        found, wanted = read_adapter_config(folder), self.config.to_dict()
+        check_same(folder, settings(found, names), settings(wanted, names))
 
 
-def plain(value: Any) -> Any:
-    """A setting so that it can be compared and written: sets and lists in order."""
-    return sorted(value) if isinstance(value, (list, set)) else value
+def settings(config: Mapping[str, Any], names: Sequence[str] = SETTINGS) -> dict[str, Any]:
+    """Settings of a PEFT config so that they can be compared and written: sets and lists in order."""
+    values = {name: config.get(name) for name in names}
+    return {name: sorted(value) if isinstance(value, (list, set)) else value for name, value in values.items()}
 
 
 def choose_lora(skeleton: PreTrainedModel, lora: LoraArguments, seed: int = 42) -> ExpertLora:
-    """A new LoRA, or that of `--init_adapter`; everything is checked on the base on the meta device, which may get it.
-
-    The rows of `--extra_rank` are those of a fusion with the same seed.
-    """
+    """A new LoRA, or that of `--init_adapter`; all is checked on a base on the meta device, which may get it."""
     if lora.init_adapter is None:
         return ExpertLora(_plan_new(skeleton, lora), None, lora.train_only)
     adapter = load_adapter(lora.init_adapter, revision=lora.init_revision)
@@ -153,8 +147,8 @@ def check_basis_engine(lora: ExpertLora, args: TrainingArguments) -> None:
     """Refuse extra rows that an engine would not take: DeepSpeed's optimizers train copies that it made before."""
     if lora.expansion is not None and lora.train_only != LORA_B and args.deepspeed_plugin is not None:
         raise UserError(
-            "--extra_rank fits rows of lora_A once the engine is set up, but DeepSpeed trains copies of them that it "
-            f"made before; add --train_only {LORA_B}, or launch with DDP or FSDP2"
+            "--extra_rank fits rows of lora_A of which DeepSpeed has made the copies that it trains: add "
+            f"--train_only {LORA_B}, or launch with DDP or FSDP2"
         )
 
 
@@ -164,8 +158,7 @@ def _plan_initial(skeleton: PreTrainedModel, adapter: LoraAdapter) -> LoraConfig
     config = LoraConfig.from_pretrained(str(adapter.folder))
     set_ranks(config, adapter)
     config.inference_mode = False
-    # as of a new LoRA; PEFT looks this base up when it saves, on the Hub if need be
-    config.base_model_name_or_path = skeleton.config.name_or_path
+    config.base_model_name_or_path = skeleton.config.name_or_path  # PEFT looks it up when it saves
     return config
 
 
@@ -205,10 +198,9 @@ def _freeze_all_but(model: PeftModel, train_only: str | None) -> PeftModel:
 
 def _plan_new(skeleton: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
     """PEFT's config of a new LoRA, tried out on a base without weights: it must be one that can be fused."""
-    name = skeleton.config.name_or_path
-    for saved in lora.modules_to_save or ():
-        if not any(path == saved or path.endswith(f".{saved}") for path, _ in skeleton.named_modules()):
-            raise UserError(f"--modules_to_save: base model {name} has no module {saved}; name one that it has")
+    name = str(skeleton.config.name_or_path)
+    paths = [path for path, _ in skeleton.named_modules()]
+    _check_named("--modules_to_save", lora.modules_to_save or (), paths, name)
     targets = lora.target_modules or _projections(skeleton)
     layers = None if lora.layers_to_transform is None else sorted(set(lora.layers_to_transform))
     config = LoraConfig(
@@ -245,10 +237,14 @@ def _plan_new(skeleton: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
     if layers is not None and set(layers) != layers_found:
         missing = sorted(set(layers) - layers_found)
         raise UserError(f"--layers_to_transform: base model {name} has no layers {missing} with {targets}")
-    for target in targets if targets != [ALL_LINEAR] else ():
-        if not any(path == target or path.endswith(f".{target}") for path in model.targeted_module_names):
-            raise UserError(f"--target_modules: base model {name} has no module {target}; name one that it has")
+    _check_named("--target_modules", targets if targets != [ALL_LINEAR] else (), model.targeted_module_names, name)
     return config
+
+
+def _check_named(flag: str, names: Sequence[str], paths: Sequence[str], base: str) -> None:
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise UserError(f"{flag}: base model {base} has no module {name}; name one that it has")
 
 
 def _projections(skeleton: nn.Module) -> list[str]:
@@ -256,12 +252,9 @@ def _projections(skeleton: nn.Module) -> list[str]:
     names = set()
     for path, module in skeleton.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            try:
-                key = module_key(path)
-            except AdapterError:  # a layer of another kind, such as a router: it gets no LoRA
-                continue
-            if key is not None:
-                names.add(path.rpartition(".")[2])
+            with contextlib.suppress(AdapterError):  # a layer of another kind, such as a router: it gets no LoRA
+                if module_key(path) is not None:
+                    names.add(path.rpartition(".")[2])
     if not names:
         raise UserError("the base model has no linear layers of known roles; name some with --target_modules")
     return sorted(names)
@@ -282,8 +275,6 @@ def expert_record(
     """What `expert.json` records of a run: settings, data and metrics."""
     labels = data.labels_record
     training = {**args.training_dict(), "steps": steps, "processes": args.world_size, "data": data.replay_record}
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "layers_to_transform",
-             "modules_to_save", "init_lora_weights")  # fmt: skip
     return make_record(
         "tuning",
         lora.train_only or "lora",
@@ -292,7 +283,7 @@ def expert_record(
         seed=args.seed,
         ran_source_models=is_labelled_by_sources(labels),
         control=join_controls(label_control(labels), control_of(lora.initial)),
-        lora={name: plain(getattr(lora.config, name)) for name in names},
+        lora=settings(lora.config.to_dict(), (*SETTINGS, "init_lora_weights")),
         init_adapter=adapter_record(lora.initial) if lora.initial else None,
         basis=basis_record(lora.initial),
         train_only=lora.train_only,

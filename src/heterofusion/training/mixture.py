@@ -47,22 +47,12 @@ PART = "mixture_part"  # column of a batch: the index in PARTS of each example's
 PARTS = ("replay", "labels")
 
 
-def default_fraction(replay: int, labels: int) -> float:
-    """The share of replay where none is asked for: all examples come equally often; 0 without replay."""
-    if not replay:
-        return 0.0
-    return min(max(replay / (replay + labels), 1 / FINEST_SHARE), 1 - 1 / FINEST_SHARE)
-
-
 class Mixture(Dataset):
     """Replay and source labels as one training set for `HeteroFusionTrainer`, which reads it in the right order.
 
-    Args:
-        replay: examples with `input_ids` and `labels`; may be empty.
-        labels: the same, answered by the sources.
-        replay_fraction: share of replay among the examples that are trained on; that of `default_fraction` if None.
-        soft_weight: weight of KL(source || model) where labels have the columns of soft labels; by
-            default these are not used.
+    Both hold examples with `input_ids` and `labels`; replay may be empty. `replay_fraction` is its share among the
+    examples that are trained on, by default that at which all examples come equally often. `soft_weight` is that of
+    KL(source || model) where labels have the columns of soft labels, which are not used by default.
     """
 
     def __init__(
@@ -70,7 +60,8 @@ class Mixture(Dataset):
     ) -> None:
         self.parts: tuple[Any, Any] = (replay, labels)
         if replay_fraction is None:
-            replay_fraction = default_fraction(len(replay), len(labels))
+            even = len(replay) / max(len(replay) + len(labels), 1)
+            replay_fraction = min(max(even, 1 / FINEST_SHARE), 1 - 1 / FINEST_SHARE) if replay else 0.0
         self.share = check_fraction(replay_fraction)
         if soft_weight is not None and not 0 <= soft_weight <= 1:
             raise UserError(f"soft_weight is {soft_weight}: give a weight from 0 to 1")
@@ -78,10 +69,7 @@ class Mixture(Dataset):
         if not len(labels):
             raise UserError("there are no source labels to mix with the replay: train on the replay alone")
         if (self.share > 0) != (len(replay) > 0):
-            raise UserError(
-                f"--replay_fraction is {replay_fraction:g} with {len(replay)} replay examples: 0 goes with an empty "
-                "replay, and with no other"
-            )
+            raise UserError(f"--replay_fraction is {replay_fraction:g} with {len(replay)} replay examples")
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -103,8 +91,7 @@ class MixtureSampler(Sampler[int]):
 
     Every run of n neighbours, across epochs too, holds `floor` or `ceil` of n times the share of replay. Each part is
     shuffled, and shuffled anew when it is used up and when an epoch begins. An epoch holds every example of both parts
-    at least once, and only whole optimizer steps.
-    A `step` is the examples of an optimizer step on all ranks. The epoch does not advance by itself: see `set_epoch`.
+    at least once, and only whole optimizer steps, of `step` examples on all ranks; it does not advance by itself.
     """
 
     def __init__(self, mixture: Mixture, step: int, seed: int) -> None:
@@ -166,17 +153,11 @@ def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tens
     Returns:
         `loss_replay` and `loss_labels`, each the sum over its label tokens in nats and their number, (2,) float32.
     """
-    examples = torch.stack(
-        [
-            torch.stack(
-                [
-                    F.cross_entropy(row[:-1].float(), wanted[1:], ignore_index=IGNORE_INDEX, reduction="sum"),
-                    (wanted[1:] != IGNORE_INDEX).sum(),
-                ]
-            )
-            for row, wanted in zip(logits, labels, strict=True)
-        ]
-    )  # (batch, 2)
+    rows = []
+    for row, wanted in zip(logits, labels, strict=True):
+        loss = F.cross_entropy(row[:-1].float(), wanted[1:], ignore_index=IGNORE_INDEX, reduction="sum")
+        rows.append(torch.stack([loss, (wanted[1:] != IGNORE_INDEX).sum()]))
+    examples = torch.stack(rows)  # (batch, 2)
     # not a matrix product, which might run in less than float32
     return {
         f"loss_{name}": torch.where((parts == index).unsqueeze(1), examples, 0).sum(dim=0)
@@ -260,21 +241,13 @@ class SoftCollator:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run trains on.
-
-    Attributes:
-        examples: a data set, or with source labels a mixture.
-        parts: the data sets that it is made of.
-        replay_record: plain values about the replay; empty without.
-        labels_record: the same about the source labels; None without.
-        summary: what became of each part, as lines for the log by what they are of.
-    """
+    """What a run trains on: a data set, or a mixture of several `parts`, with what is recorded and logged of them."""
 
     examples: Examples | Mixture
     parts: tuple[Examples, ...]
     replay_record: dict[str, Any]
     labels_record: dict[str, Any] | None
-    summary: Mapping[str, list[str]]
+    summary: Mapping[str, list[str]]  # lines for the log by what they are of
 
     @property
     def state(self) -> dict[str, Any]:

@@ -229,15 +229,8 @@ def test_parts_that_do_not_go_with_the_fraction_raise():
         Mixture(TokenRows(4), [], 0.5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy is group_by_length"),
-        ({"train_sampling_strategy": "sequential"}, "--train_sampling_strategy is sequential"),
-        ({"use_liger_kernel": True}, "--use_liger_kernel is true"),
-    ],
-)
-def test_settings_that_break_the_shares_or_the_parts_raise(tmp_path, changes, words):
+@pytest.mark.parametrize("changes", [{"train_sampling_strategy": "group_by_length"}, {"use_liger_kernel": True}])
+def test_settings_that_break_the_shares_or_the_parts_raise(tmp_path, changes):
     args = make_args(tmp_path, **changes)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"--{next(iter(changes))} is"):
         HeteroFusionTrainer(perturb(make_model(args)), args, train_dataset=mixture())

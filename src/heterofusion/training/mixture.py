@@ -1,13 +1,13 @@
 """What a run trains on: replay, source labels, or both with the same share of each wherever one looks.
 
 Which part the example at a place of the run is of depends on the place and the share alone (error diffusion, as a
-straight line is drawn in pixels), so every run of neighbours has the share, however short it is and whichever rank
-reads it. Which example of the part it is depends on the seed and the epoch alone, so a run resumes anywhere.
+straight line is drawn in pixels): every run of neighbours has the share, whichever rank reads it. Which example of the
+part it is depends on the seed and the epoch alone, so a run resumes anywhere.
 
 Soft labels: at a label token where the source told of other tokens, P, the loss of a model Q is
 (1 - w) * CE(answer, Q) + w * KL(P || Q), elsewhere the cross-entropy alone; all of it is a mean over the label tokens
-of the accumulation window (Hinton et al., arXiv 1503.02531, with a temperature of 1). What is computed here is
-KL - CE, which a trainer adds w times to the loss of the model itself.
+of the accumulation window (Hinton et al., arXiv 1503.02531, temperature 1). Computed here is KL - CE, which a trainer
+adds w times to the loss of the model itself.
 """
 
 import json
@@ -143,8 +143,6 @@ def shuffled(total: int, count: int, seed: tuple[int, ...]) -> NDArray[np.int64]
 def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tensor]:
     """Cross-entropy of each part in a micro-batch, without waiting for the device.
 
-    One example at a time: logits in float32 of a whole micro-batch would be the largest tensor of a step.
-
     Args:
         logits: (batch, length, vocabulary).
         labels: (batch, length); the logits at a place are of the label after it.
@@ -153,6 +151,7 @@ def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tens
     Returns:
         `loss_replay` and `loss_labels`, each the sum over its label tokens in nats and their number, (2,) float32.
     """
+    # one example at a time: logits in float32 of a whole micro-batch would be the largest tensor of a step
     rows = []
     for row, wanted in zip(logits, labels, strict=True):
         loss = F.cross_entropy(row[:-1].float(), wanted[1:], ignore_index=IGNORE_INDEX, reduction="sum")
@@ -169,15 +168,9 @@ def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tens
 
 
 def kl_divergences(log_probs: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
-    """KL(P || Q) of distributions P over a few tokens and Q over all of them.
+    """KL(P || Q), (...), of P over some tokens, `ids` and `probs` (..., k), and Q, `log_probs` (..., vocabulary).
 
-    Args:
-        log_probs: (..., vocabulary), of Q.
-        ids: (..., k): tokens of P.
-        probs: (..., k): their probabilities; a token of probability 0 counts for nothing.
-
-    Returns:
-        (...): nats, 0 where P is nothing.
+    A token of probability 0 counts for nothing; 0 where P is nothing.
     """
     return torch.special.xlogy(probs, probs).sum(dim=-1) - (probs * log_probs.gather(-1, ids)).sum(dim=-1)
 

@@ -17,10 +17,7 @@ class NonFiniteError(UserError):
 
 
 def gradient_norms(hypernetworks: HyperNetworks) -> dict[str, Tensor]:
-    """L2 norms of the gradients of every group's hypernetwork (and of `shared` factors), scalars on the device.
-
-    Empty where there are none, or an engine holds them in parts (ZeRO, FSDP2).
-    """
+    """L2 norms of the gradients by group (and of `shared` factors); empty where an engine holds them in parts."""
     parts: dict[str, nn.Module] = dict(hypernetworks.networks.items())
     if hypernetworks.shared is not None:
         parts["shared"] = hypernetworks.shared

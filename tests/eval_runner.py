@@ -25,18 +25,18 @@ def test_sets(tmp_path_factory) -> dict[str, Path]:
     return {task: write_dataset(folder / f"{task}.jsonl", make_examples(task, "test", COUNT)) for task in TASKS}
 
 
+def expert_values(data: Path, output_dir: Path, task: str = "ner_kitchen") -> dict[str, Any]:
+    """Flags of an evaluation of one expert on one task."""
+    return {
+        "model_name_or_path": zoo_path("llama"), "adapters": [zoo_path("llama", task)], "dataset_name": [data],
+        "max_new_tokens": 40, "batch_size": 4, "output_dir": output_dir, "use_cpu": True,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def values(test_sets, tmp_path) -> dict[str, Any]:
     """Flags of an evaluation of one expert on one task."""
-    return {
-        "model_name_or_path": zoo_path("llama"),
-        "adapters": [zoo_path("llama", "ner_kitchen")],
-        "dataset_name": [test_sets["ner_kitchen"]],
-        "max_new_tokens": 40,
-        "batch_size": 4,
-        "output_dir": tmp_path / "out",
-        "use_cpu": True,
-    }
+    return expert_values(test_sets["ner_kitchen"], tmp_path / "out")
 
 
 def run(values: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -55,8 +55,6 @@ def test_records_that_do_not_tell_the_metric_raise(rows, message):
         choose_metric("auto", rows, "file x")
 
 
-@pytest.mark.parametrize("function", [lambda: choose_metric("bleu", [], "x"), lambda: primary_score("bleu"),
-                                      lambda: score("bleu", ["a"], ["a"])])  # fmt: skip
-def test_unknown_metric_raises(function):
+def test_unknown_metric_raises():
     with pytest.raises(ValueError, match="'bleu' is not known; choose one of auto, NER, RE, ET, uie, cola"):
-        function()
+        score("bleu", ["a"], ["a"])

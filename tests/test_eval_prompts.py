@@ -73,18 +73,15 @@ CHATS = [
 ]
 
 
+CASES = [(record, None) for record in PLAIN + ALPACA]
+CASES += [(record, template) for template in (CHAT, MARKED) for record in ALPACA + CHATS]
+
+
 @pytest.mark.parametrize("appends_eos", [False, True])
 @pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("record", PLAIN + ALPACA)
-def test_plain_prompts_are_the_beginning_of_training_examples(record, adds_bos, appends_eos):
-    asked, trained = both(record, byte_level(appends_eos=appends_eos, adds_bos=adds_bos))
-    assert asked == trained
-
-
-@pytest.mark.parametrize("template", [CHAT, MARKED])
-@pytest.mark.parametrize("record", ALPACA + CHATS)
-def test_templated_prompts_are_the_beginning_of_training_examples(record, template):
-    asked, trained = both(record, byte_level(template, appends_eos=True))
+@pytest.mark.parametrize(("record", "template"), CASES)
+def test_prompts_are_the_beginning_of_training_examples(record, template, adds_bos, appends_eos):
+    asked, trained = both(record, byte_level(template, appends_eos=appends_eos, adds_bos=adds_bos))
     assert asked == trained
 
 

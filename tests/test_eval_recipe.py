@@ -6,13 +6,15 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
-from eval_runner import COUNT, TASKS, evaluation, files, predictions, results, run, scores
+from eval_runner import COUNT, TASKS, evaluation, expert_values, files, predictions, results, run, scores
 from heterofusion.evaluation.metrics import UIEF1
+from heterofusion.evaluation.rows import EVAL_ARGUMENTS
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
 from recipe_runner import ROOT, error_line, flags, shell
@@ -23,15 +25,8 @@ pytest_plugins = ["eval_runner"]
 @pytest.fixture(scope="module")
 def whole(test_sets, tmp_path_factory):
     """One evaluation of an expert on two tasks: flags, folder, results."""
-    flags = {
-        "model_name_or_path": zoo_path("llama"),
-        "adapters": [zoo_path("llama", "ner_kitchen")],
-        "dataset_name": [test_sets[task] for task in TASKS],
-        "max_new_tokens": 40,
-        "batch_size": 4,
-        "use_cpu": True,
-        "output_dir": tmp_path_factory.mktemp("whole") / "out",
-    }
+    flags = expert_values(test_sets["ner_kitchen"], tmp_path_factory.mktemp("whole") / "out")
+    flags["dataset_name"] = [test_sets[task] for task in TASKS]
     return flags, flags["output_dir"], run(flags, labels=["experiment=single source", "seed=0"])
 
 
@@ -183,6 +178,17 @@ def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
     assert predictions(values["output_dir"], "exact")[0]["prompt"] == "Say it\nnow"
 
 
+def test_files_of_every_kind_give_the_same(values, test_sets, tmp_path):
+    data = Dataset.from_list([json.loads(line) for line in test_sets["re_town"].read_text().splitlines()])
+    data.to_csv(tmp_path / "t.csv")
+    data.to_parquet(tmp_path / "t.parquet")
+    names = [test_sets["re_town"], tmp_path / "t.csv", tmp_path / "t.parquet"]
+    found = run(values, dataset_name=names, dataset_label=["lines", "csv", "parquet"], max_new_tokens=4)
+    assert {r["metric"] for r in found["datasets"].values()} == {"RE"}
+    lines, csv, parquet = (predictions(values["output_dir"], label) for label in found["datasets"])
+    assert lines == csv == parquet and len(lines) == COUNT
+
+
 def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
     tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
     lengths = sorted(len(tokenizer(e["prompt"])["input_ids"]) for e in make_examples("ner_kitchen", "test", COUNT))
@@ -232,6 +238,12 @@ def test_two_processes_give_the_same(whole, tmp_path):
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_flag(capsys):
+    assert evaluation.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for kind in EVAL_ARGUMENTS for name in kind.__dataclass_fields__)
 
 
 def test_missing_files(refused, tmp_path):

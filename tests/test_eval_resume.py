@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from eval_runner import Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from eval_runner import Killed, evaluation, expert_values, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts import identity
 from heterofusion.experts.answering import part_file, read_parts
@@ -23,15 +23,7 @@ PART = "parts/ner_kitchen/rank-0.jsonl"
 @pytest.fixture(scope="module")
 def whole(test_sets, tmp_path_factory):
     """An evaluation that was not interrupted."""
-    values = {
-        "model_name_or_path": zoo_path("llama"),
-        "adapters": [zoo_path("llama", "ner_kitchen")],
-        "dataset_name": [test_sets["ner_kitchen"]],
-        "max_new_tokens": 40,
-        "batch_size": 4,
-        "use_cpu": True,
-        "output_dir": tmp_path_factory.mktemp("whole") / "out",
-    }
+    values = expert_values(test_sets["ner_kitchen"], tmp_path_factory.mktemp("whole") / "out")
     return values["output_dir"], run(values)
 
 

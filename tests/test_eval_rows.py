@@ -5,7 +5,18 @@ import shutil
 
 import pytest
 
-from eval_runner import TASKS, Killed, evaluation, fails_inside, files, predictions, results, run, scores
+from eval_runner import (
+    TASKS,
+    Killed,
+    evaluation,
+    expert_values,
+    fails_inside,
+    files,
+    predictions,
+    results,
+    run,
+    scores,
+)
 from heterofusion.evaluation.results import common_made_by, join_results
 from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.runtime.errors import UserError
@@ -34,12 +45,9 @@ def both(values, test_sets) -> dict:
 def alone(test_sets, tmp_path_factory) -> dict:
     """Each of the two on its own: folder and results by task."""
     found = {}
-    for task, expert in zip(TASKS, EXPERTS, strict=True):
+    for task in TASKS:
         folder = tmp_path_factory.mktemp(task) / "out"
-        values = {
-            "model_name_or_path": zoo_path("llama"), "adapters": [expert], "dataset_name": [test_sets[task]],
-            "max_new_tokens": 40, "batch_size": 4, "output_dir": folder, "use_cpu": True, "max_examples": 4,
-        }  # fmt: skip
+        values = expert_values(test_sets[task], folder, task) | {"max_examples": 4}
         found[task] = folder, run(values)
     return found
 

@@ -99,14 +99,9 @@ def test_similarity_is_scored_by_correlation():
     assert scores["pearson"] == pytest.approx(products / squares**0.5)
     assert scores["spearman"] == pytest.approx(1.0)
     assert set(scores) == {"pearson", "spearman", "format_failure_rate", "num_examples"}
-
-
-def test_similarity_that_does_not_parse_is_the_middle():
     references = ["0", "5", "4"]
-    assert score_glue("stsb", ["0", "5", "high"], references) == {
-        **score_glue("stsb", ["0", "5", "2.5"], references),
-        "format_failure_rate": pytest.approx(1 / 3),
-    }
+    unparsed, middle = (score_glue("stsb", ["0", "5", last], references) for last in ("high", "2.5"))
+    assert unparsed == {**middle, "format_failure_rate": pytest.approx(1 / 3)}
 
 
 @pytest.mark.parametrize("predictions", [["?", "?"], ["3", "3"], ["1", "2"]])
@@ -131,15 +126,7 @@ def test_similarity_is_a_number_from_0_to_5(answer, number):
 def test_bad_calls_raise():
     with pytest.raises(ValueError, match="'glue' is no GLUE task; choose one of cola, "):
         GLUEText("glue")
-    with pytest.raises(ValueError, match="is no GLUE task"):
-        GLUEText()
     with pytest.raises(ValueError, match=r"references\[1\] is 'yes'; an answer of rte must be one of entailment, not"):
         score_glue("rte", ["a", "b"], ["entailment", "yes"])
     with pytest.raises(ValueError, match="must be a number from 0 to 5"):
         score_glue("stsb", ["1"], ["six"])
-    with pytest.raises(ValueError, match=r"predictions\[1\] is None; give a string"):
-        GLUEText("rte").compute(predictions=["a", None], references=["entailment", "entailment"])
-    with pytest.raises(ValueError, match="1 predictions for 2 references"):
-        score_glue("rte", ["entailment"], ["entailment"] * 2)
-    with pytest.raises(ValueError, match="no predictions"):
-        score_glue("rte", [], [])

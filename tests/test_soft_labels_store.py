@@ -149,7 +149,7 @@ def test_store_of_other_labels_raises(copied, tokenizer, tmp_path, change, words
 
 def test_file_that_the_store_does_not_know_raises(copied, tokenizer, tmp_path):
     (copied / "re_market.jsonl").rename(copied / "mine.jsonl")
-    with pytest.raises(ValueError, match=r"mine\.jsonl: the soft labels beside it are of other files \(ner_garden\.j"):
+    with pytest.raises(ValueError, match=r"mine\.jsonl: the soft labels beside it are of other files"):
         softened(copied, tmp_path / "cache", tokenizer, "ner_garden", "mine")
 
 

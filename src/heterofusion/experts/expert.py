@@ -176,20 +176,11 @@ def find_expert(
 ) -> Expert:
     """Find an expert, and check on the meta device that its adapter fits the base.
 
-    Args:
-        base: The base and how it is loaded.
-        adapter: A local folder, a Hub id, or `none` for the base alone.
-        revision: Of an adapter on the Hub.
-        name: In messages; by default the adapter's, or the base's.
-        generation: How it answers, from which the room for a prompt follows; None if it will not generate.
-        merged: Whether the adapter is merged into the base before it answers.
-
-    Raises:
-        UserError: Something is missing, damaged, or does not fit; names it.
+    Without `generation`, from which the room for a prompt follows, it will not generate.
     """
     found = find_adapter(adapter, revision)
     config = _check_fit(base, found, merged)
-    tokenizer = adapter_tokenizer(base, found)
+    tokenizer = load_tokenizer(base, found.folder if found else None, base.trust_remote_code)  # the adapter's own
     limit = None
     if generation is not None:
         virtual = found.virtual_tokens if found else 0
@@ -248,11 +239,6 @@ def _unfit(adapter: Adapter, base_name: str, reason: str) -> AdapterError:
         f"adapter {adapter.given} does not fit base model {base_name} ({reason}); give the base it was trained on "
         f"({wanted})"
     )
-
-
-def adapter_tokenizer(base: BaseArguments, adapter: Adapter | None) -> Any:
-    """The tokenizer saved beside an adapter, or else the base model's."""
-    return load_tokenizer(base, adapter.folder if adapter else None, base.trust_remote_code)
 
 
 def prompt_limit(config: PretrainedConfig, max_new_tokens: int, wanted: int | None, virtual: int = 0) -> int | None:

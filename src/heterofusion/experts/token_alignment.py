@@ -25,29 +25,16 @@ Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the 
 
 @dataclass(frozen=True)
 class FusedAnswer:
-    """The labels of one answer of n tokens.
+    """The labels of one answer of n tokens."""
 
-    Attributes:
-        ids: (n, k) token ids of the target.
-        probs: (n, k) their probabilities, which add up to 1; a token of probability 0 fills a place.
-        one_to_one: number of tokens that are aligned one to one.
-        soft: number of tokens whose label is a model's distribution.
-    """
-
-    ids: NDArray[np.int32]
-    probs: NDArray[np.float32]
-    one_to_one: int
-    soft: int
+    ids: NDArray[np.int32]  # (n, k) token ids of the target
+    probs: NDArray[np.float32]  # (n, k), which add up to 1; a token of probability 0 fills a place
+    one_to_one: int  # tokens that are aligned one to one
+    soft: int  # tokens whose label is a model's distribution
 
 
 class Aligner:
-    """Turns the soft labels of a teacher into labels for the target's tokens.
-
-    Args:
-        source: symbols of the teacher's tokens.
-        target: symbols of the target's.
-        vocabulary: map of the teacher's tokens to the target's.
-    """
+    """Turns the soft labels of a teacher into labels for the target's tokens."""
 
     def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
         self._source, self._target = source, target
@@ -58,7 +45,9 @@ class Aligner:
     def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
         """Labels for all tokens of one answer: the teacher's distribution, or else the token itself."""
         found, aligned = self.distributions(labels, target_tokens)
-        ids, probs = _one_hot(target_tokens, labels.top_ids.shape[1])
+        shape = (len(target_tokens), labels.top_ids.shape[1])
+        ids, probs = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+        ids[:, 0], probs[:, 0] = target_tokens, 1.0
         for place, label in found.items():
             ids[place], probs[place] = label
         return FusedAnswer(ids, probs, aligned, len(found))
@@ -91,12 +80,7 @@ SPECIAL: Symbols = (257,)
 class AnswerSymbols:
     """Turns the tokens of an answer into what is compared: their bytes, and one symbol for all that end a turn.
 
-    Args:
-        texts: bytes by token id, None for special tokens.
-        ends: ids of the tokens that end an answer or a turn, whatever they are called.
-
-    Attributes:
-        ends: the same.
+    `texts` are bytes by token id, None for special tokens; `ends` are the tokens that end an answer or a turn.
     """
 
     def __init__(self, texts: Sequence[bytes | None], ends: Sequence[int]) -> None:
@@ -202,13 +186,6 @@ def mapped_distribution(
     for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
         new_ids[place], probs[place] = token, value / total
     return new_ids, probs
-
-
-def _one_hot(tokens: NDArray[np.int32], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Token ids (n, k) and probabilities (n, k): the tokens themselves."""
-    ids, probs = np.zeros((len(tokens), k), dtype=np.int32), np.zeros((len(tokens), k), dtype=np.float32)
-    ids[:, 0], probs[:, 0] = tokens, 1.0
-    return ids, probs
 
 
 def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:

@@ -138,23 +138,15 @@ class TokenIndex:
 class VocabularyMap:
     """The map from one tokenizer's tokens to another's, made for tokens as they are asked for, and kept on disk.
 
-    Special tokens have no text: one is mapped to the special token of the same name, if there is one.
-
-    Args:
-        source: tokenizer whose tokens are mapped.
-        target: tokenizer that they are mapped to.
-        folder: where the map is kept, in a file of the two tokenizers' fingerprints; None keeps it in memory.
-
-    Attributes:
-        seconds: that making it took, in earlier runs too.
-        identity: whether the two tokenizers are the same, so that every token is its own.
+    Special tokens have no text: one is mapped to the special token of the same name, if there is one. Without a folder
+    the map is kept in memory; `seconds` is what making it took, in earlier runs too.
     """
 
     def __init__(
         self, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, folder: Path | None = None
     ) -> None:
         names = [tokenizer_fingerprint(tokenizer) for tokenizer in (source, target)]
-        self.identity = names[0] == names[1]
+        self.identity = names[0] == names[1]  # every token is its own
         self.seconds = 0.0
         self._source, self._target = source, target
         self._size = len(source)

@@ -188,10 +188,8 @@ def test_records_without_text_or_label_are_counted(data, tmp_path):
     [
         ({"label": 2}, ["`label` is 2", "one of 0 (unacceptable), 1 (acceptable)"]),
         ({"label": "acceptable"}, ["`label` is of type str", "one of 0 (unacceptable), 1 (acceptable)"]),
-        ({"label": True}, ["`label` is of type bool"]),
         ({"label": 1.0}, ["`label` is of type float"]),
         ({"sentence": 3}, ["`sentence` is of type int"]),
-        ({"sentence": "\ud800"}, ["half a surrogate pair"]),
         ("sentence", ["the column `sentence` is missing (found: label, idx)"]),
         ("label", ["the column `label` is missing (found: sentence, idx)"]),
     ],
@@ -217,10 +215,6 @@ def test_labels_numbered_otherwise(data, capsys):
 
 def test_bad_files(data, capsys):
     train = data / "cola" / "train.jsonl"
-    train.write_text("")
-    fails(capsys, data, train, "is empty")
-    train.write_bytes(b'{"sentence": "caf\xe9"}\n')
-    fails(capsys, data, train, "is not UTF-8")
     write_task(data, "cola", rows_of("cola", 2))
     write_task(data, "cola", rows_of("cola", 2), suffix=".json")
     fails(capsys, data, data / "cola", "train split more than once (train.jsonl, train.json)")

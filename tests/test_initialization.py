@@ -77,7 +77,6 @@ def leave_out(folder: Path) -> None:
 BAD_START = {
     "a folder that is missing": (shutil.rmtree, {}, ["is no folder"]),
     "an empty folder": (lambda folder: remove(folder, "*"), {}, ["holds neither"]),
-    "a damaged identity": (lambda folder: (folder / "fusion_state.json").write_text("{"), {}, ["damaged"]),
     "an identity without sizes": (lambda folder: (folder / "fusion_state.json").write_text("{}"), {}, ["form None"]),
     "a damaged file": (lambda folder: (folder / HYPERNETWORKS).write_bytes(b"12345678"), {}, ["cannot be read"]),
     "another shape": (damage_shape, {}, ["networks.q_proj_r4.alpha", "(2,)", "(1,)"]),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from conftest import fresh_base
 from heterofusion import HeteroFusionModel, MethodConfig, load_adapter, plan_alignment
 from recipe_runner import MISTRAL, QWEN, TARGET, check_error, copy_adapter, error_line, flags, plan, shell, succeeds
 
@@ -57,18 +57,14 @@ def test_plan_says_what_feeds_what(tmp_path):
     assert len(summary["sources"][0]["unused"]) == 42 - 14 and all(summary["sources"][0]["unused"].values())
 
 
-def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path, base):
+def test_plan_prices_the_hypernetworks_as_they_are_built(tmp_path):
     summary = written_plan(tmp_path)
     target, sources = load_adapter(TARGET), [load_adapter(QWEN)]
     alignment = plan_alignment(target, sources)
-    state = base.state_dict()
     for preset, cost in summary["forms"].items():
-        fresh = AutoModelForCausalLM.from_config(base.config)
-        fresh.load_state_dict(state)
-        built = HeteroFusionModel(fresh, alignment, MethodConfig(preset=preset)).hypernetworks
+        built = HeteroFusionModel(fresh_base(), alignment, MethodConfig(preset=preset)).hypernetworks
         count = sum(parameter.numel() for parameter in built.parameters())
-        assert cost["parameters"] == count
-        assert (cost["weight_bytes"], cost["optimizer_bytes"]) == (4 * count, 8 * count)
+        assert (cost["parameters"], cost["weight_bytes"], cost["optimizer_bytes"]) == (count, 4 * count, 8 * count)
         assert cost["delta_bytes"] == 4 * sum(module.lora_B.numel() for module in target.modules.values())
         assert cost["embed_dim"] == built.config.embed_dim and cost["block_size"] == built.config.block_size
     assert set(summary["forms"]) == {"paper", "compact"}

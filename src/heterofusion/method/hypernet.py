@@ -140,32 +140,24 @@ class FactorizedFeatures(nn.Module):
         return F.gelu(self.mix(F.gelu(_cat(mixed)).flatten(-2)))  # (K, m, k) to (K, e)
 
 
-class DenseDecoder(nn.Module):
-    """Embedding to a delta block by a dense e x b*r matrix."""
+class Decoder(nn.Module):
+    """Embedding to a delta block: a dense e x b*r matrix, or a (k, m) core that shared factors expand to (b, r)."""
 
     def __init__(self, rank: int, config: HypernetworkConfig) -> None:
         super().__init__()
+        compact = config.form == "compact"
         self.rank = rank
+        self.columns = config.column_features if compact else rank
         self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero_linear(config.embed_dim, config.block_size * rank)
+        self.output = _zero_linear(
+            config.embed_dim, (config.row_features if compact else config.block_size) * self.columns
+        )
 
     def forward(self, z: Tensor, shared: SharedFactors | None) -> Tensor:
-        return self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.rank))  # (..., b, r)
-
-
-class FactorizedDecoder(nn.Module):
-    """Embedding to a (k, m) core per block; the shared row and column factors expand it to (b, r)."""
-
-    def __init__(self, rank: int, config: HypernetworkConfig) -> None:
-        super().__init__()
-        self.rank = rank
-        self.columns = config.column_features
-        self.hidden = _linear(config.embed_dim, config.embed_dim)
-        self.output = _zero_linear(config.embed_dim, config.row_features * config.column_features)
-
-    def forward(self, z: Tensor, shared: SharedFactors) -> Tensor:
-        core = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., k, m)
-        core = shared.columns_out[str(self.rank)](core).transpose(-1, -2)  # (..., r, k)
+        blocks = self.output(F.gelu(self.hidden(z))).unflatten(-1, (-1, self.columns))  # (..., b, r) or (..., k, m)
+        if shared is None:
+            return blocks
+        core = shared.columns_out[str(self.rank)](blocks).transpose(-1, -2)  # (..., r, k)
         return shared.rows_out(core).transpose(-1, -2)  # (..., b, r)
 
 
@@ -211,7 +203,7 @@ class HyperNetwork(nn.Module):
         self.fusion_norm = nn.LayerNorm(e)
         self.positions = PositionTable(config.max_position_embeddings, e)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_linear(e, e) for _ in range(4))
-        self.decoder = FactorizedDecoder(rank, config) if compact else DenseDecoder(rank, config)
+        self.decoder = Decoder(rank, config)
         # shape (1,): FSDP2 refuses 0-dimensional parameters
         self.alpha = nn.Parameter(torch.full((1,), float(alpha_init)))
         self.residual_scale = config.residual_scale

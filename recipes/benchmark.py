@@ -4,142 +4,340 @@
     python recipes/benchmark.py --shape llama8b-2layers --vary sources=1,5,20 rank=8,16,64 accumulation=1,8,32
     python recipes/benchmark.py --shape demo --exchange true
 
-Each row runs in a process of its own, one after the other: the target model with a trainable LoRA (A and B), then the
-same model under fusion with each preset; same batch, accumulation, tokens, threads, optimizer and Trainer. Printed
-per optimizer step: the median of the seconds after two steps that are not counted, their ratio to the plain step,
-the part spent in the hypernetworks (what a step runs of them, timed alone) and in the optimizer, and peak memory of
-the process. "above / w+g+s" is the memory above the plain step over the weights, gradients and optimizer states of
-the row.
-
-`--vary` prints a table per setting instead, with a row per value and a plain step of its own wherever the setting
-changes that. `--exchange true` trains on two CPU processes and counts what passes the loopback interface in an
-optimizer step, beside what shapes alone give; keep other traffic off it meanwhile.
+Each row is measured in a process of its own: the target model with a trainable LoRA (A and B), then the same model
+under fusion with each preset, all else being equal. Printed per optimizer step: the median of the seconds after two
+steps that are not counted, their ratio to the plain step, the part spent in the hypernetworks (timed alone) and in the
+optimizer, and peak memory; "above / w+g+s" is the memory above the plain step over the row's weights, gradients and
+optimizer states. `--vary` prints a table per setting instead. `--exchange true` trains on two CPU processes and counts
+what passes the loopback interface, beside what shapes alone give; keep other traffic off it meanwhile.
 """
 
+import itertools
 import json
 import logging
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# what libraries warn of while they are imported must not stand in the way
-logging.getLogger().addHandler(logging.NullHandler())
-
 import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
-from benchmark_shapes import DEMO, GIB, SHAPES, Workload
+from heterofusion import HeteroFusionConfig, HeteroFusionModel, HeteroFusionTrainer, load_adapter
 from heterofusion.data.markdown import markdown_table
 from heterofusion.method.config import HypernetworkConfig
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import flag
+from heterofusion.runtime.flags import check_ranges, flag
 from heterofusion.runtime.program import command, parse_arguments, set_up_logging
+from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, zoo_path
 
-FOLDER = Path(__file__).resolve().parent
-LORA = "lora"
-VARIED = ("sources", "rank", "accumulation")
-DDP_REDUCE = ("updates", "parameters")
+LORA, DEMO, DEMO_RANK, GIB = "lora", "demo", 8, 1024**3
+WARM_UP = 2  # steps that are not counted
+VARIED, DDP_REDUCE = ("sources", "rank", "accumulation"), ("updates", "parameters")
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a target and its sources."""
+
+    target: dict[str, Any]
+    source: dict[str, Any]
+    tokens: int
+    dtype: torch.dtype = torch.float32
+    gpu_gib: int = 0
+
+
+SHAPES = {
+    DEMO: Shape({}, {}, tokens=96),
+    "llama8b-2layers": Shape(
+        {**LLAMA_8B, "num_hidden_layers": 2, "vocab_size": 1024}, {**QWEN_7B, "num_hidden_layers": 2}, tokens=256
+    ),
+    # 15 GiB of weights; measured on an H200, by nvidia-smi: 25 for plain LoRA, 23 `compact`, 32 `paper`
+    "llama8b": Shape(
+        {**LLAMA_8B, "num_hidden_layers": 32, "vocab_size": 128256}, {**QWEN_7B, "num_hidden_layers": 28},
+        tokens=1024, dtype=torch.bfloat16, gpu_gib=34,
+    ),
+}  # fmt: skip
+
+
 @dataclass
-class BenchmarkArguments(Workload):
+class BenchmarkArguments:
     """What is measured."""
 
+    shape: str = flag("llama8b-2layers", help="Model and adapters to measure; llama8b needs a GPU.", choices=[*SHAPES])
     presets: list[str] = flag(
-        default_factory=list,
-        help="Presets of the fusion rows; compact and paper if none is given, only compact with --vary, and "
-        "with --exchange on a large shape.",
+        default_factory=list, help="Presets of the rows; without any compact and, unless that takes long, paper."
     )
     vary: list[str] = flag(
         default_factory=list, help="Settings to vary one at a time: sources=1,5,20 rank=8,16,64 accumulation=1,8,32."
     )
+    sources: int = flag(2, help="Source adapters (the demo's are repeated).", range="[1, inf)")
+    rank: int = flag(8, help="Rank of the random adapters (the demo's have rank 8).", range="[1, inf)")
+    accumulation: int = flag(8, help="Micro-batches per optimizer step.", range="[1, inf)")
+    micro_batch: int = flag(1, help="Examples per micro-batch.", range="[1, inf)")
+    tokens: int | None = flag(None, help="Tokens per example (256; 1024 in llama8b; 96 in demo).", range="[2, inf)")
+    steps: int = flag(5, help="Optimizer steps measured, after two that are not.", range="[1, inf)")
+    activation_checkpointing: bool = flag(False, help="Compute activations again in the backward, in every row.")
     exchange: bool = flag(False, help="Measure what two data-parallel CPU ranks exchange per optimizer step.")
     ddp_reduce: list[str] = flag(
-        default_factory=lambda: list(DDP_REDUCE),
-        help="What the ranks of --exchange reduce: updates, parameters, or both in turn.",
+        default_factory=lambda: [*DDP_REDUCE], help="What the ranks of --exchange reduce.", choices=DDP_REDUCE
     )
     output: str | None = flag(None, help="JSON file for the figures.")
+    row: str | None = flag(None, help="Measure this row (lora, or a preset) in this process, into --output.")
 
-    def workload(self) -> Workload:
-        """The settings that every row has."""
-        return Workload(**{item.name: getattr(self, item.name) for item in fields(Workload)})
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for preset in self.presets:
+            HypernetworkConfig.fitted(preset, 4096)  # refuses an unknown one
+        if self.vary and self.exchange:
+            raise UserError("--vary and --exchange exclude each other; run them one after the other")
+        shape = SHAPES[self.shape]
+        if self.shape == DEMO and (self.rank != DEMO_RANK or self.token_count > shape.tokens):
+            told = f"--rank is {self.rank} and --tokens is {self.token_count}, but the demo's adapters have rank"
+            raise UserError(f"{told} {DEMO_RANK} and its model {shape.tokens} positions; use another --shape")
+        has_gpu = torch.cuda.is_available() and not self.exchange
+        found = torch.cuda.get_device_properties(0).total_memory / GIB if has_gpu else 0
+        if found < shape.gpu_gib:
+            told = f"--shape {self.shape} needs a GPU with {shape.gpu_gib} GiB, but there are {found:.1f}"
+            raise UserError(f"{told}{' for --exchange' * self.exchange}; use --shape llama8b-2layers")
+        for name, values in self.varied.items():
+            for value in values:
+                replace(self, vary=[], **{name: value})  # refuses one out of range
 
+    @property
+    def token_count(self) -> int:
+        """Tokens per example."""
+        return self.tokens or SHAPES[self.shape].tokens
 
-def parse_vary(values: list[str]) -> dict[str, list[int]]:
-    """Values to measure by setting.
-
-    Raises:
-        ValueError: not of the form `NAME=VALUE,VALUE,...`, or another setting than those that can be varied.
-    """
-    varied = {}
-    for text in values:
-        name, _, numbers = text.partition("=")
-        if name not in VARIED or not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise UserError(f"--vary has {text!r}; give NAME=NUMBER,NUMBER,... with NAME one of {', '.join(VARIED)}")
-        varied[name] = [int(number) for number in numbers.split(",")]
-    return varied
-
-
-def check(arguments: BenchmarkArguments) -> None:
-    """Refuse what cannot be measured, before anything is.
-
-    Raises:
-        ValueError: names the flag and what to set instead.
-    """
-    for preset in arguments.presets:
-        HypernetworkConfig.fitted(preset, 4096)  # refuses an unknown one
-    for reduce in arguments.ddp_reduce:
-        if reduce not in DDP_REDUCE:
-            raise UserError(f"--ddp_reduce is {reduce!r}; choose from {', '.join(DDP_REDUCE)}")
-    if arguments.vary and arguments.exchange:
-        raise UserError("--vary and --exchange exclude each other; run them one after the other")
-    if arguments.exchange and arguments.shape != DEMO and SHAPES[arguments.shape].gpu_gib:
-        raise UserError(f"--exchange runs on a CPU, which cannot hold --shape {arguments.shape}; choose another")
-    arguments.check()
-    for name, values in parse_vary(arguments.vary).items():
-        for value in values:
-            replace(arguments.workload(), **{name: value}).check()
+    @property
+    def varied(self) -> dict[str, list[int]]:
+        """Values to measure by setting."""
+        varied = {}
+        for text in self.vary:
+            name, _, numbers = text.partition("=")
+            if name not in VARIED or not re.fullmatch(r"\d+(,\d+)*", numbers):
+                raise UserError(f"--vary has {text!r}; give NAME=NUMBER,... with NAME one of {', '.join(VARIED)}")
+            varied[name] = [int(number) for number in numbers.split(",")]
+        return varied
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------
+# ---- one row, in a process of its own ---------------------------------------------------------------------------
 
 
-def run_row(workload: Workload, row: str, ddp_reduce: str | None = None) -> Row:
-    """Measure a row in a fresh process, or what ranks exchange in two of them if `ddp_reduce` is given.
+def write_random_adapter(folder: Path, config: LlamaConfig | Qwen2Config, rank: int, seed: int) -> Path:
+    """A random LoRA adapter on all seven roles of a model, without that model's weights."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ROLES, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: torch.randn(each.shape, generator=generator) * (0.01 if "lora_B" in name else each.shape[1] ** -0.5)
+        for name, each in get_peft_model_state_dict(model).items()
+    }
+    lora.save_pretrained(folder)
+    save_file(state, folder / "adapter_model.safetensors")
+    return folder
 
-    Raises:
-        ChildProcessError: the process failed; what it said is on stderr.
-    """
-    given = {name: value for name, value in asdict(workload).items() if value is not None} | {"row": row}
-    launcher = [sys.executable]
-    environment = dict(os.environ)
-    if ddp_reduce is not None:
-        given["ddp_reduce"] = ddp_reduce
-        config = FOLDER.parent / "accelerate_configs" / "cpu_ddp.yaml"
+
+def prepare(arguments: BenchmarkArguments, folder: Path) -> tuple[Any, Path, list[Path]]:
+    """Base model, anchor folder and source folders; what is random is written into `folder`."""
+    numbers = range(arguments.sources)
+    if arguments.shape == DEMO:
+        base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
+        sources = [zoo_path(*DEMO_SOURCES[number % len(DEMO_SOURCES)]) for number in numbers]
+        return base, zoo_path(*DEMO_ANCHOR), sources
+    shape = SHAPES[arguments.shape]
+    target, source = LlamaConfig(**shape.target), Qwen2Config(**shape.source)
+    torch.manual_seed(0)
+    with torch.device("cuda" if shape.gpu_gib else "cpu"):  # made where it is used: 16 GB need not pass the CPU
+        base = AutoModelForCausalLM.from_config(target, dtype=shape.dtype)
+    anchor = write_random_adapter(folder / "anchor", target, arguments.rank, seed=1)
+    sources = [
+        write_random_adapter(folder / f"source{each}", source, arguments.rank, seed=2 + each) for each in numbers
+    ]
+    return base, anchor, sources
+
+
+def build_trainer(arguments: BenchmarkArguments, folder: Path, callback: TrainerCallback) -> Trainer:
+    """The trainer of a row: plain LoRA (A and B), or a fusion."""
+    base, anchor, sources = prepare(arguments, folder)
+    steps = WARM_UP + arguments.steps
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "max_steps": steps, "save_strategy": "no",
+        "per_device_train_batch_size": arguments.micro_batch, "gradient_accumulation_steps": arguments.accumulation,
+        "logging_steps": 10**6, "max_grad_norm": 0.0, "report_to": "none", "optim": "adamw_torch_fused",
+        "bf16": SHAPES[arguments.shape].dtype == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(), "ddp_find_unused_parameters": False,
+        "activation_checkpointing": arguments.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    }  # fmt: skip
+    count = steps * arguments.accumulation * arguments.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, base.config.vocab_size, (count, arguments.token_count), generator=generator).numpy()
+    rows = Dataset.from_dict({"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids}).with_format("torch")
+    if arguments.row == LORA:
+        base.requires_grad_(False)
+        model = PeftModel.from_pretrained(base, anchor, is_trainable=True)
+        return Trainer(model, TrainingArguments(**settings), train_dataset=rows, callbacks=[callback])
+    args = HeteroFusionConfig(preset=arguments.row, ddp_reduce=arguments.ddp_reduce[0], **settings)
+    model = HeteroFusionModel.from_adapters(base, load_adapter(anchor), [load_adapter(each) for each in sources], args)
+    return HeteroFusionTrainer(model, args, train_dataset=rows, callbacks=[callback])
+
+
+class StepTimer(TrainerCallback):
+    """Wall-clock seconds of whole optimizer steps and of the optimizer alone."""
+
+    def __init__(self):
+        self.steps, self.optimizer = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = now()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.update = now()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.optimizer.append(now() - self.update)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(now() - self.started)
+
+
+class LoopbackMeter(TrainerCallback):
+    """What the loopback interface had sent at the end of each optimizer step."""
+
+    def __init__(self):
+        self.readings: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        dist.barrier()  # nothing of this step is on its way any more
+        lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+        counters = next(line.split(":")[1].split() for line in lines if line.strip().startswith("lo:"))
+        self.readings.append(int(counters[8]))  # 8 columns about receiving come first
+        dist.barrier()  # and nothing of the next one before it is read; a barrier itself sends about a kilobyte
+
+
+def now() -> float:
+    """Seconds, with everything done that was launched on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the GPU where there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # getrusage would count what the parent held before this program was started
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def measure_step(arguments: BenchmarkArguments) -> Row:
+    """Seconds and memory of an optimizer step of one process."""
+    timer = StepTimer()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(arguments, Path(scratch), timer)
+        trainer.train()
+    memory = peak_memory()
+    parameters = trainable(trainer)
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    seconds, optimizer = (statistics.median(part[WARM_UP:]) for part in (timer.steps, timer.optimizer))
+    hypernetworks = 0.0 if arguments.row == LORA else hypernetwork_seconds(trainer.model, arguments.accumulation > 1)
+    # a gradient is as large as its weight; between steps there is none to be counted
+    state = 2 * tensor_bytes(parameters) + tensor_bytes(states)
+    return {
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters), "state_bytes": state,
+        "seconds_per_step": seconds, "lm_seconds": seconds - optimizer - hypernetworks,
+        "hypernetwork_seconds": hypernetworks, "optimizer_seconds": optimizer,
+        "all_seconds": timer.steps, "peak_memory_bytes": memory,
+    }  # fmt: skip
+
+
+def trainable(trainer: Trainer) -> list[Any]:
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
+def tensor_bytes(values: list[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
+def hypernetwork_seconds(model: HeteroFusionModel, twice: bool) -> float:
+    """Seconds of a forward and backward with RDM, and of the forward without gradient that accumulation adds."""
+    times = []
+    for _ in range(6):  # the first one warms up
+        model.zero_grad()
+        start = now()
+        if twice:
+            with torch.no_grad():
+                model.updates.predictor.predict()
+        model.updates.refresh()
+        losses = [update.sum() for update in model.updates.by_module.values()]
+        torch.autograd.backward([*losses, model.updates.rdm(0)])
+        times.append(now() - start)
+    return statistics.median(times[1:])
+
+
+def measure_exchange(arguments: BenchmarkArguments) -> Row:
+    """Bytes that each rank sends per optimizer step, beside the size of what is reduced; all ranks run this."""
+    meter = LoopbackMeter()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = build_trainer(arguments, Path(scratch), meter)
+        trainer.train()
+    if arguments.row == LORA or arguments.ddp_reduce[0] == "parameters":
+        reduced = tensor_bytes(trainable(trainer))
+    else:  # T * b * r of every group, in float32
+        contexts = trainer.model.updates.predictor.contexts.values()
+        rows = sum(sum(context.b_blocks) * context.members[0].target.module.rank for context in contexts)
+        reduced = 4 * rows * trainer.model.hypernetworks.config.block_size
+    ranks = dist.get_world_size()
+    sent = [after - before for before, after in itertools.pairwise(meter.readings[WARM_UP - 1 :])]
+    # ranks that reduce in a ring send 2 (n - 1) / n of the tensor each: all of it once if there are two
+    computed = reduced * 2 * (ranks - 1) / ranks
+    median = statistics.median(sent) / ranks
+    return {"ranks": ranks, "bytes_per_step": median, "computed_bytes": computed, "all_bytes": sent}
+
+
+# ---- all rows ---------------------------------------------------------------------------------------------------
+
+
+def run_row(arguments: BenchmarkArguments) -> Row:
+    """Measure `arguments.row` in a fresh process, or in two of them what ranks exchange."""
+    launcher, environment = [sys.executable], dict(os.environ)
+    if arguments.exchange:
+        config = Path(__file__).resolve().parents[1] / "accelerate_configs" / "cpu_ddp.yaml"
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
         environment |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         environment.setdefault("OMP_NUM_THREADS", "1")
     elif torch.cuda.device_count() > 1:  # on several GPUs Trainer would use DataParallel
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    print("measuring", " ".join(f"{name}={value}" for name, value in given.items()), file=sys.stderr, flush=True)
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        flags = [f"--{name}={value}" for name, value in given.items()]
-        done = subprocess.run(
-            [*launcher, str(FOLDER / "benchmark_row.py"), *flags, f"--output={result.name}"],
-            env=environment, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    print("measuring", arguments.row, file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        config, result = Path(scratch) / "flags.yaml", Path(scratch) / "row.json"
+        given = {name: value for name, value in asdict(arguments).items() if value not in (None, [])}
+        config.write_text(json.dumps({**given, "output": str(result)}), encoding="utf-8")
+        words = [*launcher, __file__, "--config", str(config)]
+        done = subprocess.run(words, env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:
             reason = "killed, perhaps for want of memory" if done.returncode == -9 else f"exit code {done.returncode}"
-            raise ChildProcessError(f"the measurement of {row} did not finish: {reason}")
-        return json.load(result)
+            raise ChildProcessError(f"the measurement of {arguments.row} did not finish: {reason}")
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 class Measured:
@@ -153,11 +351,14 @@ class Measured:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             self.rows = dict(json.loads(line) for line in lines if line.endswith("\n"))  # not one that was cut short
 
-    def __call__(self, workload: Workload, row: str, ddp_reduce: str | None = None) -> Row:
+    def __call__(self, arguments: BenchmarkArguments, row: str, **changes: Any) -> Row:
         """The figures of a row."""
-        key = json.dumps([row, ddp_reduce, asdict(workload), self.machine])
+        asked = replace(arguments, row=row, presets=[], vary=[], output=None, **changes)
+        if row == LORA and not asked.exchange:
+            asked.sources = 1  # a plain step knows no sources
+        key = json.dumps([asdict(asked), self.machine])
         if key not in self.rows:
-            self.rows[key] = run_row(workload, row, ddp_reduce)
+            self.rows[key] = {"row": row, **run_row(asked)}
             if self.path is not None:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([key, self.rows[key]]) + "\n")
@@ -166,131 +367,80 @@ class Measured:
         return self.rows[key]
 
 
-def compare(workload: Workload, presets: list[str], measure: Callable[[Workload, str], Row]) -> list[Row]:
+def compare(measure: Measured, arguments: BenchmarkArguments, presets: list[str], **changes: Any) -> list[Row]:
     """Rows of the plain step and of each preset, with their figures relative to the plain step."""
-    plain = measure(workload, LORA)
-    rows = []
-    for figures in (plain, *(measure(workload, preset) for preset in presets)):
-        above = figures["peak_memory_bytes"] - plain["peak_memory_bytes"]
-        relative = {
-            "ratio": figures["seconds_per_step"] / plain["seconds_per_step"],
-            "memory_above_plain_bytes": above,
-            "memory_above_plain_over_state": above / figures["state_bytes"],
-        }
-        rows.append({**figures, **relative})
+    rows = [{**changes, **measure(arguments, row, **changes)} for row in (LORA, *presets)]
+    for row in rows:
+        above = row["peak_memory_bytes"] - rows[0]["peak_memory_bytes"]
+        row |= {"plain_seconds": rows[0]["seconds_per_step"], "memory_above_plain_bytes": above,
+                "ratio": row["seconds_per_step"] / rows[0]["seconds_per_step"],
+                "memory_above_plain_over_state": above / row["state_bytes"]}  # fmt: skip
     return rows
 
 
-def measure_growth(
-    workload: Workload, presets: list[str], varied: dict[str, list[int]], measure: Measured
-) -> dict[str, list[Row]]:
-    """Rows by varied setting; what is measured once serves all tables."""
+# A column's heading, the figure that it shows, its format, and its unit
+COLUMNS = {
+    "row": ("row", "", 1), "preset": ("row", "", 1), **{name: (name, "", 1) for name in (*VARIED, "ddp_reduce")},
+    "trainable": ("trainable_parameters", ",", 1), "plain s / step": ("plain_seconds", ".3f", 1),
+    "s / step": ("seconds_per_step", ".3f", 1), "ratio": ("ratio", ".2f", 1), "LM s": ("lm_seconds", ".3f", 1),
+    "hypernetwork s": ("hypernetwork_seconds", ".3f", 1), "optimizer s": ("optimizer_seconds", ".3f", 1),
+    "peak GiB": ("peak_memory_bytes", ".2f", GIB), "above plain GiB": ("memory_above_plain_bytes", "+.2f", GIB),
+    "w+g+s GiB": ("state_bytes", ".2f", GIB), "above / w+g+s": ("memory_above_plain_over_state", ".2f", 1),
+    "MiB sent per rank and step": ("bytes_per_step", ".2f", 2**20),
+    "computed from shapes": ("computed_bytes", ".2f", 2**20),
+}  # fmt: skip
+ROW = "row,trainable,s / step,ratio,LM s,hypernetwork s,optimizer s,peak GiB,above plain GiB,w+g+s GiB,above / w+g+s"
+GROWTH = "preset,plain s / step,s / step,ratio,hypernetwork s,above plain GiB,above / w+g+s"
+EXCHANGE = "row,ddp_reduce,MiB sent per rank and step,computed from shapes"
 
-    def once(setting: Workload, row: str) -> Row:
-        return measure(replace(setting, sources=1) if row == LORA else setting, row)  # a plain step knows no sources
 
-    return {
-        name: [
-            {name: value, **row}
-            for value in values
-            for row in compare(replace(workload, **{name: value}), presets, once)
-        ]
-        for name, values in varied.items()
+def table(columns: str, rows: list[Row]) -> str:
+    """Rows in Markdown."""
+    header, cells = columns.split(","), []
+    for row in rows:
+        figures = [(row[name], form, unit) for name, form, unit in map(COLUMNS.__getitem__, header)]
+        cells.append([f"{value if unit == 1 else value / unit:{form}}" for value, form, unit in figures])
+    return markdown_table(header, cells)
+
+
+def measure_all(arguments: BenchmarkArguments, device: str) -> tuple[dict[str, Any], list[str]]:
+    """The figures and their tables."""
+    measure = Measured(arguments.output, device)
+    takes_long = arguments.vary or (arguments.exchange and arguments.shape != DEMO)
+    presets = arguments.presets or (["compact"] if takes_long else ["compact", "paper"])
+    if arguments.exchange:
+        asked = [(LORA, DDP_REDUCE[0]), *((preset, way) for preset in presets for way in arguments.ddp_reduce)]
+        rows = [{**measure(arguments, row, ddp_reduce=[way]), "ddp_reduce": way} for row, way in asked]
+        rows[0]["ddp_reduce"] = "-"  # it does not matter
+        return {"exchange": rows}, [table(EXCHANGE, rows)]
+    if not arguments.vary:
+        return {"rows": (rows := compare(measure, arguments, presets))}, [table(ROW, rows)]
+    growth = {
+        name: [row for value in values for row in compare(measure, arguments, presets, **{name: value})]
+        for name, values in arguments.varied.items()
     }
-
-
-def measure_exchange(workload: Workload, presets: list[str], ways: list[str], measure: Measured) -> list[Row]:
-    """Rows of plain LoRA, and of each preset with each way to reduce."""
-    rows = [{"ddp_reduce": None, **measure(workload, LORA, DDP_REDUCE[0])}]
-    return rows + [{"ddp_reduce": way, **measure(workload, preset, way)} for preset in presets for way in ways]
-
-
-# ---- tables -----------------------------------------------------------------------------------------------------
-
-
-def over_state(row: Row) -> str:
-    """Memory above plain LoRA in units of the row's weights, gradients and optimizer states."""
-    return "-" if row["row"] == LORA else f"{row['memory_above_plain_over_state']:.2f}"
-
-
-def format_rows(rows: list[Row]) -> str:
-    """The table of one workload."""
-    header = [
-        "row", "trainable", "s / step", "ratio", "LM s", "hypernetwork s", "optimizer s", "peak GiB",
-        "above plain GiB", "w+g+s GiB", "above / w+g+s",
-    ]  # fmt: skip
-    cells = [
-        [
-            r["row"], f"{r['trainable_parameters']:,}", f"{r['seconds_per_step']:.3f}", f"{r['ratio']:.2f}",
-            f"{r['lm_seconds']:.3f}", f"{r['hypernetwork_seconds']:.3f}", f"{r['optimizer_seconds']:.3f}",
-            f"{r['peak_memory_bytes'] / GIB:.2f}", f"{r['memory_above_plain_bytes'] / GIB:+.2f}",
-            f"{r['state_bytes'] / GIB:.2f}", over_state(r),
-        ]
-        for r in rows
-    ]  # fmt: skip
-    return markdown_table(header, cells)
-
-
-def format_growth(name: str, rows: list[Row]) -> str:
-    """The table of one varied setting: a row per value and preset."""
-    header = [
-        name,
-        "preset",
-        "plain s / step",
-        "s / step",
-        "ratio",
-        "hypernetwork s",
-        "above plain GiB",
-        "above / w+g+s",
-    ]
-    plain = {r[name]: r["seconds_per_step"] for r in rows if r["row"] == LORA}
-    cells = [
-        [
-            str(r[name]), r["row"], f"{plain[r[name]]:.3f}", f"{r['seconds_per_step']:.3f}", f"{r['ratio']:.2f}",
-            f"{r['hypernetwork_seconds']:.3f}", f"{r['memory_above_plain_bytes'] / GIB:+.2f}", over_state(r),
-        ]
-        for r in rows
-        if r["row"] != LORA
-    ]  # fmt: skip
-    return markdown_table(header, cells)
-
-
-def format_exchange(rows: list[Row]) -> str:
-    """The table of what ranks exchange."""
-    header = ["row", "ddp_reduce", "MiB sent per rank and step", "computed from shapes"]
-    cells = [
-        [r["row"], r["ddp_reduce"] or "-", f"{r['bytes_per_step'] / 2**20:.2f}", f"{r['computed_bytes'] / 2**20:.2f}"]
-        for r in rows
-    ]
-    return markdown_table(header, cells)
+    shown = {name: [row for row in rows if row["row"] != LORA] for name, rows in growth.items()}
+    return {"growth": growth}, [table(f"{name},{GROWTH}", rows) for name, rows in shown.items()]
 
 
 @command
 def main(argv: list[str]) -> None:
     (arguments,) = parse_arguments((BenchmarkArguments,), argv, __doc__)
     set_up_logging(logging.WARNING)
-    check(arguments)
-    workload, varied = arguments.workload(), parse_vary(arguments.vary)
-    small = not varied and not (arguments.exchange and arguments.shape != DEMO)
-    presets = arguments.presets or (["compact", "paper"] if small else ["compact"])
-    on_gpu = torch.cuda.is_available() and not arguments.exchange
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    if arguments.exchange:
-        device = "CPU, 2 processes"
-    measure = Measured(arguments.output, device)
-    if arguments.exchange:
-        results = {"exchange": measure_exchange(workload, presets, arguments.ddp_reduce, measure)}
-        tables = [format_exchange(results["exchange"])]
-    elif varied:
-        results = {"growth": measure_growth(workload, presets, varied, measure)}
-        tables = [format_growth(name, rows) for name, rows in results["growth"].items()]
-    else:
-        results = {"rows": compare(workload, presets, measure)}
-        tables = [format_rows(results["rows"])]
+    if arguments.row:
+        figures = measure_exchange(arguments) if arguments.exchange else measure_step(arguments)
+        if os.environ.get("RANK", "0") == "0":
+            Path(arguments.output).write_text(json.dumps(figures), encoding="utf-8")
+        if arguments.exchange:
+            dist.destroy_process_group()
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = "CPU, 2 processes" if arguments.exchange else device
+    results, tables = measure_all(arguments, device)
     print(
-        f"shape {workload.shape}, {device}, {workload.sources} sources, rank {workload.rank}, accumulation "
-        f"{workload.accumulation}, micro-batch {workload.micro_batch}, {workload.token_count()} tokens, "
-        f"{'activation checkpointing, ' * workload.activation_checkpointing}median of {workload.steps} steps\n"
+        f"shape {arguments.shape}, {device}, {arguments.sources} sources, rank {arguments.rank}, accumulation "
+        f"{arguments.accumulation}, micro-batch {arguments.micro_batch}, {arguments.token_count} tokens, "
+        f"{'activation checkpointing, ' * arguments.activation_checkpointing}median of {arguments.steps} steps\n"
     )
     print("\n\n".join(tables))
     if arguments.output:

@@ -9,12 +9,8 @@ command goes on after an interruption. Merges, and the upper bound of experts on
 --target_experts. Writes report.md, scores.csv and pictures to --output_dir.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
-
-# what libraries warn of while they are imported must not stand beside an error
-logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
 from heterofusion.experiments.page import Page
@@ -123,7 +119,7 @@ def add_tuned(table: Comparison, options: CompareArguments) -> None:
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((CompareArguments,), argv, __doc__)
-    set_up_logging(logging.INFO)
+    set_up_logging()
     table = options.comparison({"": options.seeds})
     base = [{"adapters": ["none"]}]
     table.add(Method("base", "References", "the target's base model without an adapter", scored=lambda _: base))

@@ -6,20 +6,16 @@ the replay, a merge) and its control, noise in place of the sources; a few short
 the gate's shift matter. All by the recipes themselves. Writes report.md with pictures, and the fused adapter.
 """
 
-import logging
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# what libraries warn of while they are imported must not stand in the way
-logging.getLogger().addHandler(logging.NullHandler())
-
 from heterofusion.experiments import RunArguments, Runs
-from heterofusion.experiments.comparison import Comparison, Method
+from heterofusion.experiments.comparison import Comparison, Method, describe
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_bars, draw_curves
-from heterofusion.experiments.tables import Gain, Row, score_frame
+from heterofusion.experiments.tables import Gain, Row, score_frame, score_table
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
 from heterofusion.runtime.program import command, parse_arguments, set_up_logging
@@ -44,14 +40,12 @@ class DemoArguments(RunArguments):
 
     output_dir: str = flag("outputs/demo", help="Folder for everything the demo writes.")
     jobs: int | None = flag(2, help="Runs at a time.", range="[1, inf)")
-    replay_examples: int = flag(30, help="Replay examples per task.")
-    validation_examples: int = flag(20, help="Examples that the merge's factor is chosen by.")
-    test_examples: int = flag(50, help="Test examples per task.")
+    replay_examples: int = flag(30, help="Replay examples per task.", range="[1, inf)")
+    validation_examples: int = flag(20, help="Examples that the merge's factor is chosen by.", range="[1, inf)")
+    test_examples: int = flag(50, help="Test examples per task.", range="[1, inf)")
     preset: str | None = flag(None, help="Preset of the fusion.")
-    max_steps: int = flag(120, help="Optimizer steps of the fusion and of its rivals.")
-    sensitivity_steps: int = flag(
-        15, help="Optimizer steps of the short fusions with other alphas and mus; 0 leaves them."
-    )
+    max_steps: int = flag(120, help="Optimizer steps of the fusion and of its rivals.", range="[1, inf)")
+    sensitivity_steps: int = flag(15, help="Steps of the short fusions with other alphas and mus; 0 leaves them out.")
     seed: int = flag(42, help="Seed of replay, tests and training.")
 
 
@@ -95,7 +89,7 @@ def plan(options: DemoArguments, runs: Runs, data: Path) -> Comparison:
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((DemoArguments,), argv, __doc__)
-    set_up_logging(logging.INFO)
+    set_up_logging()
     folder = Path(options.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
         raise UserError(f"--output_dir {folder} holds something that no demo made; name another folder")
@@ -107,16 +101,14 @@ def main(argv: list[str]) -> None:
     short = []
     for alpha, mu in SETTINGS if options.sensitivity_steps else ():
         labels = {"alpha_init": alpha, "mu_gate": mu}
-        made = runs.run(
-            "train", f"short fusion {labels}", **{**fused, "max_steps": options.sensitivity_steps, **labels}
-        )
-        short.append((labels, runs.run("eval", f"test short fusion {labels}", **table.test, adapters=[made])))
+        title = f"short fusion, {describe(labels)}"
+        made = runs.run("train", title, **{**fused, "max_steps": options.sensitivity_steps, **labels})
+        short.append((labels, runs.run("eval", f"test {title}", **table.test, adapters=[made])))
     frame = table.run()
     runs.finish()
     sources = ", ".join(f"`{'/'.join(source)}`" for source in DEMO_SOURCES)
-    page = Page(
-        folder, "HeteroFusion demo", INTRO.format(anchor="/".join(DEMO_ANCHOR), sources=sources, options=options)
-    )
+    intro = INTRO.format(anchor="/".join(DEMO_ANCHOR), sources=sources, options=options)
+    page = Page(folder, "HeteroFusion demo", intro)
     table.write(page, frame, [Gain("source gain", "fused", "noise sources")], normalize_by="expert")
     shown = frame[frame["name"].isin(["anchor", "expert", "direct tuning", "fused"])]
     page.add_picture(draw_bars(shown), "scores", "Scores by task")
@@ -129,7 +121,8 @@ def main(argv: list[str]) -> None:
     adapter = folder / "adapter"
     shutil.copytree(runs.run("train", **fused).output, adapter, dirs_exist_ok=True)
     page.add_fusions([adapter])
-    print(f"the fused adapter is in {adapter.resolve()}; look at {page.write().resolve()}")
+    print(f"\n{score_table(frame, costs=False)}\n")
+    print(f"The fused adapter is in {adapter}; the report, with what the rows are and pictures, is {page.write()}")
 
 
 if __name__ == "__main__":

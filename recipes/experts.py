@@ -5,14 +5,10 @@
 Every expert is a run of recipes/expert.py; what is finished is skipped. Its score is the upper bound of its task.
 """
 
-import logging
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-# what libraries warn of while they are imported must not stand beside an error
-logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.experiments import RunArguments, Runs
 from heterofusion.experiments.page import Page
@@ -46,17 +42,17 @@ class ExpertsArguments(RunArguments):
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((ExpertsArguments,), argv, __doc__)
-    set_up_logging(logging.INFO)
+    set_up_logging()
     runs, made = Runs(options), {}
     for name in options.experts:
         model, task = name.split("/")
-        base, files = (
+        base, (train, test) = (
             f"{options.models}/{model}",
-            {split: [f"{options.data}/{split}/{task}.jsonl"] for split in ("train", "test")},
+            [f"{options.data}/{x}/{task}.jsonl" for x in ("train", "test")],
         )
-        trained = {"config": options.expert_config or None, "model_name_or_path": base, "dataset_name": files["train"]}
+        trained = {"config": options.expert_config or None, "model_name_or_path": base, "dataset_name": [train]}
         expert = runs.run("expert", f"expert {name}", **trained)
-        scored = {"config": options.eval_config or None, "model_name_or_path": base, "dataset_name": files["test"]}
+        scored = {"config": options.eval_config or None, "model_name_or_path": base, "dataset_name": [test]}
         made[name] = expert, runs.run("eval", f"test {name}", adapters=[expert], **scored)
     runs.wait()
     rows = []

@@ -7,14 +7,9 @@
 Experts are folders FAMILY/TASK in --adapters (recipes/experts.py makes them). Runs that are finished are skipped.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-# what libraries warn of while they are imported must not stand beside an error
-logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.experiments import Run, RunArguments, Runs
 from heterofusion.experiments.page import Page
@@ -25,19 +20,15 @@ from heterofusion.runtime.flags import flag
 from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 
 Expert = tuple[str, str]  # family and task
+NAMES = ["single_source", "multi_source", "noise", "sensitivity", "sequence"]
 
 
 @dataclass
 class PaperArguments(RunArguments):
     """Experts, data and settings of the experiments."""
 
-    experiments: list[str] = flag(
-        default_factory=lambda: ["single_source", "multi_source", "noise", "sensitivity", "sequence"],
-        help="Which of them.",
-    )
-    families: list[str] = flag(
-        default_factory=list, help="Family of the target, of the sources, and the third one if any."
-    )
+    experiments: list[str] = flag(default_factory=lambda: [*NAMES], help="Which of them.", choices=NAMES)
+    families: list[str] = flag(default_factory=list, help="Family of the target, of the sources, and a third one.")
     both_ways: bool = flag(False, help="single_source with target and sources exchanged too.")
     adapters: str = flag("", help="Folder with an expert FAMILY/TASK for each.")
     models: str = flag("", help="Folder, or organization on the Hub, with the base FAMILY.")
@@ -46,9 +37,7 @@ class PaperArguments(RunArguments):
     tasks: list[str] = flag(default_factory=list, help="Tasks; the first is that of the anchor.")
     third_tasks: list[str] = flag(default_factory=list, help="Those whose expert is of the third family.")
     noise_tasks: list[str] = flag(default_factory=list, help="Tasks of the noise experiment; all.")
-    irrelevant_tasks: list[str] = flag(
-        default_factory=list, help="Tasks of the irrelevant experts, of the target's family."
-    )
+    irrelevant_tasks: list[str] = flag(default_factory=list, help="Of irrelevant experts of the target's family.")
     alphas: list[float] = flag(default_factory=lambda: [0.05, 0.15, 0.3, 0.6, 0.9], help="alpha_init.")
     mus: list[float] = flag(default_factory=lambda: [-0.4, -0.2, -0.05, 0.1, 0.15], help="mu_gate.")
     seeds: list[int] = flag(default_factory=lambda: [42], help="Seeds of sample, start and order.")
@@ -58,14 +47,9 @@ class PaperArguments(RunArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adapters", "models", "data", "tasks"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is missing; see --help")
-        if unknown := [name for name in self.experiments if name not in EXPERIMENTS]:
-            raise UserError(f"--experiments has {unknown[0]!r}; choose from {', '.join(EXPERIMENTS)}")
         needed = 3 if {"multi_source", "sequence"} & {*self.experiments} else 2
-        if len(self.families) < needed:
-            raise UserError(f"--families has {len(self.families)} values; these experiments need {needed}")
+        if not (self.adapters and self.models and self.data and self.tasks) or len(self.families) < needed:
+            raise UserError(f"--adapters, --models, --data, --tasks and {needed} --families are needed; see --help")
 
 
 class Paper:
@@ -89,121 +73,106 @@ class Paper:
             dataset_name=[f"{self.options.data}/replay/{task}.jsonl" for task in tasks], **flags,
         )  # fmt: skip
 
-    def score(
-        self, name: str, family: str, adapter: Expert | Run, tasks: Sequence[str], seed: int = NO_SEED, **labels
-    ) -> None:
+    def score(self, name: str, family: str, adapter: Expert | Run, seed: int = NO_SEED, tasks=(), **labels) -> None:
         """A row of the experiment's table."""
         path = adapter if isinstance(adapter, Run) else f"{self.options.adapters}/{'/'.join(adapter)}"
-        files = [f"{self.options.data}/test/{task}.jsonl" for task in tasks]
+        files = [f"{self.options.data}/test/{task}.jsonl" for task in tasks or self.options.tasks]
         base = {"config": self.options.eval_config, "model_name_or_path": self.base(family)}
         run = self.runs.run("eval", f"test {name} {labels} seed {seed}", adapters=[path], dataset_name=files, **base)
         self.rows.append((name, run, seed, labels))
 
 
-def single_source(paper: Paper, options: PaperArguments) -> None:
-    """Experiment 1 (and 4): an anchor of each task, the other family's experts of the others."""
-    target, other = options.families[:2]
-    for family, others in [(target, other), (other, target)][: 1 + options.both_ways]:
-        for anchor in options.tasks:
+def fuse_each(paper: Paper, pairs: Sequence[Expert], anchors: Sequence[str], third: dict[str, str]) -> None:
+    """Fusions into each anchor of the one family, the sources of the other one, or of that which a task has."""
+    for family, others in pairs:
+        for anchor in anchors:
             labels = {"target": family, "anchor": anchor}
-            paper.score("anchor", family, (family, anchor), options.tasks, **labels)
-            for seed in options.seeds:
-                sources = [(others, task) for task in options.tasks if task != anchor]
-                fused = paper.fuse((family, anchor), sources, options.tasks, seed)
-                paper.score("fused", family, fused, options.tasks, seed, **labels)
+            sources = [(third.get(task, others), task) for task in paper.options.tasks if task != anchor]
+            paper.score("anchor", family, (family, anchor), **labels)
+            for seed in paper.options.seeds:
+                fused = paper.fuse((family, anchor), sources, paper.options.tasks, seed)
+                paper.score("fused", family, fused, seed, **labels)
 
 
-def multi_source(paper: Paper, options: PaperArguments) -> None:
+def single_source(paper: Paper, options: PaperArguments, target: str, other: str, *_: str) -> None:
+    """Experiment 1 (and 4): an anchor of each task, the other family's experts of the others."""
+    fuse_each(paper, [(target, other), (other, target)][: 1 + options.both_ways], options.tasks, {})
+
+
+def multi_source(paper: Paper, options: PaperArguments, target: str, other: str, third: str) -> None:
     """Experiment 2: sources of two families at once, with either of two targets."""
-    target, other, third = options.families
-    anchor = options.tasks[0]
-    for family, others in ((target, other), (other, target)):
-        sources = [(third if task in options.third_tasks else others, task) for task in options.tasks[1:]]
-        paper.score("anchor", family, (family, anchor), options.tasks, target=family)
-        for seed in options.seeds:
-            fused = paper.fuse((family, anchor), sources, options.tasks, seed)
-            paper.score("fused", family, fused, options.tasks, seed, target=family)
+    elsewhere = dict.fromkeys(options.third_tasks, third)
+    fuse_each(paper, [(target, other), (other, target)], options.tasks[:1], elsewhere)
 
 
-def noise(paper: Paper, options: PaperArguments) -> None:
+def noise(paper: Paper, options: PaperArguments, target: str, other: str, *_: str) -> None:
     """Experiment 3: without and with irrelevant experts of the target's own family."""
-    target, other = options.families[:2]
-    tasks = options.noise_tasks or options.tasks
+    anchor, tasks = (target, options.tasks[0]), options.noise_tasks or options.tasks
     clean = [(other, task) for task in tasks if task != options.tasks[0]]
-    paper.score("anchor", target, (target, options.tasks[0]), tasks)
+    paper.score("anchor", target, anchor, tasks=tasks)
     for label, more in (("clean", []), ("noisy", [(target, task) for task in options.irrelevant_tasks])):
         for seed in options.seeds:
-            fused = paper.fuse((target, options.tasks[0]), [*clean, *more], tasks, seed)
-            paper.score("fused", target, fused, tasks, seed, sources=label)
+            fused = paper.fuse(anchor, [*clean, *more], tasks, seed)
+            paper.score("fused", target, fused, seed, tasks, sources=label)
 
 
-def sensitivity(paper: Paper, options: PaperArguments) -> None:
+def sensitivity(paper: Paper, options: PaperArguments, target: str, other: str, *_: str) -> None:
     """Experiment 5: experiment 1 on one anchor with other first alphas, and with other shifts of the gate."""
-    target, other = options.families[:2]
-    settings = [(alpha, 0.1) for alpha in options.alphas] + [(0.3, mu) for mu in options.mus if mu != 0.1]
-    for alpha, mu in settings:
-        for seed in options.seeds[:1]:
-            sources = [(other, task) for task in options.tasks[1:]]
-            flags = {"alpha_init": alpha, "mu_gate": mu}
-            fused = paper.fuse((target, options.tasks[0]), sources, options.tasks, seed, **flags)
-            paper.score("fused", target, fused, options.tasks, seed, **flags)
+    sources, seed = [(other, task) for task in options.tasks[1:]], options.seeds[0]
+    for alpha, mu in [(alpha, 0.1) for alpha in options.alphas] + [(0.3, mu) for mu in options.mus if mu != 0.1]:
+        flags = {"alpha_init": alpha, "mu_gate": mu}
+        fused = paper.fuse((target, options.tasks[0]), sources, options.tasks, seed, **flags)
+        paper.score("fused", target, fused, seed, **flags)
 
 
-def sequence(paper: Paper, options: PaperArguments) -> None:
+def sequence(paper: Paper, options: PaperArguments, target: str, other: str, third: str) -> None:
     """Experiment 6: the fused adapter is the next target; with fresh hypernetworks, or with those of the first."""
-    target, other, third = options.families
-    begun = [task for task in options.tasks if task not in options.third_tasks]
-    for seed in options.seeds[:1]:
-        keep = {"save_strategy": "steps", "save_steps": 1_000_000, "save_total_limit": 1}  # the last step alone
-        first = paper.fuse((target, options.tasks[0]), [(other, task) for task in begun[1:]], begun, seed, **keep)
-        paper.score("first fusion", target, first, options.tasks, seed)
-        for start, carried in (("fresh", None), ("carried", first)):
-            sources = [(third, task) for task in options.third_tasks]
-            second = paper.fuse(first, sources, options.tasks, seed, init_hypernetwork_from=carried)
-            paper.score("second fusion", target, second, options.tasks, seed, hypernetworks=start)
+    begun, seed = [task for task in options.tasks if task not in options.third_tasks], options.seeds[0]
+    keep = {"save_strategy": "steps", "save_steps": 1_000_000, "save_total_limit": 1}  # the last step alone
+    first = paper.fuse((target, options.tasks[0]), [(other, task) for task in begun[1:]], begun, seed, **keep)
+    paper.score("first fusion", target, first, seed)
+    for start, carried in (("fresh", None), ("carried", first)):
+        sources = [(third, task) for task in options.third_tasks]
+        second = paper.fuse(first, sources, options.tasks, seed, init_hypernetwork_from=carried)
+        paper.score("second fusion", target, second, seed, hypernetworks=start)
 
 
-EXPERIMENTS = {each.__name__: each for each in (single_source, multi_source, noise, sensitivity, sequence)}
+EXPERIMENTS = dict(zip(NAMES, (single_source, multi_source, noise, sensitivity, sequence), strict=True))
 
 
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((PaperArguments,), argv, __doc__)
-    set_up_logging(logging.INFO)
+    set_up_logging()
     paper, asked = Paper(options), {}
     for name in options.experiments:
-        EXPERIMENTS[name](paper, options)
+        EXPERIMENTS[name](paper, options, *options.families[:3])
         asked[name], paper.rows = paper.rows, []
     paper.runs.wait()
-    page = Page(options.output_dir, "The paper's experiments")
-    page.add(SCORES_ARE)
+    page = Page(options.output_dir, "The paper's experiments", SCORES_ARE)
     for name, rows in asked.items():
         done = [Row(row, [run.results() or {}], seed, labels) for row, run, seed, labels in rows if run.is_finished]
         if done:
             add_section(page, name, score_frame(done))
     if not options.dry_run:
-        print(f"written to {page.write(Path(options.output_dir) / 'report.md')}")
+        print(f"written to {page.write()}")
     paper.runs.finish()
 
 
 def add_section(page: Page, name: str, frame) -> None:
     """Tables and pictures of an experiment."""
     page.frames.append(frame.assign(experiment=name))
-    labels = [
-        label for label in ("target", "anchor", "sources", "alpha_init", "mu_gate", "hypernetworks") if label in frame
-    ]
-    by = ["name", *(label for label in labels if frame[label].nunique() > 1)]
+    labels = ("target", "anchor", "sources", "alpha_init", "mu_gate", "hypernetworks")
+    by = ["name", *(label for label in labels if label in frame and frame[label].nunique() > 1)]
     page.add(f"## {name}", str(EXPERIMENTS[name].__doc__), score_table(frame, by))
     if "anchor" in set(frame["name"]):
         page.add("Difference to `anchor`, paired by seed; bold: the interval lies on one side of 0.")
         page.add(difference_table(frame, "anchor", by))
-    if name == "sensitivity":
-        for label, other, fixed in (("alpha_init", "mu_gate", "0.1"), ("mu_gate", "alpha_init", "0.3")):
-            page.add_picture(
-                draw_curves(frame[frame[other] == fixed], label), f"sensitivity-{label}", f"Score over {label}"
-            )
-    else:
+    if name != "sensitivity":
         page.add_picture(draw_scores(frame, by), name, f"Scores of {name}")
+        return
+    for label, other, fixed in (("alpha_init", "mu_gate", "0.1"), ("mu_gate", "alpha_init", "0.3")):
+        page.add_picture(draw_curves(frame[frame[other] == fixed], label), f"{name}-{label}", f"Score over {label}")
 
 
 if __name__ == "__main__":

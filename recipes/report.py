@@ -6,18 +6,16 @@ Reads every results.json of recipes/eval.py in the folders. Results that agree i
 make one row; there is one table per value of the label --group_by. Writes report.md, scores.csv and pictures.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
-
-# what libraries warn of while they are imported must not stand beside an error
-logging.getLogger().addHandler(logging.NullHandler())
+from pathlib import Path
 
 import pandas as pd
 
+from heterofusion.data.files import load_json, read_text
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
-from heterofusion.experiments.tables import SCORES_ARE, difference_table, read_rows, score_frame, score_table
+from heterofusion.experiments.tables import NO_SEED, SCORES_ARE, Row, difference_table, score_frame, score_table
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
 from heterofusion.runtime.program import command, parse_arguments, set_up_logging
@@ -29,9 +27,7 @@ class ReportArguments:
 
     output_dir: str = flag(help="Folder for report.md, scores.csv and pictures.")
     results: list[str] = flag(default_factory=list, help="Files results.json, and folders that are searched for them.")
-    adapters: list[str] = flag(
-        default_factory=list, help="Fused adapters whose alignment, updates and training are drawn."
-    )
+    adapters: list[str] = flag(default_factory=list, help="Fused adapters whose fusion and training are drawn.")
     title: str = flag("Results", help="Heading of the report.")
     intro: str = flag("", help="Text below the heading, in Markdown.")
     group_by: str = flag("experiment", help="Label whose values make one table each.")
@@ -40,6 +36,23 @@ class ReportArguments:
     def __post_init__(self) -> None:
         if not (self.results or self.adapters):
             raise UserError("there is nothing to report; give --results or --adapters")
+
+
+def read_rows(folders: list[str]) -> list[Row]:
+    """Rows of all `results.json` in folders, by the names and labels that the evaluations were given."""
+    rows = []
+    for folder in map(Path, folders):
+        paths = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
+        if not paths:
+            raise UserError(f"--results {folder} holds no results.json; name the output_dir of evaluations")
+        for path in paths:
+            content = load_json(read_text(path, f"results {path}"), f"results {path}")
+            if not isinstance(content, dict) or not {"name", "datasets", "seconds"} <= content.keys():
+                raise UserError(f"results {path} is no result of recipes/eval.py; leave it out")
+            labels = dict(content.get("labels") or {})
+            seed = labels.pop("seed", None) or (content.get("made_by") or {}).get("seed")
+            rows.append(Row(content["name"], [content], NO_SEED if seed is None else int(seed), labels))
+    return rows
 
 
 def add_group(page: Page, title: str, frame: pd.DataFrame, labels: list[str], baseline: str | None) -> None:
@@ -60,7 +73,7 @@ def add_group(page: Page, title: str, frame: pd.DataFrame, labels: list[str], ba
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((ReportArguments,), argv, __doc__)
-    set_up_logging(logging.INFO, hold=True)
+    set_up_logging(hold=True)
     rows = read_rows(options.results)
     names = sorted({row.name for row in rows})
     if options.baseline is not None and options.baseline not in names:

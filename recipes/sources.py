@@ -8,13 +8,9 @@ answered to the prompts in unlabelled/TASK.jsonl. Controls have everything but w
 are searched in the case --search_examples, with equal budgets. Runs that are finished are skipped.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-# what libraries warn of while they are imported must not stand beside an error
-logging.getLogger().addHandler(logging.NullHandler())
 
 import yaml
 
@@ -50,9 +46,7 @@ class SourcesArguments(ComparisonArguments):
     same_time_steps: int = flag(0, help="Steps of a direct tuning as long as the fusion.")
     irrelevant_adapters: list[str] = flag(default_factory=list, help="Sources of other tasks.")
     irrelevant_models: list[str] = flag(default_factory=list, help="The base of each.")
-    irrelevant_data: list[str] = flag(
-        default_factory=list, help="Data that such experts are trained on, on the first source's base."
-    )
+    irrelevant_data: list[str] = flag(default_factory=list, help="Data of such experts on the first source's base.")
 
 
 class Labels:
@@ -61,10 +55,13 @@ class Labels:
     def __init__(self, table: Comparison, options: SourcesArguments):
         self.runs, self.options = table.runs, options
         experts = {**{task: task for task in options.source_tasks}, options.target_task: "anchor"}
-        maps = {"routing": experts, "own_task": {options.target_task: "anchor"}}
-        self.routing, self.own = (Path(options.output_dir) / f"{name}.yaml" for name in maps)
-        for path, routes in zip((self.routing, self.own), maps.values(), strict=True):
-            write_whole(path, yaml.safe_dump({task: routes.get(task, "none") for task in options.tasks}))
+        self.routing = self.write_map("routing", experts)
+        self.own = self.write_map("own_task", {options.target_task: "anchor"})
+
+    def write_map(self, name: str, routes: dict[str, str]) -> Path:
+        path = Path(self.options.output_dir) / f"{name}.yaml"
+        write_whole(path, yaml.safe_dump({task: routes.get(task, "none") for task in self.options.tasks}))
+        return path
 
     def irrelevant(self) -> list[str | Run]:
         """Experts that have nothing to do with the tasks."""
@@ -74,9 +71,7 @@ class Labels:
             for file in self.options.irrelevant_data
         ]
 
-    def __call__(
-        self, at: tuple[str, int], split: str = "unlabelled", more: bool = False, **flags: object
-    ) -> list[Run]:
+    def __call__(self, at: tuple[str, int], split: str = "unlabelled", more: bool = False, **flags) -> list[Run]:
         """Labels in a case and with a seed, routed by the replay of the case, or by a map where there is none."""
         options, others = self.options, self.irrelevant() if more else []
         bases = (options.irrelevant_models or options.source_models[:1] * len(others))[: len(others)]
@@ -155,7 +150,7 @@ def add_variants(table: Comparison, options: SourcesArguments, labels: Labels, c
 @command
 def main(argv: list[str]) -> None:
     (options,) = parse_arguments((SourcesArguments,), argv, __doc__)
-    set_up_logging(logging.INFO)
+    set_up_logging()
     seeds = {f"N={count}": options.seeds[: 2 if count in options.few_seeds else None] for count in options.examples}
     table = options.comparison(seeds, f"N={options.search_examples}")
     labels = Labels(table, options)

@@ -1,7 +1,6 @@
 """Runs of recipes: made once, resumed, their failures told, their processes ended with the program."""
 
 import fcntl
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 import yaml
 
 from heterofusion.experiments import RunArguments, Runs
-from heterofusion.experiments.runs import FAILED, FINISHED, NOT_RUN, SKIPPED, content_sha256, recipes_folder
+from heterofusion.experiments.runs import FAILED, FINISHED, NOT_RUN, SKIPPED, content_sha256
 from heterofusion.runtime.errors import UserError
 
 # A recipe that needs no model: notes its command line, and does what its flags say.
@@ -168,14 +167,6 @@ def test_bad_places_are_refused(flags, match):
         RunArguments("out", **flags)
 
 
-def test_dry_run_prints_the_flags(make, capsys):
-    runs = make(dry_run=True)
-    run = runs.run("train", "a fusion", seed=3)
-    runs.wait()
-    runs.finish()
-    assert "a fusion" in capsys.readouterr().out and not run.folder.exists()
-
-
 def test_runs_end_when_the_program_is_killed(make, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -214,7 +205,3 @@ def _until(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_recipes_are_found():
-    assert os.path.isfile(recipes_folder() / "train.py")

@@ -21,6 +21,7 @@ from heterofusion.experiments.pictures import draw_curves, draw_ranking
 from heterofusion.experiments.runs import Run, RunArguments, Runs, content_sha256
 from heterofusion.experiments.tables import (
     COSTS_ARE,
+    GAINS_ARE,
     NO_SEED,
     SCORES_ARE,
     Gain,
@@ -35,11 +36,6 @@ from heterofusion.runtime.flags import flag
 
 Flags = dict[str, Any]
 _TRAINED_ON = ("dataset_name", "prompts", "source_labels")
-
-
-def score_what_is_made(made: Run | None) -> list[Flags]:
-    """The evaluation of most methods: of the adapter that was made."""
-    return [{"adapters": [made]}]
 
 
 @dataclass
@@ -69,12 +65,8 @@ class ComparisonArguments(RunArguments):
         for name in ("model_name_or_path", "target_adapter", "source_adapters", "data", "tasks"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; see --help")
-        for name in ("source_models", "source_tasks"):
-            if len(getattr(self, name)) != len(self.source_adapters):
-                raise UserError(
-                    f"--{name} has {len(getattr(self, name))} values for {len(self.source_adapters)} source adapters; "
-                    "give one for each"
-                )
+        if not len(self.source_models) == len(self.source_tasks) == len(self.source_adapters):
+            raise UserError("--source_models, --source_tasks and --source_adapters need one value for each source")
 
     def files(self, split: str) -> list[str]:
         """The files of a split."""
@@ -116,50 +108,29 @@ class ComparisonArguments(RunArguments):
 
 @dataclass(eq=False)
 class Method:
-    """A row of the table.
-
-    Attributes:
-        name: of the row.
-        group: heading of the rows that it stands among.
-        about: what it is, in a sentence.
-        recipe: what makes its adapter; None if there is nothing to make.
-        flags: its flags, given a case and a seed.
-        search: values of the flags that are searched.
-        like: name of the method above whose recipe, flags and chosen values it takes; `flags` replace some.
-        scored: flags of recipes/eval.py, given what was made; several evaluations of disjoint data make one row.
-        cases: those that it is run in; all by default.
-    """
+    """A row of the table."""
 
     name: str
-    group: str = ""
+    group: str = ""  # heading of the rows that it stands among
     about: str = ""
-    recipe: str | None = None
+    recipe: str | None = None  # what makes its adapter; None if there is nothing to make
     flags: Callable[[str, int], Flags] = lambda case, seed: {}
-    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    like: str | None = None
-    scored: Callable[[Run | None], list[Flags]] = score_what_is_made
-    cases: Sequence[str] = ()
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # values of the flags that are searched
+    like: str | None = None  # the method whose recipe, flags and chosen values it takes; `flags` replace some
+    # flags of recipes/eval.py, given what was made; several evaluations of disjoint data make one row
+    scored: Callable[[Any], list[Flags]] = lambda made: [{"adapters": [made]}]
+    cases: Sequence[str] = ()  # those that it is run in; all by default
 
 
 @dataclass
 class Comparison:
-    """Methods, and what they are compared by.
-
-    Attributes:
-        runs: where they run.
-        validation: flags of the evaluations that hyper-parameters are chosen by.
-        test: flags of those that are reported.
-        cases: seeds of the reported runs by case; one case without a name if nothing is varied.
-        budget: validation runs of each method with hyper-parameters.
-        search_seed: of these runs.
-        search_case: of these runs.
-    """
+    """Methods, and what they are compared by."""
 
     runs: Runs
-    validation: Flags
-    test: Flags
-    cases: Mapping[str, Sequence[int]]
-    budget: int
+    validation: Flags  # of the evaluations that hyper-parameters are chosen by
+    test: Flags  # of those that are reported
+    cases: Mapping[str, Sequence[int]]  # seeds of the reported runs by case; one without a name if nothing is varied
+    budget: int  # validation runs of each method with hyper-parameters
     search_seed: int = 100
     search_case: str = ""
     methods: dict[str, Method] = field(default_factory=dict)
@@ -184,14 +155,13 @@ class Comparison:
 
     def run(self) -> pd.DataFrame:
         """Search, run all methods, and give the frame of their scores; what did not finish is in `missing`."""
-        seeds = {seed for seeds in self.cases.values() for seed in seeds}
-        if self.search_seed in seeds:
+        if self.search_seed in itertools.chain(*self.cases.values()):
             raise UserError(
                 f"--search_seed {self.search_seed} is one of the reported seeds: hyper-parameters would be chosen by "
                 "a run that is in the table; give another"
             )
         self._search()
-        planned: dict[tuple[Method, str], dict[int, tuple[Run | None, list[Run]]]] = {}
+        planned = {}
         for method in self.methods.values():
             searched = self.methods[method.like or method.name]
             if searched.search and searched.name not in self.chosen:
@@ -203,17 +173,17 @@ class Comparison:
         self.runs.wait()
         rows = []
         for (method, case), made in planned.items():
-            fixed = len(made) > 1 and len({tuple(scored) for _, scored in made.values()}) == 1
+            if len(made) > 1 and len({tuple(scored) for _, scored in made.values()}) == 1:  # no seed matters
+                made = {NO_SEED: next(iter(made.values()))}
             for seed, (maker, scored) in made.items():
-                if not all(run.is_finished for run in scored):
-                    self.missing.append(f"{method.name}, {f'{case}, ' if case else ''}seed {seed}")
+                if all(run.is_finished for run in scored):
+                    rows.append(self._row(method, case, seed, maker, scored))
                 else:
-                    rows.append(self._row(method, case, NO_SEED if fixed else seed, maker, scored))
-                if fixed:
-                    break
+                    self.missing.append(", ".join(filter(None, (method.name, case, f"seed {seed}"))))
         return score_frame(rows)
 
     def _search(self) -> None:
+        """Try all values of all methods, side by side, and choose the best of each."""
         for method in [method for method in self.methods.values() if method.search]:
             tried = self.tried[method.name] = []
             for values in itertools.product(*method.search.values()):
@@ -223,7 +193,8 @@ class Comparison:
                 for scored in method.scored(made):
                     title = f"validate {method.name} {describe(settings)}"
                     tried.append((settings, self.runs.run("eval", title, **{**self.validation, **scored})))
-        self.runs.wait()
+        if self.tried:
+            self.runs.wait()
         for name, tried in self.tried.items():
             if self.runs.options.dry_run:
                 self.chosen[name] = tried[0][0]
@@ -231,13 +202,13 @@ class Comparison:
                 self.chosen[name] = max(tried, key=_score)[0]
 
     def _reported(self, method: Method, case: str, seed: int) -> tuple[Run | None, list[Run]]:
-        title, made = f"{method.name} {case} seed {seed}".replace("  ", " "), None
+        """What makes a method in a case with a seed, and the evaluations of what was made."""
+        title, made = " ".join(filter(None, (method.name, case, f"seed {seed}"))), None
         if method.recipe is not None:
             flags = {**method.flags(case, seed), **self.chosen.get(method.like or method.name, {})}
             made = self.runs.run(method.recipe, title, **flags)
-        return made, [
-            self.runs.run("eval", f"test {title}", **{**self.test, **flags}) for flags in method.scored(made)
-        ]
+        scored = [{**self.test, **flags} for flags in method.scored(made)]
+        return made, [self.runs.run("eval", f"test {title}", **flags) for flags in scored]
 
     def _row(self, method: Method, case: str, seed: int, made: Run | None, scored: Sequence[Run]) -> Row:
         shared = list(made.needs) if made else []
@@ -262,8 +233,6 @@ class Comparison:
             if common := sorted(left.keys() & right.keys()):
                 raise UserError(f"{what}: {left[common[0]]}; give it other data")
 
-    # ---- the page -----------------------------------------------------------------------------------------------
-
     def write(self, page: Page, frame: pd.DataFrame, gains: Sequence[Gain], normalize_by: str) -> None:
         """Tables, pictures, gains, what the rows are, and what was tried."""
         page.frames.append(frame)
@@ -272,38 +241,27 @@ class Comparison:
             page.add("## Mean scores in all cases", SCORES_ARE, case_table(frame))
             page.add_picture(draw_curves(frame, "case", sorted(rows)), "cases", "Mean score over the cases")
         if gains:
-            page.add(
-                "## Gains",
-                "Paired by seed, whatever they are. `above 0`, `below 0`: all of the 95% interval; `undecided`: "
-                "it contains 0. A target is met if the mean and the whole interval are where it wants them.",
-                gain_table(frame, gains),
-            )
+            page.add("## Gains", GAINS_ARE, gain_table(frame, gains))
         page.add("## Tables", SCORES_ARE, COSTS_ARE)
-        if any(self.tried):
-            page.add(
-                f"Every method whose hyper-parameters were searched got {self.budget} validation runs, on other data; "
-                "controls take the hyper-parameters of what they are the control of."
-            )
         for number, (case, part) in enumerate(frame.groupby("case", sort=False), start=1):
             page.add(*([f"### {case}"] if case else []), score_table(part, normalize_by=normalize_by))
             page.add_picture(draw_ranking(part), f"methods-{number}", f"Mean score of each method {case}".strip())
         about = [f"- **{method.name}**: {method.about}" for method in self.methods.values() if method.about]
         page.add("## What the rows are", "\n".join(about))
         if self.tried:
-            page.add("## Hyper-parameters", self._search_table())
+            told = f"Every method got {self.budget} validation runs, on other data; controls take what was chosen for"
+            page.add("## Hyper-parameters", f"{told} what they are the control of.", self._search_table())
         if self.missing:
             page.add("## Missing", "\n".join(f"- {text}" for text in self.missing))
 
     def _search_table(self) -> str:
         lines = []
         for name, tried in self.tried.items():
-            scores = [
-                f"{describe(settings)}: {_score((settings, run)):.3f}" for settings, run in tried if run.is_finished
-            ]
-            chosen = self.chosen.get(name)
-            search = self.methods[name].search
-            edge = chosen and any(len(v) > 2 and chosen[k] in (min(v), max(v)) for k, v in search.items())
-            lines.append([name, chosen and describe(chosen) + (" (at the edge)" if edge else ""), ", ".join(scores)])
+            scores = [f"{describe(values)}: {_score((values, run)):.3f}" for values, run in tried if run.is_finished]
+            chosen, search = self.chosen.get(name, {}), self.methods[name].search
+            ends = {key: (min(values), max(values)) for key, values in search.items() if len(values) > 2}
+            edge = any(value in ends.get(key, ()) for key, value in chosen.items())
+            lines.append([name, describe(chosen) + " (at the edge)" * edge or "-", ", ".join(scores)])
         return markdown_table(["", "chosen", "mean score on the validation data"], lines)
 
 

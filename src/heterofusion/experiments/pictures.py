@@ -4,7 +4,6 @@ Colours are told apart by the colour-blind, and by their lightness on a black an
 lines have markers beside.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from heterofusion.experiments.tables import Estimate, by_seed, estimate
+from heterofusion.experiments.tables import Estimate, by_seed, estimate, row_name
 
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well
 COLORS = ("#000000", "#56B4E9", "#D55E00", "#F0E442", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -73,26 +72,24 @@ def draw_scores(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
 def draw_bars(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     """Scores of a few rows on each data set, with their intervals over seeds."""
     datasets = list(dict.fromkeys(frame["dataset"]))
-    rows = [(_name(by, keys), part) for keys, part in frame.groupby(list(by), sort=False)]
+    rows = [(row_name(by, keys), part) for keys, part in frame.groupby(list(by), sort=False)]
     width = 0.84 / len(rows)
     panels = max(1, math.ceil(len(datasets) * len(rows) * 0.2 / 10))
     figure = _figure(max(4.5, 1 + len(datasets) * max(1.0, 0.2 * len(rows)) / panels), 0.6 + 2.4 * panels)
     shown = [list(part) for part in np.array_split(datasets, panels)]
     for axes, names in zip(figure.subplots(panels, 1, squeeze=False)[:, 0], shown, strict=True):
         for index, (_, part) in enumerate(rows):
-            found = [estimate(by_seed(part, name)) for name in names]
-            places = [place + (index - (len(rows) - 1) / 2) * width for place in range(len(names))]
-            for place, each in zip(places, found, strict=True):
-                if each is None:
+            for column, name in enumerate(names):
+                place, found = column + (index - (len(rows) - 1) / 2) * width, estimate(by_seed(part, name))
+                if found is None:
                     axes.text(place, 0.01, "-", ha="center")
                     continue
-                half = 0 if each.n == 1 else each.half_width
-                axes.bar(place, each.mean, width, **_bar(index))
-                if half:
-                    axes.errorbar(place, each.mean, half, color="0.35", capsize=2, linewidth=1)
-                top = min(max(each.mean + half, 0) + 0.01, 1.07)
-                turn = 0 if width > 0.27 else 90
-                axes.text(place, top, f"{each.mean:.2f}", ha="center", va="bottom", fontsize=6.5, rotation=turn)
+                axes.bar(place, found.mean, width, **_bar(index))
+                if found.bar:
+                    axes.errorbar(place, found.mean, found.bar, color="0.35", capsize=2, linewidth=1)
+                style: Any = {"va": "bottom", "fontsize": 6.5, "rotation": 0 if width > 0.27 else 90}
+                top = min(max(found.mean + found.bar, 0) + 0.01, 1.07)
+                axes.text(place, top, f"{found.mean:.2f}", ha="center", **style)
         axes.set_xticks(range(len(names)), [_short(name, 18) for name in names])
         axes.set_ylim(0, 1.19)
         axes.set_ylabel("score")
@@ -101,38 +98,29 @@ def draw_bars(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     return figure
 
 
-def _name(by: Sequence[str], keys: Sequence[Any]) -> str:
-    return ", ".join(
-        f"{label} {key}" if label != "name" else str(key) for label, key in zip(by, keys, strict=True) if key != ""
-    )
-
-
 def draw_ranking(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     """Mean score of many rows, one below the other in their groups: seeds as dots, mean, and 95% interval."""
-    rows = [(keys[0], _name(by, keys[1:]), part) for keys, part in frame.groupby(["group", *by], sort=False)]
-    groups = list(dict.fromkeys(group for group, _, _ in rows))
-    place, ticks, names = 0.0, [], []
-    figure = _figure(7.5, 0.8 + 0.24 * (len(rows) + len(groups)))
+    groups = list(dict.fromkeys(frame["group"]))
+    place, ticks = 0, {}
+    figure = _figure(7.5, 0.8 + 0.24 * (frame.groupby(["group", *by]).ngroups + len(groups)))
     axes = figure.subplots()
     for index, group in enumerate(groups):
         if group:
             axes.text(0, place, group, fontweight="bold", va="center", fontsize=8)
             place += 1
-        for _, name, part in [row for row in rows if row[0] == group]:
+        for keys, part in frame[frame["group"] == group].groupby(list(by), sort=False):
             values = by_seed(part)
-            found = estimate(values)
-            control = part["control"].notna().any()
-            style: dict[str, Any] = {"markerfacecolor": "white"} if control else {}
-            if found:
-                half = 0 if found.n == 1 else found.half_width
-                style = {**_line(index), "markersize": 6, **style}
-                axes.errorbar(found.mean, place, xerr=half, capsize=2.5, ecolor="0.3", **style)
-                axes.plot(values, [place + 0.25] * len(values), "|", color="0.4", markersize=4)
-                axes.text(found.mean + half + 0.012, place, f"{found.mean:.3f}", va="center", fontsize=7)
-            ticks.append(place)
-            names.append(_short(name))
+            if found := estimate(values):
+                style = {**_line(index), "markersize": 6, "linestyle": "", "capsize": 2.5, "ecolor": "0.3"}
+                if part["control"].notna().any():
+                    style["markerfacecolor"] = "white"
+                axes.errorbar(found.mean, place, xerr=found.bar, **style)
+                if found.n > 1:
+                    axes.plot(values, [place + 0.25] * len(values), "|", color="0.4", markersize=4)
+                axes.text(found.mean + found.bar + 0.012, place, f"{found.mean:.3f}", va="center", fontsize=7)
+            ticks[place] = _short(row_name(by, keys))
             place += 1
-    axes.set_yticks(ticks, names)
+    axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_ylim(place - 0.4, -0.8)
     axes.set_xlim(-0.01, 1.12)
     axes.grid(axis="x", color="0.9")
@@ -156,7 +144,7 @@ def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most:
         found = {place: each for place, each in sorted(points.items()) if each is not None}
         if len(found) >= min(3, len(values)) and (not rows or name in rows):
             lines[str(name)] = found
-    figure = _figure(7.5, 4.0)
+    figure = _figure(7.5 if len(lines) > 1 else 4.5, 4.0 if len(lines) > 1 else 2.8)
     axes = figure.subplots()
     moving = [name for name in lines if len({each.mean for each in lines[name].values()}) > 1][:most]
     spread = 0.02 * ((max(x.values()) - min(x.values())) or 1)
@@ -166,9 +154,9 @@ def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most:
             continue
         index = moving.index(name)
         places = [place + spread * (index - (len(moving) - 1) / 2) for place in found]
-        halves = [0 if each.n == 1 else each.half_width for each in found.values()]
-        means = [each.mean for each in found.values()]
-        axes.errorbar(places, means, halves, capsize=2, elinewidth=0.8, label=_short(name), **_line(index))
+        means, bars = [each.mean for each in found.values()], [each.bar for each in found.values()]
+        style = {**_line(index), "label": _short(name), "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(places, means, bars if any(bars) else None, **style)
     if not numeric:
         axes.set_xticks(list(x.values()), list(x))
     low, high = axes.get_ylim()
@@ -177,7 +165,8 @@ def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most:
     axes.set_xlabel(SETTINGS.get(label, label if numeric else ""))
     axes.set_ylabel("mean score")
     axes.grid(axis="y", color="0.9")
-    figure.legend(loc="outside right center", handlelength=3.4)
+    if len(lines) > 1:
+        figure.legend(loc="outside right center", handlelength=3.4)
     return figure
 
 
@@ -229,56 +218,46 @@ def _cells(axes: Axes, values: np.ndarray, names: Sequence[str], top: float | No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     for row, column in np.argwhere(np.isfinite(values)) if columns <= 14 else ():
         value = values[row, column]
-        axes.text(
-            column,
-            row,
-            f"{value:#.2g}",
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            color="white" if value > 0.6 * high else "black",
-        )
+        style: Any = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 6.5,
+            "color": "white" if value > 0.5 * high else "black",
+        }
+        axes.text(column, row, f"{value:#.2g}" if value else "0", **style)
     return mesh
 
 
 def draw_fusion(diagnostics: Mapping[str, Any]) -> Figure:
     """From `diagnostics.json`, layer by layer: attention by source, size of the update and closed gates by role."""
-    layers = diagnostics["target"]["layers"]
-    roles = _roles(diagnostics)
-    sources = [_source(index, source) for index, source in enumerate(diagnostics["sources"])]
-    attention = np.full((len(sources), layers, len(diagnostics["modules"])), np.nan)
+    modules, roles = pd.DataFrame(diagnostics["modules"]), _roles(diagnostics)
+    layers = range(diagnostics["target"]["layers"])
+    sources = {index: _source(index, source) for index, source in enumerate(diagnostics["sources"])}
+    # a module that takes nothing from a source counts as 0 for it, so that the shares of a layer sum to 1
+    taken = pd.DataFrame(
+        [
+            {index: link["attention"] for link in module["sources"] for index in [link["source"]]}
+            for module in diagnostics["modules"]
+        ],
+        columns=list(sources),
+    )
+    attention = taken.fillna(0).groupby(modules["layer"]).mean().T.reindex(columns=layers)
     by_role = {
-        name: np.full((len(roles), layers, len(diagnostics["modules"])), np.nan)
+        name: modules.astype({name: float}).pivot_table(name, "role", "layer", dropna=False)
         for name in ("delta_ratio", "gate_sparsity")
     }
-    for place, module in enumerate(diagnostics["modules"]):
-        # a module that takes nothing from a source counts as 0 for it, so that the shares of a layer sum to 1
-        attention[:, module["layer"], place] = 0
-        for link in module["sources"]:
-            attention[link["source"], module["layer"], place] = link["attention"]
-        for name, values in by_role.items():
-            value = module[name]
-            values[roles.index(module["role"]), module["layer"], place] = math.nan if value is None else value
     short = [role.removesuffix("_proj") for role in roles]
-    panels = [
-        ("attention of the target's B blocks (share by source)", _mean(attention), sources, None),
-        (r"size of the update, $\|\alpha\,\Delta B\| / \|B\|$", _mean(by_role["delta_ratio"]), short, None),
-        ("closed gates (share)", _mean(by_role["gate_sparsity"]), short, None),
-    ]
-    heights = [len(names) + 2 for _, _, names, _ in panels]
-    figure = _figure(max(6.0, 3 + 0.42 * layers), 0.26 * sum(heights) + 0.8)
-    for axes, (title, values, names, top) in zip(figure.subplots(3, 1, height_ratios=heights), panels, strict=True):
-        figure.colorbar(_cells(axes, values, names, top), ax=axes, pad=0.01, aspect=12)
+    panels = [("attention of the target's B blocks (share by source)", attention, list(sources.values()))]
+    for title, name in ((r"size of the update, $\|\alpha\,\Delta B\| / \|B\|$", "delta_ratio"),
+                        ("closed gates (share)", "gate_sparsity")):  # fmt: skip
+        panels.append((title, by_role[name].reindex(index=roles, columns=layers), short))
+    heights = [len(names) + 2 for _, _, names in panels]
+    figure = _figure(max(6.0, 3 + 0.42 * len(layers)), 0.26 * sum(heights) + 0.8)
+    for axes, (title, values, names) in zip(figure.subplots(3, 1, height_ratios=heights), panels, strict=True):
+        figure.colorbar(_cells(axes, values.to_numpy(float), names), ax=axes, pad=0.01, aspect=12)
         axes.set_title(title, loc="left")
     figure.axes[2].set_xlabel("target layer, from 0 (hatched: not aligned)")
     return figure
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is known, NaN where nothing is."""
-    known = np.isfinite(values)
-    total = np.where(known, values, 0).sum(-1)
-    return np.where(known.any(-1), total / np.maximum(known.sum(-1), 1), np.nan)
 
 
 def _roles(diagnostics: Mapping[str, Any]) -> list[str]:
@@ -308,42 +287,35 @@ def draw_alignment(diagnostics: Mapping[str, Any]) -> Figure:
             for link in module["sources"]:
                 if link["source"] == index:
                     fed[module["layer"], link["layer"]] += 1 / len(roles)
-        mesh = axes.pcolormesh(
-            fed, cmap=_CELLS, vmin=0, vmax=1, edgecolors="0.85" if max(fed.shape) <= 40 else "none", linewidth=0.3
-        )
+        edges: Any = {"edgecolors": "0.85" if max(fed.shape) <= 40 else "none", "linewidth": 0.3}
+        mesh = axes.pcolormesh(fed, cmap=_CELLS, vmin=0, vmax=1, **edges)
         for axis, count in ((axes.xaxis, fed.shape[1]), (axes.yaxis, fed.shape[0])):
             step = max(1, math.ceil(count / 8))
             axis.set_ticks(np.arange(0, count, step) + 0.5, range(0, count, step))
-        axes.set_aspect("equal")
         axes.set_title(_source(index, sources[index]), fontsize=8)
         axes.set_xlabel("source layer")
         axes.set_ylabel("target layer")
-    figure.colorbar(mesh, ax=grid, label="share of the roles", aspect=30)
+    figure.colorbar(mesh, ax=grid, label="share of the roles", shrink=0.6)
     return figure
 
 
 def draw_training(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training curves from Trainer's log history: losses, size of the update, alpha, closed gates, attention."""
-    losses = {
-        "lm_loss": "training",
-        "loss_replay": "of it replay",
-        "loss_labels": "of it source labels",
-        "eval_loss": "evaluation",
-    }
+    losses = {"lm_loss": "training", "loss_replay": "of it replay", "loss_labels": "of it source labels",
+              "eval_loss": "evaluation"}  # fmt: skip
     titles = {
         "loss": "LM loss (nats per label token)", "rdm_loss": "RDM", "delta_ratio": r"$\|\alpha\,\Delta B\| / \|B\|$",
         "alpha": r"scale $\alpha$", "gate_sparsity": "closed gates (share)",
         "attention": "attention (share by source)",
     }  # fmt: skip
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {title: {} for title in titles.values()}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in titles}
     for entry in history:
         for name, value in entry.items():
-            quantity, _, part = name.partition("/")
-            quantity, part = ("loss", losses[name]) if name in losses else (quantity, part)
+            quantity, _, part = f"loss/{losses[name]}".partition("/") if name in losses else name.partition("/")
             if quantity in titles and name != "loss":
                 value = float(value) if isinstance(value, (int, float)) else math.nan
-                panels[titles[quantity]].setdefault(part.removesuffix("_proj"), []).append((entry["step"], value))
-    panels = {title: lines for title, lines in panels.items() if lines}
+                panels[quantity].setdefault(part.removesuffix("_proj"), []).append((entry["step"], value))
+    panels = {titles[name]: lines for name, lines in panels.items() if lines}
     across = min(3, max(1, len(panels)))
     down = max(1, math.ceil(len(panels) / across))
     figure = _figure(3.6 * across, 3.1 * down)
@@ -352,9 +324,8 @@ def draw_training(history: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_visible(False)
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
         for index, (name, points) in enumerate(sorted(lines.items(), key=lambda item: _order(item[0]))):
-            axes.plot(
-                *zip(*points, strict=True), label=_short(name, 24), markevery=max(1, len(points) // 8), **_line(index)
-            )
+            style = {**_line(index), "label": _short(name, 24), "markevery": max(1, len(points) // 8)}
+            axes.plot(*zip(*points, strict=True), **style)
         axes.set_title(title, loc="left")
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -368,8 +339,3 @@ def _order(name: str) -> tuple[float, str]:
     roles = [role.removesuffix("_proj") for role in _ROLES]
     head = name.partition("-")[0]
     return (roles.index(name) if name in roles else float(head) if head.isdigit() else 99.0, name)
-
-
-def read_json(path: Path) -> Any:
-    """What a fusion has left beside its adapter."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import runpy
 import shutil
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, reduction
 from pathlib import Path
@@ -36,14 +37,15 @@ import yaml
 import heterofusion
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256, write_whole
-from heterofusion.runtime.flags import check_ranges, read_yaml
+from heterofusion.runtime.flags import check_ranges, flag, read_yaml
 
 logger = logging.getLogger(__name__)
 
 WAITING, FINISHED, SKIPPED, FAILED, NOT_RUN = "waiting", "finished", "was finished", "failed", "not run"
 _RESUME = {"eval": "resume", "label": "resume", "merge": None}  # others: resume_from_checkpoint
 _NO_INPUTS = ("output_dir", "logits_cache")  # flags that name a folder without depending on what is in it
-_PRELOAD = ["heterofusion.experiments.preload"]
+_PRELOAD = ["datasets", "scipy.stats", "sklearn.metrics", "transformers.trainer", "heterofusion.runtime.program",
+            "heterofusion.training.trainer"]  # nearly all that recipes import  # fmt: skip
 _KILL_AFTER = 40.0  # seconds; torch's launcher takes up to 30 to end its processes
 
 
@@ -52,25 +54,11 @@ class RunArguments:
     """Where runs go."""
 
     output_dir: str = field(metadata={"help": "Folder for the runs and for the report."})
-    jobs: int | None = field(
-        default=None,
-        metadata={
-            "help": "Runs at a time on the CPU, which share its cores (1).",
-            "range": "[1, inf)",
-        },
-    )
-    gpus: list[str] = field(
-        default_factory=list,
-        metadata={"help": "GPUs that take one run at a time each, as CUDA_VISIBLE_DEVICES has them; all by default."},
-    )
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={"help": "Launch every run on all GPUs with this accelerate config, one run after the other."},
-    )
-    delete_checkpoints: bool = field(
-        default=False, metadata={"help": "Remove the checkpoints of a run once it is finished."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the runs with their flags and stop."})
+    jobs: int | None = flag(None, help="Runs at a time on the CPU, which share its cores (1).", range="[1, inf)")
+    gpus: list[str] = flag(default_factory=list, help="GPUs that take one run at a time each; all by default.")
+    accelerate_config: str | None = flag(None, help="Launch every run on all GPUs with this accelerate config.")
+    delete_checkpoints: bool = flag(False, help="Remove the checkpoints of a run once it is finished.")
+    dry_run: bool = flag(False, help="Print the runs with their flags and stop.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -128,12 +116,7 @@ class Run:
 
 
 class Runs:
-    """The runs of an experiment and the places where they go.
-
-    Args:
-        options: flags of the script.
-        recipes: folder of the recipes; by default our own.
-    """
+    """The runs of an experiment and the places where they go."""
 
     def __init__(self, options: RunArguments, recipes: Path | None = None):
         self.folder = Path(options.output_dir).expanduser().absolute()
@@ -143,12 +126,9 @@ class Runs:
         self._launcher, self._slots = _places(options)
 
     def run(self, recipe: str, title: str = "", /, **flags: Any) -> Run:
-        """Ask for a run, which `wait` makes. The same recipe with the same flags and inputs is one run.
+        """Ask for a run, which `wait` makes; the same recipe with the same flags and inputs is one run.
 
-        Args:
-            recipe: its name, such as `train`.
-            title: what messages call it.
-            flags: as on its command line. With `config`, a YAML file that holds more. None leaves a flag out.
+        Flags are as on the command line, `config` is a YAML file that holds more, and None leaves a flag out.
         """
         if config := flags.pop("config", None):
             flags = {**read_yaml(config, f"config {config}", "a mapping of flags"), **flags}
@@ -178,11 +158,7 @@ class Runs:
         return content_sha256(path) if os.path.exists(path) else str(value)
 
     def wait(self) -> None:
-        """Make all runs that were asked for and are not finished; a failure does not keep the others from running.
-
-        Raises:
-            ChildProcessError: it was interrupted by Ctrl-C.
-        """
+        """Make all runs that were asked for and are not finished; a failure does not keep the others from running."""
         waiting = [run for run in self.all.values() if run.status == WAITING]
         if self.options.dry_run:
             for run in waiting:
@@ -191,6 +167,8 @@ class Runs:
             return
         running: dict[Any, _Job] = {}
         free, total = list(self._slots), len(waiting)
+        if todo := sum(not run.is_finished for run in waiting):
+            logger.info("%d runs to make, %d at a time; their logs are in %s", todo, len(free), self.folder / "runs")
         try:
             while waiting or running:
                 for run in list(waiting):
@@ -232,30 +210,24 @@ class Runs:
                 for checkpoint in run.output.glob("checkpoint-*"):
                     shutil.rmtree(checkpoint)
 
-    @staticmethod
-    def _tell(run: Run, count: int, total: int) -> None:
-        if run.status in (WAITING, SKIPPED):
-            return
-        level = logging.INFO if run.status == FINISHED else logging.WARNING
-        logger.log(level, "[%d/%d] %s: %s%s", count, total, run.title, run.status, run.reason and f", {run.reason}")
+    def _tell(self, run: Run, count: int, total: int) -> None:
+        if run.status not in (WAITING, SKIPPED):
+            level = logging.INFO if run.status == FINISHED else logging.WARNING
+            logger.log(
+                level, "[%d/%d] %s: %s%s", count, total, run.title, run.status, run.reason and f", {run.reason}"
+            )
 
     def finish(self) -> None:
-        """Say what failed and why.
-
-        Raises:
-            ChildProcessError: something did.
-        """
+        """Say what failed and why, with an error if something did."""
         lost = [run for run in self.all.values() if run.status in (FAILED, NOT_RUN)]
         if self.options.dry_run or not lost:
             return
-        print("\n".join([f"{len(lost)} of {len(self.all)} runs did not finish:", *map(_why, lost)]), file=sys.stderr)
-        raise ChildProcessError(
-            f"{len(lost)} of {len(self.all)} runs did not finish; the same command tries them again"
-        )
-
-
-def _why(run: Run) -> str:
-    return f"- {run.title}: {run.status}, {run.reason} ({run.log if run.status == FAILED else run.folder.name})"
+        told = f"{len(lost)} of {len(self.all)} runs did not finish"
+        print(f"{told}:", file=sys.stderr)
+        for run in lost:
+            place = run.log if run.status == FAILED else run.folder.name
+            print(f"- {run.title}: {run.status}, {run.reason} ({place})", file=sys.stderr)
+        raise ChildProcessError(f"{told}; the same command tries them again")
 
 
 def recipes_folder() -> Path:
@@ -308,18 +280,14 @@ def _visible_gpus() -> list[str]:
     return given.split(",")[:count] if given else [str(index) for index in range(count)]
 
 
+@dataclass
 class _Inherited:
     """An open file that a child of the fork server gets too: it holds the lock as long as it lives."""
 
-    def __init__(self, file: IO[str]):
-        self.file = file
+    file: IO[str]
 
     def __reduce__(self):
-        return _descriptor, (reduction.DupFd(self.file.fileno()),)
-
-
-def _descriptor(duplicate: Any) -> int:
-    return duplicate.detach()
+        return operator.methodcaller("detach"), (reduction.DupFd(self.file.fileno()),)
 
 
 @dataclass
@@ -354,7 +322,7 @@ def _start(run: Run, recipes: Path, launcher: Sequence[str], variables: dict[str
     except BlockingIOError:
         lock.close()
         return None
-    words = [str(recipes / f"{run.recipe}.py"), "--config", str(run.folder / "flags.yaml"), *_go_on(run)]
+    words = [str(recipes / f"{run.recipe}.py"), "--config", str(run.folder / "flags.yaml"), *_resume(run)]
     write_whole(run.folder / "flags.yaml", _as_yaml({"output_dir": str(run.output), **run.flags}))
     begin = run.log.stat().st_size if run.log.exists() else 0
     context = multiprocessing.get_context("forkserver")
@@ -366,12 +334,12 @@ def _start(run: Run, recipes: Path, launcher: Sequence[str], variables: dict[str
     return _Job(run, process, variables, lock, begin, time.perf_counter())
 
 
-def _go_on(run: Run) -> Iterator[str]:
+def _resume(run: Run) -> list[str]:
     """Flags with which a recipe goes on where it was."""
     if not run.output.is_dir() or not any(run.output.iterdir()):
-        return
+        return []
     flag = _RESUME.get(run.recipe, "resume_from_checkpoint" if any(run.output.glob("checkpoint-*")) else None)
-    yield f"--{flag}=true" if flag else "--overwrite=true"
+    return [f"--{flag}=true" if flag else "--overwrite=true"]
 
 
 def _become_run(launcher: list[str], words: list[str], variables: dict[str, str], log: str, lock: int) -> None:

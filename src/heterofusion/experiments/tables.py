@@ -7,14 +7,12 @@ set; the other functions make tables of it, and write them in Markdown.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from heterofusion.data.files import load_json, read_text
 from heterofusion.data.markdown import markdown_table
 from heterofusion.runtime.errors import UserError
 
@@ -30,6 +28,10 @@ COSTS_ARE = (
 SCORES_ARE = (
     "Scores run from 0 to 1; `mean` is over the data sets, ± half the width of its 95% t interval over seeds (n = 1: "
     "nothing in it is random, or one seed was run). An interval is of what a seed changes on one set of test data."
+)
+GAINS_ARE = (
+    "Paired by seed, whatever they are. `above 0`, `below 0`: all of the 95% interval; `undecided`: it contains 0. "
+    "A target is met if the mean and the whole interval are where it wants them."
 )
 
 
@@ -51,6 +53,11 @@ class Estimate:
         return mean if self.n == 1 else f"{mean} ± {self.half_width:.3f}"
 
     @property
+    def bar(self) -> float:
+        """Half the width of the interval to draw."""
+        return 0 if self.n == 1 else self.half_width
+
+    @property
     def verdict(self) -> str:
         """On which side of 0 the whole interval is."""
         if self.n == 1:
@@ -64,10 +71,8 @@ def estimate(values: Iterable[float]) -> Estimate | None:
     found = np.array(list(values), dtype=float)
     if not len(found):
         return None
-    half = math.nan
-    if len(found) > 1:
-        half = float(stats.t.ppf(0.975, len(found) - 1) * stats.sem(found))
-    return Estimate(float(found.mean()), half, len(found))
+    half = stats.t.ppf(0.975, len(found) - 1) * stats.sem(found) if len(found) > 1 else math.nan
+    return Estimate(float(found.mean()), float(half), len(found))
 
 
 # ---- from results to a frame ------------------------------------------------------------------------------------
@@ -75,27 +80,16 @@ def estimate(values: Iterable[float]) -> Estimate | None:
 
 @dataclass
 class Row:
-    """One evaluation of one method.
-
-    Attributes:
-        name: of the method.
-        results: contents of `results.json`; several of disjoint data sets make one row together.
-        seed: of the run; `NO_SEED` if nothing in it is random.
-        labels: what else tells rows apart, such as the case.
-        group: heading of the rows that it stands among.
-        searched: seconds of the search for its hyper-parameters.
-        shared: seconds of the runs that it shares with other methods.
-        ran_sources: whether one of these ran models of the sources.
-    """
+    """One evaluation of one method: contents of its `results.json`, several if they are of disjoint data sets."""
 
     name: str
     results: Sequence[Mapping[str, Any]]
     seed: int = NO_SEED
-    labels: Mapping[str, Any] = field(default_factory=dict)
-    group: str = ""
-    searched: float | None = None
-    shared: float | None = None
-    ran_sources: bool = False
+    labels: Mapping[str, Any] = field(default_factory=dict)  # what else tells rows apart, such as the case
+    group: str = ""  # heading of the rows that it stands among
+    searched: float | None = None  # seconds of the search for its hyper-parameters
+    shared: float | None = None  # seconds of the runs that it shares with other methods
+    ran_sources: bool = False  # whether one of these ran models of the sources
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -113,45 +107,23 @@ class Row:
         return dict(zip(_COSTS, values, strict=True))
 
 
-def read_rows(folders: Sequence[str | Path]) -> list[Row]:
-    """Rows of all `results.json` in folders, by the names and labels that the evaluations were given."""
-    rows = []
-    for folder in map(Path, folders):
-        paths = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
-        if not paths:
-            raise UserError(f"--results {folder} holds no results.json; name the output_dir of evaluations")
-        for path in paths:
-            content = load_json(read_text(path, f"results {path}"), f"results {path}")
-            if not isinstance(content, dict) or not {"name", "datasets", "seconds"} <= content.keys():
-                raise UserError(f"results {path} is no result of recipes/eval.py; leave it out")
-            labels = dict(content.get("labels") or {})
-            seed = labels.pop("seed", None) or (content.get("made_by") or {}).get("seed")
-            rows.append(Row(content["name"], [content], NO_SEED if seed is None else int(seed), labels))
-    return rows
-
-
 def score_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line for each row and data set: name, group, labels, seed, dataset, score, control, and costs.
-
-    Raises:
-        UserError: data sets of one name differ in their content, or a row has no data set of its own.
-    """
+    """A line for each row and data set: name, group, labels, seed, dataset, score, control, and costs."""
     lines: list[dict[str, Any]] = []
     contents: dict[str, str] = {}
     for row in rows:
         labels = {name: str(value) for name, value in row.labels.items()}
+        told = {"name": row.name, "group": row.group, **labels, "seed": row.seed}
         for part in row.results:
+            control = (part.get("made_by") or {}).get("source_control")
             for dataset, entry in part["datasets"].items():
                 if contents.setdefault(dataset, entry["sha256"]) != entry["sha256"]:
                     raise UserError(
                         f"results of {row.name!r} are of another data set {dataset} than those before: the file has "
                         "changed between the evaluations; evaluate again, or report them apart"
                     )
-                control = (part.get("made_by") or {}).get("source_control")
-                lines.append(
-                    {"name": row.name, "group": row.group, **labels, "seed": row.seed, "dataset": dataset,
-                     "score": entry["score"], "control": control, **row.costs}
-                )  # fmt: skip
+                scored = {"dataset": dataset, "score": entry["score"], "control": control}
+                lines.append({**told, **scored, **row.costs})
     frame = pd.DataFrame(lines)
     keys = [key for key in frame.columns if key not in ("score", "control", *_COSTS)]
     frame[keys] = frame[keys].fillna("")  # a label that a row does not have
@@ -207,19 +179,6 @@ class Gain:
         """The rows that it is over."""
         return [self.over] if isinstance(self.over, str) else list(self.over)
 
-    @property
-    def title(self) -> str:
-        """Its name and what it is the difference of."""
-        over = self.rivals[0] if len(self.rivals) == 1 else f"best of ({'; '.join(self.rivals)})"
-        return f"**{self.name}** = {self.row} - {over}" + (f", on {self.dataset}" if self.dataset else "")
-
-    @property
-    def target(self) -> str | None:
-        """Its target in words."""
-        if self.at_least is None:
-            return None
-        return f"mean at least {self.at_least:g} and interval above {self.above:g}"
-
 
 def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
     """What a gain came out as in a frame of one case, what it is over, and whether its target is met.
@@ -227,14 +186,10 @@ def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
     It is not met without an interval, or without one of the rows that it is over or one of their seeds: what is
     missing may be the best of all.
     """
-    over = gain.rivals
-    there = set(frame["name"]) if len(frame) else set()
-    missing = [name for name in (gain.row, *over) if name not in there]
-    found = {
-        name: difference(frame[frame["name"] == gain.row], frame[frame["name"] == name], gain.dataset)
-        for name in over
-        if name in there and gain.row in there
-    }
+    over, parts = gain.rivals, dict(iter(frame.groupby("name"))) if len(frame) else {}
+    missing = [name for name in (gain.row, *over) if name not in parts]
+    there = [name for name in over if name in parts and gain.row in parts]
+    found = {name: difference(parts[gain.row], parts[name], gain.dataset) for name in there}
     found = {name: values for name, values in found.items() if len(values)}
     if not found:
         return f"missing: {', '.join(missing) or 'a common seed'}"
@@ -242,8 +197,7 @@ def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
     incomplete = [name for name, values in found.items() if len(values) < len(found[best])]
     result = estimate(found[best])
     assert result is not None
-    told = [f"over {best}"] if len(over) > 1 else []
-    told.append(result.verdict)
+    told = [f"over {best}"] * (len(over) > 1) + [result.verdict]
     told += [f"without {name}" for name in missing] + [f"{name} without some seeds" for name in incomplete]
     if gain.at_least is not None:
         reached = result.mean >= gain.at_least - _ROUNDING
@@ -255,38 +209,34 @@ def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
 # ---- Markdown ---------------------------------------------------------------------------------------------------
 
 
+def row_name(by: Sequence[str], keys: Sequence[Any]) -> str:
+    """`fused (alpha_init 0.3)`: a row's name, and those of the other labels that it has."""
+    told = ", ".join(f"{label} {key}" for label, key in zip(by[1:], keys[1:], strict=True) if key != "")
+    return f"{keys[0]} ({told})" if told else str(keys[0])
+
+
 def score_table(
     frame: pd.DataFrame, by: Sequence[str] = ("name",), normalize_by: str | None = None, costs: bool = True
 ) -> str:
     """Rows by their names and labels: the score on each data set, mean, n, and costs; groups have headings."""
     datasets = list(dict.fromkeys(frame["dataset"]))
     reference = frame[frame["name"] == normalize_by].groupby("dataset")["score"].mean() if normalize_by else None
+    header = ["", *datasets, "mean", *["normalized"] * (reference is not None), "n", *(_COSTS if costs else ())]
     lines: list[list[Any]] = []
+    last = ""
     for (group, *keys), part in frame.groupby(["group", *by], sort=False):
-        if group and [f"**{group}**"] != [line[0] for line in lines if str(line[0]).startswith("**")][-1:]:
-            lines.append([f"**{group}**", *[""] * 99])
+        if group not in ("", last):
+            lines.append([f"**{group}**", *[""] * (len(header) - 1)])
+        last = group
         means = {dataset: estimate(by_seed(part, dataset)) for dataset in datasets}
-        mean = estimate(by_seed(part)) if all(means.values()) else None
-        line: list[Any] = [_row_name(by, keys), *(each and f"{each.mean:.3f}" for each in means.values()), mean]
+        complete = all(means.values())
+        line: list[Any] = [row_name(by, keys), *(each and each.mean for each in means.values())]
+        line.append(estimate(by_seed(part)) if complete else None)
         if reference is not None:
             shares = [each.mean / reference[name] for name, each in means.items() if each and reference.get(name)]
             line.append(float(np.mean(shares)) if len(shares) == len(datasets) else None)
-        line.append(part["seed"].nunique())
-        lines.append(line + ([_cost(part[name]) for name in _COSTS] if costs else []))
-    header = [
-        "",
-        *datasets,
-        "mean",
-        *(["normalized"] if reference is not None else []),
-        "n",
-        *(_COSTS if costs else []),
-    ]
-    return markdown_table(header, [line[: len(header)] for line in lines])
-
-
-def _row_name(by: Sequence[str], keys: Sequence[Any]) -> str:
-    told = ", ".join(f"{label} {key}" for label, key in zip(by[1:], keys[1:], strict=True) if key != "")
-    return f"{keys[0]} ({told})" if told else str(keys[0])
+        lines.append([*line, part["seed"].nunique(), *(_cost(part[name]) for name in (_COSTS if costs else ()))])
+    return markdown_table(header, lines)
 
 
 def _cost(column: pd.Series) -> Any:
@@ -308,32 +258,29 @@ def case_table(frame: pd.DataFrame, case: str = "case") -> str:
 
 def gain_table(frame: pd.DataFrame, gains: Sequence[Gain], case: str = "case") -> str:
     """A line for each gain, a column for each case."""
-    cases = list(dict.fromkeys(frame[case]))
-    lines = [
-        [
-            gain.title,
-            *(
-                gain_text(frame[frame[case] == each], gain) if each in (gain.cases or cases) else None
-                for each in cases
-            ),
-            gain.target,
-        ]
-        for gain in gains
-    ]
+    cases, lines = dict(iter(frame.groupby(case, sort=False))), []
+    for gain in gains:
+        over = gain.rivals[0] if len(gain.rivals) == 1 else f"best of ({'; '.join(gain.rivals)})"
+        title = f"**{gain.name}** = {gain.row} - {over}" + (f", on {gain.dataset}" if gain.dataset else "")
+        told = [gain_text(part, gain) if each in (gain.cases or cases) else None for each, part in cases.items()]
+        target = (
+            f"mean at least {gain.at_least:g} and interval above {gain.above:g}" if gain.at_least is not None else None
+        )
+        lines.append([title, *told, target])
     return markdown_table(["", *(each or "difference" for each in cases), "target"], lines)
 
 
 def difference_table(frame: pd.DataFrame, baseline: str, by: Sequence[str] = ("name",)) -> str:
     """Differences to the rows of one name, paired by seed and by the labels that both have; bold: not undecided."""
     datasets = list(dict.fromkeys(frame["dataset"]))
-    base = frame[frame["name"] == baseline]
-    lines = []
+    base, lines = frame[frame["name"] == baseline], []
     for keys, part in frame[frame["name"] != baseline].groupby(list(by), sort=False):
         other = base
         for label, key in zip(by[1:], keys[1:], strict=True):
             other = other[other[label].isin([key, ""])]
-        found = [estimate(difference(part, other, dataset)) for dataset in (*datasets, None)]
-        texts = [each and each.text("+") for each in found]
-        sure = [each is not None and each.verdict in ("above 0", "below 0") for each in found]
-        lines.append([_row_name(by, keys), *(f"**{t}**" if s else t for t, s in zip(texts, sure, strict=True))])
+        line = [row_name(by, keys)]
+        for each in (estimate(difference(part, other, dataset)) for dataset in (*datasets, None)):
+            sure = each is not None and each.verdict in ("above 0", "below 0")
+            line.append("-" if each is None else f"**{each.text('+')}**" if sure else each.text("+"))
+        lines.append(line)
     return markdown_table(["", *datasets, "mean"], lines)

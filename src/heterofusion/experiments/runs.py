@@ -44,8 +44,14 @@ logger = logging.getLogger(__name__)
 WAITING, FINISHED, SKIPPED, FAILED, NOT_RUN = "waiting", "finished", "was finished", "failed", "not run"
 _RESUME = {"eval": "resume", "label": "resume", "merge": None}  # others: resume_from_checkpoint
 _NO_INPUTS = ("output_dir", "logits_cache")  # flags that name a folder without depending on what is in it
-_PRELOAD = ["datasets", "scipy.stats", "sklearn.metrics", "transformers.trainer", "heterofusion.runtime.program",
-            "heterofusion.training.trainer"]  # nearly all that recipes import  # fmt: skip
+# nearly all that recipes import; ours first, which hushes what libraries say of optional packages
+_PRELOAD = [
+    "heterofusion.training.trainer",
+    "heterofusion.runtime.program",
+    "datasets",
+    "scipy.stats",
+    "sklearn.metrics",
+]
 _KILL_AFTER = 40.0  # seconds; torch's launcher takes up to 30 to end its processes
 
 

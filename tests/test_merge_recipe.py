@@ -14,7 +14,8 @@ from conftest import GOLDEN, restored_logging
 from eval_runner import TASKS, evaluation, results
 from heterofusion import load_adapter
 from heterofusion.merging.merge import MergeRun
-from heterofusion.merging.rules import RULES, Ties
+from heterofusion.merging.rules import RULES
+from heterofusion.merging.rules.ties import Ties
 from heterofusion.zoo import zoo_path
 from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
 

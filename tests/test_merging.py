@@ -13,7 +13,10 @@ from builders import CONFIG, WEIGHTS, write_adapter
 from heterofusion import load_adapter
 from heterofusion.merging.export import low_rank, truncated
 from heterofusion.merging.merge import dense_update
-from heterofusion.merging.rules import RULES, crumbs, drop, drop_by_rank, majority_sign, make_rule, seeded_generator
+from heterofusion.merging.rules import RULES, make_rule
+from heterofusion.merging.rules.breadcrumbs import crumbs
+from heterofusion.merging.rules.dropping import drop, drop_by_rank, seeded_generator
+from heterofusion.merging.rules.ties import majority_sign
 from heterofusion.merging.tau import Matrices, Updates, magnitude_thresholds
 from heterofusion.runtime.errors import UserError
 

@@ -6,7 +6,7 @@ import torch
 from builders import tiny_model
 from heterofusion.merging.config import search_candidates
 from heterofusion.merging.export import added
-from heterofusion.merging.rules import Ties
+from heterofusion.merging.rules.ties import Ties
 from heterofusion.runtime.errors import UserError
 
 

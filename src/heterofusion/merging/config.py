@@ -10,7 +10,8 @@ from typing import Any
 from heterofusion.evaluation.datasets import EvalDataArguments
 from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.generation import GenerationArguments
-from heterofusion.merging.rules import RULES, Rule, make_rule
+from heterofusion.merging.rules import RULES, make_rule
+from heterofusion.merging.rules.rule import Rule
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
 

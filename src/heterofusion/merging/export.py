@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from heterofusion.adapters.factors import canonical_factors
 from heterofusion.adapters.lora import PREFIX
-from heterofusion.merging.rules import Merged
+from heterofusion.merging.rules.rule import Merged
 from heterofusion.merging.tau import Factors, Updates
 
 _ROUNDING = 1e-12  # a share of energy below it is rounding of float64, not a loss

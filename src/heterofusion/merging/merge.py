@@ -25,7 +25,8 @@ from heterofusion.experts.expert import Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.config import MergeArguments, MergeDataArguments, search_candidates
 from heterofusion.merging.export import LowRank, added, linear_layers, low_rank
-from heterofusion.merging.rules import RULES, Merged, Rule
+from heterofusion.merging.rules import RULES
+from heterofusion.merging.rules.rule import Merged, Rule
 from heterofusion.merging.tau import Updates
 from heterofusion.publish.record import adapter_record, control_of, make_record
 from heterofusion.publish.write import write_adapter

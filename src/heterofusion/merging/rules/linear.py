@@ -1,0 +1,43 @@
+"""Sums of updates, exact as stacked factors: the average and Task Arithmetic."""
+
+from dataclasses import dataclass
+
+import torch
+
+from heterofusion.merging.rules.rule import LAMBDA, Merged, Rule
+from heterofusion.merging.tau import Updates
+from heterofusion.runtime.flags import flag
+
+
+@dataclass(frozen=True)
+class Average(Rule):
+    """Mean of the experts' updates.
+
+    `sum_i w_i s_i B_i A_i / sum_i w_i`.
+    """
+
+    def merge(self, updates: Updates) -> Merged:
+        return stacked(updates, 1 / sum(updates.weights))
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Rule):
+    """Sum of the experts' updates.
+
+    `lambda sum_i tau_i` (Task Arithmetic, arXiv 2212.04089).
+    """
+
+    merge_lambda: float = flag(0.3, **LAMBDA)
+
+    def merge(self, updates: Updates) -> Merged:
+        return stacked(updates, 1.0)
+
+
+def stacked(updates: Updates, factor: float) -> Merged:
+    """`factor * sum_i s_i B_i A_i` as `factor [s_1 B_1, ...] [A_1; ...]`."""
+
+    def merged(path: str) -> list:
+        A, B = zip(*updates.factors(path).values(), strict=True)
+        return [(torch.cat(A), torch.cat(B, dim=1) * factor)]
+
+    return merged

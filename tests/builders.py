@@ -116,22 +116,14 @@ def write_adapter(
     tensors: dict[str, Tensor] | None = None,
     **config,
 ) -> Path:
-    """Write an adapter folder as PEFT writes it, without a model.
+    """Write an adapter folder as PEFT writes it, without a model: A and B are normal with deviation `std`.
 
     Args:
         folder: created if missing.
         modules: path in the base model -> (in_features, out_features); a two-layer Llama's by default.
-        r: rank of every module that `ranks` does not name.
-        lora_alpha: `lora_alpha` of the config.
-        ranks: rank by module path; give the matching `rank_pattern` too.
-        dtype: of A and B.
-        seed: of A and B, which are normal with standard deviation `std`.
-        std: see `seed`.
+        r: rank of every module that `ranks` does not name; give the matching `rank_pattern` too.
         tensors: further tensors, or replacements of A and B, by file key.
         **config: fields of `adapter_config.json`, replacing PEFT's defaults.
-
-    Returns:
-        The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,19 +162,9 @@ def lora_folder(
     base: str | None = None,
     **config,
 ) -> Path:
-    """Save a real PEFT adapter with random non-zero A and B; the model is left without it.
+    """Save a real PEFT adapter with random non-zero A and B of a model, which is left without it.
 
-    Args:
-        model: the base model.
-        folder: where it is saved.
-        target_modules: as in `LoraConfig`.
-        r: rank.
-        lora_alpha: as in `LoraConfig`.
-        dtype: of A and B, the model's by default.
-        seed: of A and B, which are normal with standard deviation `std`.
-        std: see `seed`.
-        base: `base_model_name_or_path` of the saved config.
-        **config: further fields of `LoraConfig`.
+    `base` is written as `base_model_name_or_path`; `config` are further fields of `LoraConfig`.
     """
     settings = LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=0.0, **config

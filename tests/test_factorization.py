@@ -83,7 +83,7 @@ def test_zero_update_stays_zero(rank):
 def test_form_depends_on_the_product_alone(size, rank):
     A, B = (tensor.double() for tensor in pair(*size))
     expected = canonical_factors(A, B, rank)
-    for seed in range(3):
+    for seed in range(2):
         M = torch.randn(len(A), len(A), generator=torch.Generator().manual_seed(seed)).double() + 2 * torch.eye(len(A))
         actual = canonical_factors(M @ A, B @ torch.linalg.inv(M), rank)
         torch.testing.assert_close(actual[0], expected[0], atol=1e-5, rtol=0)

@@ -71,14 +71,6 @@ def test_transfer_ratio_keeps_the_last_pairs(ratio, kept):
     assert pairs == {i: i - 2 for i in range(12 - kept, 12)}
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(1.0, 1), ("1", 1), (" 1/2 ", Fraction(1, 2)), (0.3, Fraction(3, 10)), (1 / 3, Fraction(1, 3))],
-)
-def test_transfer_ratio_is_exact(value, expected):
-    assert parse_transfer_ratio(value) == expected
-
-
 @pytest.mark.parametrize("value", [0, -0.5, 1.01, "3/2", "half", "", "1/0", float("nan"), float("inf"), None, "1/2/3"])
 def test_transfer_ratio_out_of_range_raises(value):
     with pytest.raises(UserError, match=r"transfer_ratio is .*above 0 and at most 1, such as 0.5"):

@@ -190,12 +190,9 @@ def plan_alignment(
         sources: one or more adapters of any family, depth and width.
         layer_alignment: `tail` or `proportional`, see `map_layers`.
         transfer_ratio: share in (0, 1] of each source's layer pairs that is used, counted from the last layer.
-        target_config: config of the target's base; needed only if it has fused projections, and then read from where
+        target_config: config of the target's base; needed only for fused projections, and then read from where
             `base_model_name_or_path` leads by default.
         source_configs: one config or None per source; the same.
-
-    Returns:
-        The plan.
 
     Raises:
         AdapterError: no source, a source that is the target, nothing in common, or a fused projection without config.

@@ -72,27 +72,16 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A validated LoRA adapter.
+    """A validated LoRA adapter."""
 
-    Attributes:
-        name: what the user called it: a path or a Hub id.
-        folder: the local folder it was read from.
-        config: `adapter_config.json` as read.
-        modules: LoRA modules by path, in layer order.
-        extra_tensors: everything else the file holds (`modules_to_save`, embeddings), by file key.
-        weights_file: the file the tensors came from.
-        sha256: hex digest of that file.
-        control: None where the tensors are those of the file; else what replaced them, such as `noise, seed 42`.
-    """
-
-    name: str
-    folder: Path
-    config: dict[str, Any]
-    modules: dict[str, LoraModule]
-    extra_tensors: dict[str, Tensor] = field(default_factory=dict)
-    weights_file: Path = Path()
-    sha256: str = ""
-    control: str | None = None
+    name: str  # what the user called it: a path or a Hub id
+    folder: Path  # the local folder it was read from
+    config: dict[str, Any]  # `adapter_config.json` as read
+    modules: dict[str, LoraModule]  # by path, in layer order
+    extra_tensors: dict[str, Tensor] = field(default_factory=dict)  # what else the file holds (`modules_to_save`)
+    weights_file: Path = Path()  # the file the tensors came from
+    sha256: str = ""  # hex digest of that file
+    control: str | None = None  # what replaced the file's tensors, if anything, such as `noise, seed 42`
 
     @property
     def base_model(self) -> str | None:
@@ -121,16 +110,13 @@ def load_adapter(
     token: str | None = None,
     allow_pickle: bool = False,
 ) -> LoraAdapter:
-    """Read a PEFT LoRA adapter from a local folder or the Hub and validate it.
+    """Read a PEFT LoRA adapter and validate it.
 
     Args:
         name_or_path: a folder that holds `adapter_config.json` and `adapter_model.safetensors`, or a Hub id.
         revision: Hub revision.
         token: Hub token; the one of `hf auth login` by default.
         allow_pickle: also read `adapter_model.bin`, with `weights_only=True`.
-
-    Returns:
-        The adapter with every LoRA module's A, B and scaling.
 
     Raises:
         AdapterError: the adapter is missing, damaged, or not a plain LoRA adapter.

@@ -36,10 +36,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, parts: str | Iterable[str]) -> None:
-    """Write a text so that the file is there as a whole or, after a kill or on a full disk, as it was.
-
-    Its folder is made; what UTF-8 cannot hold is written as an escape.
-    """
+    """Write a text so that the file is there as a whole or, after a kill or on a full disk, as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + TEMPORARY)
     with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:

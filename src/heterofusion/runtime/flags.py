@@ -15,7 +15,6 @@ import yaml
 from heterofusion.runtime.errors import UserError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}")
-_RANGE = re.compile(r"([\[(])\s*(\S+?)\s*,\s*(\S+?)\s*([\])])")
 
 
 def flag(default: Any = dataclasses.MISSING, *, default_factory: Any = dataclasses.MISSING, **metadata: Any) -> Any:
@@ -30,40 +29,29 @@ def check_ranges(flags: Any) -> None:
     A range is an interval such as `[0, inf)` or `(0, 1]`; what is not finite is outside of each.
     """
     for item in dataclasses.fields(flags):
-        value = getattr(flags, item.name)
+        value, choices = getattr(flags, item.name), item.metadata.get("choices")
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            if each is None:
-                continue
-            choices = item.metadata.get("choices")
-            if choices and each not in choices:
+            if each is not None and choices and each not in choices:
                 raise UserError(f"--{item.name} is {each!r}; choose one of {', '.join(map(str, choices))}")
-            if "range" in item.metadata and not in_range(each, item.metadata["range"]):
-                raise UserError(f"--{item.name} is {each!r}; it must be {describe_range(item.metadata['range'])}")
+            interval = item.metadata.get("range")
+            if each is not None and interval and not in_range(each, interval):
+                raise UserError(f"--{item.name} is {each!r}; it must be {describe_range(interval)}")
 
 
 def in_range(value: Any, interval: str) -> bool:
     """Whether a finite number lies in an interval such as `(0, 1]`."""
-    left, low, high, right = _parts(interval)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return False
-    above = value > low if left == "(" else value >= low
-    return above and (value < high if right == ")" else value <= high)
+    low, high = map(float, interval[1:-1].split(","))
+    return low <= value <= high and (value > low or interval[0] == "[") and (value < high or interval[-1] == "]")
 
 
 def describe_range(interval: str) -> str:
     """An interval in words: `above 0 and at most 1`, `at least 0 and finite`."""
-    left, low, high, right = _parts(interval)
-    words = [] if low == -math.inf else [f"{'above' if left == '(' else 'at least'} {low:g}"]
-    words += ["finite"] if high == math.inf else [f"{'below' if right == ')' else 'at most'} {high:g}"]
+    low, high = map(float, interval[1:-1].split(","))
+    words = [] if low == -math.inf else [f"{'above' if interval[0] == '(' else 'at least'} {low:g}"]
+    words += ["finite"] if high == math.inf else [f"{'below' if interval[-1] == ')' else 'at most'} {high:g}"]
     return " and ".join(words)
-
-
-def _parts(interval: str) -> tuple[str, float, float, str]:
-    match = _RANGE.fullmatch(interval.strip())
-    if match is None:
-        raise ValueError(f"{interval!r} is no interval")
-    left, low, high, right = match.groups()
-    return left, float(low), float(high), right
 
 
 def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from heterofusion.runtime.errors import UserError
+from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.flags import flag
 from heterofusion.runtime.ranks import set_zero_init_dtype, without_zero_init
 
@@ -35,9 +35,7 @@ class ModelArguments:
         help="Dtype of the frozen base; by default bfloat16 on a GPU that has it, else float32.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
-    attn_implementation: str | None = flag(
-        None, help="Attention of the base model: sdpa, flash_attention_2, eager, ..."
-    )
+    attn_implementation: str | None = flag(None, help="Attention of the base: sdpa, flash_attention_2, eager, ...")
     load_in_8bit: bool = flag(False, help="Load the base in 8 bit with bitsandbytes.")
     load_in_4bit: bool = flag(False, help="Load the base in 4 bit (nf4) with bitsandbytes.")
 
@@ -54,7 +52,7 @@ def load_tokenizer(
         )
     except Exception as error:  # tokenizers raises plain Exception, and a broken file breaks transformers in any way
         raise UserError(
-            f"tokenizer of {name!r} cannot be loaded ({_first_line(error).rstrip(':')}); save one there, or beside "
+            f"tokenizer of {name!r} cannot be loaded ({one_line(error)[:200].rstrip(':')}); save one there, or beside "
             "the target adapter, or give another --model_name_or_path"
         ) from error
 
@@ -69,13 +67,10 @@ def load_base_config(
             snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"])
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # every config class checks its values in its own way, with its own types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        flags = (
-            "" if what.startswith("--") else " with --source_configs (a source) or --model_name_or_path (the target)"
-        )
+        flags = "" if what.startswith("--") else " with --source_configs or, for the target, --model_name_or_path"
         raise UserError(
-            f"{what}: config.json of base model {name_or_path!r} cannot be read ({reason}); name a folder that holds "
-            f"it{flags}"
+            f"{what}: config.json of base model {name_or_path!r} cannot be read ({one_line(error)[:200]}); name a "
+            f"folder that holds it{flags}"
         ) from error
 
 
@@ -93,7 +88,7 @@ def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> Pre
     except Exception as error:  # senseless sizes break a model's constructor in any way
         raise UserError(
             f"--model_name_or_path: no causal language model can be built from config.json of base model "
-            f"{model.model_name_or_path!r} ({_first_line(error)}); give the base of the target adapter"
+            f"{model.model_name_or_path!r} ({one_line(error)[:200]}); give the base of the target adapter"
         ) from error
 
 
@@ -127,7 +122,7 @@ def load_base(
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"base model {name!r} cannot be loaded ({_first_line(error)}); check --model_name_or_path and its files"
+            f"base model {name!r} cannot be loaded ({one_line(error)[:200]}); check --model_name_or_path and its files"
         ) from error
     base, loaded = result  # typed as a model, but it is a pair with output_loading_info
     if loaded["missing_keys"]:  # transformers would fill them with random numbers
@@ -152,10 +147,15 @@ def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig
 
     Looked at are the columns whose names end with `_ids`: tokens, and those of soft labels.
     """
+
+    def largest_in(ids: Any) -> int:  # of lists of lists
+        innermost = isinstance(ids, list) and ids and isinstance(ids[0], int)
+        return max(ids if innermost else map(largest_in, ids), default=0)
+
     size = config.get_text_config().vocab_size
-    for dataset in datasets:
-        columns = [] if dataset is None else [name for name in dataset.column_names if name.endswith("_ids")]
-        largest = max((_largest(dataset[name]) for name in columns if dataset is not None), default=0)
+    for dataset in filter(None, datasets):
+        columns = [name for name in dataset.column_names if name.endswith("_ids")]
+        largest = max((largest_in(dataset[name]) for name in columns), default=0)
         if largest >= size:
             raise UserError(
                 f"the tokenizer gave token id {largest}, but the vocabulary of base model {config.name_or_path} has "
@@ -164,19 +164,5 @@ def check_token_ids(datasets: Sequence[Dataset | None], config: PretrainedConfig
             )
 
 
-def _largest(ids: Any) -> int:
-    """The largest number in lists of lists; 0 if there is none."""
-    if isinstance(ids, list) and ids and isinstance(ids[0], int):
-        return max(ids)
-    return max(map(_largest, ids), default=0)
-
-
 def _config(model: ModelArguments, trust_remote_code: bool) -> PretrainedConfig:
-    return load_base_config(
-        model.model_name_or_path, "--model_name_or_path", trust_remote_code, revision=model.model_revision
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return load_base_config(model.model_name_or_path, "--model_name_or_path", trust_remote_code, model.model_revision)

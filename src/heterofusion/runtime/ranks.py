@@ -70,9 +70,8 @@ def from_all(ranks: PartialState, value: Any) -> list[Any]:
 def set_zero_init_dtype(dtype: torch.dtype) -> None:
     """Let ZeRO-3 hold a base that is about to be loaded in this dtype; nothing happens without DeepSpeed.
 
-    transformers builds the base under `zero.Init`, which takes the dtype of DeepSpeed's config: float32 here, since
-    mixed precision would cast the hypernetworks as well. This changes the config that `zero.Init` sees, not the
-    engine's.
+    `zero.Init` takes the dtype of DeepSpeed's config: float32, since mixed precision would cast the hypernetworks as
+    well. The engine does not see this change.
     """
     config = deepspeed_integration.deepspeed_config()
     if config is not None:

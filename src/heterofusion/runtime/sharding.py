@@ -1,7 +1,7 @@
 """Whole tensors of modules that ZeRO-3 or FSDP2 leave each rank a part of; all ranks call these together."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,37 +13,27 @@ from heterofusion.runtime.errors import UserError
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a rank holds a part of the parameters only (ZeRO-3, FSDP2)."""
-    return any(_partitioned_by_zero(parameter) or isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def _partitioned_by_zero(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")  # what DeepSpeed's own code asks
-
-
-@contextlib.contextmanager
-def _gathered(parameter: Tensor, modified: bool = False) -> Iterator[None]:
-    """A parameter that ZeRO-3 has partitioned, whole in here; what rank 0 writes goes to all ranks if `modified`."""
+def _gathered(parameter: Tensor, modified: bool = False) -> contextlib.AbstractContextManager[None]:
+    """A parameter, whole in here if ZeRO-3 partitioned it; what rank 0 writes goes to all ranks if `modified`."""
+    if not hasattr(parameter, "ds_id"):  # what DeepSpeed's own code asks
+        return contextlib.nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None):
-        yield
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0 if modified else None)
 
 
 @torch.no_grad()
 def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
-    """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together.
+    """Copies of parameters as whole tensors on the CPU, one gathered at a time. All ranks together, in one order.
 
-    Args:
-        parameters: names and parameters, in the same order on all ranks.
-        keep: whether this rank wants them; the others only take part, and get an empty dictionary.
+    A rank that does not `keep` them only takes part, and gets an empty dictionary.
     """
     state = {}
     for name, parameter in parameters:
-        if _partitioned_by_zero(parameter):
-            with _gathered(parameter):
-                if keep:
-                    state[name] = parameter.to("cpu", copy=True)
-        else:
+        with _gathered(parameter):
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if keep:
                 state[name] = whole.to("cpu", copy=True)
@@ -52,11 +42,7 @@ def whole_tensors(parameters: Iterable[tuple[str, Tensor]], keep: bool = True) -
 
 @torch.no_grad()
 def load_whole_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load whole tensors into the parameters of a module. All ranks together, each with the same state.
-
-    Raises:
-        ValueError: other names or shapes than the module's; nothing is loaded.
-    """
+    """Load whole tensors into the parameters of a module, or none if names or shapes differ. All ranks together."""
     parameters = dict(module.named_parameters())
     if parameters.keys() != state.keys():
         raise UserError(f"other tensors than expected: {sorted(parameters.keys() ^ state.keys())[:3]}")
@@ -66,13 +52,9 @@ def load_whole_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name} is {tuple(state[name].shape)}, {shape} was expected")
     for name, parameter in parameters.items():
         value = state[name].to(parameter.dtype)
-        if _partitioned_by_zero(parameter):
-            with _gathered(parameter, modified=True):
-                parameter.copy_(value)
-        elif isinstance(parameter, DTensor):
-            whole = value.to(parameter.device)
-            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
-        else:
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+        with _gathered(parameter, modified=True):
             parameter.copy_(value)
 
 

@@ -20,6 +20,10 @@ from heterofusion.zoo import DEMO_ANCHOR, DEMO_SOURCES, TASKS, zoo_path
 from recipe_runner import RECIPES, ROOT, error_line, recipe
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
+PAGES = [
+    ROOT / "README.md",
+    *(page for folder in ("accelerate_configs", "recipes", "src") for page in (ROOT / folder).rglob("*.md")),
+]
 
 
 def loaded(name, monkeypatch):
@@ -28,8 +32,8 @@ def loaded(name, monkeypatch):
     return recipe(name)
 
 
-def test_readme_example_runs(tmp_path, monkeypatch):
-    example = max(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL), key=len)
+def test_example_in_python_runs(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "src/heterofusion/README.md").read_text(), re.DOTALL)
     assert len(example.splitlines()) <= 35
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -68,9 +72,15 @@ def test_readme_flags_exist(known_flags):
     """Every --flag in the README and the pages of the recipes belongs to a recipe (or to accelerate launch)."""
     known = {"config", "config_file", "debug", "help", "quiet", "accelerate_config"}.union(*known_flags.values())
     known |= {"num_processes", "machine_rank"}
-    for page in (ROOT / "README.md", *RECIPES.rglob("*.md")):
+    for page in PAGES:
         flags = set(re.findall(r"--([a-z]\w+)", page.read_text()))
         assert flags <= known, f"{page}: {sorted(flags - known)}"
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
 
 
 @pytest.mark.parametrize(
@@ -132,8 +142,8 @@ ENGINES = {
 
 
 def test_every_launch_config_parses_and_is_used_in_the_docs():
-    docs = (ROOT / "README.md").read_text() + (ROOT / "recipes" / "README.md").read_text()
-    files = sorted((ROOT / "accelerate_configs").iterdir())
+    docs = "".join(page.read_text() for page in PAGES)
+    files = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
     assert {path.stem for path in files} == set(ENGINES)
     for path in files:
         config = load_config_from_file(str(path))

@@ -108,7 +108,7 @@ def test_hypernetworks_of_other_groups_raises(two, fails, tmp_path):
 
 def test_hypernetworks_that_would_be_overwritten_raises(two, fails, arguments):
     shutil.copytree(two.out, arguments["output_dir"])
-    fails("checkpoint-3", "--overwrite true removes", init_hypernetwork_from=arguments["output_dir"], overwrite=True)
+    fails("--overwrite true removes", init_hypernetwork_from=arguments["output_dir"], overwrite=True)
 
 
 # ---- single runs ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Pushing with the real Hub client to a server on loopback: what arrives, what does not, what a failure leaves."""
 
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -12,13 +11,13 @@ import pytest
 from huggingface_hub import close_session, constants
 from huggingface_hub.utils import _http
 
-from conftest import TINY, fresh_base, make_args, perturb
-from heterofusion import HeteroFusionModel, HeteroFusionTrainer, load_adapter, push_adapter
+from conftest import TINY, fresh_base, perturb
+from heterofusion import HeteroFusionModel, load_adapter, push_adapter
 from heterofusion.method.config import MethodConfig
 from heterofusion.publish.hub import push_command
 from heterofusion.publish.write import ExportError, export_adapter
 from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
-from recipe_runner import error_line, flags, recipe, save_tokenizer, shell, succeeds, train
+from recipe_runner import flags, recipe, save_tokenizer, shell, succeeds, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 push = recipe("push").main
@@ -134,14 +133,6 @@ def test_push_uploads_the_adapter_whatever_lies_beside_it(hub, adapter, base_dir
     assert [commit["summary"] for commit in hub.repos["you/fused"].commits] == ["Upload fused adapter"]
 
 
-def test_hub_id_of_the_base_is_pushed_as_it_is(hub, adapter, caplog):
-    edit(adapter / CONFIG, base_model_name_or_path="meta-llama/Llama-3.1-8B")
-    with caplog.at_level(logging.INFO, "heterofusion"):
-        push_adapter(adapter, "fused")
-    assert hub.files(f"{OWNER}/fused")[CONFIG] == (adapter / CONFIG).read_bytes()
-    assert not caplog.records
-
-
 @pytest.mark.parametrize("base", ["/data/jane/llama", "~/llama", "../models/llama", r"C:\Users\jane\llama"])
 def test_paths_of_any_machine_are_cut(hub, adapter, base):
     edit(adapter / CONFIG, base_model_name_or_path=base, revision="/data/jane/llama")
@@ -197,13 +188,6 @@ def test_existing_repository_gets_what_changed(hub, adapter):
     commits = hub.repos[f"{OWNER}/fused"].commits
     assert [commit["files"] for commit in commits] == [sorted(FILES), ["README.md"]]
     assert hub.files(f"{OWNER}/fused", "v1").keys() == FILES | {"kept.txt"}
-
-
-def test_trainer_pushes_under_the_name_of_its_folder(hub, adapter, model):
-    trainer = HeteroFusionTrainer(model, make_args(adapter, push_to_hub=True, hub_private_repo=False))
-    assert not hub.calls  # nothing is made before there is something to push
-    assert trainer.push_to_hub() == f"{hub.url}/{OWNER}/fused/commit/{1:040x}"
-    assert hub.repos[f"{OWNER}/fused"].visibility == "public"
 
 
 # Records that other methods write beside the adapter, and the commits they make.
@@ -265,7 +249,7 @@ INCOMPLETE = {
         r"holds a control \(source_control noise",
     ),
     "a list for a fusion.json": ("fusion.json", b"[]", "fusion.json holds list"),
-    "no weights": (WEIGHTS, None, WEIGHTS),
+    "no weights": (WEIGHTS, None, f"holds no {WEIGHTS}"),
     "half the weights": (WEIGHTS, b"\x00\x01", "damaged or truncated"),
     "no config": (CONFIG, None, f"{CONFIG} is missing"),
     "a card that is no text": ("README.md", b"\xff\xfe\x00", r"README.md cannot be read \(UnicodeDecodeError"),
@@ -280,12 +264,6 @@ def test_incomplete_adapter_raises_before_anything_is_sent(hub, adapter, case):
         (adapter / name).write_bytes(content)
     with pytest.raises(ExportError, match=rf"{re.escape(str(adapter))}.*{message}"):
         push_adapter(adapter, "fused")
-    assert not hub.calls
-
-
-def test_folder_that_is_not_there_raises(hub, tmp_path, capsys):
-    argv = flags({"adapter": tmp_path / "nowhere", "hub_model_id": "fused"})
-    error_line(capsys, push, argv, tmp_path / "nowhere", "holds no fusion.json")
     assert not hub.calls
 
 

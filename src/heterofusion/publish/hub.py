@@ -125,6 +125,8 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, revisi
 
 def hub_files(folder: Path) -> dict[str, Path | bytes]:
     """What is uploaded of a folder, by its path there: a file, or a content from which paths and tokens are gone."""
+    if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():  # a pickle is not pushed
+        raise ExportError(f"{folder} holds no {WEIGHTS_FILE}; export an adapter there first")
     try:
         record_file, record = find_record(folder)
         base = load_adapter(folder).base_model or ""

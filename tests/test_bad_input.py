@@ -91,19 +91,6 @@ def test_broken_adapter_raises(case, side, fails, tmp_path):
     assert len(line) < 800
 
 
-def test_missing_adapter_folder_raises(fails, tmp_path):
-    fails(tmp_path / "nowhere", "does not exist", source_adapters=[tmp_path / "nowhere"])
-
-
-def test_file_instead_of_adapter_folder_raises(fails, replay):
-    fails(replay, "folder", target_adapter=replay)
-
-
-@pytest.mark.parametrize("flag", ["target_adapter", "source_adapters"])
-def test_adapter_on_the_hub_that_cannot_be_reached_raises(flag, fails):
-    fails("nobody/no-such-adapter", "Hub", "download", **{flag: "nobody/no-such-adapter"})
-
-
 def test_no_overlapping_roles_raises(fails, tmp_path):
     def keep(role):
         return edited_weights(lambda w: [w.pop(key) for key in list(w) if f".{role}." not in key])
@@ -119,9 +106,49 @@ def test_source_that_is_the_target_raises(fails, tmp_path):
     fails(TARGET, "target adapter itself", source_adapters=[QWEN, link])
 
 
-@pytest.mark.parametrize("sources", [[], None])
-def test_zero_sources_raises(sources, fails):
-    fails("source_adapters", source_adapters=sources)
+# ---- names of what is not there, or not what it should be --------------------------------------------------------
+
+NOWHERE = {
+    "a missing adapter folder": ({"source_adapters": ["NOWHERE"]}, ["NOWHERE", "does not exist"]),
+    "a file for an adapter": ({"target_adapter": "FILE"}, ["FILE", "folder"]),
+    "a target on the Hub": ({"target_adapter": "no/such-adapter"}, ["no/such-adapter", "Hub", "download"]),
+    "a source on the Hub": ({"source_adapters": ["no/such-adapter"]}, ["no/such-adapter", "Hub", "download"]),
+    "an empty list of sources": ({"source_adapters": []}, ["source_adapters"]),
+    "no sources": ({"source_adapters": None}, ["source_adapters"]),
+    "a replay on the Hub": ({"dataset_name": ["no/such-data"]}, ["no/such-data", "Hub"]),
+    "no replay": ({"dataset_name": None}, ["--dataset_name"]),
+    "no data to evaluate on": (
+        {"eval_strategy": "steps", "eval_steps": 1}, ["--eval_strategy is steps", "--eval_dataset_name"]),
+    "a missing base": ({"model_name_or_path": "NOWHERE"}, ["--model_name_or_path", "NOWHERE"]),
+    "a base on the Hub": ({"model_name_or_path": "no/such-base"}, ["--model_name_or_path", "no/such-base"]),
+    "a base without tokenizer": (
+        {"model_name_or_path": GOLDEN / "base_llama"}, ["tokenizer", GOLDEN / "base_llama", "--model_name_or_path"]),
+    "a file for a folder": ({"output_dir": "FILE"}, ["FILE", "is a file"]),
+    "a folder below a file": ({"output_dir": "FILE/below"}, ["FILE", "is a file"]),
+    "no checkpoint": ({"resume_from_checkpoint": True}, ["--resume_from_checkpoint", "no checkpoint"]),
+    "a missing checkpoint": ({"resume_from_checkpoint": "NOWHERE"}, ["NOWHERE", "checkpoint"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOWHERE)
+def test_what_is_not_there_raises(case, fails, tmp_path):
+    (tmp_path / "file").write_text("mine")
+
+    def placed(value):
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        named = str(value).replace("NOWHERE", str(tmp_path / "nowhere")).replace("FILE", str(tmp_path / "file"))
+        return named if isinstance(value, str) else value
+
+    changed, words = NOWHERE[case]
+    fails(*placed(words), **{flag: placed(value) for flag, value in changed.items()})
+
+
+def test_output_dir_that_is_there_raises(fails, arguments):
+    arguments["output_dir"].mkdir()
+    fails("--resume_from_checkpoint", arguments["output_dir"], "no checkpoint", resume_from_checkpoint=True)
+    (arguments["output_dir"] / "notes.txt").write_text("mine")
+    fails(arguments["output_dir"], "not empty", "--resume_from_checkpoint", "--overwrite")
 
 
 # ---- replay -----------------------------------------------------------------------------------------------------
@@ -156,27 +183,7 @@ def test_broken_replay_raises(case, flag, fails, tmp_path):
     fails(path, *words, **{**extra, flag: [path]})
 
 
-def test_replay_on_the_hub_that_cannot_be_reached_raises(fails):
-    fails("nobody/no-such-data", "Hub", dataset_name=["nobody/no-such-data"])
-
-
-def test_no_replay_raises(fails):
-    fails("--dataset_name", dataset_name=None)
-
-
-def test_evaluation_strategy_without_data_raises(fails):
-    fails("--eval_strategy is steps", "--eval_dataset_name", eval_strategy="steps", eval_steps=1)
-
-
 # ---- base model, tokenizer, output_dir --------------------------------------------------------------------------
-
-
-def test_missing_base_folder_raises(fails, tmp_path):
-    fails("--model_name_or_path", tmp_path / "nowhere", model_name_or_path=tmp_path / "nowhere")
-
-
-def test_base_on_the_hub_that_cannot_be_reached_raises(fails):
-    fails("--model_name_or_path", "nobody/no-such-base", model_name_or_path="nobody/no-such-base")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', "{}"])
@@ -217,10 +224,6 @@ def test_base_with_senseless_config_raises(fields, fails, bare_base, tmp_path):
     fails(base, "--model_name_or_path", model_name_or_path=base)
 
 
-def test_base_without_tokenizer_raises(fails):
-    fails("tokenizer", GOLDEN / "base_llama", "--model_name_or_path", model_name_or_path=GOLDEN / "base_llama")
-
-
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {"type": "Magic"}}'])
 def test_broken_tokenizer_raises(content, fails, tmp_path):
     target = copy_adapter(tmp_path / "target", TARGET)
@@ -234,28 +237,6 @@ def test_tokenizer_with_more_tokens_than_the_base_raises(fails, tmp_path):
     save_tokenizer(target, size=90)
     rows = write_replay(tmp_path / "large.json", first=70)
     fails("token id", "64", "--model_name_or_path", target_adapter=target, dataset_name=[rows])
-
-
-def test_output_dir_that_is_not_empty_raises(fails, arguments):
-    arguments["output_dir"].mkdir()
-    (arguments["output_dir"] / "notes.txt").write_text("mine")
-    fails(arguments["output_dir"], "not empty", "--resume_from_checkpoint", "--overwrite")
-
-
-def test_output_dir_that_is_a_file_raises(fails, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    fails(tmp_path / "file", "is a file", output_dir=tmp_path / "file")
-    fails(tmp_path / "file", "is a file", output_dir=tmp_path / "file" / "below")
-
-
-def test_resume_without_checkpoint_raises(fails, arguments):
-    fails("--resume_from_checkpoint", arguments["output_dir"], "no checkpoint", resume_from_checkpoint=True)
-    arguments["output_dir"].mkdir()
-    fails("--resume_from_checkpoint", arguments["output_dir"], "no checkpoint", resume_from_checkpoint=True)
-
-
-def test_resume_from_a_folder_that_is_no_checkpoint_raises(fails, tmp_path):
-    fails(tmp_path / "nowhere", "checkpoint", resume_from_checkpoint=tmp_path / "nowhere")
 
 
 def no_weights(base: Path) -> None:

@@ -61,26 +61,19 @@ def test_flag_out_of_range_raises(flag, value, fails):
     assert any(number in line for number in numbers), line
 
 
-def test_sizes_that_do_not_go_together_raises(fails):
+def test_flags_that_do_not_go_together_raises(fails, capsys, tmp_path):
     fails("embed_dim 30", "num_heads 4", embed_dim=30)
-
-
-def test_no_passes_over_the_replay_raises(fails):
     fails("--num_train_epochs is 0", num_train_epochs=0, max_steps=-1)
-
-
-def test_two_quantizations_raises(fails):
     fails("--load_in_4bit", "--load_in_8bit", load_in_4bit=True, load_in_8bit=True)
+    fails("--target_adapter", "--help", target_adapter=None)
+    fails(tmp_path / "no.yaml", "does not exist", config=tmp_path / "no.yaml")
+    error_line(capsys, plan.main, ["--config"], "--config: expected one argument")
 
 
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
 def test_quantization_without_bitsandbytes_raises(flag, fails, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     fails(f"--{flag}", "bitsandbytes", "heterofusion[quantization]", **{flag: True})
-
-
-def test_missing_required_flag_raises(fails):
-    fails("--target_adapter", "--help", target_adapter=None)
 
 
 def test_help_lists_every_flag_with_a_sentence(capsys):
@@ -173,14 +166,6 @@ def test_bad_yaml_raises(case, fails, tmp_path):
     fails(path, *words, config=path, **({key: None} if key in ("max_steps", "source_adapters") else {}))
 
 
-def test_missing_yaml_raises(fails, tmp_path):
-    fails(tmp_path / "no.yaml", "does not exist", config=tmp_path / "no.yaml")
-
-
-def test_config_without_a_value_raises(capsys):
-    error_line(capsys, plan.main, ["--config"], "--config: expected one argument")
-
-
 def test_debug_true_shows_the_traceback(arguments, tmp_path):
     argv = flags({**arguments, "target_adapter": tmp_path / "nowhere"})
     for debug in (["--debug", "true"], ["--debug=true"], ["--debug"]):
@@ -192,13 +177,8 @@ def test_debug_true_shows_the_traceback(arguments, tmp_path):
 
 def test_an_internal_error_keeps_its_traceback():
     """Only what a user can mend is told in one line."""
-
-    @command
-    def broken(argv):
-        raise ValueError("a bug")
-
-    with pytest.raises(ValueError, match="a bug"):
-        broken([])
+    with pytest.raises(ZeroDivisionError):
+        command(lambda argv: 1 // 0)([])
 
 
 def test_help_has_groups_with_what_matters_first(capsys):
@@ -250,15 +230,8 @@ sys.exit(main())
 @pytest.mark.distributed
 def test_an_error_of_another_rank_is_seen(tmp_path):
     (tmp_path / "program.py").write_text(LAUNCHED)
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        ROOT / "accelerate_configs/cpu_ddp.yaml",
-        "--main_process_port",
-        0,
-    )
-    done = shell(sys.executable, *launch, tmp_path / "program.py")
+    config = ("--config_file", ROOT / "accelerate_configs/cpu_ddp.yaml", "--main_process_port", 0)
+    done = shell(sys.executable, "-m", "accelerate.commands.launch", *config, tmp_path / "program.py")
     assert done.returncode != 0 and done.stderr.count("error: rank 1 misses a file\n") == 1, done.stderr
 
 

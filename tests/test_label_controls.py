@@ -96,25 +96,6 @@ def test_anchor_labels_its_own_task_and_stores_what_it_thinks(again, whole, tmp_
     assert f"{COUNT} of them are the anchor's own answers" in (tmp_path / "tuned/README.md").read_text()
 
 
-def test_map_names_the_anchor_beside_a_source(again, whole, tmp_path):
-    (tmp_path / "map.yaml").write_text("ner_garden: [anchor, ner_garden]\nner_kitchen: anchor\nre_market: none")
-    found = again(routing=tmp_path / "map.yaml")
-    assert found["routing"]["tasks"]["ner_garden"]["chosen"] == ["ner_garden", "anchor"]
-    assert found["tasks"]["ner_kitchen"]["sources"] == {"anchor": COUNT}
-    assert sum(found["tasks"]["ner_garden"]["sources"].values()) == COUNT
-
-
-def test_cost_counts_the_seconds_of_soft_labels(whole, tmp_path):
-    _, folder, found = whole
-    soft = json.loads((folder / "soft/index.json").read_text())["seconds"]
-    shares = [
-        json.loads(text)["seconds"]
-        for path in folder.glob("parts/*/rank-0.jsonl")
-        for text in path.read_text().splitlines()
-    ]
-    assert soft > 0 and found["cost"]["seconds"] == pytest.approx(sum(shares) + soft, abs=0.01)
-
-
 @pytest.mark.parametrize(
     ("kind", "sources"),
     [

@@ -310,6 +310,10 @@ def test_flags_that_do_not_fit_together(refused, values):
     refused("--dataset_label has 1 values for 3 of them", dataset_name=None, dataset_label=["a"])
     refused("source ner_garden (--source_models", "/no/base", source_models=["/no/base"])
     refused("--resume and --overwrite", resume=True, overwrite=True)
+    values["output_dir"].mkdir()
+    (values["output_dir"] / "notes.txt").write_text("mine")
+    refused("exists and is not empty", "--overwrite true")
+    refused("holds no labels", resume=True)
 
 
 def test_labels_are_not_written_over_what_is_read(refused, values, label_data, tmp_path):
@@ -374,13 +378,6 @@ def test_files_that_are_wrong(refused, values, tmp_path):
     plain = [{"prompt": f"{word} one", "completion": " x", "kind": "NER"} for word in "abc"]
     replay = write_dataset(tmp_path / "plain.jsonl", plain)
     refused("--self_prompt:", replay, "no common beginning", prompts=None, self_prompt=3, dataset_name=[replay])
-
-
-def test_output_folders_that_are_not_ours(refused, values):
-    values["output_dir"].mkdir()
-    (values["output_dir"] / "notes.txt").write_text("mine")
-    refused("exists and is not empty", "--overwrite true")
-    refused("holds no labels", resume=True)
 
 
 def test_nobody_beats_the_anchor(values, capsys, logging_restored):

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from eval_runner import Killed, evaluation, predictions
 from heterofusion.experts import soft_labels
 from heterofusion.experts.answering import read_parts
+from heterofusion.runtime.errors import UserError
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from label_runner import COUNT, label, label_killed, read_labels, run_label
 from recipe_runner import ROOT, contents, error_line, flags, shell, succeeds
@@ -252,6 +253,20 @@ def test_overwrite_removes_what_an_earlier_run_wrote_and_nothing_else(whole, tmp
     assert not (out / "ner_garden.jsonl").exists() and not (out / "soft").exists()
     assert len(read_labels(out, "a")) == 2
     assert len([*(out / "parts").iterdir()]) == 1
+
+
+def test_overwrite_loses_nothing_to_a_base_that_cannot_be_loaded(whole, tmp_path, monkeypatch):
+    values, folder, _ = whole
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def broken(*_, **__):
+        raise UserError("weights are missing")
+
+    monkeypatch.setattr("heterofusion.experts.expert.load_base", broken)
+    assert label.main(flags({**values, "output_dir": out, "overwrite": True})) == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.distributed

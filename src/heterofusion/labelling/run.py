@@ -142,9 +142,14 @@ class Labelling:
     def run(self) -> tuple[Routing, dict[str, Any]]:
         """Route, label and write; gives the routing and the content of `labels.json`."""
         output, main = self.arguments.output, self.ranks.is_main_process
-        with all_together(self.ranks):
-            if output.overwrite and main:
-                remove_labels(self.folder)
+        if output.overwrite:
+            mapped = [name for names in self.mapped.values() for name in names if name in self.experts]
+            first = next(iter(self.experts)) if len(self.mapped) < len(self.labels) else mapped[0]
+            with all_together(self.ranks):  # the last thing that may be wrong: until then, what is there stays
+                self.runner.load(self.experts[first].base)
+            with all_together(self.ranks):
+                if main:
+                    remove_labels(self.folder)
         routing = self._route()
         with all_together(self.ranks):
             if main:

@@ -1,4 +1,4 @@
-"""Distil source experts into the target's LoRA adapter, as FuseLLM does: a baseline that runs every expert.
+r"""Distil source experts into the target's LoRA adapter, as FuseLLM does: a baseline that runs every expert.
 
     accelerate launch --config_file accelerate_configs/single.yaml recipes/distill.py \
         --model_name_or_path BASE --init_adapter ANCHOR \

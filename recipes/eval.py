@@ -1,4 +1,4 @@
-"""Score a base model, adapters and fused adapters on data sets: greedy answers, F1, accuracy or exact match.
+r"""Score a base model, adapters and fused adapters on data sets: greedy answers, F1, accuracy or exact match.
 
     accelerate launch --config_file accelerate_configs/single.yaml recipes/eval.py \
         --model_name_or_path BASE --adapters none ANCHOR FUSED --dataset_name a.jsonl b.jsonl --output_dir eval

@@ -1,4 +1,4 @@
-"""Train a LoRA expert on a base model: supervised fine-tuning with the loss on the answers only.
+r"""Train a LoRA expert on a base model: supervised fine-tuning with the loss on the answers only.
 
     accelerate launch --config_file accelerate_configs/single.yaml recipes/expert.py \
         --model_name_or_path BASE --dataset_name task.json --output_dir expert

@@ -1,4 +1,4 @@
-"""Let source experts label prompts of the tasks that they are good at: what a fusion's replay lacks.
+r"""Let source experts label prompts of the tasks that they are good at: what a fusion's replay lacks.
 
     accelerate launch --config_file accelerate_configs/single.yaml recipes/label.py \
         --model_name_or_path BASE --target_adapter ANCHOR \

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from heterofusion.data.files import load_json, read_text
+from heterofusion.evaluation.results import row_name
 from heterofusion.experiments.page import Page
 from heterofusion.experiments.pictures import draw_curves, draw_scores
 from heterofusion.experiments.tables import NO_SEED, SCORES_ARE, Row, difference_table, score_frame, score_table
@@ -51,7 +52,7 @@ def read_rows(folders: list[str]) -> list[Row]:
                 raise UserError(f"results {path} is no result of recipes/eval.py; leave it out")
             labels = dict(content.get("labels") or {})
             seed = labels.pop("seed", None) or (content.get("made_by") or {}).get("seed")
-            rows.append(Row(content["name"], [content], NO_SEED if seed is None else int(seed), labels))
+            rows.append(Row(row_name(content), [content], NO_SEED if seed is None else int(seed), labels))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Fuse source adapters into a target adapter.
+r"""Fuse source adapters into a target adapter.
 
     accelerate launch --config_file accelerate_configs/single.yaml recipes/train.py \
         --model_name_or_path BASE --target_adapter ANCHOR --source_adapters EXPERT1 EXPERT2 \
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     logger.info("hypernetworks: %s trainable parameters", f"{trainable:,}")
     metrics = trainer.run(resume)
     trainer.export(folder, metrics)
-    logger.info("fused adapter written to %s", folder)
+    logger.info("%s written to %s", f"CONTROL ({control})" if control else "fused adapter", folder)
     if args.push_to_hub and is_main_process():
         logger.info("pushed: %s", push_output(args))
 

@@ -17,7 +17,7 @@ from eval_runner import (
     run,
     scores,
 )
-from heterofusion.evaluation.results import common_made_by, join_results
+from heterofusion.evaluation.results import common_made_by, join_results, results_table
 from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
@@ -195,3 +195,14 @@ def test_results_of_the_same_data_set_cannot_be_joined(alone):
     part = alone["ner_kitchen"][1]
     with pytest.raises(UserError, match="have the data set 'ner_kitchen'; join disjoint ones only"):
         join_results([part, part])
+
+
+def test_a_table_calls_a_control_what_it_is():
+    result = {"datasets": {"a": {"score": 0.5}}, "mean": 0.5, "seconds": 1.0, "tokens_per_second": 2.0}
+    told = results_table(
+        [
+            {**result, "name": "copied", "made_by": {"source_control": "noise, seed 42"}},
+            {**result, "name": "fused", "made_by": None},
+        ]
+    )
+    assert "| copied (CONTROL: noise, seed 42) |" in told and "| fused |" in told

@@ -133,12 +133,18 @@ def join_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def row_name(result: Mapping[str, Any]) -> str:
+    """How tables call a result: a control says that it is one, whatever it was named."""
+    control = (result.get("made_by") or {}).get("source_control")
+    return f"{result['name']} (CONTROL: {control})" if control else str(result["name"])
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table of results of the same data sets: a row each, with mean, seconds and tokens per second."""
     labels = list(results[0]["datasets"])
     rows = [
         [
-            result["name"],
+            row_name(result),
             *(result["datasets"][label]["score"] for label in labels),
             result["mean"],
             f"{result['seconds']:.1f}",

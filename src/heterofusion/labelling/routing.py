@@ -135,6 +135,8 @@ class Routing:
         why = f"no source is better at it than the anchor ({needed:.3f}; {best} has {found:.3f})"
         if found > needed:
             why += f" by --routing_margin {self.margin:g}: lower it, or name the source in --routing"
+        elif self.anchor_from is None:
+            why += "; --anchor_labels true lets the anchor answer, which keeps what it can do"
         return why if self.anchor_from is None else f"{why}; the anchor is below --anchor_min_score {self.anchor_from}"
 
 

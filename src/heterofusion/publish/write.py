@@ -111,10 +111,12 @@ def export_adapter(
         The folder.
 
     Raises:
-        ExportError: a weight is not finite.
+        ExportError: a weight is not finite, or keys, shapes or dtypes are not the target's.
         OSError: the folder cannot be written; what it held before is kept, unless files could not be moved.
     """
-    state = model.fused_state_dict()
+    state, expected = model.fused_state_dict(), model.plan.target.state_dict()
+    if {key: (t.shape, t.dtype) for key, t in state.items()} != {k: (t.shape, t.dtype) for k, t in expected.items()}:
+        raise ExportError("the fused adapter has other tensors, shapes or dtypes than its target; nothing was written")
     check_finite(state)
     alphas = whole_tensors(model.hypernetworks.alphas.items())
     diagnostics = adapter_diagnostics(model)

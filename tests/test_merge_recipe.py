@@ -15,7 +15,7 @@ from eval_runner import TASKS, evaluation, results
 from heterofusion import load_adapter
 from heterofusion.merging.merge import MergeRun
 from heterofusion.merging.rules import RULES
-from heterofusion.merging.rules.ties import Ties
+from heterofusion.merging.rules.sparse import Ties
 from heterofusion.zoo import zoo_path
 from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
 
@@ -23,7 +23,7 @@ pytest_plugins = ["eval_runner"]
 
 merge = recipe("merge")
 BASE, EXPERTS = zoo_path("llama"), [zoo_path("llama", task) for task in TASKS]
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "merge.json"]
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "merge.json", "tokenizer.json"}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     model = tiny_model("llama")
     model.save_pretrained(root / "base")
-    save_tokenizer(root / "base", size=128)
+    save_tokenizer(root / "base", prefix="v", size=128)
     names = {"base": "owner/tiny-llama"}
     experts = [
         lora_folder(model, root / "all", list(LLAMA_ROLES), 3, lora_alpha=8, seed=1, std=0.2, **names),
@@ -120,7 +120,7 @@ def test_a_merge_is_that_of_pefts_cat(tiny, tmp_path):
     with torch.no_grad():
         expected = reference(input_ids=ids).logits
     torch.testing.assert_close(logits(tiny_model("llama"), folder, ids), expected, atol=1e-5, rtol=1e-5)
-    assert record["truncation"]["exact"] and record["truncation"]["rank"] == 8
+    assert record["truncation"]["lost"] == 0 and record["truncation"]["rank"] == 8
     assert record["hyperparameters"] == {"merge_lambda": 0.6}
     assert [expert["weight"] for expert in record["adapters"]] == weights
 
@@ -157,8 +157,9 @@ def flip(weights):
 
 def test_files_and_record(tiny, tmp_path):
     folder, record = run(tiny, method="dare_ties", seed=7, rank=4, output_dir=tmp_path / "out")
-    assert set(FILES) < set(files(folder))
-    assert (folder / "tokenizer.json").read_bytes() == (tiny["adapters"][0] / "tokenizer.json").read_bytes()
+    assert set(files(folder)) > FILES
+    own = json.loads((tiny["adapters"][0] / "tokenizer.json").read_text())  # the base's has other words
+    assert json.loads((folder / "tokenizer.json").read_text())["model"] == own["model"]
     merged = load_adapter(folder)
     assert all(module.scaling == 1 and module.rank <= 4 for module in merged.modules.values())
     assert {module.lora_A.dtype for module in merged.modules.values()} == {torch.float32}  # experts differ
@@ -167,12 +168,12 @@ def test_files_and_record(tiny, tmp_path):
     assert [expert["name"] for expert in record["adapters"]] == ["all", "rslora", "upper"]
     assert record["adapters"][1]["sha256"] == load_adapter(tiny["adapters"][1]).sha256
     assert record["hyperparameters"] == {"merge_lambda": 1.0, "drop_rate": 0.5, "density": 0.2}
-    assert not record["truncation"]["exact"] and 0 < record["truncation"]["overall"] <= record["truncation"]["max"] < 1
+    assert 0 < record["truncation"]["lost"] < 1
     made_by = record["made_by"]
     assert (made_by["kind"], made_by["method"], made_by["seed"]) == ("merge", "dare_ties", 7)
     assert made_by["cost"]["seconds"] > 0 and made_by["ran_source_models"] is False
     card = (folder / "README.md").read_text()
-    assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['overall']:.2%}" in card
+    assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['lost']:.2%}" in card
     for name in files(folder):
         assert str(tmp_path).encode() not in (folder / name).read_bytes(), name
         assert str(tiny["model_name_or_path"].parent).encode() not in (folder / name).read_bytes(), name
@@ -200,7 +201,7 @@ def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values
         assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
     assert "emr needs the task at inference" in capsys.readouterr().out
     folder = values["output_dir"]
-    assert files(folder) == sorted(f"{name}/{file}" for name in ("kitchen", "town") for file in FILES)
+    assert set(files(folder)) > {f"{name}/{file}" for name in ("kitchen", "town") for file in FILES}
     ids = torch.randint(4, 1000, (2, 8), generator=torch.Generator().manual_seed(0))
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     kitchen, town = (logits(base, folder / name, ids) for name in ("kitchen", "town"))
@@ -219,7 +220,8 @@ def test_help_lists_the_methods_by_their_docstrings(capsys):
 
 
 def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
-    found = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)[1]["validation"]
+    record = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)[1]
+    found = record["validation"]
     own = {**scored, "adapters": [EXPERTS[0]], "output_dir": tmp_path / "eval", "use_cpu": True}
     del own["method"], own["device"]
     succeeds(evaluation.main, flags(own))
@@ -227,7 +229,7 @@ def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
     assert {label: record["score"] for label, record in found["adapter"].items()} == expected
     assert {label: record["score"] for label, record in found["dense"].items()} == expected
     assert expected["ner_kitchen"] > 0.8 > expected["re_town"]
-    assert found["mean"] == found["dense_mean"] == pytest.approx(sum(expected.values()) / 2)
+    assert record["metrics"] == {f"eval_{label}": score for label, score in expected.items()}
 
 
 def test_adapters_of_emr_answer_their_own_data(scored):
@@ -235,7 +237,7 @@ def test_adapters_of_emr_answer_their_own_data(scored):
     for task in TASKS:
         found = json.loads((scored["output_dir"] / task / "merge.json").read_text())["validation"]
         assert list(found["adapter"]) == list(found["dense"]) == [task]
-        assert found["mean"] > 0.5
+        assert found["adapter"][task]["score"] > 0.5
 
 
 def test_a_search_keeps_the_best(scored, capsys):
@@ -245,16 +247,16 @@ def test_a_search_keeps_the_best(scored, capsys):
     folder = scored["output_dir"]
     search = (record := json.loads((folder / "merge.json").read_text()))["search"]
     tried = [candidate["hyperparameters"] for candidate in search["candidates"]]
-    assert tried == [{"merge_lambda": a, "density": b} for a in (0.6, 1.0) for b in (0.2, 1.0)]
+    assert tried == [{"merge_lambda": a, "density": b} for b in (0.2, 1.0) for a in (0.6, 1.0)]
     means = [candidate["mean"] for candidate in search["candidates"]]
-    assert search["chosen"] == means.index(max(means)) and search["validation_runs"] == 4
+    assert search["chosen"] == means.index(max(means))
     assert len(set(means)) > 1
     assert record["hyperparameters"] == search["candidates"][search["chosen"]]["hyperparameters"]
     assert record["made_by"]["cost"]["seconds"] >= search["seconds"] > 0
     assert "| merge_lambda | density | ner_kitchen | re_town | mean |" in capsys.readouterr().out
     alone = {**scored, "output_dir": folder.parent / "alone", **record["hyperparameters"]}
     again, found = run(alone, method="ties")
-    assert found["validation"]["mean"] == record["validation"]["mean"] == max(means)
+    assert found["validation"] == record["validation"]
     best, direct = load_file(folder / WEIGHTS), load_file(again / WEIGHTS)
     assert all(torch.equal(best[key], direct[key]) for key in best)
 
@@ -301,7 +303,6 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         ({"method": "dare", "drop_rate": 1}, ["--drop_rate is 1.0"]),
         ({"merge_lambda": 0}, ["--merge_lambda is 0.0"]),
         ({"method": "della", "epsilon": 0.4}, ["--drop_rate 0.3 and --epsilon 0.4"]),
-        ({"method": "breadcrumbs", "density": 0.95}, ["--density 0.95 and --gamma 0.1"]),
         ({"weights": [1.0]}, ["--weights has 1 values for 2"]),
         ({"weights": [0, 0]}, ["--weights is [0.0, 0.0]"]),
         ({"method": "average", "weights": [1, -1]}, ["average divides by their sum"]),
@@ -325,8 +326,6 @@ def test_what_depends_on_the_machine_and_the_data_raises(refused, monkeypatch, t
     refused("merge_lambda is given too", search=["lambda=0.1,0.2"], merge_lambda=0.2, **data)
     other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (64, 80)}, seed=9)
     refused("maps 80 to 80 features", "64 to 80", "recipes/train.py", adapters=[EXPERTS[0], other])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("--device cuda", "finds no GPU", device="cuda")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("runs in one process")
 
@@ -348,18 +347,18 @@ def test_weights_out_of_range_raise_and_leave_nothing(values, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("method", RULES)
-def test_every_method_writes_what_peft_loads(method, tmp_path):
+def test_every_method_writes_what_peft_loads(method, base_dir, tmp_path):
     names = ["target_llama", "target_llama_2"]
     other = copy_adapter(tmp_path / names[1], str(GOLDEN / names[0]), tensors=shuffle)
     folder, _ = run(
         {
-            "model_name_or_path": GOLDEN / "base_llama", "adapters": [GOLDEN / names[0], other], "method": method,
+            "model_name_or_path": base_dir, "adapters": [GOLDEN / names[0], other], "method": method,
             "device": "cpu", "output_dir": tmp_path / "out",
         },
         names=names if method == "emr" else None,
     )  # fmt: skip
     parts = [folder / name for name in names] if method == "emr" else [folder]
-    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     ids = torch.randint(4, 64, (2, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = base(input_ids=ids).logits

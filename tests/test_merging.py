@@ -1,7 +1,9 @@
-"""Merging of experts: every method against dense arithmetic written down once more, and against PEFT and mergekit."""
+"""Merging of experts: every method against dense arithmetic written down once more; searches; dense updates."""
 
 import json
 import weakref
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,18 +11,15 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file
 
 import heterofusion.merging.tau as tau_module
-from builders import CONFIG, WEIGHTS, write_adapter
+from builders import CONFIG, WEIGHTS, tiny_model, write_adapter
 from heterofusion import load_adapter
-from heterofusion.merging.export import low_rank, truncated
-from heterofusion.merging.merge import dense_update
+from heterofusion.merging.config import search_candidates
+from heterofusion.merging.export import added, cut, low_rank, merged_update
 from heterofusion.merging.rules import RULES, make_rule
-from heterofusion.merging.rules.breadcrumbs import crumbs
-from heterofusion.merging.rules.dropping import drop, drop_by_rank, seeded_generator
-from heterofusion.merging.rules.ties import majority_sign
+from heterofusion.merging.rules.sparse import Ties, drop, drop_by_rank, dropped
 from heterofusion.merging.tau import Matrices, Updates, magnitude_thresholds
 from heterofusion.runtime.errors import UserError
 
-CPU = torch.device("cpu")
 MODULES = {
     "model.layers.0.self_attn.q_proj": (12, 10),
     "model.layers.1.self_attn.q_proj": (12, 10),
@@ -74,7 +73,7 @@ def dense(experts, method, weights=None, **values):
     rule = make_rule(method, values)
     merged = rule.merge(Updates(experts, weights))
     count = len(experts) if rule.per_task else 1
-    results = [{path: dense_update(merged, rule.merge_lambda, i, path) for path in MODULES} for i in range(count)]
+    results = [{path: merged_update(merged, rule.merge_lambda, i, path) for path in MODULES} for i in range(count)]
     return results if rule.per_task else results[0]
 
 
@@ -129,28 +128,22 @@ def test_ties_is_a_global_sort(experts, taus, density):
     assert_same(found, reference_ties(taus, density, 0.6))
 
 
-def test_ties_is_that_of_peft_and_mergekit(experts, taus):
-    vectors = flat(taus).float()
-    assert_same(dense(experts, "ties"), unflat(merge_utils.ties([*vectors], torch.ones(3), 0.2), taus))
-    sparsify = pytest.importorskip("mergekit.sparsify")
-    arithmetic = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
-    vectors = torch.stack([sparsify.magnitude(vector, 0.2) for vector in vectors])
-    mask = arithmetic.get_mask(vectors, "sum")
-    assert_same(dense(experts, "ties"), unflat((vectors * mask).sum(0) / mask.sum(0).clamp(min=1), taus))
+def test_ties_is_that_of_peft(experts, taus):
+    expected = merge_utils.ties([*flat(taus).float()], torch.ones(3), 0.2)
+    assert_same(dense(experts, "ties"), unflat(expected, taus))
 
 
 def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
-    """Two experts with 1 and -1 at one entry; the other entries decide that the sign is negative."""
+    """Experts with 1 and -1 at one entry; the others decide that the sign is negative, as a draw would."""
     key, experts = f"base_model.model.{FIRST}.lora_", []
-    for index, rows in enumerate(([[1.0, -2.0, -3.0]], [[-1.0, -2.0, -4.0]])):
+    for index, rows in enumerate(([[1.0, 2.0, -3.0]], [[-1.0, 2.0, -4.0]])):
         folder = write_adapter(
             tmp_path / str(index), {FIRST: (3, 1)}, r=3, lora_alpha=3,
             tensors={f"{key}A.weight": torch.eye(3), f"{key}B.weight": torch.tensor(rows)},
         )  # fmt: skip
         experts.append(load_adapter(folder))
     merged = make_rule("ties", {"density": 1}).merge(Updates(experts))
-    assert dense_update(merged, 1.0, 0, FIRST).tolist() == [[-1.0, -2.0, -3.5]]
-    assert majority_sign([torch.tensor([1.0, -1.0])]) == -1  # as in TIES' own code
+    assert merged_update(merged, 1.0, 0, FIRST).tolist() == [[-1.0, 2.0, -3.5]]
 
 
 def test_breadcrumbs_of_every_row(experts, taus):
@@ -161,10 +154,6 @@ def test_breadcrumbs_of_every_row(experts, taus):
         order = tau.abs().argsort(dim=2, descending=True).argsort(dim=2)  # place of each entry in its row
         expected[path] = 0.4 * torch.where((order >= top) & (order < top + kept), tau, 0).sum(0)
     assert_same(dense(experts, "breadcrumbs", density=0.5, gamma=0.25), expected)
-    sparsify = pytest.importorskip("mergekit.sparsify")
-    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
-    mergekits = torch.stack([sparsify.magnitude_outliers(row, density=0.2, gamma=0.1) for row in rows])
-    assert torch.equal(crumbs(rows, 0.2, 0.1), mergekits)
 
 
 def test_emr(experts, taus):
@@ -179,18 +168,15 @@ def test_emr(experts, taus):
         assert_same(updates, {path: scale * update for path, update in masked.items()})
 
 
-@pytest.mark.parametrize(
-    ("large", "message"),
-    [(0.0, "its update is 0, so emr cannot scale it"), (-2.0, "the others outweigh it with the opposite sign")],
-)
-def test_emr_refuses_an_expert_that_it_cannot_scale(tmp_path, large, message):
+@pytest.mark.parametrize("large", [0.0, -2.0])
+def test_emr_refuses_an_expert_that_it_cannot_scale(tmp_path, large):
     experts = []
     for name, sign in (("small", 1.0), ("large", large)):
         weights = {f"base_model.model.{FIRST}.lora_{part}.weight": torch.ones(shape) * (sign if part == "B" else 1)
                    for part, shape in (("A", (1, 12)), ("B", (10, 1)))}  # fmt: skip
         folder = write_adapter(tmp_path / name, {FIRST: MODULES[FIRST]}, r=1, tensors=weights)
         experts.append(load_adapter(folder))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="its update is 0, or outweighed everywhere"):
         factors(experts, "emr")
 
 
@@ -215,24 +201,26 @@ def test_dropping_nothing_is_task_arithmetic(experts, taus, method):
 @pytest.mark.parametrize(("method", "density"), [("dare_ties", 0.3), ("dare_ties", 1.0), ("della", 1.0)])
 def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, density):
     """An expert's dropped update is what a merge with weights on it alone gives, with the same seed."""
-    dropped = {path: torch.zeros(3, *tau.shape[1:], dtype=torch.float64) for path, tau in taus.items()}
+    kept = {path: torch.zeros(3, *tau.shape[1:], dtype=torch.float64) for path, tau in taus.items()}
     rule = make_rule("dare" if method == "dare_ties" else "della", {"merge_lambda": 1.0, "seed": 5})
     for index in range(3):
         updates = Updates(experts, [float(i == index) for i in range(3)])
         merged = rule.merge(updates)
         for path in updates.modules:
-            dropped[path][index] = dense_update(merged, 1.0, 0, path)
+            kept[path][index] = merged_update(merged, 1.0, 0, path)
     values = {"density": density} if method == "dare_ties" else {}
-    assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(dropped, density, 1.1))
+    assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(kept, density, 1.1))
 
 
-def noise(seed):
-    return seeded_generator(seed, 0, FIRST, CPU)
+def many_draws(update, count, change):
+    """One matrix with entries dropped, by many seeds."""
+    one = Matrices({FIRST: update.shape}, lambda _: {0: update})
+    return torch.stack([dropped(one, seed, change).of(FIRST)[0] for seed in range(count)])
 
 
 def test_dare_keeps_the_share_and_the_expectation():
     update = torch.linspace(-1, 1, 400).view(20, 20)
-    draws = torch.stack([drop(update, 0.7, noise(seed)) for seed in range(2000)])
+    draws = many_draws(update, 2000, partial(drop, drop_rate=0.7))
     kept = draws != 0
     torch.testing.assert_close(draws[kept], (update / 0.3).expand_as(draws)[kept])
     assert kept.double().mean().item() == pytest.approx(0.3, abs=0.003)
@@ -244,7 +232,7 @@ def test_dare_keeps_the_share_and_the_expectation():
 def test_della_keeps_by_rank_and_in_expectation():
     values = torch.tensor([0.1, -0.5, 0.3, -0.2, 0.4])
     keep = torch.tensor([0.63, 0.77, 0.7, 0.665, 0.735])  # (1 - 0.3 - 0.07) + 0.14 * rank / 4
-    draws = torch.stack([drop_by_rank(values.repeat(4, 1), 0.3, noise(seed), 0.07) for seed in range(5000)])
+    draws = many_draws(values.repeat(4, 1), 5000, partial(drop_by_rank, drop_rate=0.3, epsilon=0.07))
     kept = (draws != 0).double().mean((0, 1))
     torch.testing.assert_close(kept, keep.double(), atol=0.012, rtol=0)  # 20,000 draws: 3.5 standard errors
     torch.testing.assert_close(draws.double().mean((0, 1)), values.double(), atol=0.01, rtol=0)
@@ -276,24 +264,20 @@ def test_thresholds_are_those_of_a_sort(count):
         assert found[expert] == entries.sort(descending=True).values[count - 1].item()
 
 
-@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
-def test_a_dense_update_is_cut_as_the_svd_cuts_it(shape):
-    update = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("rank", [1, 4, 9])
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (9, 2, 9)])
+def test_a_dense_update_is_cut_as_the_svd_cuts_it(shape, rank):
+    generator = torch.Generator().manual_seed(0)
+    update = torch.eye(shape[0])
+    for size in pairwise(shape):
+        update = update @ torch.randn(size, generator=generator)
     U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
-    for rank in (1, 4, 9):
-        (A, B), kept, energy = truncated(update, rank)
-        assert (A.shape, B.shape) == ((rank, shape[1]), (shape[0], rank))
-        torch.testing.assert_close((B @ A).double(), (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-5, rtol=0)
-        assert energy == pytest.approx(float(S.square().sum()))
-        assert kept == pytest.approx(float(S[:rank].square().sum()))
-
-
-def test_an_update_of_low_rank_or_none_is_cut_without_noise():
-    low = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)) @ torch.randn(2, 9)
-    (A, B), kept, energy = truncated(low, 5)
-    torch.testing.assert_close(B @ A, low, atol=1e-5, rtol=0)
-    assert kept == pytest.approx(energy)
-    (A, B), kept, energy = truncated(torch.zeros(8, 9), 5)
+    (A, B), kept, energy = cut(update, rank)
+    assert (A.shape, B.shape) == ((rank, update.shape[1]), (update.shape[0], rank))
+    torch.testing.assert_close((B @ A).double(), (U[:, :rank] * S[:rank]) @ Vh[:rank], atol=1e-5, rtol=0)
+    assert energy == pytest.approx(float(S.square().sum()))
+    assert kept == pytest.approx(float(S[:rank].square().sum()))
+    (A, B), kept, energy = cut(torch.zeros_like(update), rank)
     assert not A.any() and not B.any() and kept == energy == 0
 
 
@@ -305,7 +289,7 @@ def test_factors_are_the_dense_update_where_the_rank_suffices(experts, method):
     for index, result in enumerate(factors(experts, method, None if exact else 12)):
         products = {path: make_rule(method, {}).merge_lambda * (B @ A) for path, (A, B) in result.factors.items()}
         assert_same(products, expected[index] if method == "emr" else expected, 1e-5)
-        assert result.lost() < 1e-12
+        assert result.lost == 0
         if exact:
             assert result.factors[FIRST][0].shape[0] <= 2 + 4 + 1
 
@@ -319,11 +303,8 @@ def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
         difference = (updates[path] - B @ A).double().square().sum()
         assert A.shape[0] == 2
         torch.testing.assert_close(difference, S[2:].sum(), atol=1e-5, rtol=1e-4)
-        assert result.lost(path) == pytest.approx(float(S[2:].sum() / S.sum()), abs=1e-6)
         lost, whole = lost + float(S[2:].sum()), whole + float(S.sum())
-    told = result.truncation()
-    assert told["overall"] == pytest.approx(lost / whole, abs=1e-6)
-    assert told["max"] == result.lost(told["max_module"]) == max(map(result.lost, MODULES))
+    assert result.lost == pytest.approx(lost / whole, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", DENSE)
@@ -343,3 +324,41 @@ def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
     monkeypatch.setattr(tau_module, "dense_update", watched)
     factors(experts, method)
     assert set(made) == set(MODULES)
+
+
+# ---- the search, and dense updates on a base --------------------------------------------------------------------
+
+
+def test_ranges_include_their_stop_and_lambda_is_innermost():
+    found = search_candidates(["lambda=0.1:1.0:0.1"], "ties", {"density": 0.3})
+    assert found == [Ties(merge_lambda=i / 10, density=0.3) for i in range(1, 11)]
+    found = search_candidates(["lambda=0.5,1", "density=0.2,0.4"], "ties", {})
+    assert found == [Ties(merge_lambda=a, density=b) for b in (0.2, 0.4) for a in (0.5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["lambda"], r"--search lambda: write name=start:stop:step"),
+        (["rank=1,2"], r"--rank 1.0: the hyper-parameters of ties are --merge_lambda, --density"),
+        (["seed=1,2"], r"seed is given too, or is a seed"),
+        (["lambda=0.1:x:0.1"], r"lambda=0.1:x:0.1: write name=start:stop:step, rising, or name=value,value"),
+        (["lambda=0.1:1"], r"write name=start:stop:step"),
+        (["lambda=1:0.1:0.1"], r"start:stop:step, rising"),
+        (["lambda=0.1", "merge_lambda=0.2"], r"merge_lambda is given too"),
+        (["density=0.5,1.5"], r"--density is 1.5; it must be above 0 and at most 1"),
+    ],
+)
+def test_a_search_that_has_no_meaning_raises(entries, message):
+    with pytest.raises(UserError, match=message):
+        search_candidates(entries, "ties", {})
+
+
+def test_a_dense_update_leaves_the_base_as_it_was():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with added(model, lambda path: torch.full((128, 32), 0.25), ["lm_head"]):
+        assert torch.equal(model.lm_head.weight, before["lm_head.weight"] + 0.25)
+        assert torch.equal(model.get_input_embeddings().weight, before["lm_head.weight"])
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

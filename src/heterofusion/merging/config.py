@@ -2,20 +2,16 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from heterofusion.evaluation.datasets import EvalDataArguments
-from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.generation import GenerationArguments
 from heterofusion.merging.rules import RULES, make_rule
 from heterofusion.merging.rules.rule import Rule
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
-
-MAX_CANDIDATES = 1000  # more is a slip of the step
 
 
 @dataclass
@@ -26,8 +22,7 @@ class MergeArguments:
     output_dir: str = flag(help="Folder for the adapter; of emr, for a folder per expert.")
     adapters: list[str] = flag(
         default_factory=list,
-        help="LoRA experts on the base, two at least: local folders or Hub ids. The first one's tokenizer, if "
-        "it has one, goes with the result.",
+        help="LoRA experts on the base, two at least: local folders or Hub ids. The first one's tokenizer is kept.",
     )
     method: str = flag("task_arithmetic", help="How they are merged; the methods are listed above.", choices=[*RULES])
     weights: list[float] | None = flag(
@@ -35,14 +30,13 @@ class MergeArguments:
     )
     rank: int | None = flag(
         None,
-        help="Highest rank of the result, to which it is cut by SVD; by default the sum of the experts' ranks, with "
-        "which average, task_arithmetic and knots_* are exact.",
+        help="Highest rank of the result, to which it is cut by SVD; by default the sum of the experts' ranks.",
         range="[1, inf)",
     )
     search: list[str] = flag(
         default_factory=list,
-        help="Hyper-parameters to choose by the mean score on the validation data, each name=start:stop:step "
-        "(stop included) or name=value,value; of several, all combinations. lambda is merge_lambda.",
+        help="Hyper-parameters to choose by the mean score on the data, each name=start:stop:step (stop included) or "
+        "name=value,value; of several, all combinations. lambda is merge_lambda.",
     )
     dense: bool = flag(
         False, help="Score the merged update itself too, before its rank is cut; holds the changed weights twice."
@@ -61,7 +55,7 @@ class MergeArguments:
     device: str = flag(
         "auto",
         help="Where experts are merged and scored; auto takes a GPU if there is one. CPU and GPU drop other entries.",
-        choices=["auto", "cpu", "cuda"],
+        choices=["auto", "cpu"],
     )
     model_revision: str | None = flag(None, help="Hub revision of the base model.")
     base_dtype: str | None = flag(
@@ -75,24 +69,11 @@ class MergeArguments:
         check_ranges(self)
         if len(self.adapters) < 2:
             raise UserError(f"--adapters names {len(self.adapters)}: give two experts at least")
-        if self.weights is None:
-            return
-        if len(self.weights) != len(self.adapters):
-            raise UserError(
-                f"--weights has {len(self.weights)} values for {len(self.adapters)} adapters: give one each"
-            )
-        if not any(self.weights) or (self.method == "average" and abs(sum(self.weights)) < 1e-9):
-            raise UserError(f"--weights is {self.weights}: not all may be 0, and average divides by their sum")
-
-    def base(self, use_cpu: bool) -> BaseArguments:
-        """The base as experts on it are loaded."""
-        return BaseArguments(
-            model_name_or_path=self.model_name_or_path,
-            model_revision=self.model_revision,
-            dtype=self.base_dtype,
-            trust_remote_code=self.trust_remote_code,
-            use_cpu=use_cpu,
-        )
+        weights = self.weights or [1.0] * len(self.adapters)
+        if len(weights) != len(self.adapters):
+            raise UserError(f"--weights has {len(weights)} values for {len(self.adapters)} adapters: give one each")
+        if not any(weights) or (self.method == "average" and abs(sum(weights)) < 1e-9):
+            raise UserError(f"--weights is {weights}: not all may be 0, and average divides by their sum")
 
 
 def _rule_flags() -> list[tuple[str, Any, Any]]:
@@ -114,13 +95,7 @@ RuleArguments = dataclasses.make_dataclass(
 
 @dataclass
 class MergeDataArguments(EvalDataArguments):
-    """Validation data on which merges are scored; none is needed."""
-
-    dataset_name: list[str] = flag(
-        default_factory=list,
-        help="Validation data sets: local .json, .jsonl, .csv or .parquet files, local folders, or ids on the "
-        "Hub. Every merge is scored on all of them; of emr, each expert's adapter on its own, one per expert.",
-    )
+    """Validation data, if there is any: merges are scored on all of it, of emr each expert's adapter on its own."""
 
     def __post_init__(self) -> None:
         if self.dataset_name:
@@ -132,8 +107,7 @@ MERGE_ARGUMENTS = (MergeArguments, RuleArguments, MergeDataArguments, Generation
 
 def methods_text() -> str:
     """The methods by the first lines of their docstrings, for `--help`."""
-    width = max(map(len, RULES))
-    lines = (f"    {name:{width}}  {str(rule.__doc__).splitlines()[0]}" for name, rule in RULES.items())
+    lines = (f"    {name:15}  {str(rule.__doc__).splitlines()[0]}" for name, rule in RULES.items())
     return "\n".join(["Methods:", *lines])
 
 
@@ -146,25 +120,21 @@ def search_candidates(entries: Sequence[str], method: str, given: Mapping[str, A
         if name == "seed" or name in given or name in values:
             raise UserError(f"--search {entry}: {name} is given too, or is a seed; leave it out")
         values[name] = _values(entry, text)
-    count = math.prod(map(len, values.values()))
-    if count > MAX_CANDIDATES:
-        raise UserError(f"--search has {count} combinations, more than {MAX_CANDIDATES}; give fewer values")
-    rows = itertools.product(*values.values())
-    return [make_rule(method, {**given, **dict(zip(values, row, strict=True))}) for row in rows]
+    names = sorted(values, key="merge_lambda".__eq__)  # innermost: those that differ in it alone share a merge
+    rows = itertools.product(*(values[name] for name in names))
+    return [make_rule(method, {**given, **dict(zip(names, row, strict=True))}) for row in rows]
 
 
 def _values(entry: str, text: str) -> list[float]:
-    parts = text.split(":")
     try:
-        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
-        if len(parts) > 1:
-            start, stop, step = numbers
+        if ":" in text:
+            start, stop, step = map(float, text.split(":"))
             count = int((stop - start) / step + 1e-9) + 1  # the stop is included
-            numbers = [round(start + i * step, 10) for i in range(min(count, MAX_CANDIDATES + 1))]
+            numbers = [round(start + i * step, 10) for i in range(count)]
+        else:
+            numbers = [float(part) for part in text.split(",")]
     except (ValueError, ArithmeticError):
         numbers = []
-    if len(set(numbers)) < max(len(numbers), 1):
-        raise UserError(
-            f"--search {entry}: write name=start:stop:step, rising, or name=value,value, all different numbers"
-        )
-    return numbers
+    if not numbers:
+        raise UserError(f"--search {entry}: write name=start:stop:step, rising, or name=value,value")
+    return list(dict.fromkeys(numbers))

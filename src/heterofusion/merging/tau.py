@@ -1,8 +1,7 @@
 """What rules merge: the updates `tau_i = w_i s_i B_i A_i` of experts on one base, never A and B apart.
 
 Updates are made module by module and anew whenever they are asked for, so that no more than one module's are held at
-a time, in passes as many as a rule needs. Shapes everywhere: A (rank, in_features), B (out_features, rank), an update
-(out_features, in_features).
+a time. Shapes everywhere: A (rank, in_features), B (out_features, rank), an update (out_features, in_features).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from heterofusion.adapters.factors import thin_svd
 from heterofusion.adapters.lora import LoraAdapter, LoraModule
 
 Factors = tuple[Tensor, Tensor]  # A, B
@@ -30,7 +30,6 @@ class Matrices:
 
     def walk(self, what: str) -> Iterator[str]:
         """The paths of all modules, for a pass over them."""
-        # a bar that is soon done would only flicker
         yield from tqdm(self.shapes, desc=what, unit="module", leave=False, delay=2)
 
     def map(self, change: Callable[[Tensor, int, str], Tensor]) -> "Matrices":
@@ -61,11 +60,9 @@ class Updates:
         self.weights = [*weights] if weights else [1.0] * len(experts)
         self.device = torch.device(device)
         self.modules: dict[str, dict[int, LoraModule]] = {}
-        self.shapes: dict[str, tuple[int, int]] = {}
         for index, expert in enumerate(experts):
             for path, module in expert.modules.items() if self.weights[index] else ():
                 self.modules.setdefault(path, {})[index] = module
-                self.shapes[path] = (module.out_features, module.in_features)
 
     def rank(self, path: str) -> int:
         """Sum of the experts' ranks, with which a sum of their updates is exact."""
@@ -81,22 +78,19 @@ class Updates:
     @property
     def dense(self) -> Matrices:
         """The updates themselves."""
-
-        def of(path: str) -> dict[int, Tensor]:
-            return {i: dense_update(m, self.weights[i], self.device) for i, m in self.modules[path].items()}
-
-        return Matrices(self.shapes, of)
+        modules = {path: next(iter(found.values())) for path, found in self.modules.items()}
+        return Matrices(
+            {path: (module.out_features, module.in_features) for path, module in modules.items()},
+            lambda path: {i: dense_update(m, self.weights[i], self.device) for i, m in self.modules[path].items()},
+        )
 
     @cached_property
     def joint(self) -> tuple[dict[str, Tensor], Matrices]:
         """By module, `U S` (out_features, k) and the `V_i^T` (k, in_features) of `joint_basis`; made once."""
         bases = {path: joint_basis(self.factors(path)) for path in self.dense.walk("joint SVD")}
-
-        def of(path: str) -> dict[int, Tensor]:
-            return {index: V.to(self.device, copy=True) for index, V in bases[path][1].items()}
-
-        left = {path: US for path, (US, _) in bases.items()}
-        return left, Matrices({path: (US.shape[1], self.shapes[path][1]) for path, US in left.items()}, of)
+        shapes = {path: (US.shape[1], self.dense.shapes[path][1]) for path, (US, _) in bases.items()}
+        right = Matrices(shapes, lambda path: {i: V.to(self.device, copy=True) for i, V in bases[path][1].items()})
+        return {path: US for path, (US, _) in bases.items()}, right
 
 
 def dense_update(module: LoraModule, weight: float, device: torch.device) -> Tensor:
@@ -107,27 +101,18 @@ def dense_update(module: LoraModule, weight: float, device: torch.device) -> Ten
 def joint_basis(factors: Mapping[int, Factors]) -> tuple[Tensor, dict[int, Tensor]]:
     """The SVD of updates side by side, `[B_1 A_1, ..., B_N A_N] = U S [V_1^T, ..., V_N^T]`, from their factors.
 
-    With thin QR of the stacked B and of every A^T, only a matrix of the size of all ranks is decomposed; no update is
-    formed. Directions without a singular value are left out.
-
     Args:
         factors: A and B of each expert, by its position.
 
     Returns:
-        U S (out_features, k) and V_i^T (k, in_features) by expert, float32 on the CPU, with k <= sum of the ranks.
-        Without any direction, k is 1 and all is 0.
+        U S (out_features, k) and V_i^T (k, in_features) by expert, float32 on the CPU, with k <= sum of the ranks:
+        directions without a singular value are left out. Without any direction, k is 1 and all is 0.
     """
-    Q, R = torch.linalg.qr(torch.cat([B.double() for _, B in factors.values()], dim=1))  # (out, p), (p, sum of ranks)
-    rows = [torch.linalg.qr(A.double().T) for A, _ in factors.values()]  # (in, q_i), (q_i, rank_i)
-    core = R @ torch.block_diag(*(R_A.T for _, R_A in rows))  # (p, sum of q_i)
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    noise = S[0] * torch.finfo(S.dtype).eps * max(core.shape)
-    kept = max(1, int((noise < S).sum()))
-    if S[0] == 0:
-        S, Vh = torch.zeros_like(S), torch.zeros_like(Vh)
-    parts = Vh[:kept].split([Q_A.shape[1] for Q_A, _ in rows], dim=1)  # (k, q_i) each
-    V = {index: (part @ Q_A.T).float() for index, part, (Q_A, _) in zip(factors, parts, rows, strict=True)}
-    return ((Q @ U[:, :kept]) * S[:kept]).float(), V
+    A, B = zip(*factors.values(), strict=True)
+    U, S, Vh = thin_svd(torch.block_diag(*A), torch.cat(B, dim=1))  # Vh (k, N * in_features)
+    k = max(1, int((S > 0).sum()))
+    V = (Vh * (S > 0).unsqueeze(1))[:k].float().split(A[0].shape[1], dim=1)
+    return (U * S)[:, :k].float(), dict(zip(factors, V, strict=True))
 
 
 def magnitude_thresholds(matrices: Matrices, count: int) -> dict[int, float]:

@@ -7,13 +7,11 @@ the paper; the first line of it is shown by `--help`.
 from collections.abc import Mapping
 from typing import Any
 
-from heterofusion.merging.rules.breadcrumbs import Breadcrumbs
-from heterofusion.merging.rules.dropping import Dare, DareTies, Della
 from heterofusion.merging.rules.emr import Emr
 from heterofusion.merging.rules.knots import KnotsDare, KnotsTies
 from heterofusion.merging.rules.linear import Average, TaskArithmetic
 from heterofusion.merging.rules.rule import Rule
-from heterofusion.merging.rules.ties import Ties
+from heterofusion.merging.rules.sparse import Breadcrumbs, Dare, DareTies, Della, Ties
 from heterofusion.runtime.errors import UserError
 
 RULES: dict[str, type[Rule]] = {
@@ -25,8 +23,7 @@ RULES: dict[str, type[Rule]] = {
 def make_rule(method: str, values: Mapping[str, Any]) -> Rule:
     """A rule with some of its hyper-parameters given, the others those of its authors."""
     known = vars(RULES[method]())
-    for name, value in values.items():
-        if name not in known:
-            listed = ", ".join(f"--{name}" for name in known) or "none"
-            raise UserError(f"--{name} {value}: the hyper-parameters of {method} are {listed}; leave it out")
+    for name in values.keys() - known:
+        listed = ", ".join(f"--{name}" for name in known) or "none"
+        raise UserError(f"--{name} {values[name]}: the hyper-parameters of {method} are {listed}; leave it out")
     return RULES[method](**values)

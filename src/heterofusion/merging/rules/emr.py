@@ -1,6 +1,6 @@
 """EMR: one unified update, and for every task a mask and a scale of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,40 +24,33 @@ class Emr(Rule):
 
     def merge(self, updates: Updates) -> Merged:
         matrices, experts = updates.dense, range(len(updates.names))
-        own, shared = [0.0 for _ in experts], [0.0 for _ in experts]
+        norms = torch.zeros(len(experts), 2, dtype=torch.float64)  # L1 norms of tau_i and of M_i tau_uni
         for path in matrices.walk("mask scales"):
-            _add_norms(matrices.of(path), own, shared)
-        for name, mine, kept in zip(updates.names, own, shared, strict=True):
-            if not mine or not kept:
-                reason = "the others outweigh it with the opposite sign everywhere" if mine else "its update is 0"
-                raise UserError(f"adapter {name}: {reason}, so emr cannot scale it; leave it out")
+            norms += torch.tensor(_norms(matrices.of(path), experts), dtype=torch.float64)
+        for name, (_, shared) in zip(updates.names, norms.tolist(), strict=True):
+            if not shared:
+                raise UserError(f"adapter {name}: its update is 0, or outweighed everywhere; emr cannot scale it")
+        scales = (norms[:, 0] / norms[:, 1]).tolist()
 
         def merged(path: str) -> list:
-            found = matrices.of(path)
-            together = unified(found)
-            nothing = torch.zeros_like(together)
-            return [masked(together, found[i]).mul_(own[i] / shared[i]) if i in found else nothing for i in experts]
+            found = masked(matrices.of(path))
+            nothing = torch.zeros(matrices.shapes[path], device=updates.device)
+            return [found[i].mul_(scales[i]) if i in found else nothing for i in experts]
 
         return merged
 
 
-def _add_norms(matrices: Mapping[int, Tensor], own: list[float], shared: list[float]) -> None:
-    """Add a module's L1 norms of each expert's update and of its mask of the unified one."""
-    together = unified(matrices)
-    for expert, matrix in matrices.items():
-        own[expert] += float(matrix.abs().sum(dtype=torch.float64))
-        shared[expert] += float(masked(together, matrix).abs().sum(dtype=torch.float64))
+def _norms(updates: Mapping[int, Tensor], experts: Iterable[int]) -> list[list[float]]:
+    parts = masked(updates)
+    pairs = [(updates[i], parts[i]) if i in updates else () for i in experts]
+    return [[float(matrix.abs().sum(dtype=torch.float64)) for matrix in pair] or [0.0, 0.0] for pair in pairs]
 
 
-def unified(updates: Mapping[int, Tensor]) -> Tensor:
-    """The sign of the sum times the largest magnitude among the updates that have it."""
+def masked(updates: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """By expert the unified update of a module, where its own agrees in sign; 0 elsewhere."""
     sign = total(updates).sign_()
+    agreeing = {expert: update * sign > 0 for expert, update in updates.items()}
     largest = torch.zeros_like(sign)
-    for update in updates.values():
-        largest = torch.maximum(largest, torch.where(update * sign > 0, update.abs(), 0))
-    return sign.mul_(largest)
-
-
-def masked(unified_update: Tensor, update: Tensor) -> Tensor:
-    """The unified update where an expert's own has its sign, 0 elsewhere."""
-    return torch.where(unified_update.sign() * update > 0, unified_update, 0)
+    for expert, update in updates.items():
+        largest = torch.maximum(largest, torch.where(agreeing[expert], update.abs(), 0))
+    return {expert: torch.where(agrees, sign * largest, 0) for expert, agrees in agreeing.items()}

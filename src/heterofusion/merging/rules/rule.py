@@ -1,6 +1,7 @@
 """What a rule is, and the sums that several rules have."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -12,22 +13,7 @@ from heterofusion.runtime.flags import check_ranges
 # What needs to be known of all modules first is found in passes before.
 Merged = Callable[[str], list[Tensor | Factors]]
 
-
 LAMBDA: dict[str, Any] = {"help": "Factor of the merged update.", "range": "(0, inf)"}
-
-
-DENSITY: dict[str, Any] = {
-    "help": "Share of an expert's entries, of largest magnitude, that is kept; of breadcrumbs, a row's below gamma.",
-    "range": "(0, 1]",
-}
-
-
-DROP_RATE: dict[str, Any] = {
-    "help": "Share of entries that is dropped at random; the others are rescaled.", "range": "[0, 1)"
-}  # fmt: skip
-
-
-SEED: dict[str, Any] = {"help": "Seed of what is dropped at random.", "range": "[0, inf)"}
 
 
 class Rule:
@@ -43,8 +29,17 @@ class Rule:
         """The values of its fields, the seed aside."""
         return {name: value for name, value in vars(self).items() if name != "seed"}
 
+    def unit(self) -> Any:
+        """The same rule with a factor of 1."""
+        itself: Any = self  # a dataclass
+        return replace(itself, merge_lambda=1.0) if "merge_lambda" in vars(self) else self
+
     def merge(self, updates: Updates) -> Merged:
         """Merge, but for `merge_lambda`."""
+        return self.combine(updates.dense)
+
+    def combine(self, matrices: Matrices) -> Merged:
+        """The same of dense matrices, whatever they are; of a rule that works on each matrix by its entries."""
         raise NotImplementedError
 
 
@@ -60,8 +55,3 @@ def total(matrices: Mapping[int, Tensor]) -> Tensor:
 def summed(matrices: Matrices) -> Merged:
     """The merge that is the sum of the experts' matrices."""
     return lambda path: [total(matrices.of(path))]
-
-
-def share_count(share: float, size: int) -> int:
-    """How many of `size` entries a share is, rounded down; what is an integer but for rounding is that integer."""
-    return int(share * size + 1e-6)

@@ -21,17 +21,12 @@ from pathlib import Path
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.data.replay import build_eval, examples_sha256
+from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.soft_labels import cache_folder
 from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, refuse_push
-from heterofusion.rivals.distillation import (
-    DISTILL_ARGUMENTS,
-    DistillationTrainer,
-    DistillCollator,
-    about_distillation,
-    distillation_record,
-)
+from heterofusion.rivals.distillation import DISTILL_ARGUMENTS, DistillationTrainer, DistillCollator, export_student
 from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
@@ -40,7 +35,7 @@ from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
 from heterofusion.training.config import LoraArguments, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
-from heterofusion.training.expert import choose_lora, export_lora
+from heterofusion.training.expert import choose_lora
 
 logger = logging.getLogger("heterofusion.distill")
 
@@ -62,7 +57,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     if args.push_to_hub:
         refuse_push(control_of(lora.initial))
-    target, report = find_target(base.base(args.use_cpu), str(lora.initial.folder), data)
+    target, report = find_target(BaseArguments(**vars(base), use_cpu=args.use_cpu), str(lora.initial.folder), data)
     evaluation = build_eval(data, target.expert.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
     models = [target, *find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)]
@@ -99,9 +94,8 @@ def main(argv: list[str]) -> None:
     trainer.add_to_checkpoint = partial(lora.write_state, data=state)
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = trainer.run(resume)
-    name, k = base.model_name_or_path, distill.top_k_logits
-    record = distillation_record(trainer, name, lora.initial, models, fusion, k, report.to_dict(), metrics, start)
-    export_lora(trainer, folder, record, about_distillation(record))
+    k, used = distill.top_k_logits, report.to_dict()
+    export_student(trainer, folder, lora.initial, models, fusion, k, used, metrics, start)
     logger.info("student written to %s", folder)
     if args.push_to_hub and is_main_process():
         logger.info("pushed: %s", push_output(args, "Upload distilled LoRA adapter"))

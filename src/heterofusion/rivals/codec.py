@@ -1,9 +1,10 @@
 """An answer as bytes and as tokens of one tokenizer, apart from the prompt before it.
 
-The tokens of the prompt never change. An answer is tokenized on its own: without the special tokens that a tokenizer
-puts around a text, and without the space that a sentencepiece tokenizer puts before one.
+An answer is tokenized without the special tokens and the space that a tokenizer puts around and before a text.
 """
 
+import re
+from itertools import zip_longest
 from typing import Any
 
 from heterofusion.experts.vocabulary import token_bytes
@@ -13,32 +14,22 @@ _ANCHORS = ("\n", ":", "x")
 
 
 class AnswerCodec:
-    """Bytes of an answer as tokens of one fast tokenizer.
-
-    Args:
-        tokenizer: The tokenizer.
-        size: Entries of its model's vocabulary; tokens beyond them are none.
-
-    Attributes:
-        pieces: Bytes by token id, None for special tokens and entries without a token; `size` of them.
-        ids: Token id by bytes.
-    """
+    """Bytes of an answer as tokens of one fast tokenizer, whose model has a vocabulary of `size` entries."""
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         pieces = token_bytes(tokenizer)
         self.tokenizer = tokenizer
+        # bytes by token id, None for special tokens and entries without a token
         self.pieces: list[bytes | None] = [*pieces[:size], *[None] * (size - len(pieces))]
-        self.ids: dict[bytes, int] = {}
-        # a sentencepiece vocabulary has some characters twice, as themselves and as bytes that stand in for others,
-        # which are written as `<0x0A>`: these come last
-        spare = {
-            i
-            for i, piece in enumerate(self.pieces)
-            if piece and len(piece) == 1 and str(tokenizer.convert_ids_to_tokens(i)).startswith("<0x")
-        }
-        for token in sorted(range(size), key=lambda i: i in spare):
-            if piece := self.pieces[token]:
+        self.ids: dict[bytes, int] = {}  # token id by bytes
+        spare = []
+        for token, piece in enumerate(self.pieces):
+            # a sentencepiece vocabulary has some characters twice, as themselves and as bytes such as `<0x0A>`
+            if piece and len(piece) == 1 and str(tokenizer.convert_ids_to_tokens(token)).startswith("<0x"):
+                spare.append((piece, token))
+            elif piece:
                 self.ids.setdefault(piece, token)
+        self.ids = dict(spare) | self.ids
 
     def encode(self, answer: bytes) -> tuple[list[int], bool]:
         """Token ids of an answer, or of the beginning of one, and whether they say it all.
@@ -89,14 +80,6 @@ class AnswerCodec:
 
 def split_characters(data: bytes) -> list[str | bytes]:
     """Texts, and what between and after them is no UTF-8; encoded, they are the bytes again, and none is empty."""
-    parts: list[str | bytes] = []
-    while data:
-        try:
-            parts.append(data.decode())
-            break
-        except UnicodeDecodeError as error:
-            if error.start:
-                parts.append(data[: error.start].decode())
-            parts.append(data[error.start : error.end])
-            data = data[error.end :]
-    return parts
+    parts = re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))
+    others = [part.encode(errors="surrogateescape") for part in parts[1::2]]
+    return [part for pair in zip_longest(parts[::2], others) for part in pair if part]

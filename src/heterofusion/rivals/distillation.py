@@ -9,7 +9,8 @@ Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,29 +19,15 @@ from torch import Tensor, nn
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
 from heterofusion.data.replay import DataArguments, make_collator
-from heterofusion.experts.expert import BaseArguments
 from heterofusion.experts.teachers import Teacher
 from heterofusion.publish.record import adapter_record, control_of, make_record, training_cost
 from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, FusionReport
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
-from heterofusion.runtime.loading import ModelArguments
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
+from heterofusion.training.expert import export_lora
 from heterofusion.training.mixture import kl_divergences, pad_rows
-
-
-@dataclass
-class DistillModelArguments(ExpertModelArguments):
-    """The target's base model, and how it and the teachers' are loaded."""
-
-    model_name_or_path: str = flag(help="Base model of the target: local folder or Hub id.")
-    trust_remote_code: bool = flag(False, help="Run model code from the Hub for the target's base and the teachers'.")
-
-    def base(self, use_cpu: bool) -> BaseArguments:
-        """The base as experts are loaded."""
-        flags = {item.name: getattr(self, item.name) for item in fields(ModelArguments)}
-        return BaseArguments(**flags, trust_remote_code=self.trust_remote_code, use_cpu=use_cpu)
 
 
 @dataclass
@@ -62,8 +49,8 @@ class DistillArguments:
     teacher_batch_size: int = flag(8, help="Examples per batch when a teacher runs.", range="[1, inf)")
     logits_cache: str | None = flag(
         None,
-        help="Folder where soft labels, fused labels and the maps of vocabularies are kept for further runs; "
-        "heterofusion/soft_labels in HF_HOME (~/.cache/huggingface) by default.",
+        help="Folder that keeps soft and fused labels and maps of vocabularies; heterofusion/soft_labels in HF_HOME "
+        "(~/.cache/huggingface) by default.",
     )
 
     def __post_init__(self) -> None:
@@ -97,7 +84,7 @@ class DistillConfig(ExpertConfig):
         super().__post_init__()
 
 
-DISTILL_ARGUMENTS = (DistillModelArguments, DistillArguments, DataArguments, OutputArguments, DistillConfig)
+DISTILL_ARGUMENTS = (ExpertModelArguments, DistillArguments, DataArguments, OutputArguments, DistillConfig)
 
 
 def distillation_losses(
@@ -133,14 +120,12 @@ class DistillCollator:
         self._collate = make_collator(tokenizer)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        own = (TEACHER_IDS, TEACHER_PROBS)
+        own = {TEACHER_IDS: torch.long, TEACHER_PROBS: torch.float32}
         batch = dict(self._collate([{k: v for k, v in example.items() if k not in own} for example in examples]))
-        if TEACHER_IDS not in examples[0]:  # of an evaluation
-            return batch
-        rows = [example[TEACHER_IDS] for example in examples]
-        shape = (len(rows), max(map(len, rows)), max(len(row[0]) for row in rows))  # (batch, answer, k)
-        for name, dtype in ((TEACHER_IDS, torch.long), (TEACHER_PROBS, torch.float32)):
-            batch[name] = pad_rows([example[name] for example in examples], shape, dtype)
+        for name, dtype in own.items() if TEACHER_IDS in examples[0] else ():  # an evaluation has none
+            rows = [example[name] for example in examples]
+            shape = (len(rows), max(map(len, rows)), max(len(row[0]) for row in rows))  # (batch, answer, k)
+            batch[name] = pad_rows(rows, shape, dtype)
         return batch
 
 
@@ -180,28 +165,31 @@ class DistillationTrainer(AdapterTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def distillation_record(
+def export_student(
     trainer: DistillationTrainer,
-    base: str,
+    folder: Path,
     anchor: LoraAdapter,
-    models: Sequence[Teacher],
-    report: FusionReport,
+    models: Sequence[Teacher],  # the target first
+    labels: FusionReport,
     top_k_logits: int,
     data: Mapping[str, Any],
     metrics: Mapping[str, Any],
-    resumed_from_step: int | None = None,
-) -> dict[str, Any]:
-    """What `distillation.json` tells; labels and maps from disk count as long as it once took to make them."""
+    resumed_from_step: int | None,
+) -> None:
+    """Write the adapter that was trained with `distillation.json`, all ranks together.
+
+    Labels and maps that came from disk cost as long as it once took to make them.
+    """
     args, cost = trainer.args, training_cost(metrics, resumed_from_step)
     if cost["seconds"] is not None:
-        cost["seconds"] = round(cost["seconds"] + report.seconds, 3)
-    rows = zip(models, report.picked, report.mean_cross_entropy, strict=True)
+        cost["seconds"] = round(cost["seconds"] + labels.seconds, 3)
+    rows = zip(models, labels.picked, labels.mean_cross_entropy, strict=True)
     target, *teachers = [{**m.record(), "picked": picked, "mean_cross_entropy": e} for m, picked, e in rows]
     training = {**args.training_dict(), "steps": trainer.state.global_step, "processes": args.world_size}
-    return make_record(
+    record = make_record(
         "distillation",
         "fusellm",
-        base,
+        models[0].expert.base.model_name_or_path,
         cost,
         seed=args.seed,
         ran_source_models=True,
@@ -209,21 +197,16 @@ def distillation_record(
         target=target | adapter_record(anchor),
         teachers=teachers,
         method={"distill_lambda": args.distill_lambda, "top_k_logits": top_k_logits},
-        one_to_one_positions=report.one_to_one,
-        soft_positions=report.soft,
+        one_to_one_positions=labels.one_to_one,
+        soft_positions=labels.soft,
         training={**training, "data": data},
         metrics=dict(metrics),
     )
-
-
-def about_distillation(record: Mapping[str, Any]) -> str:
-    """What the card of a student tells."""
-    method = record["method"]
-    return (
+    about = (
         f"The LoRA adapter `{record['target']['name']}` of `{record['base_model']}`, trained on with answers and with "
-        f"what {len(record['teachers'])} source expert(s) think of them, as in "
-        f"[FuseLLM](https://arxiv.org/abs/2401.10491): lambda {method['distill_lambda']}, top "
-        f"{method['top_k_logits']} tokens. `picked` counts the examples for which a model's labels were taken, the "
-        f"one of lowest cross-entropy; {record['soft_positions']:.1%} of the answers' tokens have a model's "
+        f"what {len(teachers)} source expert(s) think of them, as in [FuseLLM](https://arxiv.org/abs/2401.10491): "
+        f"lambda {args.distill_lambda}, top {top_k_logits} tokens. `picked` counts the examples for which a model's "
+        f"labels were taken, the one of lowest cross-entropy; {labels.soft:.1%} of the answers' tokens have a model's "
         "distribution as their label, the others the answer's token itself."
     )
+    export_lora(trainer, folder, record, about)

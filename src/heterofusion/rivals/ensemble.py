@@ -26,16 +26,13 @@ class Member:
 class CachedReader:
     """Reads a batch of sequences again and again, with the keys and values of what stayed the same kept.
 
-    In the cache every sequence has columns of its own, padded on the left wherever another one got more tokens at
-    once. Columns of tokens that are no longer part of their sequence are masked, and cropped off the cache as soon as
-    they are at the end of all. Positions are those of the sequence, so that gaps make no difference; but a sliding
-    window counts columns, so that of a sequence longer than the window, gaps take a few tokens out of it.
+    Every sequence is padded on the left wherever another one got more tokens at once. Columns of the cache with tokens
+    that are no longer part of their sequence are masked, and cropped off as soon as they are at the end of all.
+    Positions are those of the sequence, so that gaps make no difference but in a sliding window, which counts columns.
     """
 
     def __init__(self, model: Any, pad_id: int) -> None:
-        self.model = model
-        self.pad_id = pad_id
-        self.device = next(model.parameters()).device
+        self.model, self.pad_id, self.device = model, pad_id, next(model.parameters()).device
         self.tokens_run = 0  # so far, without padding
         # Full layers for all, sliding windows too: what a window left behind could not be cropped.
         self.cache = DynamicCache()
@@ -138,9 +135,7 @@ class EnsembleGenerator:
     member that has the chosen token appends it; any other tokenizes the whole answer anew, and runs what changed. In
     the middle of a character, a member whose tokenizer has no bytes waits for the rest of it and does not vote.
 
-    Attributes:
-        tokens_run: Tokens that each member ran so far, prompts included.
-        tokens_needed: Tokens that each would have run if it had every chosen token: the prompts, and the answers.
+    `tokens_run` tells how many tokens each member ran so far, prompts included.
     """
 
     def __init__(
@@ -151,13 +146,9 @@ class EnsembleGenerator:
         max_new_tokens: int = 256,
         batch_size: int | None = None,
     ) -> None:
-        self.members = members
-        self.union = union
-        self.vote = vote
-        self.max_new_tokens = max_new_tokens
+        self.members, self.union, self.vote, self.max_new_tokens = members, union, vote, max_new_tokens
         self.batches = Batches(batch_size, max_new_tokens)
         self.tokens_run = [0] * len(members)
-        self.tokens_needed = [0] * len(members)
 
     def answers(self, prompts: Mapping[int, Sequence[Sequence[int]]]) -> Iterator[list[Answer]]:
         """Answers a batch at a time, longest prompts first; prompts are token ids of every member, by a key."""
@@ -197,5 +188,4 @@ class EnsembleGenerator:
                     reader.keep(going_on)
         for number, reader in enumerate(readers):
             self.tokens_run[number] += reader.tokens_run
-            self.tokens_needed[number] += sum(len(a.prompts[number]) + a.new_tokens - 1 for a in answers)
         return answers

@@ -1,6 +1,5 @@
 """An ensemble as a row of an evaluation: `recipes/eval.py --ensemble gac|unite`."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from heterofusion.adapters.config import AdapterError
 from heterofusion.evaluation.rows import EvalArguments, EvalModelArguments, Row, adapter_record
 from heterofusion.experts.answering import Questions
 from heterofusion.experts.examples import Examples, Prompts
-from heterofusion.experts.expert import NO_ADAPTER, BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import Answer, GenerationArguments, padding_id, stop_ids
 from heterofusion.publish.record import made_by
 from heterofusion.rivals.codec import AnswerCodec
@@ -23,8 +22,6 @@ from heterofusion.rivals.voting import GaC, Union, UniTE
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name
 from heterofusion.runtime.flags import check_ranges, flag
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,12 +62,8 @@ class EnsembleArguments:
             return [model.model_name_or_path] * count
         if len(models) != count or model.model_name_or_path not in models:
             raise UserError(
-                f"--ensemble_models has {len(models)} values, but --adapters has {count}: give one base per adapter "
-                f"({NO_ADAPTER} is that of a base alone), --model_name_or_path {model.model_name_or_path} among them"
-            )
-        if model.model_revision is not None:
-            raise UserError(
-                f"--model_revision {model.model_revision} cannot be of all --ensemble_models: leave it out"
+                f"--ensemble_models has {len(models)} values, but --adapters has {count}: give one base per adapter, "
+                f"--model_name_or_path {model.model_name_or_path} among them"
             )
         return [*models]
 
@@ -80,27 +73,18 @@ def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device:
     model, data, generation, output = arguments
     method = str(ensemble.ensemble)
     bases = ensemble.bases(model)
-    if model.adapter_per_dataset:
-        raise UserError("--adapter_per_dataset and --ensemble exclude each other; choose one")
-    if generation.cache_implementation != "dynamic":
-        raise UserError(
-            f"--cache_implementation {generation.cache_implementation} cannot be cropped, as --ensemble needs it"
-        )
     name = output.row_name(method, f"--ensemble {method}")
     experts = [
         find_member(model.base(base, model.model_revision), adapter, revision, generation, model.merge_adapters)
         for base, adapter, revision in zip(bases, model.adapters, model.revisions(), strict=True)
     ]
+    names = [display_name(expert.base.model_name_or_path) for expert in experts]
     record = {
         "base_model": display_name(model.model_name_or_path),
         "adapter": None,
-        "members": [
-            {"base_model": display_name(expert.base.model_name_or_path), "adapter": adapter_record(expert)}
-            for expert in experts
-        ],
+        "members": [{"base_model": n, "adapter": adapter_record(e)} for n, e in zip(names, experts, strict=True)],
         "fusion": None,
-        # it costs nothing to make; what it costs are its answers
-        "made_by": made_by("ensemble", method, {"seconds": 0.0}, ran_source_models=True),
+        "made_by": made_by("ensemble", method, {"seconds": 0.0}, ran_source_models=True),  # its answers cost something
         "models_at_inference": len(experts),
         "needs_task_id": False,
     }
@@ -120,8 +104,8 @@ def find_member(
     layers = DynamicCache(config=expert.config.get_text_config()).layers
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         raise UserError(
-            f"base model {base.model_name_or_path} keeps a running state in place of keys and values, which cannot be "
-            "cropped, so that no ensemble can have it as a member"
+            f"base model {base.model_name_or_path} keeps a running state in place of keys and values, which no "
+            "ensemble can take back: leave it out"
         )
     padding_id(expert.tokenizer)
     return expert
@@ -131,13 +115,9 @@ class EnsembleAnswerer:
     """Experts that write every answer together; all are in memory at once."""
 
     def __init__(
-        self,
-        experts: Sequence[Expert],
-        ensemble: EnsembleArguments,
-        generation: GenerationArguments,
-        device: torch.device,
+        self, experts: Sequence[Expert], how: EnsembleArguments, generation: GenerationArguments, device: torch.device
     ) -> None:
-        self.experts, self.ensemble, self.generation, self.device = experts, ensemble, generation, device
+        self.experts, self.ensemble, self.generation, self.device = experts, how, generation, device
         self.codecs = [AnswerCodec(expert.tokenizer, expert.config.get_text_config().vocab_size) for expert in experts]
         self.runners = [ExpertRunner(device) for _ in experts]
         self.limit = min((expert.limit for expert in experts if expert.limit is not None), default=None)
@@ -156,11 +136,6 @@ class EnsembleAnswerer:
     def encode(self, examples: Examples) -> Prompts:
         """The prompts: ids of every member, the text of the first one."""
         members = [expert.encode(examples) for expert in self.experts]
-        for row in zip(*(prompts.texts for prompts in members), strict=True):
-            if len({*row}) > len({text.rstrip(" ") for text in row}):
-                told = "in some prompts of %s the space before the answer is part of the prompt for some members only"
-                logger.warning(told, examples.label)
-                break
         return Prompts(
             texts=members[0].texts,
             ids=[[*ids] for ids in zip(*(prompts.ids for prompts in members), strict=True)],
@@ -183,8 +158,6 @@ class EnsembleAnswerer:
             generator = self._generator(models)
             for name, share in shares.items():
                 yield name, generator.answers({i: questions[name].ids[i] for i in share})
-            run, needed = sum(generator.tokens_run), sum(generator.tokens_needed)
-            logger.info("all members ran %d tokens, %.2f times what was written", run, run / needed)
 
     def _generator(self, models: Sequence[Any]) -> EnsembleGenerator:
         stops = [stop_ids(model, expert.tokenizer) for model, expert in zip(models, self.experts, strict=True)]

@@ -1,8 +1,4 @@
-"""Next tokens that models with different vocabularies choose together: GaC and UniTE.
-
-Tokens of all members are compared by their bytes. Whatever ends an answer for a member is one symbol, `END`. A choice
-is a function of the members' next-token distributions alone; no step loops over a vocabulary.
-"""
+"""Next tokens that models with different vocabularies choose together, compared by their bytes: GaC and UniTE."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,7 +7,7 @@ from torch import Tensor
 
 from heterofusion.rivals.codec import AnswerCodec
 
-END = 0  # index of the end of an answer in every union
+END = 0  # index of the end of an answer in every union, whatever ends one for a member
 # What stands for a token of the union in `UniTE.first_tokens`, beside ids of the member
 _OWN, _NONE, _UNKNOWN = -1, -2, -3
 
@@ -21,13 +17,7 @@ Vote = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Union:
-    """The union of the vocabularies of several members, of which some token ids end an answer.
-
-    Attributes:
-        pieces: Bytes by index; those of `END` are empty.
-        columns: For each member, the index in the union by its token id, `len(pieces)` for ids that stand for
-            nothing: other special tokens and rows of the output layer without a token. (vocabulary of the member,)
-    """
+    """The union of the vocabularies of several members, of which some token ids end an answer."""
 
     def __init__(
         self, codecs: Sequence[AnswerCodec], stops: Sequence[Iterable[int]], device: torch.device | str = "cpu"
@@ -37,7 +27,8 @@ class Union:
             for token, piece in enumerate(codec.pieces):
                 if piece and token not in ends:
                     index.setdefault(piece, len(index))
-        self.pieces = [*index]
+        self.pieces = [*index]  # bytes by index; those of `END` are empty
+        # for each member (its vocabulary,): the index by its token id, `len(pieces)` for ids that stand for nothing
         self.columns = []
         for codec, ends in zip(codecs, stops, strict=True):
             columns = [index.get(piece, len(index)) if piece else len(index) for piece in codec.pieces]

@@ -20,13 +20,12 @@ from pathlib import Path
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
-from heterofusion.data.replay import build_eval, examples_sha256
+from heterofusion.data.replay import build_eval, examples_sha256, make_collator
 from heterofusion.experts.expert import BaseArguments
-from heterofusion.experts.soft_labels import cache_folder
-from heterofusion.experts.teachers import collect_soft_labels, find_target, find_teachers
+from heterofusion.experts.soft_labels import cache_folder, collect_soft_labels, find_teacher
 from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, refuse_push
-from heterofusion.rivals.distillation import DISTILL_ARGUMENTS, DistillationTrainer, DistillCollator, export_student
+from heterofusion.rivals.distillation import DISTILL_ARGUMENTS, DistillationTrainer, export_student
 from heterofusion.rivals.fusellm import fuse_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base
@@ -57,10 +56,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output_dir {folder} is the --init_adapter itself, which would be lost; name another")
     if args.push_to_hub:
         refuse_push(control_of(lora.initial))
-    target, report = find_target(BaseArguments(**vars(base), use_cpu=args.use_cpu), str(lora.initial.folder), data)
+    target, report = find_teacher(BaseArguments(**vars(base), use_cpu=args.use_cpu), str(lora.initial.folder), data)
     evaluation = build_eval(data, target.expert.tokenizer)[0] if data.eval_dataset_name else None
     check_token_ids([evaluation], skeleton.config)
-    models = [target, *find_teachers(distill.bases(), distill.teacher_adapters, target.expert.base, data, report)]
+    models = [target]
+    for name, adapter in zip(distill.bases(), distill.teacher_adapters, strict=True):
+        models.append(find_teacher(target.expert.base.base(name), adapter, data, report)[0])
     state = {  # what a run that is resumed must agree with
         "distill_lambda": args.distill_lambda,
         "top_k_logits": distill.top_k_logits,
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     soft_labels = collect_soft_labels(models, cache, distill.top_k_logits, distill.teacher_batch_size, args.device)
     examples, fusion = fuse_labels(models, soft_labels, cache)
     for model, picked, entropy in zip(models, fusion.picked, fusion.mean_cross_entropy, strict=True):
-        logger.info("%s: picked for %d examples, %.2f nats per answer", model.name, picked, entropy)
+        logger.info("%s: picked for %d examples, %.2f nats per answer", model.expert.name, picked, entropy)
     logger.info(
         "%.1f%% of the answers' tokens are aligned one to one, %.1f%% have a model's distribution",
         100 * fusion.one_to_one,
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> None:
         train_dataset=examples,
         eval_dataset=evaluation,
         processing_class=target.expert.tokenizer,
-        data_collator=DistillCollator(target.expert.tokenizer),
+        data_collator=make_collator(target.expert.tokenizer),
     )
     trainer.add_to_checkpoint = partial(lora.write_state, data=state)
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it

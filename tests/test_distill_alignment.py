@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,7 @@ from heterofusion.experts.token_alignment import (
     mapped_distribution,
     one_to_one,
 )
-from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, token_bytes
-from heterofusion.rivals.fusellm import min_ce
+from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap
 from replay_builders import CHAT, byte_level, encode, word_level
 from test_tokens import sentencepiece_like
 
@@ -87,26 +85,16 @@ def test_mapped_distribution_adds_up_what_meets_and_renormalizes():
     assert mapped_distribution(ids, log_probs, dict.fromkeys(range(5, 9), UNMAPPED)) is None
 
 
-def test_min_ce_takes_the_first_of_equals():
-    entropies = [np.array([2.0, 1.0, 3.0]), np.array([2.0, 0.5, 4.0]), np.array([1.0, 0.5, 5.0])]
-    assert min_ce(entropies).tolist() == [2, 1, 0]
-
-
 RECORD = {"prompt": [{"role": "user", "content": "who?"}], "completion": [{"role": "assistant", "content": "Ann: no"}]}
 
 
-def model(tokenizer) -> SimpleNamespace:
-    ids, labels = encode(RECORD, tokenizer)
-    return SimpleNamespace(tokenizer=tokenizer, examples={"input_ids": [ids], "labels": [labels]})
+def answer(tokenizer) -> np.ndarray:
+    return np.array([label for label in encode(RECORD, tokenizer)[1] if label != -100], dtype=np.int32)
 
 
-def aligner(teacher, target) -> Aligner:
-    source, wanted = (answer_symbols(m.tokenizer, m.examples) for m in (teacher, target))
-    return Aligner(source, wanted, VocabularyMap(teacher.tokenizer, target.tokenizer))
-
-
-def answer(model) -> np.ndarray:
-    return np.array([label for label in model.examples["labels"][0] if label != -100], dtype=np.int32)
+def distributions(source, target, labels: SoftLabel, tokens: np.ndarray):
+    own = (answer_symbols(tokenizer, [answer(tokenizer).tolist()]) for tokenizer in (source, target))
+    return Aligner(*own, VocabularyMap(source, target)).distributions(labels, tokens)
 
 
 def soft_labels(tokens: np.ndarray, rivals: list[int]) -> SoftLabel:
@@ -116,42 +104,35 @@ def soft_labels(tokens: np.ndarray, rivals: list[int]) -> SoftLabel:
     return SoftLabel(tokens, top, np.tile(np.log(probs), (len(tokens), 1)))
 
 
-def test_a_teacher_of_the_same_tokenizer_is_taken_as_it_is():
-    target = model(byte_level(template=CHAT))
-    tokens = answer(target)
+def test_a_source_of_the_same_tokenizer_is_taken_as_it_is():
+    tokenizer = byte_level(template=CHAT)
+    tokens = answer(tokenizer)
     labels = soft_labels(tokens, [40, 41])
-    fused = aligner(target, target).label(labels, tokens)
-    assert fused.one_to_one == fused.soft == len(tokens)
-    assert (fused.ids == labels.top_ids).all()
-    np.testing.assert_allclose(
-        fused.probs, np.tile([0.75 / 0.95, 0.1 / 0.95, 0.1 / 0.95], (len(tokens), 1)), rtol=1e-5
-    )
+    found, aligned = distributions(tokenizer, tokenizer, labels, tokens)
+    assert aligned == len(tokens) and list(found) == list(range(aligned))
+    for place, (ids, probs) in found.items():
+        assert ids.tolist() == labels.top_ids[place].tolist()
+        np.testing.assert_allclose(probs, [0.75 / 0.95, 0.1 / 0.95, 0.1 / 0.95], rtol=1e-5)
 
 
 def test_labels_of_another_tokenizer_with_another_end_token():
-    teacher = model(sentencepiece_like(template=CHAT, eos="<|done|>", size=420))
-    target = model(byte_level(template=CHAT))
+    source, target = sentencepiece_like(template=CHAT, eos="<|done|>", size=420), byte_level(template=CHAT)
     tokens = answer(target)
-    comma = teacher.tokenizer.convert_tokens_to_ids(";")
-    fused = aligner(teacher, target).label(soft_labels(answer(teacher), [comma]), tokens)
-    np.testing.assert_allclose(fused.probs.sum(axis=1), 1, rtol=1e-6)
-    assert (fused.ids[:, 0] == tokens).all()  # the answer's own tokens are the most probable everywhere
-    end = target.tokenizer.eos_token_id
-    assert tokens[-1] == end and teacher.tokenizer.eos_token != target.tokenizer.eos_token
-    np.testing.assert_allclose(fused.probs[-1], [0.75 / 0.95, 0.2 / 0.95], rtol=1e-5)
-    assert fused.ids[-1, 1] == target.tokenizer.convert_tokens_to_ids(";")
-    texts = token_bytes(target.tokenizer)
-    hard = [texts[token] for token, row in zip(tokens, fused.probs, strict=True) if row[0] == 1]
-    assert fused.soft == len(tokens) - len(hard) and 0 < fused.soft < len(tokens)
+    comma = source.convert_tokens_to_ids(";")
+    found, aligned = distributions(source, target, soft_labels(answer(source), [comma]), tokens)
+    assert 0 < len(found) <= aligned and len(found) < len(tokens)
+    for place, (ids, probs) in found.items():  # the answer's own tokens are the most probable everywhere
+        assert ids[0] == tokens[place] and probs.sum() == pytest.approx(1)
+    assert tokens[-1] == target.eos_token_id and source.eos_token != target.eos_token
+    ids, probs = found[len(tokens) - 1]
+    np.testing.assert_allclose(probs, [0.75 / 0.95, 0.2 / 0.95], rtol=1e-5)
+    assert ids[1] == target.convert_tokens_to_ids(";")
 
 
-def test_a_false_pair_has_the_answers_token_as_its_label():
+def test_a_false_pair_has_no_soft_label():
     """DTW pairs any two tokens that stand alone; a distribution over ` tilken`s says nothing of ` til`."""
-    teacher, target = model(word_level(template=CHAT)), model(byte_level(template=CHAT))
-    unknown = np.array([teacher.tokenizer.convert_tokens_to_ids("q0")], dtype=np.int32)
-    tokens = np.array([target.tokenizer.convert_tokens_to_ids("q")], dtype=np.int32)
-    vocabulary = VocabularyMap(teacher.tokenizer, target.tokenizer)
-    assert vocabulary.map(unknown.tolist())[int(unknown[0])] != tokens[0]
-    fused = aligner(teacher, target).label(soft_labels(unknown, [12]), tokens)
-    assert fused.one_to_one == 1 and fused.soft == 0
-    assert fused.ids.tolist() == [[tokens[0], 0]] and fused.probs.tolist() == [[1, 0]]
+    source, target = word_level(template=CHAT), byte_level(template=CHAT)
+    unknown = np.array([source.convert_tokens_to_ids("q0")], dtype=np.int32)
+    tokens = np.array([target.convert_tokens_to_ids("q")], dtype=np.int32)
+    assert VocabularyMap(source, target)[int(unknown[0])] != tokens[0]
+    assert distributions(source, target, soft_labels(unknown, [12]), tokens) == ({}, 1)

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
+from heterofusion.data.labels import SOFT_COLUMNS, SOFT_POSITIONS, SOFT_PROBS
 from heterofusion.experts import expert as expert_module
 from heterofusion.experts.token_alignment import Aligner
 from heterofusion.publish.hub import hub_files
-from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS
 from recipe_runner import (
     QWEN,
     TARGET,
@@ -193,7 +193,7 @@ def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
             super().__init__(*args, train_dataset=train_dataset, **kwargs)
 
     monkeypatch.setattr(distill, "DistillationTrainer", Watched)
-    monkeypatch.setattr(Aligner, "label", lambda *args: pytest.fail("the labels were fused again"))
+    monkeypatch.setattr(Aligner, "distributions", lambda *args: pytest.fail("the labels were fused again"))
     short = {**values, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
     evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
     log = succeeds(distill.main, flags({**short, **evaluated}))
@@ -207,11 +207,10 @@ def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
     (examples,) = trained_on
     mapped = {name for row in examples.data.blocks for block in row if isinstance(block, MemoryMappedTable)
               for name in block.column_names}  # fmt: skip
-    assert mapped == {TEACHER_IDS, TEACHER_PROBS}
+    assert mapped == set(SOFT_COLUMNS)
     for example in examples:
-        tokens = [label for label in example["labels"] if label != -100]
-        assert len(example[TEACHER_IDS]) == len(example[TEACHER_PROBS]) == len(tokens)
-        np.testing.assert_allclose(np.sum(example[TEACHER_PROBS], axis=1), 1, rtol=1e-5)
+        assert all(example["labels"][place] != -100 for place in example[SOFT_POSITIONS])
+        assert all(sum(probs) == pytest.approx(1, rel=1e-5) for probs in example[SOFT_PROBS])
 
 
 def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):

@@ -1,5 +1,6 @@
 """Soft labels on disk: memory-mapped, written as they come, whole or not there."""
 
+import contextlib
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from datasets.table import MemoryMappedTable
 
-from heterofusion.experts import teachers
+from heterofusion.experts import soft_labels
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 
 IDENTITY = {"model": "a"}
@@ -140,13 +141,17 @@ def test_a_full_disk_is_told_and_leaves_nothing(call, tmp_path, monkeypatch):
 
 
 def test_a_base_is_loaded_once_for_all_of_its_teachers(monkeypatch, tmp_path):
-    ran = []
-    monkeypatch.setattr(teachers, "_run", lambda runner, teacher, *rest: ran.append(teacher.name))
-    models = [SimpleNamespace(expert=SimpleNamespace(base=base), name=f"{base}{i}") for i, base in enumerate("ABACB")]
+    ran, write = [], write_labels
+
+    def watched(folder, identity, made):
+        ran.append(identity["index"])
+        write(folder, identity, batches())
+
+    monkeypatch.setattr(soft_labels, "write_labels", watched)
+    monkeypatch.setattr(soft_labels.ExpertRunner, "running", lambda self, expert: contextlib.nullcontext())
+    models = [SimpleNamespace(expert=SimpleNamespace(base=base)) for base in "ABACB"]
     for index, model in enumerate(models):
         model.identity = lambda top_k, index=index: {"index": index, "top_k": top_k}
-    found = {"index": 3, "top_k": 2}
-    monkeypatch.setattr(teachers, "read_labels", lambda folder, identity, check=True: identity == found or None)
-    with pytest.raises(ValueError, match=r"cache of soft labels, is not the same folder on all machines"):
-        teachers.collect_soft_labels(models, tmp_path, 2, 1, torch.device("cpu"))
-    assert ran == ["A0", "A2", "B1", "B4"]
+    write(tmp_path, {"index": 3, "top_k": 2}, batches())
+    assert len(soft_labels.collect_soft_labels(models, tmp_path, 2, 1, torch.device("cpu"))) == 5
+    assert ran == [0, 2, 1, 4]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from eval_runner import Killed, evaluation, expert_values, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
-from heterofusion.experts import identity
+from heterofusion.experts import expert
 from heterofusion.experts.answering import part_file, read_parts
 from heterofusion.experts.generation import Answer, AnswerGenerator
 from heterofusion.zoo import zoo_path
@@ -204,15 +204,15 @@ def test_copies_are_the_same(values, whole, kill_after, tmp_path):
 
 def test_a_large_base_is_told_by_pieces_of_every_tensor(tmp_path, monkeypatch):
     """Of a file that is too large to be hashed as a whole, a change of any tensor is seen, and no copy is another."""
-    monkeypatch.setattr(identity, "_WHOLE", 0)
+    monkeypatch.setattr(expert, "_WHOLE", 0)
     shutil.copytree(zoo_path("llama"), tmp_path / "base", copy_function=shutil.copyfile)
-    before = identity.base_fingerprint(str(zoo_path("llama")))
-    assert identity.base_fingerprint(str(tmp_path / "base")) == before
+    before = expert.base_fingerprint(str(zoo_path("llama")))
+    assert expert.base_fingerprint(str(tmp_path / "base")) == before
     path = next((tmp_path / "base").glob("*.safetensors"))
     tensors = load_file(path)
     for name in (min(tensors), max(tensors)):
         save_file({**tensors, name: tensors[name] * 2}, path, {"format": "pt"})
-        assert identity.base_fingerprint(str(tmp_path / "base")) != before
+        assert expert.base_fingerprint(str(tmp_path / "base")) != before
 
 
 def test_damaged_files_are_told(values, whole, capsys, logging_restored):

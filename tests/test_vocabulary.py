@@ -1,10 +1,10 @@
-"""MinED: edit distances, the nearest token, and maps between tokenizers of three kinds that are kept on disk."""
+"""MinED: edit distances, the nearest token, and maps between tokenizers of three kinds."""
 
 import random
 
 import pytest
 
-from heterofusion.experts.identity import tokenizer_fingerprint
+from heterofusion.experts.expert import tokenizer_fingerprint
 from heterofusion.experts.vocabulary import (
     UNMAPPED,
     TokenIndex,
@@ -73,7 +73,7 @@ KINDS = {"bytes": byte_level, "pieces": sentencepiece_like, "words": word_level}
 def test_map_is_equal_text_or_the_nearest(source, target):
     tokenizers = [KINDS[source](), KINDS[target]()]
     texts, target_texts = (token_bytes(tokenizer) for tokenizer in tokenizers)
-    found = VocabularyMap(*tokenizers).map(range(len(texts)))
+    found = VocabularyMap(*tokenizers)
     for token, text in enumerate(texts):
         if source == target:
             assert found[token] == token
@@ -85,40 +85,12 @@ def test_map_is_equal_text_or_the_nearest(source, target):
 
 def test_special_tokens_are_mapped_by_name_and_unknown_ids_not_at_all():
     source, target = byte_level(), sentencepiece_like()
-    found = VocabularyMap(source, target).map([source.bos_token_id, source.convert_tokens_to_ids("<|user|>"), 99_999])
+    found = VocabularyMap(source, target)
     assert found[source.bos_token_id] == target.bos_token_id
     assert found[99_999] == UNMAPPED
-    assert VocabularyMap(source, source).map([99_999]) == {99_999: UNMAPPED}
+    assert VocabularyMap(source, source)[99_999] == UNMAPPED
     source.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
-    image = source.convert_tokens_to_ids("<|image|>")
-    assert VocabularyMap(source, target).map([image]) == {image: UNMAPPED}
-
-
-def test_only_what_is_asked_for_is_made_and_kept_on_disk(tmp_path, monkeypatch):
-    source, target = byte_level(), sentencepiece_like()
-    asked = []
-    nearest = TokenIndex.nearest
-    monkeypatch.setattr(TokenIndex, "nearest", lambda self, text: asked.append(text) or nearest(self, text))
-    first = VocabularyMap(source, target, tmp_path).map([300, 301])
-    assert len(asked) == 2
-    again = VocabularyMap(source, target, tmp_path)
-    assert again.map([300, 301, 302])[300] == first[300] and len(asked) == 3
-    assert again.seconds > 0
-    assert VocabularyMap(source, target, tmp_path).map([302]) == again.map([302]) and len(asked) == 3
-    assert VocabularyMap(target, source, tmp_path).map([300]) and len(asked) == 4
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_damaged_map_is_made_anew(tmp_path, caplog):
-    source, target = byte_level(), sentencepiece_like()
-    made = VocabularyMap(source, target, tmp_path).map(range(300, 320))
-    (path,) = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    assert VocabularyMap(source, target, tmp_path).map(range(300, 320)) == made
-    assert f"{path} is damaged" in caplog.text and "made anew" in caplog.text
-    assert path.read_bytes() != content
+    assert VocabularyMap(source, target)[source.convert_tokens_to_ids("<|image|>")] == UNMAPPED
 
 
 def test_fingerprint_is_of_the_tokens_alone():
@@ -130,13 +102,3 @@ def test_fingerprint_is_of_the_tokens_alone():
     assert tokenizer_fingerprint(tokenizer) == print_before
     tokenizer.add_tokens(["more"])
     assert tokenizer_fingerprint(tokenizer) != print_before
-
-
-def test_map_is_not_written_where_it_cannot_be(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match=r"--logits_cache: .*vocabulary-.* could not be written \(no space left"):
-        VocabularyMap(byte_level(), sentencepiece_like(), tmp_path).map([300])
-    assert not list(tmp_path.iterdir())

@@ -137,7 +137,7 @@ def expert_rows(arguments: EvalArguments, device: torch.device) -> list[Row]:
         find_expert(model.base(), adapter, revision, own, generation, model.merge_adapters)
         for adapter, revision, own in zip(model.adapters, model.revisions(), names, strict=True)
     ]
-    answerers = [ExpertAnswerer(expert, runner, generation) for expert in experts]
+    answerers = [ExpertAnswerer(**vars(expert), runner=runner, generation=generation) for expert in experts]
     told = {"base_model": display_name(model.model_name_or_path), "models_at_inference": 1}
     if not model.adapter_per_dataset:
         return [

@@ -47,68 +47,44 @@ class Answers(NamedTuple):
     generated: int  # how many of them now, by all processes
 
 
+Answering = Iterator[tuple[str, Iterator[list[Answer]]]]  # by name of the questions, their answers batch by batch
+
+
 class Answerer(Protocol):
     """Who answers: an expert, or several together."""
 
     @property
-    def limit(self) -> int | None:
-        """Tokens of a prompt at most."""
-
-    def identity(self) -> dict[str, Any]:
-        """What its answers depend on, prompts aside; with `dtype`."""
-
-    def encode(self, examples: Examples) -> Prompts:
-        """The prompts in its words."""
-
-    def load(self) -> None:
-        """Load what may be missing or wrong."""
-
-    def answer(
-        self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]
-    ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
-        """By name of the questions, the answers to a share of the prompts, batch by batch."""
+    def limit(self) -> int | None: ...  # tokens of a prompt at most
+    def identity(self) -> dict[str, Any]: ...  # what its answers depend on, prompts aside; with `dtype`
+    def encode(self, examples: Examples) -> Prompts: ...  # the prompts in its words
+    def load(self) -> None: ...  # what may be missing or wrong
+    def answer(self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]) -> Answering: ...
 
 
-@dataclass(frozen=True)
-class ExpertAnswerer(Answerer):
+@dataclass(frozen=True, kw_only=True)
+class ExpertAnswerer(Expert):
     """An expert that answers in a place of its own or one that others use as well."""
 
-    expert: Expert
     runner: ExpertRunner
     generation: GenerationArguments
     in_context: bool = False  # see `AnswerGenerator`
 
-    @property
-    def limit(self) -> int | None:
-        """Tokens of a prompt at most."""
-        return self.expert.limit
-
-    def identity(self) -> dict[str, Any]:
-        """What its answers depend on, prompts aside."""
-        return self.expert.identity()
-
-    def encode(self, examples: Examples) -> Prompts:
-        """The prompts in its words."""
-        return self.expert.encode(examples)
-
     def load(self) -> None:
         """Load the base."""
-        self.runner.load(self.expert.base)
+        self.runner.load(self.base)
 
-    def answer(
-        self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]
-    ) -> Iterator[tuple[str, Iterator[list[Answer]]]]:
-        """As `Answerer` says."""
-        batch_size = self.generation.fixed_batch_size()
-        with self.runner.running(self.expert) as model:
+    def answer(self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]) -> Answering:
+        """By name of the questions, the answers to a share of the prompts, batch by batch."""
+        how = self.generation
+        with self.runner.running(self) as model:
             for name, share in shares.items():
                 asked = questions[name]
                 generator = AnswerGenerator(
                     model,
-                    self.expert.tokenizer,
+                    self.tokenizer,
                     asked.max_new_tokens,
-                    batch_size,
-                    self.generation.cache_implementation,
+                    how.fixed_batch_size(),
+                    how.cache_implementation,
                     asked.sampling,
                     self.in_context,
                 )
@@ -130,15 +106,13 @@ def ask(ranks: PartialState, answerer: Answerer, questions: Mapping[str, Questio
             _answer_share(ranks, answerer, questions, missing, title)
         known = _read(ranks, questions)
     found = {}
-    for name, asked in questions.items():
-        answers, seconds = known[name]
-        lacking = len(asked.ids) - len(answers)
-        if lacking:
+    for name, (answers, seconds) in known.items():
+        if len(answers) < len(questions[name].ids):
             raise UserError(
-                f"{asked.folder} lacks {lacking} answers that were generated; all processes must write to the same "
+                f"{questions[name].folder} lacks answers that were generated; all processes must write to the same "
                 "file system: check --output_dir, then --resume true"
             )
-        found[name] = Answers([answers[i] for i in range(len(asked.ids))], seconds, len(missing[name]))
+        found[name] = Answers([answers[i] for i in range(len(answers))], seconds, len(missing[name]))
     return found
 
 
@@ -166,7 +140,7 @@ def _answer_share(
     if not shares:
         return
     total = sum(map(len, shares.values()))
-    answering: Any = answerer.answer(questions, shares)  # a generator, which holds models: it is closed in any case
+    answering: Any = answerer.answer(questions, shares)  # it holds models, and is closed in any case
     with closing(answering), tqdm(total=total, desc=title, unit="prompt", disable=rank > 0) as bar:
         for name, batches in answering:
             bar.set_postfix_str(name)

@@ -5,23 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from heterofusion.data.files import Records, load_records, sample_indices
-from heterofusion.data.formats import (
-    KNOWN_COLUMNS,
-    Part,
-    detect_format,
-    render_prompt,
-    to_conversation,
-    tokenize_prompt,
-)
+from heterofusion.data.formats import KNOWN_COLUMNS, Part, detect_format, to_conversation
 from heterofusion.data.replay import DatasetSpec
-from heterofusion.experts.generation import cut_prompt
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import file_sha256
 
@@ -39,15 +31,15 @@ class Examples:
     sample: dict[str, int]  # `max_examples` and, where not all are taken, the seed
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompts:
     """The examples of one data set for one tokenizer."""
 
-    texts: list[str]  # as the tokenizer reads them, before they are cut
-    ids: list[Any]  # token ids, cut; of an ensemble those of every member, one list each
-    lengths: list[int]
-    references: list[str]
-    cut: int  # how many were cut
+    texts: list[str] = field(default_factory=list)  # as the tokenizer reads them, before they are cut
+    ids: list[Any] = field(default_factory=list)  # token ids, cut; of an ensemble those of every member, one list each
+    lengths: list[int] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    cut: int = 0  # how many were cut
 
 
 def load_examples(spec: DatasetSpec, label: str, seed: int) -> Examples:
@@ -71,23 +63,3 @@ def load_examples(spec: DatasetSpec, label: str, seed: int) -> Examples:
     whole = len(indices) == len(records.rows)
     sample = {"max_examples": len(indices)} if whole else {"max_examples": spec.max_examples, "dataset_seed": seed}
     return Examples(label, format, records, indices, examples, sha256, sample)
-
-
-def encode(examples: Examples, tokenizer: Any, max_prompt_length: int | None) -> Prompts:
-    """Render and tokenize prompts as training does; longer ones are cut on the left."""
-    rendered = [
-        examples.records.call(index, render_prompt, prompt, answer, examples.format, tokenizer)
-        for index, (prompt, answer) in zip(examples.indices, examples.examples, strict=True)
-    ]
-    whole = [tokenize_prompt(prompt, tokenizer) for prompt in rendered]
-    for index, ids in zip(examples.indices, whole, strict=True):
-        if not ids:
-            raise UserError(f"{examples.records.where(index)}: the prompt is empty; fill it or leave the record out")
-    cut = [cut_prompt(ids, max_prompt_length, tokenizer.bos_token_id) for ids in whole]
-    return Prompts(
-        texts=[prompt.text for prompt in rendered],
-        ids=cut,
-        lengths=list(map(len, cut)),
-        references=[prompt.reference for prompt in rendered],
-        cut=sum(len(short) < len(ids) for short, ids in zip(cut, whole, strict=True)),
-    )

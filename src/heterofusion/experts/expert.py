@@ -7,6 +7,9 @@ keeps one base in memory and switches adapters on it with plain PEFT.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,13 +21,13 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from heterofusion.adapters.config import AdapterError, keeps_base
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, adapter_folder
-from heterofusion.experts.examples import Examples, Prompts, encode
-from heterofusion.experts.generation import GenerationArguments
-from heterofusion.experts.identity import base_fingerprint, tokenizer_identity
+from heterofusion.data.formats import render_prompt, tokenize_prompt
+from heterofusion.experts.examples import Examples, Prompts
+from heterofusion.experts.generation import GenerationArguments, cut_prompt
 from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
 from heterofusion.runtime.flags import flag
@@ -38,6 +41,18 @@ from heterofusion.runtime.loading import (
 )
 
 NO_ADAPTER = "none"
+_WHOLE = 64 << 20  # weight files up to this size are hashed as a whole
+_PIECE = 4096
+# what a base's answers depend on beside its weights: beginnings of file names
+_ANSWER_FILES = (
+    "config.json",
+    "generation_config",
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab.",
+    "merges.",
+)
 
 
 @dataclass
@@ -92,16 +107,14 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"adapter {folder}: PEFT cannot read its {CONFIG_FILE} ({one_line(error)})") from error
-    if config.task_type not in (None, TaskType.CAUSAL_LM):
-        raise AdapterError(
-            f"adapter {folder} is for the task {config.task_type}; only adapters of causal language models answer"
-        )
-    config.inference_mode = True
     try:
         with safe_open(weights, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged or truncated ({error}); download or save it again") from error
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise AdapterError(f"adapter {folder} is for the task {config.task_type}, not of a causal language model")
+    config.inference_mode = True
     return Adapter(name, folder, config, shapes, file_sha256(weights))
 
 
@@ -157,12 +170,27 @@ class Expert:
         }
 
     def encode(self, examples: Examples) -> Prompts:
-        """Prompts in its tokenizer and chat template."""
+        """Prompts in its tokenizer and chat template, as training has them; longer ones are cut on the left."""
         try:
-            prompts = encode(examples, self.tokenizer, self.limit)
+            prompts = self._encode(examples)
             check_token_ids([Dataset.from_dict({"input_ids": prompts.ids})], self.config)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
+        return prompts
+
+    def _encode(self, examples: Examples) -> Prompts:
+        records, prompts = examples.records, Prompts()
+        for index, (prompt, answer) in zip(examples.indices, examples.examples, strict=True):
+            rendered = records.call(index, render_prompt, prompt, answer, examples.format, self.tokenizer)
+            ids = tokenize_prompt(rendered, self.tokenizer)
+            if not ids:
+                raise UserError(f"{records.where(index)}: the prompt is empty; fill it or leave the record out")
+            short = cut_prompt(ids, self.limit, self.tokenizer.bos_token_id)
+            prompts.texts.append(rendered.text)
+            prompts.ids.append(short)
+            prompts.lengths.append(len(short))
+            prompts.references.append(rendered.reference)
+            prompts.cut += len(short) < len(ids)
         return prompts
 
 
@@ -181,10 +209,7 @@ def find_expert(
     found = find_adapter(adapter, revision)
     config = _check_fit(base, found, merged)
     tokenizer = load_tokenizer(base, found.folder if found else None, base.trust_remote_code)  # the adapter's own
-    limit = None
-    if generation is not None:
-        virtual = found.virtual_tokens if found else 0
-        limit = prompt_limit(config, generation.max_new_tokens, generation.max_prompt_length, virtual)
+    limit = None if generation is None else prompt_limit(config, generation, found.virtual_tokens if found else 0)
     default = display_name(base.model_name_or_path if found is None else adapter)
     return Expert(name or default, base.base(), config, found, tokenizer, limit, merged)
 
@@ -192,25 +217,23 @@ def find_expert(
 def _check_fit(base: BaseArguments, adapter: Adapter | None, merged: bool) -> PretrainedConfig:
     """The base's config, once a LoRA adapter is known to fit; others are checked when they are loaded."""
     skeleton = base_skeleton(base, base.trust_remote_code)
+    config, name = skeleton.config, base.model_name_or_path
     if adapter is None:
-        return skeleton.config
-    width, token_dim = skeleton.config.get_text_config().hidden_size, getattr(adapter.config, "token_dim", None)
+        return config
+    width, token_dim = config.get_text_config().hidden_size, getattr(adapter.config, "token_dim", None)
     if token_dim not in (None, width):  # of prompt tuning and the like
-        reason = f"its virtual tokens have {token_dim} features, the base has {width}"
-        raise _unfit(adapter, base.model_name_or_path, reason)
+        raise _unfit(adapter, name, f"its virtual tokens have {token_dim} features, the base has {width}")
     if merged and adapter.config.is_prompt_learning:
         raise AdapterError(
-            f"adapter {adapter.given} puts tokens before the prompt, which cannot be merged into the base: leave "
-            "--merge_adapters out"
+            f"adapter {adapter.given} puts tokens before the prompt, which cannot be merged into a base"
         )
-    config = skeleton.config
     if adapter.only_adds:
         with torch.device("meta"):
-            fitted = _fit(skeleton, adapter, base.model_name_or_path, low_cpu_mem_usage=True, torch_device="cpu")
+            fitted = _fit(skeleton, adapter, name, low_cpu_mem_usage=True, torch_device="cpu")
         places = get_peft_model_state_dict(fitted, save_embedding_layers=False)
         surplus = sorted(adapter.shapes.keys() - places.keys())
         if surplus:
-            raise _unfit(adapter, base.model_name_or_path, f"the base has no place for {surplus[0]}")
+            raise _unfit(adapter, name, f"the base has no place for {surplus[0]}")
     return config
 
 
@@ -234,31 +257,75 @@ def _fit(base: PreTrainedModel, adapter: Adapter, base_name: str, **options: Any
 
 
 def _unfit(adapter: Adapter, base_name: str, reason: str) -> AdapterError:
-    wanted = adapter.config.base_model_name_or_path or "not named in its config"
-    return AdapterError(
-        f"adapter {adapter.given} does not fit base model {base_name} ({reason}); give the base it was trained on "
-        f"({wanted})"
-    )
+    own = adapter.config.base_model_name_or_path or "not named in its config"
+    told = f"adapter {adapter.given} does not fit base model {base_name} ({reason})"
+    return AdapterError(f"{told}; give the base it was trained on ({own})")
 
 
-def prompt_limit(config: PretrainedConfig, max_new_tokens: int, wanted: int | None, virtual: int = 0) -> int | None:
-    """Tokens of a prompt at most: `wanted` if given, else the context length minus the answer and virtual tokens."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+def prompt_limit(config: PretrainedConfig, how: GenerationArguments, virtual: int) -> int | None:
+    """Tokens of a prompt at most: as asked for, else the context length minus the answer and virtual tokens."""
+    context, wanted = getattr(config.get_text_config(), "max_position_embeddings", None), how.max_prompt_length
     if context is None:
         return wanted
-    room = int(context) - max_new_tokens - virtual
+    room = int(context) - how.max_new_tokens - virtual
+    taken = f"--max_new_tokens {how.max_new_tokens} leaves {{}} in the model's context of {context} tokens"
     if room < 2:
-        raise UserError(
-            f"--max_new_tokens {max_new_tokens} leaves no room for a prompt: the model's context has {context} tokens"
-            + (f", {virtual} of which the adapter takes" if virtual else "")
-            + "; lower it"
-        )
+        raise UserError(taken.format("no room for a prompt") + ": lower it")
     if wanted is not None and wanted > room:
-        raise UserError(
-            f"--max_prompt_length {wanted} and --max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{context} tokens; give {room} at most"
-        )
-    return room if wanted is None else wanted
+        raise UserError(f"--max_prompt_length {wanted}: {taken.format(f'{room} tokens')}: give {room} at most")
+    return wanted or room
+
+
+# ---- identity: the same wherever files lie and whenever they were copied ----------------------------------------
+
+
+def base_fingerprint(name: str) -> str | None:
+    """Hash of a local base model's files, the same for every copy; None for a Hub id, which its commit tells."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            digest.update(f"{path.name} {_weights_sha256(path)}".encode())
+        elif path.is_file() and path.name.startswith(_ANSWER_FILES):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _weights_sha256(path: Path) -> str:
+    """Hash of a weight file; of a large safetensors file, of its header and three pieces of every tensor.
+
+    That takes a moment where all would take minutes, and no training leaves all three pieces of a tensor as they were.
+    """
+    if path.stat().st_size <= _WHOLE or path.suffix != ".safetensors":
+        return file_sha256(path)
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        digest.update(header)
+        spans = [entry["data_offsets"] for key, entry in json.loads(header).items() if key != "__metadata__"]
+        for start, end in sorted(spans):
+            for place in (start, (start + end) // 2, max(start, end - _PIECE)):
+                file.seek(8 + length + place)
+                digest.update(file.read(min(_PIECE, end - place)))
+    return digest.hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """What a tokenizer makes of texts and messages, and which token ends an answer."""
+    words = [tokenizer_fingerprint(tokenizer), tokenizer.eos_token_id, getattr(tokenizer, "chat_template", None)]
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart whose tokens are not the same: a hash of the fast tokenizer and its special ids."""
+    # a chat template writes texts, it changes no token; how batches are padded and cut is not the tokenizer's own
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = {**json.loads(backend.to_str()), "padding": None, "truncation": None} if backend else tokenizer.get_vocab()
+    parts = [words, sorted(tokenizer.all_special_ids)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
@@ -277,10 +344,9 @@ class ExpertRunner:
         base = base.base()
         if self._base is None or self._args != base:
             self.release()
-            with _enough_memory(f"base model {base.model_name_or_path}"):
-                model = load_base(base, base.use_cpu, base.trust_remote_code)
-                if not (base.load_in_4bit or base.load_in_8bit):  # bitsandbytes has put it where it belongs
-                    model.to(self.device)  # type: ignore[arg-type]
+            model = load_base(base, base.use_cpu, base.trust_remote_code)
+            if not (base.load_in_4bit or base.load_in_8bit):  # bitsandbytes has put it where it belongs
+                model.to(self.device)  # type: ignore[arg-type]
             self._args, self._base = base, model.eval()
         return self._base
 
@@ -293,8 +359,7 @@ class ExpertRunner:
             yield base
             return
         self._base = None
-        with _enough_memory(f"adapter {adapter.given}"):
-            model = _fit(base, adapter, expert.base.model_name_or_path, torch_device=str(self.device))
+        model = _fit(base, adapter, expert.base.model_name_or_path, torch_device=str(self.device))
         model.requires_grad_(False)
         if expert.merged:
             model = model.merge_and_unload()
@@ -309,14 +374,3 @@ class ExpertRunner:
         """Free the memory."""
         self._base = None
         clear_device_cache(garbage_collection=True)
-
-
-@contextlib.contextmanager
-def _enough_memory(what: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{what} does not fit into memory ({one_line(error)[:200]}); load the base with --dtype bfloat16 or "
-            "--load_in_4bit true"
-        ) from error

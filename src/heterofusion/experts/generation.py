@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from heterofusion.runtime.errors import UserError
@@ -120,68 +119,50 @@ class Batches:
         self, lengths: Mapping[int, int], generate: Callable[[Sequence[int]], list[Answer]]
     ) -> Iterator[list[Answer]]:
         """The answers, a batch at a time, the longest prompts first; `generate` may run out of memory."""
-        for index, length in lengths.items():
-            if not length:
-                raise UserError(f"prompt {index} has no tokens; a model needs one at least to begin with")
         order = longest_first(lengths)
         start = 0
         while start < len(order):
             batch = order[start : start + self.size]
+            answers = None
             try:
                 answers = generate(batch)
             except RuntimeError as error:
                 if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                     raise
-                answers = None
-            if answers is not None:
+            if answers is None:
+                clear_device_cache(garbage_collection=True)  # no traceback holds the tensors of the failed batch now
+                self._shrink(len(batch), lengths[batch[0]])
+            else:
                 start += len(batch)
                 yield answers
-                continue
-            clear_device_cache(garbage_collection=True)  # by now no traceback holds the tensors of the failed batch
-            tried, longest = len(batch), lengths[batch[0]]
-            if not self.automatic:
-                raise UserError(
-                    f"--batch_size {self.size} does not fit into memory with prompts of {longest} tokens; lower it, "
-                    "or give auto"
-                )
-            if tried == 1:
-                raise UserError(
-                    f"one prompt of {longest} tokens and {self.max_new_tokens} new tokens do not fit into memory; "
-                    "lower --max_prompt_length or --max_new_tokens, or load the base with --load_in_4bit true"
-                )
-            self.size = tried // 2
-            logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
+
+    def _shrink(self, tried: int, longest: int) -> None:
+        if tried == 1 or not self.automatic:
+            raise UserError(
+                f"{tried} prompts of {longest} tokens and {self.max_new_tokens} new tokens do not fit into memory; "
+                "lower --batch_size, --max_prompt_length or --max_new_tokens, or give --load_in_4bit true"
+            )
+        self.size = tried // 2
+        logger.info("out of memory with %d prompts a batch: going on with %d", tried, self.size)
 
 
+@dataclass
 class AnswerGenerator:
-    """Answers prompts in batches padded on the left. Model, mode and tokenizer are left as they were.
+    """Answers prompts in batches padded on the left. Model, mode and tokenizer are left as they were."""
 
-    Args:
-        model: A causal LM, with or without a PEFT adapter.
-        tokenizer: Its tokenizer. Without a padding token its end-of-sequence token pads.
-        max_new_tokens: Most tokens in an answer.
-        batch_size: Prompts per batch; None begins with 64 and halves it whenever memory runs out.
-        cache_implementation: `"dynamic"`, or `"static"` for a key-value cache of one size, as long as the longest
-            prompt needs; with it a GPU runs compiled decoding steps.
-        sampling: How to sample; None decodes greedily.
-        in_context: Whether texts are decoded after their prompt, so that both can be joined as they are: some decoders
-            drop the space before a first word.
-    """
+    model: Any  # a causal LM, with or without a PEFT adapter
+    tokenizer: Any  # without a padding token its end-of-sequence token pads
+    max_new_tokens: int = 256
+    batch_size: int | None = None  # None begins with 64 and halves it whenever memory runs out
+    cache_implementation: str = "dynamic"  # "static": of one size, as the longest prompt needs; GPUs compile the steps
+    sampling: Sampling | None = None  # None decodes greedily
+    # Whether texts are decoded after their prompt, so that both can be joined as they are: some decoders drop the
+    # space before a first word.
+    in_context: bool = False
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        max_new_tokens: int = 256,
-        batch_size: int | None = None,
-        cache_implementation: str = "dynamic",
-        sampling: Sampling | None = None,
-        in_context: bool = False,
-    ) -> None:
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.batches = Batches(batch_size, max_new_tokens)
-        self.cache_implementation, self.sampling, self.in_context = cache_implementation, sampling, in_context
-        self.pad_id, self.stops = padding_id(tokenizer), stop_ids(model, tokenizer)
+    def __post_init__(self) -> None:
+        self.batches = Batches(self.batch_size, self.max_new_tokens)
+        self.pad_id, self.stops = padding_id(self.tokenizer), stop_ids(self.model, self.tokenizer)
 
     def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
         """Answer token ids by a key that the answers carry and that seeds what is sampled; longest prompts first."""
@@ -190,9 +171,7 @@ class AnswerGenerator:
 
         def generate(batch: Sequence[int]) -> list[Answer]:
             greedy, choice = RecordGreedy(), self.sampling
-            drawn = choice and SampleTokens(
-                choice.uniforms(batch, self.max_new_tokens), choice.temperature, choice.top_p
-            )
+            drawn = choice and SampleTokens(choice.uniforms(batch, self.max_new_tokens), choice)
             rows = self._generate([prompts[index] for index in batch], config, drawn or greedy)
             told = [[0.0]] * len(batch) if drawn else greedy.rows()
             return [self._answer(i, prompts[i], row, p) for i, row, p in zip(batch, rows, told, strict=True)]
@@ -247,15 +226,14 @@ class AnswerGenerator:
 class SampleTokens(LogitsProcessor):
     """Draws the next token of every row by inverting its cumulative distribution, and leaves no other."""
 
-    def __init__(self, uniforms: torch.Tensor, temperature: float, top_p: float) -> None:
-        self.uniforms, self.step = uniforms, 0  # (rows, steps)
-        self.temperature, self.top_p = temperature, top_p
+    def __init__(self, uniforms: torch.Tensor, how: Sampling) -> None:
+        self.uniforms, self.step, self.how = uniforms, 0, how  # (rows, steps)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores that are 0 for the token drawn and minus infinity for all others. (rows, vocabulary)"""
-        probabilities, order = (scores.float() / self.temperature).softmax(-1).sort(-1, descending=True)
+        probabilities, order = (scores.float() / self.how.temperature).softmax(-1).sort(-1, descending=True)
         mass = probabilities.cumsum(-1)
-        inside = mass - probabilities < self.top_p  # the first is always inside
+        inside = mass - probabilities < self.how.top_p  # the first is always inside
         total = (probabilities * inside).sum(-1, keepdim=True)
         self.uniforms = self.uniforms.to(scores.device)  # once
         drawn = self.uniforms[:, self.step].unsqueeze(1) * total
@@ -311,23 +289,3 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         stops.append(tokenizer.eos_token_id)
     return stops
-
-
-def generate_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    max_new_tokens: int = 64,
-    batch_size: int | None = 32,
-    progress: bool = True,
-) -> list[str]:
-    """Greedy answers to texts, in their order. The prompts are tokenized as they are, special tokens included."""
-    generator = AnswerGenerator(model, tokenizer, max_new_tokens, batch_size)
-    encoded = {index: tokenizer(prompt)["input_ids"] for index, prompt in enumerate(prompts)}
-    answers = [""] * len(encoded)
-    with tqdm(total=len(encoded), desc="Generating", unit="prompt", disable=not progress) as bar:
-        for batch in generator.answers(encoded):
-            for answer in batch:
-                answers[answer.index] = answer.text
-            bar.update(len(batch))
-    return answers

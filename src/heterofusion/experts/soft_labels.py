@@ -1,4 +1,4 @@
-"""What a model thinks of given answers: its most probable tokens at every position, in tables larger than memory.
+"""What experts think of given answers: each runs once, and its most probable tokens at every position are kept.
 
     NAME/table.arrow   an Arrow stream, which `datasets.Dataset.from_file` opens as a memory map
     NAME/record.json   plain values, size and SHA-256 of the table
@@ -14,22 +14,33 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import constants
 from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
 
-from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import TEMPORARY, file_sha256, told_writes
+from heterofusion.data.formats import IGNORE_INDEX
+from heterofusion.data.replay import DataArguments, ReplayReport, build_replay, examples_sha256, make_collator
+from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
+from heterofusion.experts.generation import longest_first
+from heterofusion.runtime.errors import UserError, one_line
+from heterofusion.runtime.files import TEMPORARY, display_name, file_sha256, told_writes
+from heterofusion.runtime.loading import check_token_ids
+from heterofusion.runtime.ranks import all_together, without_zero_init
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +61,8 @@ def cache_folder(logits_cache: str | None) -> Path:
     """The folder of `--logits_cache`, by default `heterofusion/soft_labels` in HF_HOME."""
     folder = Path(logits_cache or Path(constants.HF_HOME) / "heterofusion" / "soft_labels").expanduser().absolute()
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        kind = "not writable" if nearest.is_dir() else "a file"
-        raise UserError(f"--logits_cache {folder}: {nearest} is {kind}; name another folder")
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise UserError(f"--logits_cache {folder}: {nearest} is a file or not writable; name another folder")
     return folder
 
 
@@ -61,55 +71,35 @@ def cache_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def told_cache(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Say of a failed write which file it was, and which flag names another place."""
-    return told_writes(f"--logits_cache: {path} could not be written", "name another folder")
-
-
 # ---- tables -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Table:
-    """A table that is being filled; `record` takes plain values that go with it."""
+def write_table(
+    path: Path, features: Features, batches: Iterable[Mapping[str, Any]], record: Mapping[str, Any]
+) -> None:
+    """Write columns batch by batch while they are made, and `record`, which may be filled meanwhile, and the seconds.
 
-    writer: ArrowWriter
-    record: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, columns: Mapping[str, Any]) -> None:
-        """Append rows. They go to the file at once, only a small buffer of it stays in memory."""
-        self.writer.write_batch(dict(columns))
-
-
-@contextlib.contextmanager
-def new_table(path: Path, features: Features) -> Iterator[Table]:
-    """Write a table; it is at its path once the block is left without an error.
-
-    It takes the place of a damaged one. Several programs may write the same: the first one's stays.
+    It takes the place of a damaged table. Several programs may write the same: the first one's stays.
     """
     staging = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
-    file = staging / "table.arrow"
-    with told_cache(path):
+    file, start = staging / "table.arrow", time.perf_counter()
+    with told_writes(f"--logits_cache: {path} could not be written", "name another folder"):
         try:
             _remove_abandoned(path.parent)
             staging.mkdir(parents=True)
             with contextlib.closing(ArrowWriter(path=str(file), features=features)) as writer:
-                table = Table(writer)
-                yield table
+                for columns in batches:
+                    writer.write_batch(dict(columns))
                 writer.finalize()
-            whole = {**table.record, "bytes": file.stat().st_size, "content_sha256": file_sha256(file)}
+            seconds = round(time.perf_counter() - start, 3)
+            whole = {**record, "seconds": seconds, "bytes": file.stat().st_size, "content_sha256": file_sha256(file)}
             (staging / "record.json").write_text(json.dumps(whole, sort_keys=True) + "\n", encoding="utf-8")
             for name in ("table.arrow", "record.json"):
                 with open(staging / name, "rb") as written:
                     os.fsync(written.fileno())
-            there = partial(read_table, path, features, level=logging.DEBUG)  # of another program that was faster
-            if there() is None:
+            if read_table(path, features) is None:  # else another program was faster
                 shutil.rmtree(path, ignore_errors=True)
-                try:
-                    os.rename(staging, path)
-                except OSError:
-                    if there() is None:
-                        raise
+                os.rename(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -119,17 +109,11 @@ def _remove_abandoned(folder: Path) -> None:
     for left in folder.glob(f"*{TEMPORARY}"):
         newest = max((p.stat().st_mtime for p in (left, *left.glob("*"))), default=0.0)
         if left.is_dir() and time.time() - newest > _ABANDONED:
-            logger.info("removing %s, which a killed program left", left)
             shutil.rmtree(left, ignore_errors=True)
 
 
-def read_table(
-    path: Path, features: Features, check: bool = True, level: int = logging.WARNING
-) -> tuple[Dataset, dict[str, Any]] | None:
-    """Open what `new_table` wrote, memory-mapped, with its record; None if it is not there or damaged.
-
-    Its size is always checked, its content with `check`.
-    """
+def read_table(path: Path, features: Features, check: bool = True) -> tuple[Dataset, dict[str, Any]] | None:
+    """Open a table, memory-mapped, with its record; None if it is missing or damaged, which `check` reads all for."""
     if not path.exists():
         return None
     file = path / "table.arrow"
@@ -141,42 +125,47 @@ def read_table(
         if data.features != features:
             raise ValueError(f"its columns are {data.features}")
     except (OSError, ValueError, KeyError, TypeError) as error:  # those of Arrow and JSON are among them
-        logger.log(level, "%s is damaged (%s): it is made anew", path, " ".join(str(error).split()))
+        logger.warning("%s is damaged (%s): it is made anew", path, one_line(error))
         return None
     return data, record
+
+
+def made_once(path: Path, features: Features, make: Callable[[], None]) -> tuple[Dataset, dict[str, Any]]:
+    """Open a table, which the main rank makes where it is missing or damaged. All ranks together."""
+    ranks = PartialState()
+    with all_together(ranks):
+        if ranks.is_main_process:
+            if read_table(path, features) is None:
+                make()
+            else:
+                logger.info("soft labels of an earlier run: %s", path)
+    with all_together(ranks):
+        found = read_table(path, features, check=False)  # its content has just been checked, or written
+        if found is None:
+            raise UserError(f"--logits_cache {path.parent} is not the same folder on all machines; give one that is")
+    return found
 
 
 # ---- soft labels ------------------------------------------------------------------------------------------------
 
 
 class SoftLabel(NamedTuple):
-    """The soft labels of one answer of n tokens, in the model's own tokenizer.
+    """The soft labels of one answer of n tokens, in the model's own tokenizer."""
 
-    Attributes:
-        tokens: (n,): the answer.
-        top_ids: (n, k): the most probable tokens at each position, the most probable first.
-        top_log_probs: (n, k): their log-probabilities, of the softmax over the whole vocabulary.
-    """
-
-    tokens: NDArray[np.int32]
-    top_ids: NDArray[np.int32]
-    top_log_probs: NDArray[np.float32]
+    tokens: NDArray[np.int32]  # (n,) the answer
+    top_ids: NDArray[np.int32]  # (n, k) the most probable tokens at each position, the most probable first
+    top_log_probs: NDArray[np.float32]  # (n, k) of the softmax over the whole vocabulary
 
 
 class SoftLabels:
-    """The soft labels of a number of answers, memory-mapped.
-
-    Attributes:
-        cross_entropy: (answers,): minus the log-probability of each answer as a whole, in nats.
-        identity: plain values that tell what the labels depend on.
-        seconds: that the model took for them.
-    """
+    """The soft labels of a number of answers, memory-mapped."""
 
     def __init__(self, data: Dataset, record: Mapping[str, Any]) -> None:
-        self.identity: dict[str, Any] = record["identity"]
-        self.seconds = float(record["seconds"])
+        self.identity: dict[str, Any] = record["identity"]  # what they depend on
+        self.seconds = float(record["seconds"])  # that the model took for them
         self._data = data.with_format("arrow")
         self._rows = np.argsort(data.data.column("index").to_numpy())  # row of every answer
+        # (answers,) minus the log-probability of each answer as a whole, in nats
         self.cross_entropy: NDArray[np.float64] = data.data.column("cross_entropy").to_numpy()[self._rows]
 
     def __len__(self) -> int:
@@ -201,16 +190,135 @@ def write_labels(
     folder: Path, identity: Mapping[str, Any], batches: Iterable[Sequence[tuple[int, SoftLabel, float]]]
 ) -> None:
     """Write soft labels and cross-entropies by number of the answer, a batch at a time, while they are made."""
-    start = time.perf_counter()
-    with new_table(labels_path(folder, identity), _FEATURES) as table:
-        for batch in batches:
-            indices, labels, entropies = zip(*batch, strict=True)
-            columns = dict(zip(SoftLabel._fields, map(list, zip(*labels, strict=True)), strict=True))
-            table.add({"index": list(indices), **columns, "cross_entropy": list(entropies)})
-        table.record |= {"identity": dict(identity), "seconds": round(time.perf_counter() - start, 3)}
+
+    def columns(batch: Sequence[tuple[int, SoftLabel, float]]) -> dict[str, Any]:
+        indices, labels, entropies = zip(*batch, strict=True)
+        parts = dict(zip(SoftLabel._fields, map(list, zip(*labels, strict=True)), strict=True))
+        return {"index": list(indices), **parts, "cross_entropy": list(entropies)}
+
+    write_table(labels_path(folder, identity), _FEATURES, map(columns, batches), {"identity": dict(identity)})
 
 
-def read_labels(folder: Path, identity: Mapping[str, Any], check: bool = True) -> SoftLabels | None:
+def read_labels(folder: Path, identity: Mapping[str, Any]) -> SoftLabels | None:
     """Open the soft labels of an identity."""
-    found = read_table(labels_path(folder, identity), _FEATURES, check)
+    found = read_table(labels_path(folder, identity), _FEATURES)
     return None if found is None else SoftLabels(*found)
+
+
+# ---- teachers: nothing is loaded before their labels are collected ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An expert, and examples in its tokenizer: `input_ids`, `attention_mask` and `labels`."""
+
+    expert: Expert
+    examples: Dataset
+
+    def identity(self, top_k: int) -> dict[str, Any]:
+        """What its soft labels depend on."""
+        return {**self.expert.identity(), "examples": examples_sha256(self.examples), "top_k": top_k}
+
+    def record(self) -> dict[str, Any]:
+        """What is published of it: names without local paths, and the hash of its weights."""
+        adapter = self.expert.adapter
+        return {
+            "name": display_name(adapter.given) if adapter else "none",
+            "base_model": display_name(self.expert.base.model_name_or_path),
+            "sha256": adapter.sha256 if adapter else None,
+        }
+
+
+def check_alignable(expert: Expert) -> None:
+    """Refuse an expert whose logits cannot be aligned with the tokens of another."""
+    if not expert.tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {expert.name} has no fast version, which tells what its tokens stand for; save one "
+            "with a tokenizer.json"
+        )
+    if expert.adapter is not None and expert.adapter.virtual_tokens:
+        raise UserError(
+            f"{expert.name} puts tokens before the prompt, so its logits stand at other positions; give a LoRA"
+        )
+
+
+def find_teacher(
+    base: BaseArguments, adapter: str, data: DataArguments, target: ReplayReport | None = None
+) -> tuple[Teacher, ReplayReport]:
+    """Find a teacher, and write the replay, of which no example may be cut, in its words; `target` is the target's."""
+    try:
+        expert = find_expert(base, adapter)
+        check_alignable(expert)
+        examples, report = build_replay(replace(data, max_length=sys.maxsize), expert.tokenizer)
+        lengths = [len(ids) for ids in examples["input_ids"]]
+        longer = sum(length > data.max_length for length in lengths)
+        if longer:
+            raise UserError(
+                f"{longer} of {len(lengths)} replay examples are longer than --max_length {data.max_length}, and cut "
+                f"answers cannot be aligned: raise it to {max(lengths)}, or leave long records out"
+            )
+        if expert.context is not None and max(lengths) > expert.context:
+            raise UserError(
+                f"the longest example has {max(lengths)} tokens, but its context has {expert.context}; leave long "
+                "examples out"
+            )
+        check_token_ids([examples], expert.config)
+        for here, there in zip(report.datasets, target.datasets if target else report.datasets, strict=True):
+            if here.kept != there.kept:
+                raise UserError(
+                    f"{here.name} gives {here.kept} examples with an answer in its tokenizer, {there.kept} in the "
+                    "target's; fill empty answers, or leave those records out"
+                )
+    except UserError as error:
+        raise UserError(f"teacher {adapter} on {base.model_name_or_path}: {error}") from error
+    report.max_length = data.max_length
+    return Teacher(expert, examples), report
+
+
+def collect_soft_labels(
+    teachers: Sequence[Teacher], folder: Path, top_k: int, batch_size: int, device: torch.device
+) -> list[SoftLabels]:
+    """The soft labels of all teachers, from disk where they are. All ranks together: the main one runs models."""
+    runner, found = ExpertRunner(device), {}
+    bases = [teacher.expert.base for teacher in teachers]
+    for index in sorted(range(len(teachers)), key=lambda index: bases.index(bases[index])):  # each is loaded once
+        path = labels_path(folder, teachers[index].identity(top_k))
+        run = partial(_run, runner, teachers[index], folder, top_k, batch_size)
+        found[index] = SoftLabels(*made_once(path, _FEATURES, run))
+    runner.release()
+    return [found[index] for index in range(len(teachers))]
+
+
+def _run(runner: ExpertRunner, teacher: Teacher, folder: Path, top_k: int, size: int) -> None:
+    with without_zero_init(), runner.running(teacher.expert) as model:  # one rank alone loads it, and whole
+        write_labels(folder, teacher.identity(top_k), _batches(teacher, model, top_k, size))
+
+
+def _batches(teacher: Teacher, model: Any, top_k: int, size: int) -> Iterator[list[tuple[int, SoftLabel, float]]]:
+    """Run a teacher over its examples, with the answers given (teacher forcing), the longest examples first."""
+    collate = make_collator(teacher.expert.tokenizer)
+    lengths = {index: len(ids) for index, ids in enumerate(teacher.examples["input_ids"])}
+    order, name = longest_first(lengths), teacher.expert.name
+    with tqdm(total=len(order), desc=f"Running {name}", unit="example", delay=3, leave=False) as bar:
+        for first in range(0, len(order), size):
+            indices = order[first : first + size]
+            batch = collate([teacher.examples[index] for index in indices]).to(model.device)
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = model(**batch, use_cache=False).logits
+                answers = [_soft_label(row, wanted, top_k) for row, wanted in zip(logits, labels, strict=True)]
+            if not all(np.isfinite(entropy) for _, entropy in answers):
+                raise UserError(f"teacher {name}: its logits are not finite; give another --dtype")
+            yield [(index, *answer) for index, answer in zip(indices, answers, strict=True)]
+            bar.update(len(indices))
+
+
+def _soft_label(logits: Tensor, labels: Tensor, top_k: int) -> tuple[SoftLabel, float]:
+    """The soft labels of one answer and its cross-entropy: logits (length, vocabulary), labels (length,)."""
+    places = torch.nonzero(labels[1:] != IGNORE_INDEX).squeeze(1)  # the logits before a token are of that token
+    tokens = labels[1:][places]
+    log_probs = torch.log_softmax(logits[:-1][places].float(), dim=-1)  # (tokens, vocabulary)
+    top = log_probs.topk(min(top_k, log_probs.shape[1]), dim=-1)
+    entropy = -log_probs.gather(1, tokens.unsqueeze(1)).double().sum()
+    parts = (part.cpu().numpy() for part in (tokens.int(), top.indices.int(), top.values))
+    return SoftLabel(*parts), float(entropy)

@@ -1,4 +1,9 @@
-"""Which tokens of two tokenizations of one answer stand for each other: dynamic time warping (DTW) on edit distance.
+"""Soft labels of other models in the target's tokens: aligned by dynamic time warping (DTW), mapped by MinED.
+
+Where DTW aligns one token of a source with one of the target, and MinED maps the one to the other, the soft label is
+the source's top k, mapped to the target's vocabulary and renormalized. Other tokens of the answer have none. (The
+second condition is that of FuseLLM's published code: DTW also pairs ` til` with ` tilken`, whose distributions are not
+of the same thing.)
 
 Origin: FuseLLM, arXiv 2401.10491, section 3.3: the cost of a pair of tokens is their edit distance, once the space
 marks are gone. All steps of the path cost alike, and of equally good ones the diagonal is taken.
@@ -6,67 +11,156 @@ marks are gone. All steps of the path cost alike, and of equally good ones the d
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from numpy.typing import NDArray
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.experts.soft_labels import SoftLabel, SoftLabels
+from heterofusion.data.labels import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
+from heterofusion.data.replay import examples_sha256
+from heterofusion.experts.expert import tokenizer_fingerprint
+from heterofusion.experts.soft_labels import (
+    SoftLabel,
+    SoftLabels,
+    cache_key,
+    labels_path,
+    made_once,
+    read_labels,
+    write_table,
+)
 from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, as_columns, edit_distances, token_bytes
+from heterofusion.runtime.errors import UserError
+
+_FORMAT = 1  # another number is another name
+_FEATURES = Features(
+    {
+        SOFT_POSITIONS: List(Value("int32")),
+        SOFT_IDS: List(List(Value("int32"))),
+        SOFT_PROBS: List(List(Value("float32"))),
+    }
+)
+_BATCH = 64  # examples that are aligned before they are written
 
 Mapped = tuple[NDArray[np.int32], NDArray[np.float32]]  # (k,) token ids of the target, (k,) their probabilities
 
 
-@dataclass(frozen=True)
-class FusedAnswer:
-    """The labels of one answer of n tokens."""
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model whose soft labels are stored in a folder, and the tokenizer that they are of."""
 
-    ids: NDArray[np.int32]  # (n, k) token ids of the target
-    probs: NDArray[np.float32]  # (n, k), which add up to 1; a token of probability 0 fills a place
-    one_to_one: int  # tokens that are aligned one to one
-    soft: int  # tokens whose label is a model's distribution
+    name: str
+    folder: Path
+    identity: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+
+    def read(self) -> SoftLabels:
+        """Open the soft labels, memory-mapped."""
+        labels = read_labels(self.folder, self.identity)
+        if labels is None:
+            path = labels_path(self.folder, self.identity)
+            raise UserError(f"{path}, the soft labels of {self.name}, is missing or damaged: make them again")
+        return labels
+
+
+Answer = tuple[Source, int]  # whose soft labels, and the number of the answer among them
+
+
+def add_aligned(
+    examples: Dataset, tokenizer: PreTrainedTokenizerBase, answers: Sequence[Answer | None], cache: Path
+) -> tuple[Dataset, dict[str, Any]]:
+    """Give each example the soft labels of an answer to it. All ranks together: the main one makes them.
+
+    Also `one_to_one` and `soft`, the shares of the answers' tokens that are aligned and that have a soft label, and
+    the `seconds` that it once took.
+    """
+    identity = {
+        "format": _FORMAT,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "examples": examples_sha256(examples),
+        "answers": [answer and [cache_key(answer[0].identity), answer[1]] for answer in answers],
+    }
+
+    def make() -> None:
+        stored = {source: source.read() for source in dict(filter(None, answers))}
+        record: dict[str, Any] = {}
+        write_table(path, _FEATURES, _align(examples, tokenizer, answers, stored, record), record)
+
+    path = cache / f"soft-targets-{cache_key(identity)}"
+    data, record = made_once(path, _FEATURES, make)
+    return concatenate_datasets([examples, data], axis=1), record
+
+
+def _align(
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Sequence[Answer | None],
+    stored: Mapping[Source, SoftLabels],
+    record: dict[str, Any],
+) -> Iterator[dict[str, list[Any]]]:
+    """The soft labels of all examples, in their order, batch by batch; fills the record."""
+    target = answer_symbols(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
+    maps: dict[str, VocabularyMap] = {}  # sources of one tokenizer share one
+    aligners: dict[Source, Aligner] = {}
+    for source, labels in stored.items():
+        name = tokenizer_fingerprint(source.tokenizer)
+        if name not in maps:
+            maps[name] = VocabularyMap(source.tokenizer, tokenizer)
+        own = (labels.of(answer[1]).tokens.tolist() for answer in answers if answer and answer[0] is source)
+        aligners[source] = Aligner(answer_symbols(source.tokenizer, own), target, maps[name])
+    tokens = aligned = soft = 0
+    with tqdm(total=len(answers), desc="Aligning soft labels", unit="answer", delay=3, leave=False) as bar:
+        for first in range(0, len(answers), _BATCH):
+            columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+            for place, answer in enumerate(answers[first : first + _BATCH], start=first):
+                wanted = np.asarray(examples[place]["labels"], dtype=np.int32)
+                positions = np.flatnonzero(wanted[1:] != IGNORE_INDEX) + 1  # nothing predicts the first token
+                found: dict[int, Mapped] = {}
+                if answer is not None:
+                    source, number = answer
+                    found, pairs = aligners[source].distributions(stored[source].of(number), wanted[positions])
+                    aligned += pairs
+                columns[SOFT_POSITIONS].append(positions[list(found)])
+                columns[SOFT_IDS].append([ids for ids, _ in found.values()])
+                columns[SOFT_PROBS].append([probs for _, probs in found.values()])
+                tokens, soft = tokens + len(positions), soft + len(found)
+            bar.update(len(columns[SOFT_IDS]))
+            yield columns
+    record |= {"one_to_one": aligned / tokens, "soft": soft / tokens}
 
 
 class Aligner:
-    """Turns the soft labels of a teacher into labels for the target's tokens."""
+    """Turns the soft labels of a source into soft labels for the target's tokens."""
 
     def __init__(self, source: AnswerSymbols, target: AnswerSymbols, vocabulary: VocabularyMap) -> None:
         self._source, self._target = source, target
-        self._vocabulary = vocabulary
+        self._same = vocabulary.identity
         # with the same tokens, an end may be one token in a text and another one in a dialogue
-        self._ends = {} if vocabulary.identity else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
-
-    def label(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> FusedAnswer:
-        """Labels for all tokens of one answer: the teacher's distribution, or else the token itself."""
-        found, aligned = self.distributions(labels, target_tokens)
-        shape = (len(target_tokens), labels.top_ids.shape[1])
-        ids, probs = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
-        ids[:, 0], probs[:, 0] = target_tokens, 1.0
-        for place, label in found.items():
-            ids[place], probs[place] = label
-        return FusedAnswer(ids, probs, aligned, len(found))
+        ends = {} if self._same else dict.fromkeys(source.ends, (*target.ends, UNMAPPED)[0])
+        self._mapping = ChainMap(ends, vocabulary)
 
     def distributions(self, labels: SoftLabel, target_tokens: NDArray[np.int32]) -> tuple[dict[int, Mapped], int]:
-        """The teacher's distributions at those tokens of one answer that both models see alike."""
+        """The source's distributions at those tokens of one answer that both see alike, and how many are aligned."""
         tokens, top_ids, top_log_probs = labels
-        source_places, source = self._source.of(tokens.tolist())
-        target_places, target = self._target.of(target_tokens.tolist())
-        mapping = {**self._vocabulary.map(np.union1d(top_ids, tokens).tolist()), **self._ends}
-        pairs = one_to_one(source, target)
+        if self._same and np.array_equal(tokens, target_tokens):
+            pairs = [(place, place) for place in range(len(tokens))]
+        else:
+            source_places, source = self._source.of(tokens.tolist())
+            target_places, target = self._target.of(target_tokens.tolist())
+            pairs = [(source_places[i], target_places[j]) for i, j in one_to_one(source, target)]
         found: dict[int, Mapped] = {}
-        for i, j in pairs:
-            row, place = source_places[i], target_places[j]
-            if mapping[int(tokens[row])] != int(target_tokens[place]):
-                continue
-            label = mapped_distribution(top_ids[row], top_log_probs[row], mapping)
-            if label is not None:
-                found[place] = label
+        for row, place in pairs:
+            if self._mapping[int(tokens[row])] == int(target_tokens[place]):
+                label = mapped_distribution(top_ids[row], top_log_probs[row], self._mapping)
+                if label is not None:
+                    found[place] = label
         return found, len(pairs)
 
 
@@ -188,24 +282,10 @@ def mapped_distribution(
     return new_ids, probs
 
 
-def answer_symbols(tokenizer: PreTrainedTokenizerBase, examples: Dataset) -> AnswerSymbols:
+def answer_symbols(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
     """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first."""
-    return symbols_of(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
-
-
-def symbols_of(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
-    """`answer_symbols` of answers that are token ids alone."""
     texts = token_bytes(tokenizer)
     learned = Counter(token for answer in answers for token in answer)
     ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
     eos: Any = tokenizer.eos_token_id
     return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])
-
-
-def used_tokens(labels: SoftLabels, answers: Iterable[int]) -> set[int]:
-    """All tokens of some answers and of their soft labels."""
-    used: set[int] = set()
-    for index in answers:
-        answer = labels.of(index)
-        used.update(np.union1d(answer.top_ids, answer.tokens).tolist())
-    return used

@@ -7,29 +7,18 @@ in length, the shorter spelling in the vocabulary (`A` before `<0x41>`), the low
 Origin: FuseLLM, arXiv 2401.10491, section 3.3.
 """
 
-import functools
 import json
-import logging
-import os
 import re
-import time
-import uuid
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from heterofusion.experts.identity import tokenizer_fingerprint
-from heterofusion.experts.soft_labels import cache_key, told_cache
+from heterofusion.experts.expert import tokenizer_fingerprint
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import TEMPORARY
-
-logger = logging.getLogger(__name__)
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_MARK = "▁"
@@ -37,17 +26,8 @@ _CONTINUATION = "##"
 _MARKED = {"Metaspace", "ByteFallback", "Unigram"}
 
 UNMAPPED = -1
-_FORMAT = 1  # of the files; another number is another file name
-
-
-def _place(byte: int) -> int:
-    """The bit of a byte: one of their own for small letters and the space, 16 for other ASCII, 21 for the rest."""
-    if 97 <= byte <= 122 or byte == 32:
-        return byte - 97 if byte > 32 else 26
-    return 27 + byte % 16 if byte < 128 else 43 + byte % 21
-
-
-_BITS = np.array([1 << _place(byte) for byte in range(256)], dtype=np.uint64)
+# the 64 bits of a set of bytes: small letters, capital letters and digits meet in none with their own kind
+_BITS = np.uint64(1) << (np.arange(256, dtype=np.uint64) & np.uint64(63))
 
 Array = NDArray[np.int64]
 
@@ -113,12 +93,8 @@ class TokenIndex:
         for equal in (text, respaced):  # at distance 0, and at 1, where nothing is nearer
             if equal in self.exact:
                 return self.exact[equal]
-        bits = _BITS[list(text)]
-        own = np.bitwise_or.reduce(bits)
+        own = np.bitwise_or.reduce(_BITS[list(text)])
         missing = np.bitwise_count(own & ~self._sets).astype(np.int64)  # (tokens,)
-        for bit, count in Counter(bits.tolist()).items():
-            if count > 1:  # each time that it stands there
-                missing += (count - 1) * (self._sets & np.uint64(bit) == 0)
         gaps = np.abs(self._lengths - len(text))
         bounds = np.maximum(np.maximum(missing, np.bitwise_count(self._sets & ~own)), gaps)
         best = (len(text) + len(self._columns) + 1, 0, 0)  # distance, gap, place in the order of preference
@@ -135,70 +111,31 @@ class TokenIndex:
         return self._ids[best[2]]
 
 
-class VocabularyMap:
-    """The map from one tokenizer's tokens to another's, made for tokens as they are asked for, and kept on disk.
+class VocabularyMap(dict[int, int]):
+    """The map from one tokenizer's tokens to another's, made for tokens as they are asked for.
 
-    Special tokens have no text: one is mapped to the special token of the same name, if there is one. Without a folder
-    the map is kept in memory; `seconds` is what making it took, in earlier runs too.
+    Special tokens have no text: one is mapped to the special token of the same name, if there is one.
     """
 
-    def __init__(
-        self, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase, folder: Path | None = None
-    ) -> None:
-        names = [tokenizer_fingerprint(tokenizer) for tokenizer in (source, target)]
-        self.identity = names[0] == names[1]  # every token is its own
-        self.seconds = 0.0
-        self._source, self._target = source, target
-        self._size = len(source)
-        self._known: dict[int, int] = {}
-        self._path: Path | None = None
-        if folder is not None and not self.identity:
-            key = cache_key({"format": _FORMAT, "source": names[0], "target": names[1]})
-            self._path = folder / f"vocabulary-{key}.json"
-            self._load(self._path)
+    def __init__(self, source: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.identity = tokenizer_fingerprint(source) == tokenizer_fingerprint(target)  # every token is its own
+        self._texts = token_bytes(source)
+        if not self.identity:
+            spellings = [str(token) for token in target.convert_ids_to_tokens([*range(len(target))])]
+            self._index = TokenIndex(token_bytes(target), spellings)
+            self._names = _special(source)
+            self._special = {name: token for token, name in _special(target).items()}
 
-    def map(self, tokens: Iterable[int], shown: bool = False) -> Mapping[int, int]:
-        """Map tokens."""
-        wanted = {int(token) for token in tokens}
+    def __missing__(self, token: int) -> int:
+        self[token] = self._map(token)
+        return self[token]
+
+    def _map(self, token: int) -> int:
         if self.identity:
-            return {token: token if token < self._size else UNMAPPED for token in wanted}
-        missing = sorted(wanted - self._known.keys())
-        if missing:
-            start = time.perf_counter()
-            self._make(missing, shown)
-            self.seconds += time.perf_counter() - start
-            if self._path is not None:
-                self._save(self._path)
-        return {token: self._known[token] for token in wanted}
-
-    def _make(self, missing: Sequence[int], shown: bool) -> None:
-        texts = token_bytes(self._source)
-        spellings = [str(token) for token in self._target.convert_ids_to_tokens([*range(len(self._target))])]
-        nearest = functools.cache(TokenIndex(token_bytes(self._target), spellings).nearest)  # ids may share a text
-        special = {name: token for token, name in _special(self._target).items()}
-        names = _special(self._source)
-        for token in tqdm(missing, desc="Mapping tokens", unit="token", delay=3, leave=False, disable=not shown):
-            text = texts[token] if token < self._size else None
-            self._known[token] = special.get(names.get(token, ""), UNMAPPED) if text is None else nearest(text)
-
-    def _load(self, path: Path) -> None:
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self._known = {int(token): int(target) for token, target in found["tokens"]}
-                self.seconds = float(found["seconds"])
-            except (ValueError, KeyError, TypeError) as error:
-                logger.warning("%s is damaged (%s): it is made anew", path, error)
-
-    def _save(self, path: Path) -> None:
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")  # others may write it too
-        with told_cache(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps({"seconds": round(self.seconds, 3), "tokens": [*self._known.items()]}))
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            return token if token < len(self._texts) else UNMAPPED
+        text = self._texts[token] if token < len(self._texts) else None
+        return self._special.get(self._names.get(token, ""), UNMAPPED) if text is None else self._index.nearest(text)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -246,14 +183,7 @@ def _types(part: Any) -> list[str]:
     return found + [kind for key, item in part.items() if key not in ("vocab", "merges") for kind in _types(item)]
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_ALPHABET = _byte_alphabet()
+_ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _decode_byte_level(token: str) -> bytes:

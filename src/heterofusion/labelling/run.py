@@ -28,7 +28,8 @@ from heterofusion.experts.expert import Expert, ExpertRunner
 from heterofusion.experts.generation import Answer, Sampling
 from heterofusion.experts.soft import FOLDER as SOFT
 from heterofusion.experts.soft import INDEX_FILE as SOFT_INDEX
-from heterofusion.experts.soft import OwnLabel, check_soft, store_soft_labels
+from heterofusion.experts.soft import store_soft_labels
+from heterofusion.experts.soft_labels import check_alignable
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.prompts import draw_seed, find_template, invented_prompts, longest_input
 from heterofusion.labelling.record import label_records, summary
@@ -75,8 +76,8 @@ class Labelling:
             if len(self.mapped) == len(self.labels):
                 self._routing({})  # tells of a control that cannot be
             if arguments.output.top_k_logits:
-                needed = {name for label in self.labels for name in self._may_label(label)}
-                check_soft([expert for name, expert in self.experts.items() if name in needed])
+                for name in dict.fromkeys(name for label in self.labels for name in self._may_label(label)):
+                    check_alignable(self.experts[name])
             self._encode_all()
         self.runner = ExpertRunner(ranks.device)
 
@@ -165,12 +166,9 @@ class Labelling:
             raise UserError("--self_prompt: no invented input is new and keeps to its template; give --prompts")
         seconds = sum(self._seconds.values())
         if output.top_k_logits:
-            own: dict[str, list[OwnLabel]] = {}
-            for task, line, record in ((task, *each) for task, rows in records.items() for each in enumerate(rows)):
-                own.setdefault(record["source"], []).append(OwnLabel(task, line, record))
             experts = {expert.name: expert for expert in answering.values()}
             size, device = output.teacher_batch_size, self.ranks.device
-            seconds += store_soft_labels(self.folder, experts, own, output.top_k_logits, size, device)["seconds"]
+            seconds += store_soft_labels(self.folder, experts, records, output.top_k_logits, size, device)
         tasks = {task.name: summary(task, records[task.name], cut[task.name]) for task in self.tasks}
         told = self._record(
             {name: {**one, "invented": counts.get(name)} for name, one in tasks.items()}, routing, seconds
@@ -191,7 +189,8 @@ class Labelling:
 
     def _ask(self, expert: Expert, questions: Mapping[str, Questions], title: str) -> dict[str, list[Answer]]:
         """The answers of an expert by name, in the order of the questions."""
-        answerer = ExpertAnswerer(expert, self.runner, self.arguments.generation, in_context=True)
+        how = self.arguments.generation
+        answerer = ExpertAnswerer(**vars(expert), runner=self.runner, generation=how, in_context=True)
         found = ask(self.ranks, answerer, questions, f"{expert.name}, {title}")
         self._seconds |= {questions[name].folder: answers.seconds for name, answers in found.items()}
         return {name: answers.answers for name, answers in found.items()}

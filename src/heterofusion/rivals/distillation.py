@@ -3,7 +3,8 @@
     L = lambda * CLM + (1 - lambda) * KL(P || Q)
 
 CLM is the cross-entropy of the answers, P the fused labels (`fusellm.py`) and Q the distributions of the model that is
-trained, both at the answers' tokens. The gradient of KL(P || Q) is that of the cross-entropy of Q under P.
+trained, both at the answers' tokens; where no teacher's token is aligned, P is the answer's token itself. The gradient
+of KL(P || Q) is that of the cross-entropy of Q under P.
 
 Origin: FuseLLM, arXiv 2401.10491, section 3.1 (its continual training, here of a LoRA on the replay).
 """
@@ -14,20 +15,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heterofusion.adapters.lora import LoraAdapter
 from heterofusion.data.formats import IGNORE_INDEX
-from heterofusion.data.replay import DataArguments, make_collator
-from heterofusion.experts.teachers import Teacher
+from heterofusion.data.labels import SOFT_COLUMNS
+from heterofusion.data.replay import DataArguments
+from heterofusion.experts.soft_labels import Teacher
 from heterofusion.publish.record import adapter_record, control_of, make_record, training_cost
-from heterofusion.rivals.fusellm import TEACHER_IDS, TEACHER_PROBS, FusionReport
+from heterofusion.rivals.fusellm import FusionReport
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.config import ExpertConfig, ExpertModelArguments, OutputArguments
 from heterofusion.training.expert import export_lora
-from heterofusion.training.mixture import kl_divergences, pad_rows
+from heterofusion.training.mixture import SoftCollator, soft_losses
 
 
 @dataclass
@@ -49,7 +52,7 @@ class DistillArguments:
     teacher_batch_size: int = flag(8, help="Examples per batch when a teacher runs.", range="[1, inf)")
     logits_cache: str | None = flag(
         None,
-        help="Folder that keeps soft and fused labels and maps of vocabularies; heterofusion/soft_labels in HF_HOME "
+        help="Folder that keeps the teachers' soft labels for further runs; heterofusion/soft_labels in HF_HOME "
         "(~/.cache/huggingface) by default.",
     )
 
@@ -87,48 +90,6 @@ class DistillConfig(ExpertConfig):
 DISTILL_ARGUMENTS = (ExpertModelArguments, DistillArguments, DataArguments, OutputArguments, DistillConfig)
 
 
-def distillation_losses(
-    logits: Tensor, labels: Tensor, teacher_ids: Tensor | None = None, teacher_probs: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums of the two losses over the answers' tokens, in float32.
-
-    Args:
-        logits: (batch, length, vocabulary).
-        labels: (batch, length); the logits at a place are of the label after it.
-        teacher_ids: (batch, answer, k): for the labels of each example, in order, k token ids; padded at the end.
-        teacher_probs: (batch, answer, k): their probabilities, which add up to 1; a token of probability 0 counts
-            for nothing. None if there are no teachers.
-
-    Returns:
-        Sum of the negative log-likelihoods, and sum of KL(P || Q); zero without teachers.
-    """
-    wanted = labels[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
-    log_probs = torch.log_softmax(logits[:, :-1][wanted].float(), dim=-1)  # (tokens, vocabulary)
-    nll = -log_probs.gather(1, labels[:, 1:][wanted].unsqueeze(1)).sum()
-    if teacher_ids is None or teacher_probs is None:
-        return nll, torch.zeros_like(nll)
-    counts = wanted.sum(dim=1, keepdim=True)  # (batch, 1)
-    real = torch.arange(teacher_ids.shape[1], device=labels.device) < counts  # (batch, answer)
-    probs = teacher_probs[real].float()  # (tokens, k), in the order of log_probs
-    return nll, kl_divergences(log_probs, teacher_ids[real].long(), probs).sum()
-
-
-class DistillCollator:
-    """Pads examples on the right, and their teachers' labels with probability 0."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._collate = make_collator(tokenizer)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        own = {TEACHER_IDS: torch.long, TEACHER_PROBS: torch.float32}
-        batch = dict(self._collate([{k: v for k, v in example.items() if k not in own} for example in examples]))
-        for name, dtype in own.items() if TEACHER_IDS in examples[0] else ():  # an evaluation has none
-            rows = [example[name] for example in examples]
-            shape = (len(rows), max(map(len, rows)), max(len(row[0]) for row in rows))  # (batch, answer, k)
-            batch[name] = pad_rows(rows, shape, dtype)
-        return batch
-
-
 class DistillationTrainer(AdapterTrainer):
     """The trainer of experts with the loss of FuseLLM: a mean over the answers' tokens of a window on all ranks.
 
@@ -141,7 +102,8 @@ class DistillationTrainer(AdapterTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch, whatever the model does
-        cast("list[str]", self._signature_columns).extend([TEACHER_IDS, TEACHER_PROBS])
+        cast("list[str]", self._signature_columns).extend(SOFT_COLUMNS)
+        self.data_collator = SoftCollator(self.data_collator)
 
     def compute_loss(
         self,
@@ -150,18 +112,17 @@ class DistillationTrainer(AdapterTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted sum of both losses."""
+        """The weighted sum of both losses; KL(P || Q) is the cross-entropy where P is a single token."""
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        teacher = (inputs.pop(TEACHER_IDS, None), inputs.pop(TEACHER_PROBS, None))
+        labels, *soft = (inputs.pop(name) for name in ("labels", *SOFT_COLUMNS))
         outputs = model(**inputs)
-        nll, kl = distillation_losses(outputs.logits, labels, *teacher)
+        wanted = labels[:, 1:] != IGNORE_INDEX  # (batch, length - 1)
+        nll = F.cross_entropy(outputs.logits[:, :-1][wanted].float(), labels[:, 1:][wanted], reduction="sum")
+        difference, _ = soft_losses(outputs.logits, labels, *soft)  # 0 in an evaluation
         if cast("nn.Module", self.model).training:
-            tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
-            self._means.add("clm_loss", torch.stack([nll, tokens]))
-            self._means.add("kl_loss", torch.stack([kl, tokens]))
-        weight = self.args.distill_lambda if teacher[0] is not None else 1.0
-        loss = (weight * nll + (1 - weight) * kl) * self._per_token(labels, num_items_in_batch)
+            self._means.add("clm_loss", torch.stack([nll, wanted.sum()]))
+            self._means.add("kl_loss", torch.stack([nll + difference, wanted.sum()]))
+        loss = (nll + (1 - self.args.distill_lambda) * difference) * self._per_token(labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 

@@ -20,13 +20,14 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from heterofusion.data.files import Records
 from heterofusion.data.markdown import markdown_table
 from heterofusion.data.replay import DatasetReport, as_dataset, encode_records, make_collator
 from heterofusion.evaluation.uie import score_answers
-from heterofusion.experts.generation import generate_answers
+from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.runtime.errors import UserError
 from heterofusion.training.config import LoraArguments
 from heterofusion.training.expert import choose_lora
@@ -85,8 +86,11 @@ def score_tasks(
     scores: dict[str, float] = {}
     for task in tasks:
         examples = make_examples(task, "test", count, seed)
-        prompts = [example["prompt"] for example in examples]
-        answers = generate_answers(model, tokenizer, prompts, MAX_NEW_TOKENS, batch_size=50, progress=progress)
+        prompts = {i: tokenizer(example["prompt"])["input_ids"] for i, example in enumerate(examples)}
+        batches = AnswerGenerator(model, tokenizer, MAX_NEW_TOKENS, batch_size=50).answers(prompts)
+        bar = tqdm(batches, desc="Generating", unit="batch", disable=not progress)
+        found = {answer.index: answer.text for batch in bar for answer in batch}
+        answers = [found[i] for i in range(len(examples))]
         scores[task] = float(score_answers(answers, [example["completion"] for example in examples])["f1"])
     return scores
 

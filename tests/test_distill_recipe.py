@@ -31,7 +31,7 @@ from recipe_runner import (
     save_tokenizer,
     succeeds,
     write_replay,
-)
+)  # fmt: skip
 from test_tokens import sentencepiece_like
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
@@ -106,12 +106,10 @@ def test_student_is_an_ordinary_adapter_that_was_trained_on(finished, base_dir):
     assert not list(finished.out.glob(".*"))
 
 
-def test_record_says_where_all_comes_from(finished, values, teachers):
+def test_record_says_where_all_comes_from_and_is_fit_to_publish(finished, teachers):
     found = record(finished.out)
     assert found["target"]["sha256"] == load_adapter(TARGET).sha256 and found["target"]["name"] == "target_llama"
     assert [t["sha256"] for t in found["teachers"]] == [load_adapter(path).sha256 for path in teachers.adapters]
-    picked = [model["picked"] for model in (found["target"], *found["teachers"])]
-    assert sum(picked) == 10
     assert found["method"] == {"distill_lambda": 0.9, "top_k_logits": 10}
     assert 0 < found["soft_positions"] <= found["one_to_one_positions"] <= 1
     assert found["training"]["steps"] == 4 and found["training"]["data"]["datasets"][0]["kept"] == 10
@@ -119,9 +117,6 @@ def test_record_says_where_all_comes_from(finished, values, teachers):
     assert (made["kind"], made["method"], made["ran_source_models"]) == ("distillation", "fusellm", True)
     assert made["cost"]["seconds"] > found["metrics"]["train_runtime"]
     assert found["weights_sha256"] == load_adapter(finished.out).sha256
-
-
-def test_card_and_record_are_fit_to_publish(finished, teachers):
     assert {"README.md", "distillation.json", "adapter_config.json", WEIGHTS} <= set(hub_files(finished.out))
     for name in ("README.md", "distillation.json"):
         text = (finished.out / name).read_text()
@@ -253,18 +248,12 @@ def fails(values, bare_base, tmp_path, capsys, monkeypatch):
 
 
 WRONG = {
-    "no adapter": ({"teacher_adapters": None}, ["--teacher_adapters"]),
-    "no anchor": ({"init_adapter": None}, ["--init_adapter"]),
     "numbers": ({"teacher_adapters": [QWEN] * 3}, ["--teacher_models has 2 values, but --teacher_adapters has 3"]),
     "lambda": ({"distill_lambda": -0.1}, ["--distill_lambda is -0.1"]),
-    "top k": ({"top_k_logits": 0}, ["--top_k_logits is 0"]),
-    "dropout": ({"lora_dropout": 1.0}, ["--lora_dropout is 1.0"]),
     "smoothing": ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "leave them out"]),
     "cut answers": ({"max_length": 6}, ["10 of 10 replay examples are longer than --max_length 6", "raise it to 7"]),
-    "missing adapter": ({"teacher_adapters": ["no/such", "none"]}, ["no/such"]),
     "anchor of another base": ({"init_adapter": QWEN}, ["source_qwen2"]),
     "teacher of another base": ({"teacher_adapters": [QWEN, "none"]}, ["does not fit base model", "olmo2"]),
-    # in pieces of words they are longer than in the target's words
     "answers that a teacher would cut": ({"max_length": 8}, ["teacher", "longer than --max_length 8", "raise it to"]),
 }
 

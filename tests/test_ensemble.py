@@ -1,5 +1,7 @@
 """Ensembles against what they are by definition: dictionaries of token strings, and models without a cache."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -149,18 +151,7 @@ def test_unite_is_the_mean_over_the_union_of_top_tokens(codecs, tokenizers, top_
         assert choice == max(expected, key=expected.__getitem__)
 
 
-TEXTS = (
-    " dish: rulzel; spice: rassin",
-    "dish",
-    "x",
-    "\n",
-    "\n\n two",
-    "  a  b",
-    "naïve ∑ é",
-    "</s>",
-    "<0x0A>",
-    "日本",
-)
+TEXTS = (" dish: rulzel; spice: rassin", "x", "\n", "\n\n two", "  a  b", "naïve ∑ é", "</s>", "<0x0A>", "日本")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -298,12 +289,11 @@ def test_unite_of_two_families_keeps_both_caches(experts):
 
 
 class Scripted(torch.nn.Module):
-    """A model that wants the next of some tokens, whatever it reads; keeps what it read."""
+    """A model that wants the next of some tokens, whatever it reads."""
 
     def __init__(self, script: list[int], vocabulary: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.dtype = torch.float32
         self.script, self.vocabulary = iter(script), vocabulary
 
     def forward(self, input_ids, attention_mask, past_key_values, use_cache):
@@ -311,33 +301,26 @@ class Scripted(torch.nn.Module):
         past_key_values.update(keys, keys, 0)
         logits = torch.full((len(input_ids), 1, self.vocabulary), -20.0)
         logits[:, :, next(self.script)] = 20.0
-        return type("Output", (), {"logits": logits})
+        return SimpleNamespace(logits=logits)
 
 
 def test_a_character_in_bytes_with_a_member_that_knows_words_only(codecs):
-    """The second member waits for the end of the character, and does not vote in the middle of it."""
-    byte_level, words = codecs["byte_level"], codecs["words"]
+    """The first member waits for the end of the character, and does not vote in the middle of it."""
+    words, byte_level = codecs["words"], codecs["byte_level"]
     first, second = (byte_level.ids[bytes([byte])] for byte in "é".encode())
-    w5 = words.ids[b" w5"]
-    # what the second one wants in the middle would win if it counted: its token comes first in the union
-    scripts = [[first, second, 1], [2, w5, 2]]
-    members = [
-        Member(Scripted(script, len(codec.pieces)), codec, 0)
-        for script, codec in zip(scripts, (byte_level, words), strict=True)
-    ]
-    union = Union([words, byte_level], [[2], [1]])
-    union.columns.reverse()
+    # what the first one wants would win if it counted: with equal shares, its token comes first in the union
+    scripts = {words: [words.ids[b" w5"]] * 3, byte_level: [first, second, 1]}
+    members = [Member(Scripted(script, len(codec.pieces)), codec, 0) for codec, script in scripts.items()]
+    union, said = Union([words, byte_level], [[2], [1]]), []
 
-    said = []
-
-    class First(GaC):
+    class BytesFirst(GaC):
         def __call__(self, probabilities, voting):
             said.append(voting.tolist())
-            return super().__call__([probabilities[0], probabilities[1] * 0.9], voting)
+            return super().__call__([0.9 * probabilities[0], probabilities[1]], voting)
 
-    answers = collect(EnsembleGenerator(members, union, First(union), 5), {0: [[5, 6], [4]]})
+    answers = collect(EnsembleGenerator(members, union, BytesFirst(union), 5), {0: [[4], [5, 6]]})
     assert answers[0].text == "é" and answers[0].new_tokens == 3
-    assert said == [[[True, True]], [[True, False]], [[True, True]]]
+    assert said == [[[True, True]], [[False, True]], [[True, True]]]
 
 
 def test_answers_end_where_a_member_has_no_more_room(experts):

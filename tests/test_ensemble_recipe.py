@@ -128,12 +128,9 @@ WRONG = {
     "numbers": ({"ensemble_models": BASES[:1]}, ["--ensemble_models has 1 values, but --adapters has 2"]),
     "no ensemble": ({"ensemble": None}, ["--ensemble_models is for ensembles", "give --ensemble"]),
     "other base": ({"model_name_or_path": zoo_path("mistral")}, [f"--model_name_or_path {zoo_path('mistral')} among"]),
-    "top k": ({"unite_top_k": 0}, ["--unite_top_k is 0", "at least 1"]),
-    "method": ({"ensemble": "mean"}, ["invalid choice: 'mean'", "gac", "unite"]),
     "names": ({"names": ["a", "b"]}, ["--names names adapters, but --ensemble gac", "--name"]),
     "room": ({"max_new_tokens": 600}, ["--max_new_tokens 600 leaves no room"]),
     "unfit": ({"ensemble_models": None}, [f"adapter {EXPERTS[1]} does not fit base model {BASES[0]}"]),
-    "nowhere": ({"adapters": [EXPERTS[0], "/no"]}, ["adapter folder", "/no", "does not exist"]),
 }
 
 

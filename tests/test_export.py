@@ -2,54 +2,44 @@
 
 import json
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from builders import CONFIG, WEIGHTS
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb
 from heterofusion import AdapterError, HeteroFusionModel, MethodConfig, load_adapter
 from heterofusion.publish.write import ExportError, export_adapter
+from recipe_runner import TARGET, contents, copy_adapter
 
 
-def copy_adapter(name, folder, dtype=None, **config):
-    """A golden adapter with changed config and dtype."""
-    shutil.copytree(GOLDEN / name, folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    if dtype is not None:
-        weights = {k: v.to(dtype) for k, v in load_file(folder / "adapter_model.safetensors").items()}
-        save_file(weights, folder / "adapter_model.safetensors")
-    return folder
+@pytest.fixture
+def fuse(sources):
+    """A fusion of which an adapter in a folder is the target."""
+    return lambda folder: HeteroFusionModel.from_adapters(
+        fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY)
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"alpha_pattern": {"q_proj": 3}},
-        {"lora_dropout": 0.3},
-    ],
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}, {"lora_dropout": 0.3}],
     ids=["lora", "rslora", "alpha_pattern", "dropout"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_zero_update_exports_the_target_bit_for_bit(tmp_path, sources, changes, dtype):
-    folder = copy_adapter("target_llama", tmp_path / "anchor", dtype, **changes)
-    weights = load_file(folder / "adapter_model.safetensors")
-    name = next(iter(k for k in weights if "lora_B" in k))
-    weights[name][0, 0] = -0.0  # adding +0 would lose the sign
-    save_file(weights, folder / "adapter_model.safetensors")
-    fusion = HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
-    export_adapter(fusion, tmp_path / "fused")
-    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
-    kept = json.loads((tmp_path / "fused/adapter_config.json").read_text())
-    original = json.loads((folder / "adapter_config.json").read_text())
+def test_zero_update_exports_the_target_bit_for_bit(tmp_path, fuse, changes, dtype):
+    def change(weights):
+        weights.update({key: tensor.to(dtype) for key, tensor in weights.items()})
+        weights[next(key for key in weights if "lora_B" in key)][0, 0] = -0.0  # adding +0 would lose the sign
+
+    folder = copy_adapter(tmp_path / "anchor", TARGET, changes, change)
+    export_adapter(fuse(folder), tmp_path / "fused")
+    assert_same_bits(load_file(tmp_path / "fused" / WEIGHTS), load_file(folder / WEIGHTS))
+    kept, original = (json.loads((path / CONFIG).read_text()) for path in (tmp_path / "fused", folder))
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "lora_dropout"):
         assert kept[key] == original[key]
 
@@ -61,7 +51,7 @@ def assert_same_bits(found, wanted):
         assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
-def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, sources):
+def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, fuse):
     lora = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
         modules_to_save=["lm_head"], task_type="CAUSAL_LM",
@@ -72,15 +62,13 @@ def test_zero_update_keeps_rank_pattern_and_modules_to_save(tmp_path, sources):
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     anchor.save_pretrained(tmp_path / "anchor")
-    wanted = load_file(tmp_path / "anchor/adapter_model.safetensors")
+    wanted = load_file(tmp_path / "anchor" / WEIGHTS)
     assert any("lm_head" in key for key in wanted)
-    fusion = HeteroFusionModel.from_adapters(
-        fresh_base(), load_adapter(tmp_path / "anchor"), sources, MethodConfig(**TINY)
-    )
+    fusion = fuse(tmp_path / "anchor")
     assert {key.rank for key in fusion.plan.groups} == {2, 4}
     torch.testing.assert_close(logits(fusion), logits(anchor.eval()), atol=1e-5, rtol=0)
     export_adapter(fusion, tmp_path / "fused")
-    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), wanted)
+    assert_same_bits(load_file(tmp_path / "fused" / WEIGHTS), wanted)
     live = logits(perturb(fusion))
     export_adapter(fusion, tmp_path / "fused")
     reloaded = PeftModel.from_pretrained(fresh_base(), tmp_path / "fused")
@@ -119,11 +107,11 @@ def test_other_tensors_than_the_targets_raise(tmp_path, model, monkeypatch, chan
     assert not (tmp_path / "out").exists()
 
 
-def test_update_beyond_the_anchors_dtype_raises(tmp_path, sources):
-    folder = copy_adapter("target_llama", tmp_path / "anchor", torch.float16)
-    fusion = perturb(
-        HeteroFusionModel.from_adapters(fresh_base(), load_adapter(folder), sources, MethodConfig(**TINY))
-    )
+def test_update_beyond_the_anchors_dtype_raises(tmp_path, fuse):
+    def to_half(weights):
+        weights.update({key: tensor.half() for key, tensor in weights.items()})
+
+    fusion = perturb(fuse(copy_adapter(tmp_path / "anchor", TARGET, tensors=to_half)))
     fusion.hypernetworks.alphas["q_proj_r4"].data.fill_(1e9)  # finite in float32, not in float16
     with pytest.raises(ExportError, match=r"out of range for torch\.float16"):
         export_adapter(fusion, tmp_path / "fused")
@@ -148,18 +136,15 @@ def test_interrupted_export_leaves_no_provenance(tmp_path, model, monkeypatch):
 
 
 def test_anchor_with_added_tokens_needs_a_resized_base(tmp_path, sources):
-    folder = copy_adapter("target_llama", tmp_path / "anchor")
-    weights = load_file(folder / "adapter_model.safetensors")
-    weights["base_model.model.model.embed_tokens.weight"] = torch.randn(66, 48)
-    save_file(weights, folder / "adapter_model.safetensors")
-    anchor = load_adapter(folder)
+    added = {"base_model.model.model.embed_tokens.weight": torch.randn(66, 48)}
+    anchor = load_adapter(copy_adapter(tmp_path / "anchor", TARGET, tensors=lambda weights: weights.update(added)))
     with pytest.raises(AdapterError, match=r"embed_tokens\.weight is \(64, 48\).*\(66, 48\).*tokens were added"):
         HeteroFusionModel.from_adapters(fresh_base(), anchor, sources, MethodConfig(**TINY))
     base = fresh_base()
     base.resize_token_embeddings(66, mean_resizing=False)
     fusion = HeteroFusionModel.from_adapters(base, anchor, sources, MethodConfig(**TINY))
     export_adapter(fusion, tmp_path / "fused")
-    assert_same_bits(load_file(tmp_path / "fused/adapter_model.safetensors"), weights)
+    assert_same_bits(load_file(tmp_path / "fused" / WEIGHTS), load_file(anchor.folder / WEIGHTS))
 
 
 def test_export_again_replaces_all_and_clears_what_a_killed_one_left(tmp_path, model):
@@ -168,11 +153,11 @@ def test_export_again_replaces_all_and_clears_what_a_killed_one_left(tmp_path, m
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     export_adapter(model, tmp_path, tokenizer=tokenizer)
-    first = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert Path("additional_chat_templates/tool_use.jinja") in first
+    first = contents(tmp_path)
+    assert tmp_path / "additional_chat_templates/tool_use.jinja" in first
     (tmp_path / ".export-killed").mkdir()
-    (tmp_path / ".export-killed" / "adapter_model.safetensors").write_bytes(b"half")
+    (tmp_path / ".export-killed" / WEIGHTS).write_bytes(b"half")
     export_adapter(model, tmp_path, tokenizer=tokenizer)
-    again = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    costs = [json.loads(files.pop(Path("fusion.json")))["made_by"]["cost"] for files in (first, again)]
+    again = contents(tmp_path)
+    costs = [json.loads(files.pop(tmp_path / "fusion.json"))["made_by"]["cost"] for files in (first, again)]
     assert again == first and all(cost["peak_memory_bytes"] > 0 for cost in costs)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from builders import LLAMA_ROLES, WEIGHTS, input_ids, lora_folder, tiny_model, write_adapter
@@ -17,13 +16,12 @@ from heterofusion.merging.merge import MergeRun
 from heterofusion.merging.rules import RULES
 from heterofusion.merging.rules.sparse import Ties
 from heterofusion.zoo import zoo_path
-from recipe_runner import copy_adapter, error_line, flags, recipe, save_tokenizer, succeeds
+from recipe_runner import contents, copy_adapter, error_line, flags, recipe, same_weights, save_tokenizer, succeeds
 
 pytest_plugins = ["eval_runner"]
 
 merge = recipe("merge")
 BASE, EXPERTS = zoo_path("llama"), [zoo_path("llama", task) for task in TASKS]
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "merge.json", "tokenizer.json"}
 
 
 @pytest.fixture
@@ -44,32 +42,27 @@ def scored(values, test_sets):
 @pytest.fixture
 def refused(values, capsys, logging_restored, monkeypatch):
     """Run a merge with some flags changed; it must fail as a user's error does, load no base and write nothing."""
-
-    def no_weights(*args, **kwargs):
-        raise AssertionError("the base model was loaded before the error")
-
-    monkeypatch.setattr("heterofusion.experts.expert.load_base", no_weights)
+    monkeypatch.setattr("heterofusion.experts.expert.load_base", lambda *args: pytest.fail("a base was loaded"))
 
     def check(*words, **changed):
         output = Path({**values, **changed}["output_dir"])
-        before = files(output)
-        line = error_line(capsys, merge.main, flags({**values, **changed}), *words)
-        assert files(output) == before
-        return line
+        before = contents(output)
+        error_line(capsys, merge.main, flags({**values, **changed}), *words)
+        assert contents(output) == before
 
     return check
 
 
 def run(values, **changes):
-    """Run a merge that must succeed; gives its folder and merge.json."""
+    """Run a merge that must succeed; gives its folder and, unless it is of emr, merge.json."""
     values = {**values, **changes}
     succeeds(merge.main, flags(values))
     folder = Path(values["output_dir"])
-    return folder, json.loads((folder / "merge.json").read_text()) if (folder / "merge.json").exists() else None
+    return folder, None if values["method"] == "emr" else record_of(folder)
 
 
-def files(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def record_of(folder):
+    return json.loads((folder / "merge.json").read_text())
 
 
 def logits(base, adapter, ids):
@@ -141,7 +134,7 @@ def test_experts_on_other_modules_become_one_adapter_of_exactly_these(tiny, tmp_
 
 
 def test_an_adapter_on_part_of_the_layers_names_its_modules_in_full(tiny, tmp_path):
-    experts = [tiny["adapters"][2], copy_adapter(tmp_path / "other", tiny["adapters"][2], tensors=flip)]
+    experts = [tiny["adapters"][2], copy_adapter(tmp_path / "other", tiny["adapters"][2], tensors=shuffle)]
     folder, _ = run(tiny, adapters=experts, method="average", output_dir=tmp_path / "out")
     names = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
     assert sorted(load_adapter(folder).config["target_modules"]) == sorted(load_adapter(folder).modules) == names
@@ -149,15 +142,8 @@ def test_an_adapter_on_part_of_the_layers_names_its_modules_in_full(tiny, tmp_pa
     assert len([name for name, _ in model.named_parameters() if "lora_A" in name]) == 2
 
 
-def flip(weights):
-    for key in weights:
-        if "lora_B" in key:
-            weights[key] = -0.5 * weights[key]
-
-
 def test_files_and_record(tiny, tmp_path):
     folder, record = run(tiny, method="dare_ties", seed=7, rank=4, output_dir=tmp_path / "out")
-    assert set(files(folder)) > FILES
     own = json.loads((tiny["adapters"][0] / "tokenizer.json").read_text())  # the base's has other words
     assert json.loads((folder / "tokenizer.json").read_text())["model"] == own["model"]
     merged = load_adapter(folder)
@@ -165,8 +151,7 @@ def test_files_and_record(tiny, tmp_path):
     assert {module.lora_A.dtype for module in merged.modules.values()} == {torch.float32}  # experts differ
     assert record["weights_sha256"] == merged.sha256
     assert record["base_model"] == merged.base_model == "owner/tiny-llama"
-    assert [expert["name"] for expert in record["adapters"]] == ["all", "rslora", "upper"]
-    assert record["adapters"][1]["sha256"] == load_adapter(tiny["adapters"][1]).sha256
+    assert [expert["sha256"] for expert in record["adapters"]] == [load_adapter(e).sha256 for e in tiny["adapters"]]
     assert record["hyperparameters"] == {"merge_lambda": 1.0, "drop_rate": 0.5, "density": 0.2}
     assert 0 < record["truncation"]["lost"] < 1
     made_by = record["made_by"]
@@ -174,9 +159,9 @@ def test_files_and_record(tiny, tmp_path):
     assert made_by["cost"]["seconds"] > 0 and made_by["ran_source_models"] is False
     card = (folder / "README.md").read_text()
     assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['lost']:.2%}" in card
-    for name in files(folder):
-        assert str(tmp_path).encode() not in (folder / name).read_bytes(), name
-        assert str(tiny["model_name_or_path"].parent).encode() not in (folder / name).read_bytes(), name
+    for path, content in contents(folder).items():
+        for place in (tmp_path, tiny["model_name_or_path"].parent):
+            assert str(place).encode() not in (content or b""), path
 
 
 def test_a_merge_of_controls_is_one(tiny, tmp_path):
@@ -196,20 +181,20 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
     assert "CONTROL" not in (plain[0] / "README.md").read_text()
 
 
-def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
+def test_emr_writes_an_adapter_per_expert_that_answers_its_own_data(scored, capsys):
     with restored_logging():
-        assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
+        assert merge.main(flags({**scored, "method": "emr", "names": ["kitchen", "town"], "dense": True})) == 0
     assert "emr needs the task at inference" in capsys.readouterr().out
-    folder = values["output_dir"]
-    assert set(files(folder)) > {f"{name}/{file}" for name in ("kitchen", "town") for file in FILES}
-    ids = torch.randint(4, 1000, (2, 8), generator=torch.Generator().manual_seed(0))
+    folders = [scored["output_dir"] / name for name in ("kitchen", "town")]
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    kitchen, town = (logits(base, folder / name, ids) for name in ("kitchen", "town"))
-    assert not torch.allclose(kitchen, town)
-    for name in ("kitchen", "town"):
-        record = json.loads((folder / name / "merge.json").read_text())
-        assert record["needs_task_id"] is True and record["task"] == name
-        assert "task must be known at inference" in (folder / name / "README.md").read_text()
+    assert not torch.allclose(*(logits(base, folder, input_ids(2, 8)) for folder in folders))
+    for folder, task in zip(folders, TASKS, strict=True):
+        record = record_of(folder)
+        assert record["needs_task_id"] is True and record["task"] == folder.name
+        assert "task must be known at inference" in (folder / "README.md").read_text()
+        assert (folder / "tokenizer.json").exists()  # the base's
+        assert [*record["validation"]["adapter"]] == [*record["validation"]["dense"]] == [task]
+        assert record["validation"]["adapter"][task]["score"] > 0.5
 
 
 def test_help_lists_the_methods_by_their_docstrings(capsys):
@@ -232,41 +217,34 @@ def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
     assert record["metrics"] == {f"eval_{label}": score for label, score in expected.items()}
 
 
-def test_adapters_of_emr_answer_their_own_data(scored):
-    run(scored, method="emr", dense=True)
-    for task in TASKS:
-        found = json.loads((scored["output_dir"] / task / "merge.json").read_text())["validation"]
-        assert list(found["adapter"]) == list(found["dense"]) == [task]
-        assert found["adapter"][task]["score"] > 0.5
-
-
 def test_a_search_keeps_the_best(scored, capsys):
     with restored_logging():
         code = merge.main(flags({**scored, "method": "ties", "search": ["lambda=0.6:1.0:0.4", "density=0.2,1"]}))
     assert code == 0
+    assert "| merge_lambda | density | ner_kitchen | re_town | mean |" in capsys.readouterr().out
     folder = scored["output_dir"]
-    search = (record := json.loads((folder / "merge.json").read_text()))["search"]
+    record = record_of(folder)
+    search = record["search"]
     tried = [candidate["hyperparameters"] for candidate in search["candidates"]]
     assert tried == [{"merge_lambda": a, "density": b} for b in (0.2, 1.0) for a in (0.6, 1.0)]
     means = [candidate["mean"] for candidate in search["candidates"]]
-    assert search["chosen"] == means.index(max(means))
-    assert len(set(means)) > 1
-    assert record["hyperparameters"] == search["candidates"][search["chosen"]]["hyperparameters"]
+    assert search["chosen"] == means.index(max(means)) and len(set(means)) > 1
+    assert record["hyperparameters"] == tried[search["chosen"]]
     assert record["made_by"]["cost"]["seconds"] >= search["seconds"] > 0
-    assert "| merge_lambda | density | ner_kitchen | re_town | mean |" in capsys.readouterr().out
     alone = {**scored, "output_dir": folder.parent / "alone", **record["hyperparameters"]}
     again, found = run(alone, method="ties")
     assert found["validation"] == record["validation"]
-    best, direct = load_file(folder / WEIGHTS), load_file(again / WEIGHTS)
-    assert all(torch.equal(best[key], direct[key]) for key in best)
+    assert same_weights(folder / WEIGHTS, again / WEIGHTS)
+
+
+EQUAL = {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
 
 
 def test_of_equals_the_first_is_kept_and_lambdas_share_a_merge(scored, monkeypatch):
     calls = []
     plain = Ties.merge
     monkeypatch.setattr(Ties, "merge", lambda self, updates: calls.append(self.density) or plain(self, updates))
-    equal = {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
-    monkeypatch.setattr(MergeRun, "_score", lambda self, expert, labels: equal)
+    monkeypatch.setattr(MergeRun, "_score", lambda self, expert, labels: EQUAL)
     _, record = run(scored, method="ties", search=["lambda=0.5,0.25", "density=0.4,0.2"])
     assert record["search"]["chosen"] == 0
     assert record["hyperparameters"] == {"merge_lambda": 0.5, "density": 0.4}
@@ -280,7 +258,7 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         calls.append(expert.adapter.folder)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
+        return EQUAL
 
     monkeypatch.setattr(MergeRun, "_score", score)
     with restored_logging(), pytest.raises(KeyboardInterrupt):
@@ -298,19 +276,13 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         ({"adapters": [zoo_path("qwen2", task) for task in TASKS]}, ["base model", "recipes/train.py"]),
         ({"density": 0.2}, ["--density 0.2: the hyper-parameters of task_arithmetic are --merge_lambda"]),
         ({"method": "average", "merge_lambda": 0.5}, ["--merge_lambda 0.5: the hyper-parameters of average are none"]),
-        ({"method": "dare", "seed": -1}, ["--seed is -1; it must be at least 0"]),
-        ({"method": "ties", "density": 0}, ["--density is 0.0"]),
         ({"method": "dare", "drop_rate": 1}, ["--drop_rate is 1.0"]),
-        ({"merge_lambda": 0}, ["--merge_lambda is 0.0"]),
         ({"method": "della", "epsilon": 0.4}, ["--drop_rate 0.3 and --epsilon 0.4"]),
         ({"weights": [1.0]}, ["--weights has 1 values for 2"]),
         ({"weights": [0, 0]}, ["--weights is [0.0, 0.0]"]),
         ({"method": "average", "weights": [1, -1]}, ["average divides by their sum"]),
         ({"method": "emr", "names": ["a", "a"]}, ["same name 'a'", "--names"]),
-        ({"method": "emr", "names": ["a/b", "c"]}, ["'a/b'", "--names"]),
-        ({"method": "emr", "names": ["a"]}, ["--names has 1 values"]),
         ({"search": ["lambda=0.1,0.2"]}, ["on validation data", "--dataset_name"]),
-        ({"dense": True}, ["on validation data", "--dataset_name"]),
         ({"output_dir": EXPERTS[0], "overwrite": True}, ["is the folder of adapter"]),
         ({"output_dir": BASE.parent, "overwrite": True, "method": "emr"}, ["is the folder of adapter"]),
         ({"output_dir": BASE}, ["exists and is not empty", "--overwrite true"]),
@@ -320,22 +292,19 @@ def test_bad_flags_raise(refused, changed, words):
     refused(*words, **changed)
 
 
-def test_what_depends_on_the_machine_and_the_data_raises(refused, monkeypatch, test_sets, tmp_path):
+def test_what_depends_on_the_machine_the_data_and_the_experts_raises(refused, monkeypatch, test_sets, tmp_path):
     data = {"dataset_name": [test_sets["re_town"]]}
     refused("--dataset_name has 1 data sets", method="emr", **data)
     refused("merge_lambda is given too", search=["lambda=0.1,0.2"], merge_lambda=0.2, **data)
     other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (64, 80)}, seed=9)
     refused("maps 80 to 80 features", "64 to 80", "recipes/train.py", adapters=[EXPERTS[0], other])
+    head = {"base_model.model.lm_head.weight": torch.zeros(4, 80)}
+    other = copy_adapter(
+        tmp_path / "head", str(EXPERTS[1]), {"modules_to_save": ["lm_head"]}, lambda w: w.update(head)
+    )
+    refused("base_model.model.lm_head.weight besides LoRA", adapters=[EXPERTS[0], other])
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("runs in one process")
-
-
-def test_experts_with_more_than_lora_raise(refused, tmp_path):
-    def head(weights):
-        weights["base_model.model.lm_head.weight"] = torch.zeros(4, 80)
-
-    other = copy_adapter(tmp_path / "head", str(EXPERTS[1]), {"modules_to_save": ["lm_head"]}, head)
-    refused("base_model.model.lm_head.weight besides LoRA", adapters=[EXPERTS[0], other])
 
 
 def test_weights_out_of_range_raise_and_leave_nothing(values, tmp_path, capsys, logging_restored):
@@ -359,7 +328,7 @@ def test_every_method_writes_what_peft_loads(method, base_dir, tmp_path):
     )  # fmt: skip
     parts = [folder / name for name in names] if method == "emr" else [folder]
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    ids = torch.randint(4, 64, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids = input_ids(2, 8) % 64
     with torch.no_grad():
         plain = base(input_ids=ids).logits
     for part in parts:

@@ -4,8 +4,8 @@
 
 No training and no data: arithmetic on the experts' updates, module by module. The result is an ordinary PEFT adapter;
 `emr` gives one per expert, in a folder of its name, and needs the task at inference. With --dataset_name (validation
-data, with the columns that recipes/eval.py takes) the result is scored, with --dense true also before its rank is cut,
-and hyper-parameters can be chosen by their scores: --search lambda=0.1:1.0:0.1 density=0.1,0.2 tries all combinations.
+data, with the columns that recipes/eval.py takes; not for emr) the result is scored, with --dense true also before its
+rank is cut, and hyper-parameters can be chosen by their scores: --search lambda=0.1:1.0:0.1 density=0.1,0.2 tries all.
 merge.json beside the adapter records everything. Any flag may stand in a YAML file given with --config.
 """
 

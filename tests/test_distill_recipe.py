@@ -31,7 +31,7 @@ from recipe_runner import (
     save_tokenizer,
     succeeds,
     write_replay,
-)  # fmt: skip
+)
 from test_tokens import sentencepiece_like
 
 pytestmark = pytest.mark.usefixtures("logging_restored")

@@ -99,15 +99,11 @@ def test_a_merge_is_that_of_pefts_cat(tiny, tmp_path):
     """PEFT stacks too; of all its combinations this one is exact. It takes experts on the same modules only."""
     experts = tiny["adapters"]
     weights = [1.0, -0.5]
-    folder, record = run(
-        tiny, adapters=experts[:2], weights=weights, merge_lambda=0.6, method="task_arithmetic",
-        output_dir=tmp_path / "out",
-    )  # fmt: skip
-    model = tiny_model("llama")
-    reference = PeftModel.from_pretrained(model, str(experts[0]), adapter_name="a")
+    values = {**tiny, "adapters": experts[:2], "weights": weights, "merge_lambda": 0.6, "output_dir": tmp_path / "out"}
+    folder, record = run(values, method="task_arithmetic")
+    reference = PeftModel.from_pretrained(tiny_model("llama"), str(experts[0]), adapter_name="a")
     reference.load_adapter(str(experts[1]), adapter_name="b")
-    scaled = [0.6 * weight for weight in weights]
-    reference.add_weighted_adapter(["a", "b"], scaled, "both", combination_type="cat")
+    reference.add_weighted_adapter(["a", "b"], [0.6 * weight for weight in weights], "both", combination_type="cat")
     reference.set_adapter("both")
     ids = input_ids(2, 9)
     with torch.no_grad():
@@ -121,14 +117,10 @@ def test_a_merge_is_that_of_pefts_cat(tiny, tmp_path):
 def test_experts_on_other_modules_become_one_adapter_of_exactly_these(tiny, tmp_path):
     """The merge of one expert, the others with weight 0, answers as that expert does."""
     ids = input_ids(2, 9)
+    values = {**tiny, "merge_lambda": 1.0, "dtype": "float32", "output_dir": tmp_path / "out", "overwrite": True}
     for index, method in enumerate(("task_arithmetic", "ties", "knots_ties")):
-        weights = [0.0, 0.0, 0.0]
-        weights[index] = 1.0
-        hyper = {"density": 1.0} if method != "task_arithmetic" else {}
-        folder, _ = run(
-            tiny, method=method, weights=weights, merge_lambda=1.0, **hyper, dtype="float32",
-            output_dir=tmp_path / method,
-        )  # fmt: skip
+        weights = [float(i == index) for i in range(3)]
+        folder, _ = run(values, method=method, weights=weights, density=1.0 if index else None)
         expected = logits(tiny_model("llama"), tiny["adapters"][index], ids)
         torch.testing.assert_close(logits(tiny_model("llama"), folder, ids), expected, atol=2e-5, rtol=1e-4)
 
@@ -159,6 +151,7 @@ def test_files_and_record(tiny, tmp_path):
     assert made_by["cost"]["seconds"] > 0 and made_by["ran_source_models"] is False
     card = (folder / "README.md").read_text()
     assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['lost']:.2%}" in card
+    assert made_by["source_control"] is None and "CONTROL" not in card
     for path, content in contents(folder).items():
         for place in (tmp_path, tiny["model_name_or_path"].parent):
             assert str(place).encode() not in (content or b""), path
@@ -176,43 +169,29 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
     assert record["made_by"]["source_control"] == "noise+labels:bases"
     card = (folder / "README.md").read_text()
     assert "# CONTROL (noise+labels:bases): Merged LoRA adapter" in card and "- control" in card
-    plain = run(tiny, method="ties", output_dir=tmp_path / "plain")
-    assert plain[1]["made_by"]["source_control"] is None
-    assert "CONTROL" not in (plain[0] / "README.md").read_text()
 
 
-def test_emr_writes_an_adapter_per_expert_that_answers_its_own_data(scored, capsys):
+def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
     with restored_logging():
-        assert merge.main(flags({**scored, "method": "emr", "names": ["kitchen", "town"], "dense": True})) == 0
+        assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
     assert "emr needs the task at inference" in capsys.readouterr().out
-    folders = [scored["output_dir"] / name for name in ("kitchen", "town")]
+    folders = [values["output_dir"] / name for name in ("kitchen", "town")]
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     assert not torch.allclose(*(logits(base, folder, input_ids(2, 8)) for folder in folders))
-    for folder, task in zip(folders, TASKS, strict=True):
+    for folder in folders:
         record = record_of(folder)
         assert record["needs_task_id"] is True and record["task"] == folder.name
         assert "task must be known at inference" in (folder / "README.md").read_text()
         assert (folder / "tokenizer.json").exists()  # the base's
-        assert [*record["validation"]["adapter"]] == [*record["validation"]["dense"]] == [task]
-        assert record["validation"]["adapter"][task]["score"] > 0.5
-
-
-def test_help_lists_the_methods_by_their_docstrings(capsys):
-    with restored_logging():
-        assert merge.main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"{name:{15}}  {rule.__doc__.splitlines()[0]}" in told for name, rule in RULES.items())
 
 
 def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
-    record = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)[1]
-    found = record["validation"]
-    own = {**scored, "adapters": [EXPERTS[0]], "output_dir": tmp_path / "eval", "use_cpu": True}
-    del own["method"], own["device"]
-    succeeds(evaluation.main, flags(own))
+    _, record = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)
+    own = {"adapters": [EXPERTS[0]], "output_dir": tmp_path / "eval", "use_cpu": True, "method": None, "device": None}
+    succeeds(evaluation.main, flags({**scored, **own}))
     expected = {label: record["score"] for label, record in results(tmp_path / "eval")["datasets"].items()}
-    assert {label: record["score"] for label, record in found["adapter"].items()} == expected
-    assert {label: record["score"] for label, record in found["dense"].items()} == expected
+    for found in (record["validation"]["adapter"], record["validation"]["dense"]):
+        assert {label: scores["score"] for label, scores in found.items()} == expected
     assert expected["ner_kitchen"] > 0.8 > expected["re_town"]
     assert record["metrics"] == {f"eval_{label}": score for label, score in expected.items()}
 
@@ -237,34 +216,15 @@ def test_a_search_keeps_the_best(scored, capsys):
     assert same_weights(folder / WEIGHTS, again / WEIGHTS)
 
 
-EQUAL = {"a": {"metric": "NER", "primary": "f1", "score": 0.5, "scores": {}}}
-
-
 def test_of_equals_the_first_is_kept_and_lambdas_share_a_merge(scored, monkeypatch):
     calls = []
     plain = Ties.merge
     monkeypatch.setattr(Ties, "merge", lambda self, updates: calls.append(self.density) or plain(self, updates))
-    monkeypatch.setattr(MergeRun, "_score", lambda self, expert, labels: EQUAL)
+    monkeypatch.setattr(MergeRun, "_score", lambda self, expert: {"a": {"score": 0.5}})
     _, record = run(scored, method="ties", search=["lambda=0.5,0.25", "density=0.4,0.2"])
     assert record["search"]["chosen"] == 0
     assert record["hyperparameters"] == {"merge_lambda": 0.5, "density": 0.4}
     assert calls == [0.4, 0.2, 0.4]  # the best one is merged again, no other is kept
-
-
-def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
-    calls = []
-
-    def score(self, expert, labels):
-        calls.append(expert.adapter.folder)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return EQUAL
-
-    monkeypatch.setattr(MergeRun, "_score", score)
-    with restored_logging(), pytest.raises(KeyboardInterrupt):
-        merge.main(flags({**scored, "search": ["lambda=0.1,0.2,0.3"]}))
-    assert len(calls) == 2
-    assert not scored["output_dir"].exists() and not calls[0].exists()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +235,6 @@ def test_a_search_that_breaks_leaves_nothing(scored, monkeypatch):
         ({"adapters": [EXPERTS[0], zoo_path("qwen2", "re_town")]}, ["heterofusion-zoo/qwen2", "recipes/train.py"]),
         ({"adapters": [zoo_path("qwen2", task) for task in TASKS]}, ["base model", "recipes/train.py"]),
         ({"density": 0.2}, ["--density 0.2: the hyper-parameters of task_arithmetic are --merge_lambda"]),
-        ({"method": "average", "merge_lambda": 0.5}, ["--merge_lambda 0.5: the hyper-parameters of average are none"]),
         ({"method": "dare", "drop_rate": 1}, ["--drop_rate is 1.0"]),
         ({"method": "della", "epsilon": 0.4}, ["--drop_rate 0.3 and --epsilon 0.4"]),
         ({"weights": [1.0]}, ["--weights has 1 values for 2"]),
@@ -294,38 +253,28 @@ def test_bad_flags_raise(refused, changed, words):
 
 def test_what_depends_on_the_machine_the_data_and_the_experts_raises(refused, monkeypatch, test_sets, tmp_path):
     data = {"dataset_name": [test_sets["re_town"]]}
-    refused("--dataset_name has 1 data sets", method="emr", **data)
+    refused("adapters of emr need the task", "recipes/eval.py", method="emr", **data)
     refused("merge_lambda is given too", search=["lambda=0.1,0.2"], merge_lambda=0.2, **data)
     other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (64, 80)}, seed=9)
     refused("maps 80 to 80 features", "64 to 80", "recipes/train.py", adapters=[EXPERTS[0], other])
     head = {"base_model.model.lm_head.weight": torch.zeros(4, 80)}
-    other = copy_adapter(
-        tmp_path / "head", str(EXPERTS[1]), {"modules_to_save": ["lm_head"]}, lambda w: w.update(head)
-    )
+    saved = {"modules_to_save": ["lm_head"]}
+    other = copy_adapter(tmp_path / "head", str(EXPERTS[1]), saved, lambda weights: weights.update(head))
     refused("base_model.model.lm_head.weight besides LoRA", adapters=[EXPERTS[0], other])
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("runs in one process")
 
 
-def test_weights_out_of_range_raise_and_leave_nothing(values, tmp_path, capsys, logging_restored):
-    argv = flags({**values, "merge_lambda": 1e6, "dtype": "float16"})
-    error_line(
-        capsys, merge.main, argv, "lora_B.weight is not finite", "out of range for torch.float16", "--dtype float32"
-    )
-    assert not values["output_dir"].exists()
+def test_weights_out_of_range_raise_and_leave_nothing(refused):
+    refused("lora_B.weight is not finite", "torch.float16", "--dtype float32", merge_lambda=1e6, dtype="float16")
 
 
 @pytest.mark.parametrize("method", RULES)
 def test_every_method_writes_what_peft_loads(method, base_dir, tmp_path):
     names = ["target_llama", "target_llama_2"]
     other = copy_adapter(tmp_path / names[1], str(GOLDEN / names[0]), tensors=shuffle)
-    folder, _ = run(
-        {
-            "model_name_or_path": base_dir, "adapters": [GOLDEN / names[0], other], "method": method,
-            "device": "cpu", "output_dir": tmp_path / "out",
-        },
-        names=names if method == "emr" else None,
-    )  # fmt: skip
+    values = {"model_name_or_path": base_dir, "adapters": [GOLDEN / names[0], other], "output_dir": tmp_path / "out"}
+    folder, _ = run(values, method=method, names=names if method == "emr" else None, device="cpu")
     parts = [folder / name for name in names] if method == "emr" else [folder]
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     ids = input_ids(2, 8) % 64

@@ -1,6 +1,5 @@
 """Merging of experts: every method against dense arithmetic written down once more; searches; dense updates."""
 
-import json
 import weakref
 from functools import partial
 from itertools import pairwise
@@ -8,15 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 from peft.utils import merge_utils
-from safetensors.torch import load_file
 
 import heterofusion.merging.tau as tau_module
-from builders import CONFIG, WEIGHTS, tiny_model, write_adapter
+from builders import tiny_model, write_adapter
 from heterofusion import load_adapter
 from heterofusion.merging.config import search_candidates
 from heterofusion.merging.export import added, cut, low_rank, merged_update
 from heterofusion.merging.rules import RULES, make_rule
-from heterofusion.merging.rules.sparse import Ties, drop, drop_by_rank, dropped
+from heterofusion.merging.rules.sparse import drop, drop_by_rank, dropped
 from heterofusion.merging.tau import Matrices, Updates, magnitude_thresholds
 from heterofusion.runtime.errors import UserError
 
@@ -30,10 +28,10 @@ DENSE = tuple(method for method in RULES if method not in ("average", "task_arit
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def experts(tmp_path_factory):
     """Three experts: of other ranks and scalings, one with rsLoRA and a rank of its own, one with a single module."""
     root = tmp_path_factory.mktemp("experts")
-    return [
+    folders = [
         write_adapter(root / "plain", MODULES, r=2, lora_alpha=6, seed=1, std=0.5),
         write_adapter(
             root / "rslora", MODULES, r=3, lora_alpha=5, seed=2, std=0.5, use_rslora=True,
@@ -41,30 +39,18 @@ def folders(tmp_path_factory):
         ),
         write_adapter(root / "one_module", {FIRST: MODULES[FIRST]}, r=1, lora_alpha=3, seed=3, std=0.5),
     ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def experts(folders):
     return [load_adapter(folder) for folder in folders]
 
 
 @pytest.fixture(scope="module")
-def taus(folders):
-    """Dense updates (experts, out, in) in float64 by module, from the files alone."""
-    result = {}
-    for path, (columns, rows) in MODULES.items():
-        updates = []
-        for folder in folders:
-            config, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-            r = config["rank_pattern"].get(path, config["r"])
-            alpha = config["alpha_pattern"].get(path, config["lora_alpha"])
-            scaling = alpha / r**0.5 if config["use_rslora"] else alpha / r
-            key = f"base_model.model.{path}.lora_"
-            update = torch.zeros(rows, columns, dtype=torch.float64)
-            if f"{key}A.weight" in weights:
-                update = scaling * weights[f"{key}B.weight"].double() @ weights[f"{key}A.weight"].double()
-            updates.append(update)
-        result[path] = torch.stack(updates)
+def taus(experts):
+    """Dense updates (experts, out, in) in float64 by module, with scalings from the configs."""
+    result = {path: torch.zeros(3, rows, columns, dtype=torch.float64) for path, (columns, rows) in MODULES.items()}
+    for path in MODULES:
+        scalings = [3.0, 7 / 4**0.5 if path == FIRST else 5 / 3**0.5, 3.0]
+        for index, expert in enumerate(experts):
+            if module := expert.modules.get(path):
+                result[path][index] = scalings[index] * module.lora_B.double() @ module.lora_A.double()
     return result
 
 
@@ -73,7 +59,7 @@ def dense(experts, method, weights=None, **values):
     rule = make_rule(method, values)
     merged = rule.merge(Updates(experts, weights))
     count = len(experts) if rule.per_task else 1
-    results = [{path: merged_update(merged, rule.merge_lambda, i, path) for path in MODULES} for i in range(count)]
+    results = [{path: merged_update(merged, rule.merge_lambda, path, i) for path in MODULES} for i in range(count)]
     return results if rule.per_task else results[0]
 
 
@@ -140,7 +126,7 @@ def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
         )  # fmt: skip
         experts.append(load_adapter(folder))
     merged = make_rule("ties", {"density": 1}).merge(Updates(experts))
-    assert merged_update(merged, 1.0, 0, FIRST).tolist() == [[-1.0, 2.0, -3.5]]
+    assert merged_update(merged, 1.0, FIRST).tolist() == [[-1.0, 2.0, -3.5]]
 
 
 def test_breadcrumbs_of_every_row(experts, taus):
@@ -204,7 +190,7 @@ def test_dropped_updates_are_merged_as_ties_merges_them(experts, taus, method, d
         updates = Updates(experts, [float(i == index) for i in range(3)])
         merged = rule.merge(updates)
         for path in updates.modules:
-            kept[path][index] = merged_update(merged, 1.0, 0, path)
+            kept[path][index] = merged_update(merged, 1.0, path)
     values = {"density": density} if method == "dare_ties" else {}
     assert_same(dense(experts, method, merge_lambda=1.1, seed=5, **values), reference_ties(kept, density, 1.1))
 
@@ -317,10 +303,9 @@ def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
 
 
 def test_ranges_include_their_stop_and_lambda_is_innermost():
-    found = search_candidates(["lambda=0.1:1.0:0.1"], "ties", {"density": 0.3})
-    assert found == [Ties(merge_lambda=i / 10, density=0.3) for i in range(1, 11)]
-    found = search_candidates(["lambda=0.5,1", "density=0.2,0.4"], "ties", {})
-    assert found == [Ties(merge_lambda=a, density=b) for b in (0.2, 0.4) for a in (0.5, 1.0)]
+    found = search_candidates(["lambda=0.1:1.0:0.1", "density=0.2,0.4"], "ties", {})
+    expected = [{"merge_lambda": i / 10, "density": density} for density in (0.2, 0.4) for i in range(1, 11)]
+    assert [rule.hyperparameters() for rule in found] == expected
 
 
 @pytest.mark.parametrize(

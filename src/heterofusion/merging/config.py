@@ -95,7 +95,7 @@ RuleArguments = dataclasses.make_dataclass(
 
 @dataclass
 class MergeDataArguments(EvalDataArguments):
-    """Validation data, if there is any: merges are scored on all of it, of emr each expert's adapter on its own."""
+    """Validation data, if merges are scored."""
 
     def __post_init__(self) -> None:
         if self.dataset_name:

@@ -88,10 +88,6 @@ def cut(update: Tensor | Factors, rank: int) -> tuple[Factors, float, float]:
     The leading singular vectors of the shorter side of a dense one are the eigenvectors of its Gram matrix, which is
     exact (float64) and much cheaper than an SVD: of 4096 x 14336, an eigenvalue problem of size 4096.
 
-    Args:
-        update: (out_features, in_features) on any device, or A (r, in_features) and B (out_features, r).
-        rank: of the result, as far as the update's shape allows it.
-
     Returns:
         A = sqrt(S) V^T and B = U sqrt(S) in float32 on the CPU, the energy that they keep, and that of the update.
     """
@@ -125,7 +121,7 @@ def _leading_eigenvectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values[-rank:].flip(0).clamp_(min=0), vectors[:, -rank:].flip(1)
 
 
-def merged_update(merged: Merged, factor: float, index: int, path: str) -> Tensor:
+def merged_update(merged: Merged, factor: float, path: str, index: int = 0) -> Tensor:
     """A merged update of a module as one matrix, `factor` applied."""
     update = merged(path)[index]
     return update.mul(factor) if isinstance(update, Tensor) else (update[1] @ update[0]).mul_(factor)

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,9 @@ from tqdm.auto import tqdm
 
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, check_base_fits, load_adapter
 from heterofusion.data.markdown import markdown_table
-from heterofusion.evaluation.datasets import check_file_names, check_references, load_eval_sets
-from heterofusion.evaluation.results import metric_record
+from heterofusion.evaluation.datasets import EvalSet, check_file_names, check_references, load_eval_sets
+from heterofusion.evaluation.results import mean_score, metric_record
+from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import AnswerGenerator, GenerationArguments
 from heterofusion.merging.config import MergeArguments, MergeDataArguments, search_candidates
@@ -35,7 +35,7 @@ from heterofusion.runtime.ranks import cost_record
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[str, dict[str, Any]]  # of one adapter: the record of every data set, by label
+Scores = dict[str, dict[str, Any]]  # the record of every data set, by label
 
 _FUSE = "merging needs experts of one base model; recipes/train.py fuses experts of different ones"
 
@@ -52,10 +52,13 @@ class MergeRun:
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("a merge runs in one process; start it with python, or with --num_processes 1")
+        if (flags.search or flags.dense) and not data.dataset_name:
+            raise UserError("--search and --dense score merges on validation data: give --dataset_name")
         self.flags, self.generation, self.per_task = flags, generation, RULES[flags.method].per_task
+        if self.per_task and data.dataset_name:
+            raise UserError(f"--dataset_name: adapters of {flags.method} need the task; score them by recipes/eval.py")
         given = {name: value for name, value in values.items() if value is not None}
         self.candidates = search_candidates(flags.search, flags.method, given)
-        self.labels = self._labels(data)
         self.folder = Path(flags.output_dir).expanduser().absolute()
         check_output_dir(str(self.folder), resuming=False, overwrite=flags.overwrite, resume_flag=None)
         self.experts = [load_adapter(name) for name in flags.adapters]
@@ -77,27 +80,13 @@ class MergeRun:
         self.updates = Updates(self.experts, flags.weights, device)
         self.merged = lru_cache(maxsize=1)(self._merge)
         self.find, self.runner = partial(find_expert, base, generation=generation), ExpertRunner(device)
-        self.sets = {examples.label: examples for examples in (load_eval_sets(data) if self.labels else [])}
-        first = self.find(str(self.experts[0].folder)) if self.sets else None  # its tokenizer goes with the merge
-        self.prompts = {label: first.encode(examples) for label, examples in self.sets.items() if first}
-        for label, prompts in self.prompts.items():
-            check_references(self.sets[label], prompts)
+        self.questions: list[tuple[EvalSet, Prompts]] = []
+        for examples in load_eval_sets(data) if data.dataset_name else []:
+            prompts = self.find(str(self.experts[0].folder)).encode(examples)
+            check_references(examples, prompts)
             if prompts.cut:
-                logger.warning("%d prompts of %s were cut on the left, they are too long", prompts.cut, label)
-
-    def _labels(self, data: MergeDataArguments) -> list[list[str]]:
-        """The data sets that each adapter is scored on."""
-        if not data.dataset_name:
-            if self.flags.search or self.flags.dense:
-                raise UserError("--search and --dense score merges on validation data: give --dataset_name")
-            return []
-        labels, count = data.labels(), len(self.flags.adapters)
-        if self.per_task and len(labels) != count:
-            raise UserError(
-                f"--dataset_name has {len(labels)} data sets for {count} adapters: with {self.flags.method} each "
-                "expert's adapter answers its own, in the same order"
-            )
-        return [[label] for label in labels] if self.per_task else [labels]
+                logger.warning("%d prompts of %s were cut on the left, they are too long", prompts.cut, examples.label)
+            self.questions.append((examples, prompts))
 
     def _folders(self) -> dict[str, Path]:
         """Where adapters go, by the task that they are for; one by the name of the method, if it is for all."""
@@ -115,65 +104,72 @@ class MergeRun:
         """Merge, search, score and write; gives what the user is told: truncation, scores, the table of a search."""
         start = time.perf_counter()
         tried: list[dict[str, Any]] = []
-        scores: list[list[Scores]] = []  # of each one that was tried, by adapter
+        scores: list[Scores] = []  # of each one that was tried
         with tempfile.TemporaryDirectory() as place:
-            for rule in tqdm(self.candidates, "search", unit="merge", disable=len(self.candidates) == 1):
-                # scored as it would be written
-                parts = [self._write(Path(place, str(index)), index, rule) for index in range(len(self.labels))]
-                found = [self._score(self.find(str(f)), labels) for f, labels in zip(parts, self.labels, strict=True)]
-                told = {"scores": flat(found), "mean": mean(found), "truncation": self.merged(rule.unit())[0][0].lost}
+            candidates = self.candidates if self.questions else []
+            for rule in tqdm(candidates, "search", unit="merge", disable=len(candidates) < 2):
+                scores.append(self._score(self.find(str(self._write(Path(place), 0, rule)))))  # as it would be written
+                told = {
+                    "scores": flat(scores[-1]),
+                    "mean": mean_score(scores[-1]),
+                    "lost": self.merged(rule)[0][0].lost,
+                }
                 tried.append({"hyperparameters": rule.hyperparameters(), **told})
-                scores.append(found)
-        best = max(range(len(tried)), key=lambda index: tried[index]["mean"])  # of equals the first
+        best = max(range(len(tried)), key=lambda index: tried[index]["mean"], default=0)  # of equals the first
         rule = self.candidates[best]
-        results, seconds = self.merged(rule.unit())
-        search = None
+        results, seconds = self.merged(rule)
+        blocks = [f"{name}: {truncation_text(one)}" for name, one in zip(self.folders, results, strict=True)]
+        parts: dict[str, Any] = {}
         if self.flags.search:
             seconds = time.perf_counter() - start
-            search = {"candidates": tried, "chosen": best, "seconds": round(seconds, 3)}
-        scored = {"adapter": scores[best], "dense": self._score_dense(rule) if self.flags.dense else []}
+            parts["search"] = {"candidates": tried, "chosen": best, "seconds": round(seconds, 3)}
+            blocks.insert(0, search_table(tried, best))
+        if self.questions:
+            parts["metrics"] = {f"eval_{label}": score for label, score in flat(scores[best]).items()}
+            parts["validation"] = {"adapter": scores[best]}
+            if self.flags.dense:
+                parts["validation"]["dense"] = self._score_dense(rule)
+            rows = [
+                {"": name, **flat(found), "mean": mean_score(found)} for name, found in parts["validation"].items()
+            ]
+            blocks.append(_table(rows))
+        if self.per_task:
+            blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")
         for index, folder in enumerate(self.folders.values()):
-            validation = {name: found[index] for name, found in scored.items() if found}
-            metrics = {f"eval_{label}": score for label, score in flat(scored["adapter"][index : index + 1]).items()}
-            self._write(folder, index, rule, seconds, metrics=metrics, search=search, validation=validation or None)
+            self._write(folder, index, rule, seconds, **parts)
         logger.info("%s written to %s", "adapters" if self.per_task else "adapter", self.folder)
-        return self._report(results, scored, search)
+        return "\n\n".join(blocks)
 
     def _merge(self, rule: Rule) -> tuple[list[LowRank], float]:
         """What a rule merges, and in how many seconds."""
         start = time.perf_counter()
         return low_rank(rule.merge(self.updates), self.updates, self.flags.rank), time.perf_counter() - start
 
-    def _score_dense(self, rule: Rule) -> list[Scores]:
-        """Scores of the merged updates before their rank is cut, one by one."""
-        merged = rule.merge(self.updates)
+    def _score_dense(self, rule: Rule) -> Scores:
+        """Scores of the merged update before its rank is cut."""
         base = self.find(str(self.experts[0].folder)).without_adapter()
-        scores = []
-        for index, labels in enumerate(self.labels):
-            update = partial(merged_update, merged, rule.merge_lambda, index)
-            with added(self.runner.load(base.base), update, self.updates.modules):
-                scores.append(self._score(base, labels))
-        return scores
+        update = partial(merged_update, rule.merge(self.updates), rule.merge_lambda)
+        with added(self.runner.load(base.base), update, self.updates.modules):
+            return self._score(base)
 
-    def _score(self, expert: Expert, labels: Sequence[str]) -> Scores:
-        """Scores of an expert on some of the data sets."""
+    def _score(self, expert: Expert) -> Scores:
+        """Scores of an expert on the data sets."""
         scores, how = {}, self.generation
         with self.runner.running(expert) as model:
             generator = AnswerGenerator(
                 model, expert.tokenizer, how.max_new_tokens, how.fixed_batch_size(), how.cache_implementation
             )
-            for label in labels:
-                prompts, examples = self.prompts[label], self.sets[label]
+            for examples, prompts in self.questions:
                 batches = generator.answers(dict(enumerate(prompts.ids)))
-                bar = tqdm(batches, f"scoring {label}", unit="batch", leave=False)
+                bar = tqdm(batches, f"scoring {examples.label}", unit="batch", leave=False)
                 answers = {answer.index: answer.text for batch in bar for answer in batch}
                 record = metric_record(examples.metric, [answers[i] for i in range(len(answers))], prompts.references)
-                scores[label] = {**record, "examples": len(answers), "sha256": examples.sha256}
+                scores[examples.label] = {**record, "examples": len(answers), "sha256": examples.sha256}
         return scores
 
     def _write(self, folder: Path, index: int, rule: Rule, seconds: float = 0.0, **parts: Any) -> Path:
         """Write one of the adapters that a rule merges, with all that is known of it."""
-        result = self.merged(rule.unit())[0][index]
+        result = self.merged(rule)[0][index]
         record = make_record(
             "merge",
             self.flags.method,
@@ -198,47 +194,23 @@ class MergeRun:
             tokenizer=self.tokenizer,
         )
 
-    def _report(
-        self, results: Sequence[LowRank], scored: Mapping[str, list[Scores]], search: Mapping[str, Any] | None
-    ) -> str:
-        blocks = []
-        if search:
-            rows = []
-            for index, tried in enumerate(search["candidates"]):
-                values = {name: f"{value:g}" for name, value in tried["hyperparameters"].items()}
-                told = {"mean": tried["mean"], "energy lost": tried["truncation"]}
-                rows.append({**values, **tried["scores"], **told, "": "chosen" if index == search["chosen"] else ""})
-            blocks += [_table(rows), f"{len(rows)} validation runs in {search['seconds']:.1f} s"]
-        if self.per_task:
-            blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")
-        blocks += [f"{name}: {truncation_text(one)}" for name, one in zip(self.folders, results, strict=True)]
-        names = {"adapter": "adapter as written", "dense": "dense update"}
-        if rows := [{"": names[key], **flat(found), "mean": mean(found)} for key, found in scored.items() if found]:
-            blocks.append(_table(rows))
-        return "\n\n".join(blocks)
 
-
-def flat(scores: Sequence[Scores]) -> dict[str, float]:
+def flat(scores: Scores) -> dict[str, float]:
     """The score of every data set."""
-    return {label: record["score"] for one in scores for label, record in one.items()}
-
-
-def mean(scores: Sequence[Scores]) -> float:
-    """The mean of these scores; 0 without any."""
-    return statistics.fmean(flat(scores).values()) if scores else 0.0
+    return {label: record["score"] for label, record in scores.items()}
 
 
 def check_experts(experts: Sequence[LoraAdapter], base: nn.Module) -> None:
     """Refuse adapters that are not several LoRA experts of the given base (on the meta device)."""
-    for other, expert in itertools.combinations(experts, 2):
-        if other.sha256 == expert.sha256:
-            raise UserError(f"{other.name} and {expert.name} have the same weights; leave one out, or use --weights")
-        bases = [PureWindowsPath((e.base_model or "").rstrip("/\\")).name.lower() for e in (other, expert)]
-        if all(bases) and bases[0] != bases[1]:  # the same model may be known by its Hub id and by a folder
-            raise UserError(
-                f"adapter {other.name} was trained on {other.base_model}, {expert.name} on {expert.base_model}: "
-                f"{_FUSE}. If both are the same model, give both the same base_model_name_or_path"
-            )
+    if len({expert.sha256 for expert in experts}) < len(experts):
+        raise UserError("two of --adapters have the same weights; give each once, with --weights to count it more")
+    bases = [expert.base_model for expert in experts if expert.base_model]
+    # the same model may be known by its Hub id and by a folder
+    if len({PureWindowsPath(name.rstrip("/\\")).name.lower() for name in bases}) > 1:
+        raise UserError(
+            f"--adapters were trained on {', '.join(dict.fromkeys(bases))}: {_FUSE}. If all are the same model, give "
+            "all the same base_model_name_or_path"
+        )
     for expert in experts:
         if expert.extra_tensors:
             raise UserError(
@@ -276,6 +248,16 @@ def truncation_text(result: LowRank) -> str:
     if not result.lost:
         return f"Rank up to {result.rank}: exact but for the rounding of the weights."
     return f"Cut to rank {result.rank} by SVD: {result.lost:.2%} of the update's energy (squared norm) is lost."
+
+
+def search_table(tried: Sequence[Mapping[str, Any]], best: int) -> str:
+    """A row for each combination that was tried."""
+    rows = []
+    for index, one in enumerate(tried):
+        values = {name: f"{value:g}" for name, value in one["hyperparameters"].items()}
+        told = {"mean": one["mean"], "energy lost": one["lost"], "": "chosen" if index == best else ""}
+        rows.append({**values, **one["scores"], **told})
+    return _table(rows)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

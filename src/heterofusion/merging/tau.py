@@ -99,14 +99,9 @@ def dense_update(module: LoraModule, weight: float, device: torch.device) -> Ten
 
 
 def joint_basis(factors: Mapping[int, Factors]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The SVD of updates side by side, `[B_1 A_1, ..., B_N A_N] = U S [V_1^T, ..., V_N^T]`, from their factors.
+    """`[B_1 A_1, ..., B_N A_N] = U S [V_1^T, ..., V_N^T]`: U S (out_features, k) and V_i^T (k, in_features) by expert.
 
-    Args:
-        factors: A and B of each expert, by its position.
-
-    Returns:
-        U S (out_features, k) and V_i^T (k, in_features) by expert, float32 on the CPU, with k <= sum of the ranks:
-        directions without a singular value are left out. Without any direction, k is 1 and all is 0.
+    In float32 on the CPU. Directions without a singular value are left out; without any, k is 1 and all is 0.
     """
     A, B = zip(*factors.values(), strict=True)
     U, S, Vh = thin_svd(torch.block_diag(*A), torch.cat(B, dim=1))  # Vh (k, N * in_features)
@@ -119,15 +114,8 @@ def magnitude_thresholds(matrices: Matrices, count: int) -> dict[int, float]:
     """The exact `count`-th largest magnitude of each expert's entries, which are never held together.
 
     The bit patterns of non-negative float32 numbers, read as integers, are in the order of the numbers. So a histogram
-    of their upper halves finds the bin of the k-th largest, and one of the lower halves within that bin finds the
-    number itself: two passes, with 64 Ki counters per expert.
-
-    Args:
-        matrices: of all modules. Those that an expert lacks count as 0.
-        count: k, at least 1.
-
-    Returns:
-        The k-th largest magnitude by expert; 0 where fewer than k entries differ from 0.
+    of their upper halves finds the bin of the one that is looked for, and one of the lower halves within that bin the
+    number itself: two passes, with 64 Ki counters per expert. It is 0 where fewer than `count` entries differ from 0.
     """
     patterns: dict[int, int] = {}  # the bits of the number that are known
     rest: dict[int, int] = {}  # which of the entries with these bits it is, counted from the largest

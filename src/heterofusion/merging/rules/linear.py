@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from heterofusion.merging.rules.rule import LAMBDA, Merged, Rule
+from heterofusion.merging.rules.rule import Merged, Rule, factor
 from heterofusion.merging.tau import Updates
-from heterofusion.runtime.flags import flag
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,17 @@ class TaskArithmetic(Rule):
     `lambda sum_i tau_i` (Task Arithmetic, arXiv 2212.04089).
     """
 
-    merge_lambda: float = flag(0.3, **LAMBDA)
+    merge_lambda: float = factor(0.3)
 
     def merge(self, updates: Updates) -> Merged:
         return stacked(updates, 1.0)
 
 
-def stacked(updates: Updates, factor: float) -> Merged:
-    """`factor * sum_i s_i B_i A_i` as `factor [s_1 B_1, ...] [A_1; ...]`."""
+def stacked(updates: Updates, share: float) -> Merged:
+    """`share * sum_i s_i B_i A_i` as `share [s_1 B_1, ...] [A_1; ...]`."""
 
     def merged(path: str) -> list:
         A, B = zip(*updates.factors(path).values(), strict=True)
-        return [(torch.cat(A), torch.cat(B, dim=1) * factor)]
+        return [(torch.cat(A), torch.cat(B, dim=1) * share)]
 
     return merged

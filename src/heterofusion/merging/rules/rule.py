@@ -1,7 +1,7 @@
 """What a rule is, and the sums that several rules have."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +13,11 @@ from heterofusion.runtime.flags import check_ranges
 # What needs to be known of all modules first is found in passes before.
 Merged = Callable[[str], list[Tensor | Factors]]
 
-LAMBDA: dict[str, Any] = {"help": "Factor of the merged update.", "range": "(0, inf)"}
+
+def factor(default: float) -> Any:
+    """The field `merge_lambda`; rules that differ in it alone count as equal: one merge serves them all."""
+    metadata = {"help": "Factor of the merged update.", "range": "(0, inf)"}
+    return field(default=default, metadata=metadata, compare=False)
 
 
 class Rule:
@@ -29,17 +33,12 @@ class Rule:
         """The values of its fields, the seed aside."""
         return {name: value for name, value in vars(self).items() if name != "seed"}
 
-    def unit(self) -> Any:
-        """The same rule with a factor of 1."""
-        itself: Any = self  # a dataclass
-        return replace(itself, merge_lambda=1.0) if "merge_lambda" in vars(self) else self
-
     def merge(self, updates: Updates) -> Merged:
         """Merge, but for `merge_lambda`."""
         return self.combine(updates.dense)
 
     def combine(self, matrices: Matrices) -> Merged:
-        """The same of dense matrices, whatever they are; of a rule that works on each matrix by its entries."""
+        """The same of any dense matrices, of rules that know no factors."""
         raise NotImplementedError
 
 

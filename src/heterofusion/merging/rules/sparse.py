@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from heterofusion.merging.rules.rule import LAMBDA, Merged, Rule, summed, total
+from heterofusion.merging.rules.rule import Merged, Rule, factor, summed, total
 from heterofusion.merging.tau import Matrices, magnitude_thresholds
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import flag
@@ -30,7 +30,7 @@ class Ties(Rule):
     it (TIES, arXiv 2306.01708).
     """
 
-    merge_lambda: float = flag(1.0, **LAMBDA)
+    merge_lambda: float = factor(1.0)
     density: float = flag(0.2, **_DENSITY)
 
     def combine(self, matrices: Matrices) -> Merged:
@@ -45,7 +45,7 @@ class Breadcrumbs(Rule):
     then `lambda` times the sum (Model Breadcrumbs, arXiv 2312.06795; its beta is `density`, its alpha `lambda`).
     """
 
-    merge_lambda: float = flag(0.4, **LAMBDA)
+    merge_lambda: float = factor(0.4)
     density: float = flag(0.2, **_DENSITY)
     gamma: float = flag(0.1, help="Share of a row, of largest entries, that is set to 0.", range="[0, 1)")
 
@@ -61,7 +61,7 @@ class Dare(Rule):
     `lambda` times the sum (DARE, arXiv 2311.03099).
     """
 
-    merge_lambda: float = flag(0.3, **LAMBDA)
+    merge_lambda: float = factor(0.3)
     drop_rate: float = flag(0.5, **_DROP_RATE)
     seed: int = flag(0, **_SEED)
 
@@ -76,7 +76,7 @@ class DareTies(Dare):
     As `dare`, then as `ties` (arXiv 2311.03099). With a `density` of 1 it is that of PEFT and mergekit.
     """
 
-    merge_lambda: float = flag(1.0, **LAMBDA)
+    merge_lambda: float = factor(1.0)
     density: float = flag(0.2, **_DENSITY)
 
     def combine(self, matrices: Matrices) -> Merged:
@@ -92,7 +92,7 @@ class Della(Rule):
     the elected sign, times `lambda` (DELLA, arXiv 2406.11617).
     """
 
-    merge_lambda: float = flag(1.1, **LAMBDA)
+    merge_lambda: float = factor(1.1)
     drop_rate: float = flag(0.3, **_DROP_RATE)
     epsilon: float = flag(0.07, help="An entry's drop rate is this much higher or lower by rank.", range="[0, 1)")
     seed: int = flag(0, **_SEED)

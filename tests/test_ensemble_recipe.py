@@ -1,11 +1,12 @@
 """recipes/eval.py --ensemble: results, resuming, processes, and what is refused."""
 
+import shutil
+
 import pytest
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
-from eval_runner import Killed, evaluation, fails_inside, files, predictions, run, scores
-from heterofusion.rivals.ensemble import EnsembleGenerator
+from eval_runner import evaluation, files, predictions, run
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags
 
@@ -36,26 +37,6 @@ def values(settings, tmp_path) -> dict:
     return {**settings, "output_dir": tmp_path / "out"}
 
 
-@pytest.fixture
-def kill_after(monkeypatch):
-    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
-    generate = EnsembleGenerator._generate
-
-    def after(batches: int | None) -> list[int]:
-        sizes: list[int] = []
-
-        def killed(self, prompts):
-            if len(sizes) == batches:
-                raise Killed
-            sizes.append(len(prompts))
-            return generate(self, prompts)
-
-        monkeypatch.setattr(EnsembleGenerator, "_generate", killed)
-        return sizes
-
-    return after
-
-
 def test_results_are_one_row_of_all_members(whole):
     folder, found = whole
     assert files(folder) == [
@@ -83,21 +64,8 @@ def test_two_copies_answer_as_one_model(values, tmp_path):
     assert both["mean"] == alone["mean"] and both["new_tokens"] == alone["new_tokens"]
 
 
-def test_interrupted_ensemble_goes_on(values, whole, kill_after):
-    kill_after(4)
-    fails_inside(values)
-    sizes = kill_after(None)
-    found = run(values, resume=True)
-    assert sizes == [2, 2]  # of six batches, four were there
-    assert scores(found) == scores(whole[1])
-    assert all(predictions(values["output_dir"], label) == predictions(whole[0], label) for label in found["datasets"])
-    sizes = kill_after(0)
-    assert run(values, resume=True) == found and sizes == []
-
-
-def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_restored):
-    kill_after(1)
-    fails_inside(values)
+def test_the_same_ensemble_is_resumed_and_no_other(values, whole, capsys, logging_restored):
+    shutil.copytree(whole[0], values["output_dir"])
     before = contents(values["output_dir"])
     for told, changes in {
         "ensemble: gac, this one has unite": {"ensemble": "unite"},
@@ -107,6 +75,7 @@ def test_another_ensemble_is_not_resumed(values, kill_after, capsys, logging_res
     }.items():
         argv = flags({**values, **changes, "resume": True})
         error_line(capsys, evaluation.main, argv, "holds an evaluation with another", told)
+    assert run(values, resume=True) == whole[1]
     assert contents(values["output_dir"]) == before
 
 

@@ -25,9 +25,7 @@ class MergeArguments:
         help="LoRA experts on the base, two at least: local folders or Hub ids. The first one's tokenizer is kept.",
     )
     method: str = flag("task_arithmetic", help="How they are merged; the methods are listed above.", choices=[*RULES])
-    weights: list[float] | None = flag(
-        None, help="Factor of each expert's update, one per expert; 1 by default.", range="(-inf, inf)"
-    )
+    weights: list[float] | None = flag(None, help="Factor of each expert's update; 1 by default.", range="(-inf, inf)")
     rank: int | None = flag(
         None,
         help="Highest rank of the result, to which it is cut by SVD; by default the sum of the experts' ranks.",
@@ -41,17 +39,13 @@ class MergeArguments:
     dense: bool = flag(
         False, help="Score the merged update itself too, before its rank is cut; holds the changed weights twice."
     )
-    names: list[str] | None = flag(
-        None, help="Of emr: names of the experts' folders, one per expert; by default the experts' own."
-    )
+    names: list[str] | None = flag(None, help="Of emr: a name of each expert's folder; by default its own.")
     dtype: str | None = flag(
         None,
         help="Dtype of the written weights; by default that of the experts, float32 if theirs differ.",
         choices=["float32", "bfloat16", "float16"],
     )
-    overwrite: bool = flag(
-        False, help="Write into an output_dir that is not empty; records and files of the same name go."
-    )
+    overwrite: bool = flag(False, help="Write into an output_dir that is not empty; files of the same name go.")
     device: str = flag(
         "auto",
         help="Where experts are merged and scored; auto takes a GPU if there is one. CPU and GPU drop other entries.",

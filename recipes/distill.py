@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
     export_student(trainer, folder, lora.initial, models, fusion, k, used, metrics, start)
     logger.info("student written to %s", folder)
     if args.push_to_hub and is_main_process():
-        logger.info("pushed: %s", push_output(args, "Upload distilled LoRA adapter"))
+        logger.info("pushed: %s", push_output(args))
 
 
 if __name__ == "__main__":

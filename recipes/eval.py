@@ -14,7 +14,6 @@ adapters, each on its own base of --ensemble_models, write every answer together
 
 import logging
 import sys
-from functools import partial
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
@@ -24,7 +23,7 @@ from heterofusion.evaluation.rows import EVAL_ARGUMENTS, EvalArguments, expert_r
 from heterofusion.evaluation.run import Evaluation
 from heterofusion.rivals.ensemble_row import EnsembleArguments, ensemble_rows
 from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
-from heterofusion.runtime.ranks import start_ranks
+from heterofusion.runtime.ranks import all_together, start_ranks
 
 
 @command
@@ -35,8 +34,10 @@ def main(argv: list[str]) -> None:
     ranks = start_ranks(arguments.model.use_cpu)
     try:
         # everything that can be checked is checked before the base model is loaded
-        make_rows = partial(ensemble_rows, ensemble) if ensemble.ensemble else expert_rows
-        evaluation = Evaluation(arguments, ranks, make_rows, ensemble.settings())
+        with all_together(ranks):
+            joined = ensemble.ensemble is not None
+            rows = ensemble_rows(ensemble, arguments, ranks.device) if joined else expert_rows(arguments, ranks.device)
+        evaluation = Evaluation(arguments, rows, ranks, ensemble.settings())
         release_logging()
         results = evaluation.run()
     finally:

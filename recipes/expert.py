@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     export_lora(trainer, folder, record, about_expert(record))
     logger.info("expert written to %s", folder)
     if args.push_to_hub and is_main_process():
-        logger.info("pushed: %s", push_output(args, "Upload LoRA expert"))
+        logger.info("pushed: %s", push_output(args))
 
 
 if __name__ == "__main__":

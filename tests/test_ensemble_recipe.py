@@ -44,17 +44,17 @@ def test_results_are_one_row_of_all_members(whole):
     ]  # fmt: skip
     assert (found["name"], found["models_at_inference"], found["needs_task_id"]) == ("gac", 2, False)
     assert [member["adapter"]["name"] for member in found["members"]] == ["ner_kitchen", "ner_garden"]
-    assert (found["adapter"], found["fusion"]) == (None, None)
+    assert found["adapter"] is None
     made_by = found["made_by"]
     assert (made_by["kind"], made_by["method"], made_by["ran_source_models"]) == ("ensemble", "gac", True)
     assert found["peak_memory_bytes"] > 10**8 and found["tokens_per_second"] > 0
-    assert found["generation"]["batch_size"] == 2 and found["generation"]["max_prompt_length"] == 512 - 24
+    assert found["settings"]["batch_size"] == "2"
     assert "/" not in str(found["settings"])
 
 
 def test_two_copies_answer_as_one_model(values, tmp_path):
     expert = {"ensemble_models": None, "adapters": [EXPERTS[0]] * 2}
-    both = run(values, **expert, ensemble="unite", unite_top_k=3, name="twice")
+    both = run(values, **expert, ensemble="unite", unite_top_k=3, names=["twice"])
     alone = run(
         {**values, "output_dir": tmp_path / "alone"}, adapters=[EXPERTS[0]], ensemble=None, ensemble_models=None
     )
@@ -97,7 +97,7 @@ WRONG = {
     "numbers": ({"ensemble_models": BASES[:1]}, ["--ensemble_models has 1 values, but --adapters has 2"]),
     "no ensemble": ({"ensemble": None}, ["--ensemble_models is for ensembles", "give --ensemble"]),
     "other base": ({"model_name_or_path": zoo_path("mistral")}, [f"--model_name_or_path {zoo_path('mistral')} among"]),
-    "names": ({"names": ["a", "b"]}, ["--names names adapters, but --ensemble gac", "--name"]),
+    "names": ({"names": ["a", "b"]}, ["--names has 2 values for 1 of them"]),
     "room": ({"max_new_tokens": 600}, ["--max_new_tokens 600 leaves no room"]),
     "unfit": ({"ensemble_models": None}, [f"adapter {EXPERTS[1]} does not fit base model {BASES[0]}"]),
 }

@@ -1,7 +1,6 @@
 """recipes/eval.py as a program: its results, its flags, its errors."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -14,10 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import GOLDEN
 from eval_runner import COUNT, TASKS, evaluation, expert_values, files, predictions, results, run, scores
 from heterofusion.evaluation.metrics import UIEF1
-from heterofusion.evaluation.rows import EVAL_ARGUMENTS
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from heterofusion.zoo.build import score_tasks
-from recipe_runner import ROOT, error_line, flags, shell
+from recipe_runner import ROOT, error_line, flags, late_error, shell
 
 pytest_plugins = ["eval_runner"]
 
@@ -64,7 +62,7 @@ def test_scores_are_those_of_the_zoo(whole):
     ]
 
 
-def test_predictions_are_kept_in_the_order_of_the_data_set(whole):
+def test_results_and_predictions_say_what_was_done(whole):
     _, folder, found = whole
     for task, metric in zip(TASKS, ("NER", "RE"), strict=True):
         kept, examples = predictions(folder, task), make_examples(task, "test", COUNT)
@@ -78,17 +76,10 @@ def test_predictions_are_kept_in_the_order_of_the_data_set(whole):
         assert record["scores"] == rescored
         assert (record["metric"], record["primary"], record["score"]) == (metric, "f1", rescored["f1"])
         assert record["new_tokens"] == sum(answer["new_tokens"] for answer in kept)
-
-
-def test_results_say_what_was_done(whole):
-    _, _, found = whole
     assert (found["name"], found["labels"]) == ("ner_kitchen", {"experiment": "single source", "seed": "0"})
-    assert (found["base_model"], found["adapter"]["name"], found["fusion"]) == ("base", "ner_kitchen", None)
-    assert found["generation"] == {
-        "max_new_tokens": 40, "batch_size": 4, "cache_implementation": "dynamic", "dtype": "float32",
-        "max_prompt_length": 512 - 40,
-    }  # fmt: skip
-    assert (found["processes"], found["device"]) == (1, "cpu")
+    assert (found["base_model"], found["adapter"]["name"]) == ("base", "ner_kitchen")
+    assert (found["processes"], found["device"], found["dtype"]) == (1, "cpu", "float32")
+    assert (found["settings"]["max_new_tokens"], found["settings"]["batch_size"]) == (40, "4")
     assert found["new_tokens"] == sum(record["new_tokens"] for record in found["datasets"].values())
     assert found["tokens_per_second"] == pytest.approx(found["new_tokens"] / found["seconds"], rel=0.01)
     assert found["settings"]["dataset_name"] == ["ner_kitchen.jsonl", "re_town.jsonl"]
@@ -128,7 +119,6 @@ def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys
     assert texts["expert"] == texts["again"] == alone
     assert len({tuple(text) for text in texts.values()}) == len(names) - 1
     assert results(out / "bare")["adapter"] is None
-    assert results(out / "prompt")["generation"]["max_prompt_length"] == 512 - 40 - 3
     assert not (out / "results.json").exists()
 
 
@@ -148,24 +138,17 @@ def test_merged_adapters_give_the_same_answers_each_on_a_clean_base(values, test
     texts = {name: [record["prediction"] for record in predictions(tmp_path / "merged" / name)] for name in names}
     assert texts["expert"] == [record["prediction"] for record in predictions(whole[1])]
     assert texts["bare"] not in (texts["other"], texts["expert"])
-
-    prompt = tmp_path / "prompt"
-    base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
-    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(prompt)
-    new = {**argv, "output_dir": tmp_path / "new"}
-    unmergeable = flags({**new, "adapters": [prompt], "names": None})
-    error_line(capsys, evaluation.main, unmergeable, "cannot be merged", prompt)
-    error_line(capsys, evaluation.main, flags({**new, "load_in_4bit": True}), "--merge_adapters", "quantized")
+    error_line(capsys, evaluation.main, flags({**argv, "overwrite": True, "load_in_4bit": True}), "quantized")
 
 
 def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
     """GLUE by its columns, exact match by a flag, of other formats; all from a YAML file."""
     glue = [{"prompt": "Sentence: fine\nAnswer:", "completion": " positive", "kind": "GLUE", "task": "sst2"}]
-    write_dataset(tmp_path / "sst2.jsonl", glue)
+    Dataset.from_list(glue).to_parquet(tmp_path / "sst2.parquet")
     alpaca = [{"instruction": "Say it", "input": "now", "output": "it", "history": []}]
     (tmp_path / "exact.json").write_text(json.dumps(alpaca))
     config = {
-        "dataset_name": [str(tmp_path / "sst2.jsonl"), str(tmp_path / "exact.json")],
+        "dataset_name": [str(tmp_path / "sst2.parquet"), str(tmp_path / "exact.json")],
         "metric": ["auto", "exact_match"], "dataset_label": ["glue", "exact"], "max_new_tokens": 3,
     }  # fmt: skip
     (tmp_path / "eval.yaml").write_text(json.dumps(config))  # JSON is YAML
@@ -178,17 +161,6 @@ def test_metrics_of_each_data_set_and_a_config_file(values, tmp_path):
     assert predictions(values["output_dir"], "exact")[0]["prompt"] == "Say it\nnow"
 
 
-def test_files_of_every_kind_give_the_same(values, test_sets, tmp_path):
-    data = Dataset.from_list([json.loads(line) for line in test_sets["re_town"].read_text().splitlines()])
-    data.to_csv(tmp_path / "t.csv")
-    data.to_parquet(tmp_path / "t.parquet")
-    names = [test_sets["re_town"], tmp_path / "t.csv", tmp_path / "t.parquet"]
-    found = run(values, dataset_name=names, dataset_label=["lines", "csv", "parquet"], max_new_tokens=4)
-    assert {r["metric"] for r in found["datasets"].values()} == {"RE"}
-    lines, csv, parquet = (predictions(values["output_dir"], label) for label in found["datasets"])
-    assert lines == csv == parquet and len(lines) == COUNT
-
-
 def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
     tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
     lengths = sorted(len(tokenizer(e["prompt"])["input_ids"]) for e in make_examples("ner_kitchen", "test", COUNT))
@@ -198,24 +170,8 @@ def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
     assert evaluation.main(argv) == 0
     found = results(values["output_dir"])
     assert found["datasets"]["ner_kitchen"]["prompts_cut"] == longer > 0
-    assert found["generation"]["max_prompt_length"] == limit
     said = f"{longer} of {COUNT} prompts of ner_kitchen were cut to {limit} tokens on the left"
     assert said in capsys.readouterr().err
-
-
-def test_tokenizer_beside_an_adapter_is_used(values, tmp_path):
-    own = tmp_path / "own"
-    shutil.copytree(zoo_path("llama", "ner_kitchen"), own)
-    tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ ' A:' if m['role'] == 'assistant' }}{{ m['content'] }}!{% endfor %}"
-        "{% if add_generation_prompt %} A:{% endif %}"
-    )
-    tokenizer.save_pretrained(own)
-    rows = [{"messages": [{"role": "user", "content": "tool"}, {"role": "assistant", "content": "axe"}]}]
-    write_dataset(tmp_path / "chat.jsonl", rows)
-    run(values, adapters=[own], dataset_name=[tmp_path / "chat.jsonl"], metric="exact_match", max_new_tokens=2)
-    assert predictions(values["output_dir"], "chat")[0]["prompt"] == "tool! A:"
 
 
 @pytest.mark.distributed
@@ -240,103 +196,90 @@ def test_two_processes_give_the_same(whole, tmp_path):
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_flag(capsys):
-    assert evaluation.main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"--{name}" in text for kind in EVAL_ARGUMENTS for name in kind.__dataclass_fields__)
-
-
-def test_missing_files(refused, tmp_path):
-    refused("test file", tmp_path / "no.jsonl", "does not exist", dataset_name=[tmp_path / "no.jsonl"])
-    refused("adapter folder", tmp_path / "no", "does not exist", adapters=["none", tmp_path / "no"])
-    refused("--dataset_name is missing", dataset_name=None)
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty" / "adapter_config.json", "is missing", adapters=[tmp_path / "empty"])
-    shutil.copy(GOLDEN / "target_llama" / "adapter_config.json", tmp_path / "empty")
-    refused("adapter_model.safetensors is missing", adapters=[tmp_path / "empty"])
-    (tmp_path / "empty" / "adapter_model.safetensors").write_bytes(b"junk")
-    refused("adapter_model.safetensors is damaged", adapters=[tmp_path / "empty"])
-
-
-def test_adapter_that_does_not_fit(refused, tmp_path):
-    qwen = zoo_path("qwen2", "ner_kitchen")
+def test_adapter_that_is_damaged_or_does_not_fit(refused, values, tmp_path, capsys):
+    qwen, other = zoo_path("qwen2", "ner_kitchen"), tmp_path / "other"
     refused(f"adapter {qwen} does not fit base model {zoo_path('llama')}", "give the base", adapters=["none", qwen])
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], r=2)
     base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
-    get_peft_model(base, config).save_pretrained(tmp_path / "other")
-    found = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
-    for change, reason in (
-        ({"target_modules": ["q_proj"]}, "missing adapter keys"),
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"], r=2)
+    get_peft_model(base, config).save_pretrained(other)
+    found = json.loads((other / "adapter_config.json").read_text())
+    for change, *reasons in (
+        ({"target_modules": ["q_proj"]}, "does not fit", "missing adapter keys"),
         ({"target_modules": ["v_proj", "q_proj"]}, "layers.0.self_attn.q_proj.lora_A"),  # a place without weights
         ({"layers_to_transform": [0]}, "no place for base_model.model.model.layers.1.self_attn.v_proj.lora_A"),
-        ({"target_modules": ["unknown"]}, "unknown"),
         ({"r": 4}, "size mismatch"),
+        ({"peft_type": "NEW"}, "PEFT cannot read"),
+        ({"task_type": "SEQ_CLS"}, "is for the task SEQ_CLS"),
     ):
-        (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, **change}))
-        refused(f"adapter {tmp_path / 'other'} does not fit", reason, adapters=[tmp_path / "other"])
-    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, "peft_type": "NEW"}))
-    refused(f"adapter {tmp_path / 'other'}: PEFT cannot read", adapters=[tmp_path / "other"])
-    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps({**found, "task_type": "SEQ_CLS"}))
-    refused("is for the task SEQ_CLS", adapters=[tmp_path / "other"])
+        (other / "adapter_config.json").write_text(json.dumps({**found, **change}))
+        refused(f"adapter {other}", *reasons, adapters=[other])
+    (other / "adapter_config.json").write_text(json.dumps(found))
+    (other / "adapter_model.safetensors").write_bytes(b"junk")
+    refused("adapter_model.safetensors is damaged", adapters=[other])
+    for name, kind, *words in (
+        ("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
+        ("ia3", IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])),
+    ):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama"), kind).save_pretrained(
+            tmp_path / name
+        )
+        argv = flags({**values, "adapters": [tmp_path / name]})
+        late_error(capsys, evaluation.main, argv, f"adapter {tmp_path / name} does not fit", *words)
 
 
-def test_adapter_of_another_kind_that_does_not_fit(refused, values, tmp_path, capsys, logging_restored):
-    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
-    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    get_peft_model(base, prompt).save_pretrained(tmp_path / "prompt")
-    refused(f"adapter {tmp_path / 'prompt'} does not fit", "virtual tokens", adapters=[tmp_path / "prompt"])
-    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama")
-    ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])
-    get_peft_model(base, ia3).save_pretrained(tmp_path / "ia3")
-    assert evaluation.main(flags({**values, "adapters": [tmp_path / "ia3"]})) == 2  # seen when it is loaded
-    assert f"error: adapter {tmp_path / 'ia3'} does not fit base model" in capsys.readouterr().err
+WRONG = {
+    "labels": ({"dataset_label": ["a/b"]}, ["cannot be the name of a file", "--dataset_label"]),
+    "number of labels": ({"dataset_label": ["a", "b"]}, ["--dataset_label has 2 values"]),
+    "names": ({"adapters": ["none", "none"], "names": ["..", "b"]}, ["cannot be the name of a file"]),
+    "number of names": ({"adapters": ["none", "none"], "names": ["b"]}, ["--names has 1 values for 2"]),
+    "same names": ({"adapters": ["none", "none"]}, ["the same name 'base'", "--names"]),
+    "empty adapter": ({"adapters": ["none", ""]}, ["--adapters is ['none', '']"]),
+    "metric": ({"metric": ["f1"]}, ["argument --metric", "'f1'", "uie"]),
+    "number of metrics": ({"metric": ["NER", "RE"]}, ["--metric has 2 values"]),
+    "batch size 0": ({"batch_size": 0}, ["--batch_size is '0'", "or auto"]),
+    "new tokens": ({"max_new_tokens": 0}, ["--max_new_tokens is 0"]),
+    "no room": ({"max_new_tokens": 600}, ["--max_new_tokens 600 leaves no room", "512"]),
+    "long prompts": ({"max_prompt_length": 500}, ["--max_prompt_length 500", "give 472 at most"]),
+    "short prompts": ({"max_prompt_length": 1}, ["--max_prompt_length is 1"]),
+    "examples": ({"max_examples": -1}, ["--max_examples is -1"]),
+    "row labels": ({"labels": ["seed"]}, ["--labels is ['seed']", "key=value"]),
+    "both": ({"resume": True, "overwrite": True}, ["exclude each other"]),
+    "no data": ({"dataset_name": None}, ["--dataset_name is missing"]),
+    "no file": ({"dataset_name": ["/no.jsonl"]}, ["test file", "/no.jsonl", "does not exist"]),
+    "no adapter": ({"adapters": ["none", "/no"]}, ["adapter folder", "/no", "does not exist"]),
+    "no tensors": ({"adapters": [GOLDEN]}, [GOLDEN / "adapter_config.json", "is missing"]),
+}
 
 
-def test_names_that_clash(refused, test_sets, tmp_path):
-    copy = tmp_path / "ner_kitchen.json"
-    shutil.copy(test_sets["ner_kitchen"], copy)
-    refused("the same name 'ner_kitchen'", "--dataset_label", dataset_name=[test_sets["ner_kitchen"], copy])
-    refused(
-        "the same name 'ner_kitchen'", "--names", adapters=[zoo_path(f, "ner_kitchen") for f in ("llama", "qwen2")]
-    )
-    refused("cannot be the name of a file", dataset_label=["a/b"])
-    refused("cannot be the name of a file", adapters=["none", "none"], names=["..", "b"])
-    refused("--names has 1 values for 2", adapters=["none", "none"], names=["b"])
-    refused("--name is for one adapter", adapters=["none", zoo_path("llama", "re_town")], name="x")
-    refused("--dataset_label has 2 values", dataset_label=["a", "b"])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_values(case, refused):
+    changed, words = WRONG[case]
+    refused(*words, **changed)
 
 
-def test_wrong_values(refused):
-    refused("--metric 'f1' is not known", metric=["f1"])
-    refused("--metric has 2 values", metric=["NER", "RE"])
-    refused("--batch_size is '0'", "or auto", batch_size=0)
-    refused("--batch_size is 'many'", batch_size="many")
-    refused("--max_new_tokens is 0", max_new_tokens=0)
-    refused("--max_new_tokens 600 leaves no room", "512", max_new_tokens=600)
-    refused("--max_prompt_length 500", "give 472 at most", max_prompt_length=500)
-    refused("--max_prompt_length is 1", max_prompt_length=1)
-    refused("--max_examples is -1", max_examples=-1)
-    refused("--labels has 'seed'", "key=value", labels=["seed"])
-    refused("the key 'a' twice", labels=["a=1", "a=2"])
-    refused("exclude each other", resume=True, overwrite=True)
+GOOD = {"prompt": "a", "completion": "b"}
+UNFIT = {
+    "text": ([{"text": "a"}], ["data.jsonl has no columns of prompts and answers"]),
+    "no kind": ([GOOD], ["data.jsonl: no column `kind`", "--metric"]),
+    "null": ([GOOD, {"prompt": "a", "completion": None}], ["data.jsonl, line 2", "`completion` is null"]),
+    "label": (
+        [{"prompt": "a", "completion": "great", "kind": "GLUE", "task": "sst2"}],
+        ["data.jsonl: references[0] is 'great'", "must be one of negative, positive"],
+    ),
+    "no answer": (
+        [{"messages": [{"role": "user", "content": "a"}], "kind": "NER"}],
+        ["data.jsonl, line 1", "no assistant turn"],
+    ),
+    "no prompt": ([{"prompt": "", "completion": "w4", "kind": "NER"}], ["data.jsonl, line 1: the prompt is empty"]),
+}
 
 
-def test_data_that_cannot_be_evaluated(refused, tmp_path, base_dir):
-    def data(name: str, *rows: dict) -> list:
-        return [write_dataset(tmp_path / name, rows)]
-
-    refused("text.jsonl has no columns of prompts and answers", dataset_name=data("text.jsonl", {"text": "a"}))
-    bare = data("bare.jsonl", {"prompt": "a", "completion": "b"})
-    refused("bare.jsonl: its records have no column `kind`", "--metric", dataset_name=bare)
-    broken = data("broken.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None})
-    refused("broken.jsonl, line 2", "`completion` is null", dataset_name=broken, metric="uie")
-    label = data("label.jsonl", {"prompt": "a", "completion": "great", "kind": "GLUE", "task": "sst2"})
-    refused("label.jsonl: references[0] is 'great'", "must be one of negative, positive", dataset_name=label)
-    empty = data("empty.jsonl", {"prompt": "", "completion": "w4"})
-    no_bos = {"model_name_or_path": base_dir, "adapters": ["none"], "max_new_tokens": 2, "metric": "uie"}
-    refused("empty.jsonl, line 1: the prompt is empty", dataset_name=empty, **no_bos)
-    chat = data("chat.jsonl", {"messages": [{"role": "user", "content": "a"}]})
-    refused("chat.jsonl, line 1", "no assistant turn", dataset_name=chat, metric="uie")
+@pytest.mark.parametrize("case", UNFIT)
+def test_data_that_cannot_be_evaluated(case, refused, tmp_path, base_dir):
+    rows, words = UNFIT[case]
+    data = write_dataset(tmp_path / "data.jsonl", rows)
+    no_bos = {"model_name_or_path": base_dir, "adapters": ["none"], "max_new_tokens": 2} if case == "no prompt" else {}
+    refused(*words, dataset_name=[data], **no_bos)
 
 
 def test_output_folder_that_is_not_empty(refused, values):

@@ -15,7 +15,9 @@ from conftest import TINY, fresh_base, perturb
 from heterofusion import HeteroFusionModel, load_adapter, push_adapter
 from heterofusion.method.config import MethodConfig
 from heterofusion.publish.hub import push_command
+from heterofusion.publish.record import FILE_OF_KIND
 from heterofusion.publish.write import ExportError, export_adapter
+from heterofusion.runtime.files import file_sha256
 from hub_server import CLOSE, LOSE, OWNER, STAGES, TOKEN, HubServer
 from recipe_runner import flags, recipe, save_tokenizer, shell, succeeds, train
 
@@ -130,7 +132,7 @@ def test_push_uploads_the_adapter_whatever_lies_beside_it(hub, adapter, base_dir
     assert pushed == {**local, "base_model_name_or_path": "llama"}
     assert_nothing_private(hub, tmp_path, base_dir, "run of mine")
     assert snapshot(tmp_path) == before
-    assert [commit["summary"] for commit in hub.repos["you/fused"].commits] == ["Upload fused adapter"]
+    assert [commit["summary"] for commit in hub.repos["you/fused"].commits] == ["Upload fusion adapter"]
 
 
 @pytest.mark.parametrize("base", ["/data/jane/llama", "~/llama", "../models/llama", r"C:\Users\jane\llama"])
@@ -181,60 +183,30 @@ def test_privacy_branch_and_owner_arrive(hub, adapter, capsys):
 
 def test_existing_repository_gets_what_changed(hub, adapter):
     push_adapter(adapter, "fused", revision="v1")
-    hub.repos[f"{OWNER}/fused"].branches["v1"]["kept.txt"] = b"another's"
-    assert push_adapter(adapter, "fused", revision="v1")  # nothing to commit
     (adapter / "README.md").write_text((adapter / "README.md").read_text() + "Mine.\n")
     push_adapter(adapter, "fused", revision="v1", private=True)
     commits = hub.repos[f"{OWNER}/fused"].commits
     assert [commit["files"] for commit in commits] == [sorted(FILES), ["README.md"]]
-    assert hub.files(f"{OWNER}/fused", "v1").keys() == FILES | {"kept.txt"}
 
 
-# Records that other methods write beside the adapter, and the commits they make.
-OTHERS = {
-    "merge.json": "Upload merged adapter",
-    "distillation.json": "Upload distilled adapter",
-    "expert.json": "Upload LoRA expert",
-}
-
-
-@pytest.fixture
-def merged(adapter) -> Path:
-    """The folder of a merge, in place of that of a fusion."""
-    record = json.loads((adapter / "fusion.json").read_text())
+@pytest.mark.parametrize("kind", ["merge", "distillation", "tuning"])
+def test_adapters_of_other_methods_are_pushed_with_their_record(hub, adapter, base_dir, tmp_path, kind):
+    """An earlier fusion's record is of other weights."""
+    edit(adapter / "fusion.json", weights_sha256="0" * 64)
+    (adapter / "diagnostics.json").unlink()
     content = {"experts": [{"name": "/data/jane/one"}], "base_path": str(Path.home() / "llama"), "note": TOKEN}
-    made_by = {"kind": "merge", "method": "ties", "seed": None, "source_control": None}
-    (adapter / "merge.json").write_text(
-        json.dumps({**content, "made_by": made_by, "weights_sha256": record["weights_sha256"]})
-    )
-    (adapter / "fusion.json").unlink()
-    return adapter
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_adapters_of_other_methods_are_pushed_with_their_record(hub, merged, base_dir, tmp_path, capsys, name):
-    (merged / "merge.json").rename(merged / name)
-    before = snapshot(tmp_path)
-    assert push(flags({"adapter": merged, "hub_model_id": "lab/merged"})) == 0
-    assert capsys.readouterr().out == f"{hub.url}/lab/merged/commit/{1:040x}\n"
-    received = hub.files("lab/merged")
+    made_by = {"kind": kind, "method": "ties", "seed": None, "source_control": None}
+    name = FILE_OF_KIND[kind]
+    sha256 = file_sha256(adapter / WEIGHTS)
+    (adapter / name).write_text(json.dumps({**content, "made_by": made_by, "weights_sha256": sha256}))
+    push_adapter(adapter, "lab/made")
+    received = hub.files("lab/made")
     assert received.keys() == FILES - {"fusion.json", "diagnostics.json"} | {name}
     pushed = json.loads(received[name])
     assert (pushed["experts"], pushed["base_path"], pushed["note"]) == ([{"name": "one"}], "llama", "<token>")
     assert pushed["made_by"]["method"] == "ties"
     assert_nothing_private(hub, tmp_path, base_dir, "jane")
-    assert snapshot(tmp_path) == before
-    assert [commit["summary"] for commit in hub.repos["lab/merged"].commits] == [OTHERS[name]]
-
-
-def test_record_of_these_weights_is_pushed_where_there_are_several(hub, merged):
-    edit(shutil.copy(merged / "merge.json", merged / "fusion.json"), weights_sha256="0" * 64)  # of an earlier fusion
-    shutil.copy(merged / "fusion.json", merged / "expert.json")
-    push_adapter(merged, "one")
-    assert hub.files(f"{OWNER}/one").keys() == FILES - {"fusion.json", "diagnostics.json"} | {"merge.json"}
-    edit(merged / "merge.json", weights_sha256="1" * 64)  # of none: the order decides
-    push_adapter(merged, "two")
-    assert hub.files(f"{OWNER}/two").keys() == FILES
+    assert [commit["summary"] for commit in hub.repos["lab/made"].commits] == [f"Upload {kind} adapter"]
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -242,6 +214,7 @@ def test_record_of_these_weights_is_pushed_where_there_are_several(hub, merged):
 
 INCOMPLETE = {
     "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
+    "that of others": ("fusion.json", b'{"weights_sha256": "0"}', "holds no fusion.json or .* of these weights"),
     "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
     "a control": (
         "fusion.json",
@@ -267,7 +240,7 @@ def test_incomplete_adapter_raises_before_anything_is_sent(hub, adapter, case):
     assert not hub.calls
 
 
-@pytest.mark.parametrize("name", ["my run", "a/b/c", "", "fused--two", "-fused"])
+@pytest.mark.parametrize("name", ["my run", "a/b/c", ""])
 def test_name_that_is_none_raises_before_anything_is_sent(hub, adapter, name):
     with pytest.raises(ExportError, match=r"HFValidationError.*--hub_model_id NAME$") as raised:
         push_adapter(adapter, name)

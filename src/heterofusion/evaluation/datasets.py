@@ -1,27 +1,23 @@
 """Data sets with the right answers: their flags, samples and metrics."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from heterofusion.data.files import Records
-from heterofusion.data.replay import DataArguments, DatasetSpec
-from heterofusion.evaluation.metrics import AUTO, METRICS, check_metric, choose_metric, score
+from datasets import Dataset
+
+from heterofusion.data.files import SUFFIXES
+from heterofusion.data.replay import DataArguments, DatasetSpec, match_lists, nth
+from heterofusion.evaluation.metrics import AUTO, METRICS, choose_metric, score
 from heterofusion.experts.examples import Examples, Prompts, load_examples
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.flags import flag
-
-# No colon, slash or leading dot: these become names of files and folders, and columns of a Markdown table.
-_FILE_NAME = re.compile(r"\w[\w.+=-]*")
+from heterofusion.runtime.flags import check_ranges, flag
 
 
 def is_file_name(name: str) -> bool:
     """Whether a label or a name can be that of a file or a folder everywhere."""
-    return _FILE_NAME.fullmatch(name) is not None
+    return re.fullmatch(r"\w[\w.+=-]*", name) is not None  # no colon, slash, bar or leading dot
 
 
 def check_file_names(names: Sequence[str], owners: Sequence[str], what: str, flag: str) -> list[str]:
@@ -30,15 +26,11 @@ def check_file_names(names: Sequence[str], owners: Sequence[str], what: str, fla
         raise UserError(f"--{flag} has {len(names)} values for {len(owners)} of them; give one per {what}")
     for index, (name, owner) in enumerate(zip(names, owners, strict=True)):
         if not is_file_name(name):
-            raise UserError(
-                f"{name!r}, the name of {what} {owner}, cannot be the name of a file; give --{flag}, one per {what}, "
-                "of letters, digits and . _ + = -"
-            )
+            told = f"{name!r}, the name of {what} {owner}, cannot be the name of a file"
+            raise UserError(f"{told}; give --{flag}, one per {what}, of letters, digits and . _ + = -")
         if name in names[:index]:
-            raise UserError(
-                f"{what} {owners[names.index(name)]} and {what} {owner} have the same name {name!r}; give --{flag}, "
-                f"one per {what}, all different"
-            )
+            told = f"{what} {owners[names.index(name)]} and {what} {owner} have the same name {name!r}"
+            raise UserError(f"{told}; give --{flag}, one per {what}, all different")
     return [*names]
 
 
@@ -61,44 +53,33 @@ class EvalDataArguments:
     dataset_seed: int = flag(42, help="Seed of the sampling.")
     metric: list[str] = flag(
         default_factory=lambda: [AUTO],
-        help=f"Metric of each data set: {', '.join(METRICS)}; {AUTO} reads the columns kind and task of its records.",
+        help=f"Metric of each data set; {AUTO} reads the columns kind and task of its records.",
+        choices=[AUTO, *METRICS],
     )
 
     def __post_init__(self) -> None:
         if not self.dataset_name:
             raise UserError("--dataset_name is missing: name at least one data set to evaluate on")
+        match_lists(self, "dataset_name", "metric")
+        check_ranges(self)
         self.specs()
-        if len(self.metric) not in (1, len(self.dataset_name)):
-            raise UserError(
-                f"--metric has {len(self.metric)} values, but --dataset_name has {len(self.dataset_name)}: give one "
-                "per data set"
-            )
-        for metric in self.metric:
-            if metric != AUTO:
-                check_metric(metric)
         self.labels()
 
     def specs(self) -> list[DatasetSpec]:
         """The data sets, checked as those of a replay mixture are."""
-        return DataArguments(
-            dataset_name=self.dataset_name,
-            dataset_config=self.dataset_config,
-            dataset_split=self.dataset_split,
-            max_examples=self.max_examples,
-            dataset_seed=self.dataset_seed,
-        ).replay_sets()
+        names = ("dataset_name", "dataset_config", "dataset_split", "max_examples", "dataset_seed")
+        return DataArguments(**{name: getattr(self, name) for name in names}).replay_sets()
 
     def labels(self) -> list[str]:
         """The names of the data sets in results, one per data set."""
         paths = [Path(name).expanduser() for name in self.dataset_name]
         # a Hub id may hold a dot too; what ends like a data file is one
-        files = (".json", ".jsonl", ".csv", ".parquet")
-        labels = self.dataset_label or [p.stem if p.suffix.lower() in files else p.resolve().name for p in paths]
-        return check_file_names(labels, self.dataset_name, "data set", "dataset_label")
+        own = [path.stem if path.suffix.lower() in SUFFIXES else path.resolve().name for path in paths]
+        return check_file_names(self.dataset_label or own, self.dataset_name, "data set", "dataset_label")
 
     def metrics(self) -> list[str]:
         """The metrics, one per data set."""
-        return self.metric * len(self.dataset_name) if len(self.metric) == 1 else self.metric
+        return [nth(self.metric, index) for index in range(len(self.dataset_name))]
 
 
 @dataclass(frozen=True)
@@ -107,18 +88,17 @@ class EvalSet(Examples):
 
     metric: str  # one of `heterofusion.evaluation.metrics.METRICS`
 
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for predictions to be of the same examples."""
-        return {"sha256": self.sha256, **self.sample}
-
 
 def load_eval_sets(args: EvalDataArguments) -> list[EvalSet]:
-    """Load and sample the data sets, in order, and choose their metrics."""
+    """Load and sample the data sets, in order, and choose their metrics by all of their records."""
     sets = []
     for spec, label, wanted in zip(args.specs(), args.labels(), args.metrics(), strict=True):
         examples = load_examples(spec, label, args.dataset_seed)
-        metric = choose_metric(wanted, _kinds(examples.records), examples.records.label)
-        sets.append(EvalSet(**vars(examples), metric=metric))
+        rows = examples.records.rows
+        if isinstance(rows, Dataset):
+            names = [name for name in rows.column_names if name in ("kind", "task")]
+            rows = rows.select_columns(names or rows.column_names[:1]).to_list()
+        sets.append(EvalSet(**vars(examples), metric=choose_metric(wanted, rows, examples.records.label)))
     return sets
 
 
@@ -128,13 +108,3 @@ def check_references(examples: EvalSet, prompts: Prompts) -> None:
         score(examples.metric, prompts.references, prompts.references)
     except UserError as error:
         raise UserError(f"{examples.records.label}: {error}") from error
-
-
-def _kinds(records: Records) -> Iterator[dict[str, Any]]:
-    """The columns that tell the metric, of all records: a file of several kinds is refused whatever the sample."""
-    if isinstance(records.rows, list):
-        yield from records.rows
-        return
-    names = [name for name in ("kind", "task") if name in records.rows.column_names]
-    for row in records.rows.select_columns(names) if names else [{}]:
-        yield dict(row)

@@ -5,11 +5,8 @@ count. An answer that is no label of the task does not parse: it is wrong in eve
 is a score of its own.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 from scipy.stats import pearsonr, spearmanr
@@ -19,19 +16,17 @@ from heterofusion.evaluation.uie import check_answers
 from heterofusion.runtime.errors import UserError
 
 # The names GLUE gives its labels, in the order of its label numbers, as words. STS-B has a number from 0 to 5 instead.
-GLUE_LABELS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "cola": ("unacceptable", "acceptable"),
-        "mnli": ("entailment", "neutral", "contradiction"),
-        "mrpc": ("not equivalent", "equivalent"),
-        "qnli": ("entailment", "not entailment"),
-        "qqp": ("not duplicate", "duplicate"),
-        "rte": ("entailment", "not entailment"),
-        "sst2": ("negative", "positive"),
-        "stsb": (),
-        "wnli": ("not entailment", "entailment"),
-    }
-)
+GLUE_LABELS: dict[str, tuple[str, ...]] = {
+    "cola": ("unacceptable", "acceptable"),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "mrpc": ("not equivalent", "equivalent"),
+    "qnli": ("entailment", "not entailment"),
+    "qqp": ("not duplicate", "duplicate"),
+    "rte": ("entailment", "not entailment"),
+    "sst2": ("negative", "positive"),
+    "stsb": (),
+    "wnli": ("not entailment", "entailment"),
+}
 MAX_SIMILARITY = 5.0  # of STS-B
 
 _F1_OF = {"mrpc": "equivalent", "qqp": "duplicate"}
@@ -54,13 +49,14 @@ def parse_similarity(text: str) -> float | None:
 
 
 def score_glue(task: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
-    """Scores answers of a GLUE task; what `GLUEText(task).compute` returns.
+    """Scores of answers of a GLUE task; what `GLUEText(task).compute` returns.
 
     `accuracy` of the labels' words; for CoLA also `matthews_correlation`, for MRPC and QQP `f1` of `equivalent` and
     `duplicate`; for STS-B `pearson` and `spearman` alone. What is undefined is 0. `format_failure_rate` is the share
     of predictions that are no label, or no number from 0 to 5; `num_examples` their number.
     """
-    check_task(task)
+    if task not in GLUE_LABELS:
+        raise UserError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
     check_answers(predictions, references)
     labels = GLUE_LABELS[task]
     parse: Any = (lambda text: parse_label(text, labels)) if labels else parse_similarity
@@ -82,12 +78,9 @@ def _label_scores(task: str, found: list[str | None], expected: list[str]) -> di
         varied = len(set(answers)) > 1 and len(set(expected)) > 1
         scores["matthews_correlation"] = float(matthews_corrcoef(expected, answers)) if varied else 0.0
     if task in _F1_OF:
-        wanted = [int(label == _F1_OF[task]) for label in expected]
+        wanted = [label == _F1_OF[task] for label in expected]
         # An answer that does not parse is wrong: taken for the other label, it cannot raise F1 by saying nothing.
-        got = [
-            1 - right if label is None else int(label == _F1_OF[task])
-            for right, label in zip(wanted, found, strict=True)
-        ]
+        got = [label == _F1_OF[task] if label else not right for right, label in zip(wanted, found, strict=True)]
         scores["f1"] = float(f1_score(wanted, got, zero_division=0.0))
     return scores
 
@@ -97,13 +90,5 @@ def _similarity_scores(found: list[float | None], expected: list[float]) -> dict
     answers = [MAX_SIMILARITY / 2 if number is None else number for number in found]
     if len(set(answers)) == 1 or len(set(expected)) == 1:
         return {"pearson": 0.0, "spearman": 0.0}
-    return {
-        "pearson": float(pearsonr(answers, expected).statistic),
-        "spearman": float(spearmanr(answers, expected).statistic),
-    }
-
-
-def check_task(task: str) -> None:
-    """Refuse a task that is none of GLUE's."""
-    if task not in GLUE_LABELS:
-        raise UserError(f"{task!r} is no GLUE task; choose one of {', '.join(GLUE_LABELS)}")
+    measures = {"pearson": pearsonr, "spearman": spearmanr}
+    return {name: float(measure(answers, expected).statistic) for name, measure in measures.items()}

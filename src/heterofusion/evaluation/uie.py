@@ -5,9 +5,6 @@ spaces around punctuation are dropped and letters are lowercased. `None` (or not
 Named entities (NER), entity types (ET) and relations (RE) are scored alike; only what breaks the format differs.
 """
 
-from __future__ import annotations
-
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -18,17 +15,12 @@ KINDS = ("NER", "RE", "ET")
 
 
 def normalize(text: str) -> str:
-    """Brings an answer into the form in which items are compared."""
-    words = unicodedata.normalize("NFKC", text).lower().split()
-    joined = " ".join(words)
-    out: list[str] = []
-    for index, char in enumerate(joined):
-        if char == " ":
-            before, after = joined[index - 1], joined[index + 1]
-            if _is_punctuation(before) or _is_punctuation(after):
-                continue
-        out.append(char)
-    return "".join(out)
+    """An answer in the form in which items are compared."""
+    joined = ""
+    for word in unicodedata.normalize("NFKC", text).lower().split():
+        apart = joined and not _is_punctuation(joined[-1]) and not _is_punctuation(word[0])
+        joined += f" {word}" if apart else word
+    return joined
 
 
 def _is_punctuation(char: str) -> bool:
@@ -37,25 +29,17 @@ def _is_punctuation(char: str) -> bool:
 
 
 def parse_items(text: str) -> frozenset[str]:
-    """The set of items in an answer.
-
-    A type is what stands before the first colon of an item, so spans may hold colons. A semicolon always ends an
-    item, as in the format itself: a span with one falls into pieces, on both sides of the comparison alike.
-    """
-    items = {item for item in re.split(";", normalize(text)) if item}
-    return frozenset(items - {"none"})
+    """The set of items in an answer: a semicolon always ends one, and its type ends at its first colon."""
+    return frozenset(normalize(text).split(";")) - {"", "none"}
 
 
 def _well_formed(text: str, kind: str | None) -> bool:
     """Whether an answer is `None` or made of `type: span` items only, of the kind RE `relation: head, tail` items."""
     whole = normalize(text)
-    if whole == "none":
-        return True
-    items = [item for item in whole.split(";") if item]
-    parts = [item.partition(":") for item in items]
-    if kind == "RE" and not all(all(span.partition(",")) for _, _, span in parts):
-        return False
-    return bool(items) and all(all(part) for part in parts)
+    parts = [item.partition(":") for item in whole.split(";") if item]
+    formed = bool(parts) and all(all(part) for part in parts)
+    with_heads = kind != "RE" or all(all(span.partition(",")) for _, _, span in parts)
+    return whole == "none" or (formed and with_heads)
 
 
 def _f1(true_positives: int, predicted: int, expected: int) -> float:
@@ -65,17 +49,14 @@ def _f1(true_positives: int, predicted: int, expected: int) -> float:
 def score_answers(
     predictions: Sequence[str], references: Sequence[str], kind: str | None = None
 ) -> dict[str, float | int]:
-    """Scores answers against references; what `UIEF1().compute` returns.
+    """Scores of answers; what `UIEF1().compute` returns. What has a denominator of 0 is 0.
 
-    Of the kind `"RE"`, items need a head and a tail. What has a denominator of 0 is 0.
-
-    Returns:
-        `precision`, `recall`, `f1` over all items (micro); `macro_f1`, the mean over the types that occur;
-        `sample_f1`, the mean over the examples (1 where both sides are empty); `format_failure_rate`, the share of
-        predictions that hold something else than `type: span` items; and the counts `true_positives`,
-        `num_predicted`, `num_expected`.
+    `precision`, `recall`, `f1` over all items (micro); `macro_f1`, the mean over the types that occur; `sample_f1`,
+    the mean over the examples (1 where both sides are empty); `format_failure_rate`, the share of predictions that
+    hold something else than `type: span` items, with a head and a tail in the kind `"RE"`; and the counts.
     """
-    check_kind(kind)
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
     check_answers(predictions, references)
     hits: Counter[str] = Counter()
     predicted: Counter[str] = Counter()
@@ -86,8 +67,7 @@ def score_answers(
         found, wanted = parse_items(prediction), parse_items(reference)
         for counter, items in ((hits, found & wanted), (predicted, found), (expected, wanted)):
             counter.update(item.partition(":")[0] for item in items)
-        both_empty = not found and not wanted
-        sample_scores.append(1.0 if both_empty else _f1(len(found & wanted), len(found), len(wanted)))
+        sample_scores.append(_f1(len(found & wanted), len(found), len(wanted)) if found or wanted else 1.0)
         failures += not _well_formed(prediction, kind)
     tp, num_predicted, num_expected = hits.total(), predicted.total(), expected.total()
     types = sorted(predicted.keys() | expected.keys())
@@ -105,19 +85,9 @@ def score_answers(
     }
 
 
-def check_kind(kind: str | None) -> None:
-    """Refuse a kind of extraction that there is not."""
-    if kind is not None and kind not in KINDS:
-        raise UserError(f"{kind!r} is no kind of extraction; choose one of {', '.join(KINDS)}, or none of them")
-
-
 def check_answers(predictions: Sequence[str], references: Sequence[str]) -> None:
     """Refuse answers that cannot be scored."""
-    if len(predictions) != len(references):
+    if len(predictions) != len(references) or not predictions:
         raise UserError(f"got {len(predictions)} predictions for {len(references)} references; give one for each")
-    if not predictions:
-        raise UserError("no predictions to score")
-    for name, answers in (("predictions", predictions), ("references", references)):
-        for index, answer in enumerate(answers):
-            if not isinstance(answer, str):
-                raise UserError(f"{name}[{index}] is {answer!r}; give a string, '' where there is no answer")
+    if not all(isinstance(answer, str) for answer in (*predictions, *references)):
+        raise UserError("some predictions or references are no strings; give '' where there is no answer")

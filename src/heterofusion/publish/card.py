@@ -1,12 +1,14 @@
 """The model card of an adapter, from its record. The licence is left to the owner of the adapters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
+from heterofusion.data.markdown import markdown_table
 from heterofusion.publish.record import FILE_OF_KIND, describe_control, record_control
 
+CARD_FILE = "README.md"
 _TITLES = {
     "fusion": "Fused LoRA adapter",
     "merge": "Merged LoRA adapter",
@@ -14,15 +16,8 @@ _TITLES = {
     "tuning": "LoRA expert",
 }
 _TAGS = {"fusion": ["heterofusion", "adapter-fusion"], "merge": ["merge"], "distillation": ["distillation"]}
-_PARTS = {
-    "init_adapter": "begun as",
-    "target": "target",
-    "sources": "source",
-    "teachers": "teacher",
-    "adapters": "expert",
-}
-_COLUMNS = {"name": "adapter", "base_model": "base model", "sha256": "sha256 of its weights", "weight": "weight",
-            "picked": "picked"}  # fmt: skip
+_PARTS = ("init_adapter", "target", "sources", "teachers", "adapters")
+_COLUMNS = ("name", "base_model", "sha256", "weight", "picked")
 _SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
 _TEMPLATE = """\
 ---
@@ -32,7 +27,6 @@ _TEMPLATE = """\
 # {{ title }}
 {% if control %}
 This adapter is a CONTROL: {{ control }}.
-An adapter that is none is compared with it to see what the real ones contribute.
 {% endif %}
 {{ about }}
 {% if parts %}
@@ -57,40 +51,25 @@ No licence is stated here: it follows from those of the base model, the adapters
 """
 
 
-def model_card(record: Mapping[str, Any], about: str, name: str) -> ModelCard:
-    """The card of an adapter.
-
-    Args:
-        record: of `make_record`. Its `metrics` are shown; those that begin with `eval_` are the model index.
-        about: paragraphs that say what it is and how it was made.
-        name: of the model.
-    """
+def model_card(record: Mapping[str, Any], about: str) -> ModelCard:
+    """The card of an adapter with a record of `make_record`; `about` says what it is and how it was made."""
     base, kind, control = record["base_model"], record["made_by"]["kind"], record_control(record)
-    metrics = {key: value for key, value in (record.get("metrics") or {}).items() if not key.endswith(_SPEEDS)}
-    scores = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    results = [
-        EvalResult("text-generation", "custom", "evaluation data of the run", metric, value)
-        for metric, value in scores.items()
-        if isinstance(value, (int, float))
-    ]
-    tags = ["lora", *_TAGS.get(kind, []), *([f"base_model:adapter:{base}"] if base else [])]
+    metrics = [pair for pair in (record.get("metrics") or {}).items() if not pair[0].endswith(_SPEEDS)]
+    adapter_of = [f"base_model:adapter:{base}"] if base else []
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=[*tags, *(["control"] if control else [])],
-        model_name=name if results else None,
-        eval_results=results or None,
+        tags=["lora", *_TAGS.get(kind, []), *adapter_of, *(["control"] if control else [])],
     )
-    title = _TITLES[kind] if control is None else f"CONTROL ({control}): {_TITLES[kind]}"
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
-        title=title,
-        control=describe_control(control),
+        title=f"CONTROL ({control}): {_TITLES[kind]}" if control else _TITLES[kind],
+        control=describe_control(control) if control else None,
         about=about.strip(),
         parts=_parts(record),
-        metrics=_table(["metric", "value"], [[key, _shown(value)] for key, value in metrics.items()]),
+        metrics=markdown_table(["metric", "value"], metrics) if metrics else "",
         base=base,
         file=FILE_OF_KIND[kind],
     )
@@ -99,26 +78,11 @@ def model_card(record: Mapping[str, Any], about: str, name: str) -> ModelCard:
 def _parts(record: Mapping[str, Any]) -> str:
     """A table of the adapters that this one is made from."""
     found: list[tuple[str, Mapping[str, Any]]] = []
-    for key, role in _PARTS.items():
-        entries = record.get(key) or []
-        if isinstance(entries, Mapping):
-            found.append((role, entries))
-        else:
-            found += [(f"{role} {index}", entry) for index, entry in enumerate(entries, start=1)]
+    for key in _PARTS:
+        entries, role = record.get(key) or [], key.removesuffix("s")
+        several = [(f"{role} {index}", entry) for index, entry in enumerate(entries, start=1)]
+        found += [(role, entries)] if isinstance(entries, Mapping) else several
     columns = [key for key in _COLUMNS if any(key in entry for _, entry in found)]
-    rows = [
-        [role, *(_shown(entry.get(key) or "", 12 if key == "sha256" else None) for key in columns)]
-        for role, entry in found
-    ]
-    return _table(["part", *(_COLUMNS[key] for key in columns)], rows)
-
-
-def _shown(value: Any, cut: int | None = None) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"`{value[:cut]}`" if cut and value else str(value)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+    cells = [[str(entry.get(key) or "")[: 12 if key == "sha256" else None] for key in columns] for _, entry in found]
+    rows = [[role, *line] for (role, _), line in zip(found, cells, strict=True)]
+    return markdown_table(["part", *columns], rows) if rows else ""

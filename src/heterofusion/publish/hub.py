@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,15 +19,8 @@ from transformers import TrainingArguments
 
 from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
-from heterofusion.publish.record import (
-    CARD_FILE,
-    PROVENANCE_FILE,
-    RECORD_FILES,
-    find_record,
-    publishable,
-    record_control,
-    without_tokens,
-)
+from heterofusion.publish.card import CARD_FILE
+from heterofusion.publish.record import FILE_OF_KIND, find_record, publishable, record_control, without_tokens
 from heterofusion.publish.write import ExportError
 from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name
@@ -35,32 +29,23 @@ logger = logging.getLogger(__name__)
 
 # Tokenizer files by their full names: whatever else a user keeps beside the adapter is not ours to publish.
 HUB_PATTERNS = (
-    WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, "tokenizer_config.json", "tokenizer.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model", "sentencepiece.model",
-    "sentencepiece.bpe.model", "tekken.json",
+    WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, DIAGNOSTICS_FILE, "tokenizer_config.json", "tokenizer.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
-_MADE = dict(zip(RECORD_FILES, ("fused adapter", "merged adapter", "distilled adapter", "LoRA expert"), strict=True))
-_SCANNED = (CONFIG_FILE, "tokenizer_config.json", CARD_FILE, *RECORD_FILES)
 
 
-def push_output(
-    args: TrainingArguments,
-    commit_message: str | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-) -> str:
-    """Push the adapter in a run's `output_dir`; the run's Hub settings hold where an argument is None."""
+def push_output(args: TrainingArguments, **given: Any) -> str:
+    """Push the adapter in a run's `output_dir`; the run's Hub settings hold where an argument is None or missing."""
     folder = Path(str(args.output_dir))
-    return push_adapter(
-        folder,
-        args.hub_model_id or folder.resolve().name,
-        token=token or args.hub_token,
-        private=args.hub_private_repo if private is None else private,
-        revision=revision or args.hub_revision,
-        commit_message=commit_message,
-    )
+    settings: dict[str, Any] = {
+        "token": args.hub_token,
+        "private": args.hub_private_repo,
+        "revision": args.hub_revision,
+    }
+    settings |= {name: value for name, value in given.items() if value is not None}
+    return push_adapter(folder, args.hub_model_id or folder.resolve().name, **settings)
 
 
 def push_adapter(
@@ -77,8 +62,7 @@ def push_adapter(
     All files arrive in one commit or not at all. The local folder is only read.
 
     Args:
-        folder: what `export_adapter` or a recipe (fusion, merge, distillation, expert) wrote; it may hold anything
-            besides.
+        folder: what `export_adapter` or a recipe (fusion, merge, distillation, expert) wrote.
         repo_id: `name` or `owner/name`; the repository is made if there is none.
         token: Hub token; HF_TOKEN or the one of `hf auth login` by default.
         private: whether a new repository is private; one that exists stays as it is.
@@ -89,12 +73,11 @@ def push_adapter(
         Address of the commit.
 
     Raises:
-        ExportError: the folder holds no complete adapter, or a control; or the Hub refused: the message says how to
-            push again.
+        ExportError: no complete adapter, a control, or the Hub refused: the message says how to push again.
     """
     folder = Path(folder).expanduser().absolute()
     files = hub_files(folder)
-    message = commit_message or next(f"Upload {made}" for name, made in _MADE.items() if name in files)
+    message = commit_message or next(f"Upload {kind} adapter" for kind, name in FILE_OF_KIND.items() if name in files)
     api = HfApi(token=token)
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -116,46 +99,41 @@ def push_command(folder: Path, repo_id: str, private: bool | None = None, revisi
     """The shell command that pushes a folder, from anywhere. It holds no token."""
     program = ["heterofusion"] if shutil.which("heterofusion") else [sys.executable, "-m", "heterofusion.cli"]
     words = [*program, "push", "--adapter", str(folder.absolute()), "--hub_model_id", repo_id]
-    if private is not None:
-        words += ["--hub_private_repo", str(private).lower()]
-    if revision is not None:
-        words += ["--hub_revision", revision]
+    words += [] if private is None else ["--hub_private_repo", str(private).lower()]
+    words += [] if revision is None else ["--hub_revision", revision]
     return shlex.join(words)
 
 
 def hub_files(folder: Path) -> dict[str, Path | bytes]:
     """What is uploaded of a folder, by its path there: a file, or a content from which paths and tokens are gone."""
-    if folder.is_dir() and not (folder / WEIGHTS_FILE).is_file():  # a pickle is not pushed
+    if not (folder / WEIGHTS_FILE).is_file():  # a pickle is not pushed
         raise ExportError(f"{folder} holds no {WEIGHTS_FILE}; export an adapter there first")
     try:
-        record_file, record = find_record(folder)
-        base = load_adapter(folder).base_model or ""
+        found, base = find_record(folder), load_adapter(folder).base_model or ""
     except (UserError, OSError) as error:
         raise ExportError(f"{folder} holds no complete adapter ({error}); export it again") from error
-    control = record_control(record)
-    if control is not None:
+    if found is None:
         raise ExportError(
-            f"{folder} holds a control (source_control {control} in {record_file}), which is not published; push what "
-            "the real sources made"
+            f"{folder} holds no {' or '.join(FILE_OF_KIND.values())} of these weights; export the adapter again"
         )
-    own = [record_file, DIAGNOSTICS_FILE] if record_file == PROVENANCE_FILE else [record_file]
+    record_file, record = found
+    if control := record_control(record):
+        told = f"{folder} holds a control (source_control {control} in {record_file}), which is not published"
+        raise ExportError(f"{told}; push what the real sources made")
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
-        for pattern in (*HUB_PATTERNS, *own)
+        for pattern in (*HUB_PATTERNS, record_file)
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }
     roots = [str(folder), str(folder.resolve()), base]
-    cleaned = {
-        name: clean for name in _SCANNED if name in files if (clean := _cleaned(folder / name, roots)) is not None
-    }
+    scanned = (CONFIG_FILE, "tokenizer_config.json", CARD_FILE, record_file)
+    cleaned = {name: clean for name in scanned if name in files and (clean := _cleaned(folder / name, roots))}
     if cleaned:
         logger.info("local paths and tokens are taken out of the uploaded copy of %s", ", ".join(cleaned))
     if base and (base != display_name(base) or os.path.isdir(base)):
-        edit = f"edit it in {CONFIG_FILE} and {CARD_FILE} there to its Hub id"
-        logger.warning(
-            "the base model was a local folder, so the repository names it %r; %s", display_name(base), edit
-        )
+        told = "the base model was a local folder, so the repository names it %r; edit that in %s and %s to its Hub id"
+        logger.warning(told, display_name(base), CONFIG_FILE, CARD_FILE)
     return files | cleaned
 
 
@@ -167,10 +145,8 @@ def _cleaned(path: Path, roots: list[str]) -> bytes | None:
         clean = publishable(content, roots)
     except (OSError, ValueError, RecursionError) as error:  # no permission, not UTF-8, not JSON, nested without end
         raise ExportError(f"{path} cannot be read ({_reason(error)}); export the adapter again") from error
-    if clean == content:
-        return None
     whole = clean if isinstance(clean, str) else json.dumps(clean, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    return whole.encode("utf-8")
+    return None if clean == content else whole.encode("utf-8")
 
 
 def _reason(error: Exception, token: str | None = None) -> str:
@@ -178,6 +154,4 @@ def _reason(error: Exception, token: str | None = None) -> str:
     text = f"{type(error).__name__}: {one_line(error)}"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading", and no word why
         text = f"{text} {_reason(error.__cause__)}"  # type: ignore[arg-type]
-    if token and token.strip():
-        text = text.replace(token.strip(), "<token>")
-    return without_tokens(text)
+    return without_tokens(text.replace((token or "").strip() or "<token>", "<token>"))

@@ -18,11 +18,8 @@ from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import display_name, file_sha256, read_json_object
 from heterofusion.runtime.ranks import cost_record
 
-PROVENANCE_FILE = "fusion.json"
-FILE_OF_KIND = {"fusion": PROVENANCE_FILE, "merge": "merge.json", "distillation": "distillation.json",
+FILE_OF_KIND = {"fusion": "fusion.json", "merge": "merge.json", "distillation": "distillation.json",
                 "tuning": "expert.json"}  # fmt: skip
-RECORD_FILES = tuple(FILE_OF_KIND.values())
-CARD_FILE = "README.md"
 
 _PATH_KEY = re.compile(r"(name_or_path|_file|_path|_dir)$")
 _ABSOLUTE = re.compile(r"(file:|~?/|\\\\|[A-Za-z]:[\\/]).*")  # of Linux, macOS and Windows: adapters travel
@@ -40,67 +37,41 @@ _CONTROLS = {
 
 
 def make_record(
-    kind: str,
-    method: str,
+    kind: str,  # a key of `FILE_OF_KIND`, or `ensemble`
+    method: str,  # within its kind, such as `ties`
     base_model: str | None,
     cost: Mapping[str, Any],
     /,
     *,
-    seed: int | None = None,
-    ran_source_models: bool = False,
-    control: str | None = None,
+    seed: int | None = None,  # of what is random in it
+    ran_source_models: bool = False,  # on their own bases
+    control: str | None = None,  # see `join_controls`
     **parts: Any,
 ) -> dict[str, Any]:
     """The record of an adapter, without local paths and tokens; `write_adapter` adds `weights_sha256`.
 
-    `parts` are plain values of the kind: adapters, settings, data, `metrics`, ...; `method` may be one of them.
+    `parts` are plain values of the kind: adapters, settings, data, `metrics`, ...; `method` may be one of them. All
+    kinds have the same `made_by`, so that tables can set methods side by side.
     """
-    return publishable(
-        {
-            "base_model": display_name(base_model or ""),
-            "made_by": made_by(kind, method, dict(cost), seed, ran_source_models, control),
-            **parts,
-            "versions": library_versions(),
-        }
-    )
-
-
-def made_by(
-    kind: str,  # a key of `FILE_OF_KIND`, or `ensemble`
-    method: str,  # within its kind, such as `ties`
-    cost: dict[str, Any],
-    seed: int | None = None,  # of what is random in it
-    ran_source_models: bool = False,  # on their own bases
-    source_control: str | None = None,  # see `join_controls`
-) -> dict[str, Any]:
-    """What every record holds as `made_by`, so that tables can set methods side by side."""
-    return {
-        "kind": kind,
-        "method": method,
-        "seed": seed,
-        "ran_source_models": ran_source_models,
-        "source_control": source_control,
-        "cost": cost,
-    }
+    made_by = {"kind": kind, "method": method, "seed": seed, "source_control": control, "cost": cost}
+    made_by["ran_source_models"] = ran_source_models
+    base = display_name(base_model or "")
+    return publishable({"base_model": base, "made_by": made_by, **parts, "versions": library_versions()})
 
 
 def training_cost(metrics: Mapping[str, Any], resumed_from_step: int | None = None) -> dict[str, Any]:
     """Cost of a training on this rank: its `train_runtime`, which counts from where it was resumed."""
     seconds = metrics.get("train_runtime")
-    cost = cost_record(0.0) | {"seconds": None} if seconds is None else cost_record(seconds)
+    cost = cost_record(seconds or 0.0) | ({"seconds": None} if seconds is None else {})
     return cost if resumed_from_step is None else cost | {"resumed_from_step": resumed_from_step}
 
 
 def adapter_record(adapter: LoraAdapter, **more: Any) -> dict[str, Any]:
     """Name, base model and hashes of an adapter that something is made from."""
     config = json.dumps(adapter.config, sort_keys=True, default=str).encode()
-    return {
-        "name": display_name(adapter.name.rstrip("/")),
-        "base_model": display_name(adapter.base_model or ""),
-        "sha256": adapter.sha256,
-        "config_sha256": hashlib.sha256(config).hexdigest(),
-        **more,
-    }
+    hashes = {"sha256": adapter.sha256, "config_sha256": hashlib.sha256(config).hexdigest()}
+    base = display_name(adapter.base_model or "")
+    return {"name": display_name(adapter.name.rstrip("/")), "base_model": base, **hashes, **more}
 
 
 def library_versions() -> dict[str, str]:
@@ -109,28 +80,15 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-# ---- what is found beside an adapter ----------------------------------------------------------------------------
-
-
-def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, dict[str, Any]]:
-    """File name and content of the record beside an adapter; of several, the one that was written for its weights."""
-    records = {name: read_json_object(folder / name) for name in RECORD_FILES if (folder / name).is_file()}
-    if not records:
-        raise UserError(f"it holds no {' or '.join(RECORD_FILES)}, a record of what made it")
-    names = list(records)
-    if len(names) > 1:
-        sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
-        names = [name for name in names if records[name].get("weights_sha256") == sha256] or names
-    return names[0], records[names[0]]
-
-
-def read_record(folder: Path, weights_sha256: str | None = None) -> dict[str, Any] | None:
-    """The record beside an adapter; None if there is none, or only one of other weights that lay there before."""
-    if not any((folder / name).is_file() for name in RECORD_FILES):
-        return None
-    sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
-    record = find_record(folder, sha256)[1]
-    return record if record.get("weights_sha256", sha256) == sha256 else None
+def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """File name and content of the record that was written for the weights beside it; None if there is none."""
+    for name in FILE_OF_KIND.values():
+        if (folder / name).is_file():
+            record = read_json_object(folder / name)
+            weights_sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
+            if record.get("weights_sha256", weights_sha256) == weights_sha256:
+                return name, record
+    return None
 
 
 # ---- controls ---------------------------------------------------------------------------------------------------
@@ -143,14 +101,13 @@ def join_controls(*controls: str | None) -> str | None:
 
 def control_of(*adapters: LoraAdapter | None) -> str | None:
     """The control that adapters are by the records beside them: what is made from a control is that control."""
-    records = (read_record(adapter.folder, adapter.sha256) for adapter in adapters if adapter is not None)
-    return join_controls(*(record_control(record) for record in records if record is not None))
+    found = [find_record(adapter.folder, adapter.sha256) for adapter in adapters if adapter is not None]
+    return join_controls(*(record_control(record) for _, record in filter(None, found)))
 
 
 def record_control(record: Mapping[str, Any]) -> str | None:
     """Which control an adapter is by its record; None if it is none."""
-    told = record.get("made_by")
-    return (told.get("source_control") or None) if isinstance(told, Mapping) else None
+    return (record.get("made_by") or {}).get("source_control")
 
 
 def label_control(labels: Mapping[str, Any] | None) -> str | None:
@@ -159,21 +116,16 @@ def label_control(labels: Mapping[str, Any] | None) -> str | None:
     return join_controls(*(f"labels:{kind}" for kind in kinds if kind))
 
 
-def describe_control(control: str | None) -> str:
+def describe_control(control: str) -> str:
     """A control in words: clauses without an end."""
-    return "; ".join(_CONTROLS.get(part, part) for part in (control or "").split("+") if part)
+    return "; ".join(_CONTROLS.get(part, part) for part in control.split("+"))
 
 
 def refuse_push(control: str | None) -> None:
     """Refuse `--push_to_hub` of what will be a control, before it is trained."""
     if control is not None:
-        raise UserError(
-            f"--push_to_hub is true, but this run makes a control ({control}), which is not published: leave "
-            "--push_to_hub out, or train with the real sources, labels and adapters"
-        )
-
-
-# ---- what may be published --------------------------------------------------------------------------------------
+        told = f"--push_to_hub is true, but this run makes a control ({control}), which is not published"
+        raise UserError(f"{told}: leave it out, or train with the real sources, labels and adapters")
 
 
 def publishable(value: Any, roots: Iterable[str] = ()) -> Any:
@@ -181,7 +133,9 @@ def publishable(value: Any, roots: Iterable[str] = ()) -> Any:
 
     Paths that begin with the user's home or with one of the `roots` are cut inside of longer texts too.
     """
-    return _clean(value, _inside(roots))
+    places = {place.rstrip("/") for place in (os.path.expanduser("~"), *roots) if os.path.isabs(place)} - {""}
+    longest_first = "|".join(map(re.escape, sorted(places, key=len, reverse=True))) or "(?!)"
+    return _clean(value, re.compile(rf"(?<![\w./-])({longest_first})(/[^\s\"'`|<>()\[\]{{}},;]*)?(?![\w-])"))
 
 
 def _clean(value: Any, inside: re.Pattern[str], key: str = "") -> Any:
@@ -203,15 +157,6 @@ def _clean(value: Any, inside: re.Pattern[str], key: str = "") -> Any:
 def without_tokens(text: str) -> str:
     """A text in which `<token>` stands for each Hub token."""
     return _TOKEN.sub("<token>", text)
-
-
-def _inside(roots: Iterable[str]) -> re.Pattern[str]:
-    """Matches paths under some folders, wherever they stand in a text."""
-    places = {place.rstrip("/") for place in (os.path.expanduser("~"), *roots) if os.path.isabs(place)} - {""}
-    if not places:
-        return re.compile(r"(?!)")
-    longest_first = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
-    return re.compile(rf"(?<![\w./-])({longest_first})(/[^\s\"'`|<>()\[\]{{}},;]*)?(?![\w-])")
 
 
 # ---- the record of a fusion, and what others tell as it does ----------------------------------------------------
@@ -262,15 +207,25 @@ def fusion_record(
     )
 
 
+def about_fusion(record: Mapping[str, Any]) -> str:
+    """What the card of a fusion tells."""
+    aligned = sum(record["plan"]["aligned_modules"].values())
+    text = (
+        f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of "
+        f"`{record['base_model'] or 'the target model'}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). "
+        f"`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated, "
+        f"{record['plan']['untouched_modules']} modules are the target's own."
+    )
+    told = [describe_basis(record["basis"]), describe_labels(record["training"].get("source_labels"))]
+    return "\n\n".join([text, *filter(None, told)])
+
+
 def basis_record(target: LoraAdapter | None) -> dict[str, Any] | None:
     """What was added to the rows of lora_A before training, with the hash of every lora_A; None if nothing was."""
     if not isinstance(target, ExpandedAdapter):
         return None
-    return {
-        **target.expansion.to_dict(),
-        "anchor_sha256": target.anchor.sha256,
-        "lora_A_sha256": target.expanded_sha256(),
-    }
+    hashes = {"anchor_sha256": target.anchor.sha256, "lora_A_sha256": target.expanded_sha256()}
+    return {**target.expansion.to_dict(), **hashes}
 
 
 def describe_basis(record: Mapping[str, Any] | None) -> str:
@@ -279,10 +234,8 @@ def describe_basis(record: Mapping[str, Any] | None) -> str:
         return ""
     kind = "random" if record["extra_basis"] == "random" else "the principal directions of the module's inputs"
     size = "as large as those of the adapter on real inputs" if record["scaled_by"] == INPUTS else "of the same norm"
-    return (
-        f"Every lora_A has {record['extra_rank']} rows more than that of the adapter it began as: {kind}, orthogonal "
-        f"to its own, {size}."
-    )
+    rows = f"Every lora_A has {record['extra_rank']} rows more than that of the adapter it began as"
+    return f"{rows}: {kind}, orthogonal to its own, {size}."
 
 
 def describe_labels(record: Mapping[str, Any] | None) -> str:
@@ -293,9 +246,9 @@ def describe_labels(record: Mapping[str, Any] | None) -> str:
     share, soft = record["replay_fraction"], record.get("soft")
     rest = f"together with the replay, which was {share:.1%} of the examples" if share else "without any replay"
     text = f"It was trained on {record['kept']} source labels ({files}), prompts that source experts answered, {rest}."
-    anchors = sum(sum(file["by_source"].get(ANCHOR, {}).values()) for file in record["files"])
-    text += f" {anchors} of them are the anchor's own answers." if anchors else ""
+    if anchors := sum(sum(file["by_source"].get(ANCHOR, {}).values()) for file in record["files"]):
+        text += f" {anchors} of them are the anchor's own answers."
     if soft:
-        text += f" At {soft['soft']:.1%} of the labels' tokens it was also held to the source's own distribution, with"
-        text += f" weight {soft['weight']:g}."
+        held = f"At {soft['soft']:.1%} of the labels' tokens it was also held to the source's own distribution"
+        text += f" {held}, with weight {soft['weight']:g}."
     return text

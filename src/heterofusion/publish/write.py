@@ -17,21 +17,12 @@ from heterofusion.adapters.controls import control_kind
 from heterofusion.adapters.lora import CONFIG_FILE, PICKLE_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE, adapter_diagnostics
 from heterofusion.method.model import HeteroFusionModel
-from heterofusion.publish.card import model_card
-from heterofusion.publish.record import (
-    CARD_FILE,
-    FILE_OF_KIND,
-    RECORD_FILES,
-    describe_basis,
-    describe_labels,
-    fused_config,
-    fusion_record,
-)
+from heterofusion.publish.card import CARD_FILE, model_card
+from heterofusion.publish.record import FILE_OF_KIND, about_fusion, fused_config, fusion_record
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import display_name, file_sha256, staging_folder, told_writes
+from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
 from heterofusion.runtime.sharding import whole_tensors
 
-_STAGING = ".export-"
 _REMEDY = "lower --learning_rate, or take an earlier checkpoint"
 
 
@@ -50,18 +41,16 @@ def write_adapter(
     tokenizer: Any = None,
     diagnostics: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter: validated, written beside its place, then moved, the record last.
+    """Write an adapter: validated, written beside its place, then moved, the record last; what it held before goes.
 
-    Records of other kinds, diagnostics, pickled weights and, if `tokenizer` is given, tokenizer files in the folder
-    go. `tokenizer` may be a folder, whose files are copied; `record` is of `make_record`, `about` see `model_card`.
-    An `ExportError` names a weight that is not finite, an `OSError` tells what is left where writing failed.
+    `tokenizer` may be a folder, whose files are copied; `record` is of `make_record`, `about` see `model_card`.
     """
     check_finite(weights, remedy)
     folder = Path(folder)
     record_file = FILE_OF_KIND[record["made_by"]["kind"]]
     with contextlib.ExitStack() as stack:
         with told_writes(f"the adapter could not be written to {folder.absolute()}", "what it held before is kept"):
-            staging = stack.enter_context(staging_folder(folder, _STAGING))
+            staging = stack.enter_context(staging_folder(folder, ".export-"))
             whole = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
             save_file(whole, staging / WEIGHTS_FILE, {"format": "pt"})
             if isinstance(config, PeftConfig):
@@ -75,8 +64,7 @@ def write_adapter(
                     shutil.copyfile(file, staging / file.relative_to(tokenizer))
             elif tokenizer is not None:
                 tokenizer.save_pretrained(str(staging))
-            name = display_name(str(folder.absolute()))
-            (staging / CARD_FILE).write_text(str(model_card(record, about, name)), encoding="utf-8")
+            (staging / CARD_FILE).write_text(str(model_card(record, about)), encoding="utf-8")
             if diagnostics is not None:
                 _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
             load_adapter(staging)  # what cannot be read is not kept
@@ -97,15 +85,13 @@ def export_adapter(
 ) -> Path:
     """Write the fused adapter as a plain PEFT folder with `fusion.json`, a model card and `diagnostics.json`.
 
-    All ranks together.
-
     Args:
         model: the trained model; it stays usable.
         output_dir: the folder; see `write_adapter`.
         tokenizer: saved along if given.
         training: plain values recorded in the provenance (steps, seeds, replay, ...).
         metrics: plain values for the card's table and the provenance.
-        write: whether this rank writes; where parameters are sharded, the others are needed to gather them.
+        write: whether this rank writes; all have to call it, since parameters may be sharded.
 
     Returns:
         The folder.
@@ -127,37 +113,16 @@ def export_adapter(
         return Path(output_dir)
     record = fusion_record(model, training, metrics)
     record["alpha"] = {name: alpha.item() for name, alpha in alphas.items()}
-    return write_adapter(
-        output_dir,
-        state,
-        fused_config(model),
-        record,
-        about=_about_fusion(record),
-        tokenizer=tokenizer,
-        diagnostics=diagnostics,
-    )
-
-
-def _about_fusion(record: Mapping[str, Any]) -> str:
-    aligned = sum(record["plan"]["aligned_modules"].values())
-    text = (
-        f"LoRA experts of {len(record['sources'])} source adapter(s) fused into one LoRA adapter of "
-        f"`{record['base_model'] or 'the target model'}` with [HeteroFusion](https://arxiv.org/abs/2604.01674). "
-        f"`lora_A` is the target adapter's, `lora_B` of {aligned} aligned modules was updated, "
-        f"{record['plan']['untouched_modules']} modules are the target's own."
-    )
-    told = [describe_basis(record["basis"]), describe_labels(record["training"].get("source_labels"))]
-    return "\n\n".join([text, *filter(None, told)])
+    about, config = about_fusion(record), fused_config(model)
+    return write_adapter(output_dir, state, config, record, about=about, tokenizer=tokenizer, diagnostics=diagnostics)
 
 
 def check_finite(weights: Mapping[str, Tensor], remedy: str = _REMEDY) -> None:
     """Refuse weights of which one is not finite."""
     for key, tensor in weights.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ExportError(
-                f"tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype}); nothing was written; "
-                f"{remedy}"
-            )
+            told = f"tensor {key} is not finite (NaN, Inf, or out of range for {tensor.dtype})"
+            raise ExportError(f"{told}; nothing was written; {remedy}")
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -166,10 +131,9 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 def _move_files(staging: Path, folder: Path, record_file: str, with_tokenizer: bool) -> None:
     """Move an adapter into place. The record goes last: where it stands, the adapter beside it is complete."""
-    for name in (*RECORD_FILES, DIAGNOSTICS_FILE, PICKLE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for stale in _tokenizer_files(folder) if with_tokenizer else []:
-        stale.unlink()
+    stale = [folder / name for name in (*FILE_OF_KIND.values(), DIAGNOSTICS_FILE, PICKLE_FILE)]
+    for path in stale + (_tokenizer_files(folder) if with_tokenizer else []):
+        path.unlink(missing_ok=True)
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for file in sorted(files, key=lambda file: file == Path(record_file)):
         (folder / file).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates

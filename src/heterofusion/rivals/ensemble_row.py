@@ -10,12 +10,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from heterofusion.adapters.config import AdapterError
+from heterofusion.data.replay import nth
 from heterofusion.evaluation.rows import EvalArguments, EvalModelArguments, Row, adapter_record
 from heterofusion.experts.answering import Questions
 from heterofusion.experts.examples import Examples, Prompts
 from heterofusion.experts.expert import BaseArguments, Expert, ExpertRunner, find_expert
 from heterofusion.experts.generation import Answer, GenerationArguments, padding_id, stop_ids
-from heterofusion.publish.record import made_by
+from heterofusion.publish.record import make_record
 from heterofusion.rivals.codec import AnswerCodec
 from heterofusion.rivals.ensemble import EnsembleGenerator, Member
 from heterofusion.rivals.voting import GaC, Union, UniTE
@@ -73,18 +74,19 @@ def ensemble_rows(ensemble: EnsembleArguments, arguments: EvalArguments, device:
     model, data, generation, output = arguments
     method = str(ensemble.ensemble)
     bases = ensemble.bases(model)
-    name = output.row_name(method, f"--ensemble {method}")
+    (name,) = output.row_names([method])
+    revisions = [nth(model.adapter_revision, index) for index in range(len(bases))]
     experts = [
         find_member(model.base(base, model.model_revision), adapter, revision, generation, model.merge_adapters)
-        for base, adapter, revision in zip(bases, model.adapters, model.revisions(), strict=True)
+        for base, adapter, revision in zip(bases, model.adapters, revisions, strict=True)
     ]
     names = [display_name(expert.base.model_name_or_path) for expert in experts]
     record = {
         "base_model": display_name(model.model_name_or_path),
         "adapter": None,
         "members": [{"base_model": n, "adapter": adapter_record(e)} for n, e in zip(names, experts, strict=True)],
-        "fusion": None,
-        "made_by": made_by("ensemble", method, {"seconds": 0.0}, ran_source_models=True),  # its answers cost something
+        # it costs nothing to make; what it costs are its answers
+        "made_by": make_record("ensemble", method, None, {"seconds": 0.0}, ran_source_models=True)["made_by"],
         "models_at_inference": len(experts),
         "needs_task_id": False,
     }

@@ -281,4 +281,5 @@ class HeteroFusionTrainer(AdapterTrainer):
         """Push the exported adapter in `output_dir`; see `push_output`. Returns the commit's address on rank 0."""
         if not self.is_world_process_zero():
             return None
-        return push_output(self.args, commit_message, token, revision, private)
+        given = {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
+        return push_output(self.args, **given)

@@ -26,12 +26,17 @@ def metric_record(metric: str, predictions: Sequence[str], references: Sequence[
     return {"metric": metric, "primary": primary, "score": scores[primary], "scores": scores}
 
 
+def mean_score(datasets: Mapping[str, Mapping[str, Any]]) -> float:
+    """Mean of the scores of data sets."""
+    return sum(record["score"] for record in datasets.values()) / len(datasets)
+
+
 def totals(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean score, seconds and tokens of data sets together."""
     seconds = sum(record["seconds"] for record in datasets.values())
     new_tokens = sum(record["new_tokens"] for record in datasets.values())
     return {
-        "mean": sum(record["score"] for record in datasets.values()) / len(datasets),
+        "mean": mean_score(datasets),
         "seconds": round(seconds, 3),
         "new_tokens": new_tokens,
         "tokens_per_second": round(new_tokens / seconds, 1) if seconds else 0.0,

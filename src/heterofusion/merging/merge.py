@@ -108,13 +108,11 @@ class MergeRun:
         with tempfile.TemporaryDirectory() as place:
             candidates = self.candidates if self.questions else []
             for rule in tqdm(candidates, "search", unit="merge", disable=len(candidates) < 2):
-                scores.append(self._score(self.find(str(self._write(Path(place), 0, rule)))))  # as it would be written
-                told = {
-                    "scores": flat(scores[-1]),
-                    "mean": mean_score(scores[-1]),
-                    "lost": self.merged(rule)[0][0].lost,
-                }
-                tried.append({"hyperparameters": rule.hyperparameters(), **told})
+                found = self._score(self.find(str(self._write(Path(place), 0, rule))))  # as it would be written
+                values, lost = rule.hyperparameters(), self.merged(rule)[0][0].lost
+                told = {"scores": flat(found), "mean": mean_score(found), "lost": lost}
+                tried.append({"hyperparameters": values, **told})
+                scores.append(found)
         best = max(range(len(tried)), key=lambda index: tried[index]["mean"], default=0)  # of equals the first
         rule = self.candidates[best]
         results, seconds = self.merged(rule)
@@ -126,12 +124,9 @@ class MergeRun:
             blocks.insert(0, search_table(tried, best))
         if self.questions:
             parts["metrics"] = {f"eval_{label}": score for label, score in flat(scores[best]).items()}
-            parts["validation"] = {"adapter": scores[best]}
-            if self.flags.dense:
-                parts["validation"]["dense"] = self._score_dense(rule)
-            rows = [
-                {"": name, **flat(found), "mean": mean_score(found)} for name, found in parts["validation"].items()
-            ]
+            validation = {"adapter": scores[best]} | ({"dense": self._score_dense(rule)} if self.flags.dense else {})
+            parts["validation"] = validation
+            rows = [{"": name, **flat(found), "mean": mean_score(found)} for name, found in validation.items()]
             blocks.append(_table(rows))
         if self.per_task:
             blocks.append(f"{self.flags.method} needs the task at inference: one adapter per expert, by their names.")

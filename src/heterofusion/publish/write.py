@@ -43,7 +43,7 @@ def write_adapter(
 ) -> Path:
     """Write an adapter: validated, written beside its place, then moved, the record last; what it held before goes.
 
-    `tokenizer` may be a folder, whose files are copied; `record` is of `make_record`, `about` see `model_card`.
+    `record` is of `make_record`, `about` see `model_card`.
     """
     check_finite(weights, remedy)
     folder = Path(folder)
@@ -58,11 +58,7 @@ def write_adapter(
             else:
                 _write_json(staging / CONFIG_FILE, config)
             shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
-            if isinstance(tokenizer, Path):
-                for file in _tokenizer_files(tokenizer):
-                    (staging / file.relative_to(tokenizer)).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, staging / file.relative_to(tokenizer))
-            elif tokenizer is not None:
+            if tokenizer is not None:
                 tokenizer.save_pretrained(str(staging))
             (staging / CARD_FILE).write_text(str(model_card(record, about)), encoding="utf-8")
             if diagnostics is not None:
@@ -125,14 +121,12 @@ def check_finite(weights: Mapping[str, Tensor], remedy: str = _REMEDY) -> None:
             raise ExportError(f"{told}; nothing was written; {remedy}")
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()]
-
-
 def _move_files(staging: Path, folder: Path, record_file: str, with_tokenizer: bool) -> None:
     """Move an adapter into place. The record goes last: where it stands, the adapter beside it is complete."""
     stale = [folder / name for name in (*FILE_OF_KIND.values(), DIAGNOSTICS_FILE, PICKLE_FILE)]
-    for path in stale + (_tokenizer_files(folder) if with_tokenizer else []):
+    for pattern in TOKENIZER_FILES if with_tokenizer else ():
+        stale += [path for path in folder.glob(pattern) if path.is_file()]
+    for path in stale:
         path.unlink(missing_ok=True)
     files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     for file in sorted(files, key=lambda file: file == Path(record_file)):

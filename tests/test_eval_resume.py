@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from eval_runner import Killed, evaluation, expert_values, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts import expert
-from heterofusion.experts.answering import part_file, read_parts
-from heterofusion.experts.generation import Answer, AnswerGenerator
+from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import zoo_path
 from recipe_runner import contents, error_line, flags, succeeds
 
@@ -132,12 +131,9 @@ def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_pa
     for field, changes in {
         "base": {"model_name_or_path": zoo_path("qwen2"), "adapters": ["none"]},
         "adapter: ": {"adapters": [zoo_path("llama", "re_town")]},
-        "adapter:": {"adapters": ["none"]},
-        "rows": {"adapters": ["none", zoo_path("llama", "ner_kitchen")], "names": ["none", "b"]},
         "dtype: float32, this one has bfloat16": {"dtype": "bfloat16"},
         "datasets ner_kitchen sha256": {"dataset_name": [other]},
         "datasets ner_kitchen max_examples: 10, this one has 3": {"max_examples": 3},
-        "rows re_town": {"dataset_name": [*test_sets.values()]},
         "max_new_tokens: 40, this one has 41": {"max_new_tokens": 41},
         "max_prompt_length: None, this one has 90": {"max_prompt_length": 90},
         "metric: NER, this one has exact_match": {"metric": "exact_match"},
@@ -196,22 +192,6 @@ def test_damaged_files_are_told(values, whole, capsys, logging_restored):
         shutil.copytree(whole[0], values["output_dir"], dirs_exist_ok=True)
         (values["output_dir"] / name).write_text("{")
         error_line(capsys, evaluation.main, flags({**values, "resume": True}), f"{name} cannot be read", "--overwrite")
-
-
-# ---- parts ------------------------------------------------------------------------------------------------------
-
-
-def test_part_file_keeps_every_text(tmp_path):
-    texts = ["", "two\nlines", "line\u2028separator", "half a pair \ud83d", '"quoted"']
-    answers = [Answer(i, text, i) for i, text in enumerate(texts)]
-    with part_file(tmp_path / "a" / "rank-0.jsonl") as write:
-        write(answers[:2], 1.0)
-        assert read_parts(tmp_path / "a") == (dict(enumerate(answers[:2])), 1.0)  # flushed with every batch
-        write(answers[2:], 3.0)
-    found, seconds = read_parts(tmp_path / "a")
-    assert seconds == pytest.approx(4.0)
-    assert [found[i].text for i in (0, 1, 2, 4)] == [texts[i] for i in (0, 1, 2, 4)]
-    assert read_parts(tmp_path / "none") == ({}, 0.0)
 
 
 def test_overwrite_removes_only_what_an_evaluation_wrote(values, test_sets):

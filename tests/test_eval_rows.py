@@ -39,8 +39,10 @@ def test_each_adapter_answers_its_own_data_set(both, test_sets, tmp_path):
         assert found["datasets"][task]["score"] == run(single)["datasets"][task]["score"] > 0.5
         assert predictions(both["output_dir"], task) == predictions(tmp_path / task, task)
     assert files(both["output_dir"]) == [
-        "predictions/ner_kitchen.jsonl", "predictions/re_town.jsonl", "results.json", "state.json"
-    ]  # fmt: skip
+        *(f"predictions/{task}.jsonl" for task in TASKS),
+        "results.json",
+        "state.json",
+    ]
 
 
 def test_flags_of_a_row_with_an_adapter_per_data_set(both, capsys, logging_restored):

@@ -60,20 +60,15 @@ def made_by(*adapters: Adapter | None) -> dict[str, Any] | None:
     peaks = [cost["peak_memory_bytes"] or 0 for cost in costs]
     return {
         **runs[0],
-        "seed": _common(runs, "seed"),
+        "seed": runs[0]["seed"] if len({run["seed"] for run in runs}) == 1 else None,
         "ran_source_models": any(run["ran_source_models"] for run in runs),
         "source_control": join_controls(*(run["source_control"] for run in runs)),
         "cost": {
             "seconds": None if None in seconds else round(sum(seconds), 3),
             "peak_memory_bytes": max(peaks) or None,
-            "device": _common(costs, "device"),
+            "device": costs[0]["device"],
         },
     }
-
-
-def _common(records: Sequence[Mapping[str, Any]], key: str) -> Any:
-    values = {record[key] for record in records}
-    return values.pop() if len(values) == 1 else None
 
 
 def row_name(result: Mapping[str, Any]) -> str:

@@ -15,10 +15,8 @@ _TITLES = {
     "distillation": "Distilled LoRA adapter",
     "tuning": "LoRA expert",
 }
-_TAGS = {"fusion": ["heterofusion", "adapter-fusion"], "merge": ["merge"], "distillation": ["distillation"]}
 _PARTS = ("init_adapter", "target", "sources", "teachers", "adapters")
 _COLUMNS = ("name", "base_model", "sha256", "weight", "picked")
-_SPEEDS = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
 _TEMPLATE = """\
 ---
 {{ card_data }}
@@ -54,13 +52,14 @@ No licence is stated here: it follows from those of the base model, the adapters
 def model_card(record: Mapping[str, Any], about: str) -> ModelCard:
     """The card of an adapter with a record of `make_record`; `about` says what it is and how it was made."""
     base, kind, control = record["base_model"], record["made_by"]["kind"], record_control(record)
-    metrics = [pair for pair in (record.get("metrics") or {}).items() if not pair[0].endswith(_SPEEDS)]
+    speeds = ("_runtime", "_per_second", "epoch")  # figures of the run, not of the adapter
+    metrics = [pair for pair in (record.get("metrics") or {}).items() if not pair[0].endswith(speeds)]
     adapter_of = [f"base_model:adapter:{base}"] if base else []
     data = ModelCardData(
         base_model=base or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", *_TAGS.get(kind, []), *adapter_of, *(["control"] if control else [])],
+        tags=["lora", "heterofusion", kind, *adapter_of, *(["control"] if control else [])],
     )
     return ModelCard.from_template(
         data,

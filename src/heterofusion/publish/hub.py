@@ -129,8 +129,6 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
     roots = [str(folder), str(folder.resolve()), base]
     scanned = (CONFIG_FILE, "tokenizer_config.json", CARD_FILE, record_file)
     cleaned = {name: clean for name in scanned if name in files and (clean := _cleaned(folder / name, roots))}
-    if cleaned:
-        logger.info("local paths and tokens are taken out of the uploaded copy of %s", ", ".join(cleaned))
     if base and (base != display_name(base) or os.path.isdir(base)):
         told = "the base model was a local folder, so the repository names it %r; edit that in %s and %s to its Hub id"
         logger.warning(told, display_name(base), CONFIG_FILE, CARD_FILE)

@@ -12,7 +12,6 @@ from heterofusion.experts.token_alignment import (
     SPECIAL,
     Aligner,
     AnswerSymbols,
-    answer_symbols,
     dtw_path,
     mapped_distribution,
     one_to_one,
@@ -63,14 +62,15 @@ def test_a_split_word_is_not_one_to_one():
 
 def test_end_tokens_align_whatever_they_are_called():
     """One template closes the turn and breaks the line, the other does not."""
-    texts = [b" yes", None, b"\n", b" no", None]
-    source = AnswerSymbols(texts, ends=[1]).of([0, 1, 2])
-    target = AnswerSymbols(texts, ends=[4]).of([0, 4])
-    assert source == ([0, 1], [tuple(b" yes"), END]) and target == ([0, 1], [tuple(b" yes"), END])
-    assert one_to_one(source[1], target[1]) == [(0, 0), (1, 1)]
-    assert AnswerSymbols(texts, ends=[]).of([1, 2, 99]) == ([0, 1, 2], [SPECIAL, tuple(b"\n"), SPECIAL])
-    dialogue = AnswerSymbols(texts, ends=[1]).of([0, 1, 2, 3, 1])
-    assert dialogue[0] == [0, 1, 3, 4]  # the line break between turns is of the template
+    source, target = sentencepiece_like(eos="<|done|>"), byte_level()
+    word, end, newline = source.convert_tokens_to_ids(["w", "<|done|>", "<0x0A>"])
+    symbols_of = AnswerSymbols(source, []).of
+    assert symbols_of([word, end, newline]) == ([0, 1], [tuple(b"w"), END])
+    assert symbols_of([word, end, newline, word, end])[0] == [0, 1, 3, 4]  # the line break between turns
+    word, user, end = target.convert_tokens_to_ids(["w", "<|user|>", target.eos_token])
+    assert AnswerSymbols(target, []).of([word, end]) == ([0, 1], [tuple(b"w"), END])
+    assert AnswerSymbols(target, []).of([user, 99_999]) == ([0, 1], [SPECIAL, SPECIAL])
+    assert AnswerSymbols(target, [[word, user]]).of([user, 99_999]) == ([0, 1], [END, SPECIAL])
 
 
 # ---- labels -----------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def answer(tokenizer) -> np.ndarray:
 
 
 def distributions(source, target, labels: SoftLabel, tokens: np.ndarray):
-    own = (answer_symbols(tokenizer, [answer(tokenizer).tolist()]) for tokenizer in (source, target))
+    own = (AnswerSymbols(tokenizer, [answer(tokenizer).tolist()]) for tokenizer in (source, target))
     return Aligner(*own, VocabularyMap(source, target)).distributions(labels, tokens)
 
 

@@ -82,7 +82,6 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_whole(when, tmp_p
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert (left / "table.arrow").stat().st_size > 0
-    assert read_labels(tmp_path, IDENTITY) is None
     write_labels(tmp_path, IDENTITY, batches())
     assert_same(read_labels(tmp_path, IDENTITY), batches())
     assert left.exists()  # it might be that of a program that runs
@@ -110,12 +109,12 @@ def test_damaged_labels_are_told_and_can_be_made_anew(damage, tmp_path, caplog):
     write_labels(tmp_path, IDENTITY, batches())
     spoil, reason = DAMAGES[damage]
     spoil(labels_path(tmp_path, IDENTITY))
-    assert read_labels(tmp_path, IDENTITY) is None
+    with pytest.raises(ValueError, match="is missing or damaged: make these soft labels again"):
+        read_labels(tmp_path, IDENTITY)
     assert "is damaged" in caplog.text and reason in caplog.text
     write_labels(tmp_path, IDENTITY, batches())
     assert_same(read_labels(tmp_path, IDENTITY), batches())
     assert len(list(tmp_path.iterdir())) == 1
-    assert read_labels(tmp_path, {"model": "b"}) is None
 
 
 def test_of_two_programs_the_first_ones_labels_stay(tmp_path):

@@ -62,24 +62,15 @@ def test_soft_labels_are_of_the_tokens_that_they_stand_at(labelled, tokenizer, t
             number += 1
     tokens = sum(label != -100 for row in examples for label in row["labels"])
     assert record["soft"] == pytest.approx(number / tokens) and 0.5 < record["soft"] <= record["one_to_one"]
-    assert record["examples"] == {"ner_garden": COUNT, "re_market": COUNT} and (record["weight"], record["top_k"]) == (
-        0.5,
-        4,
-    )
+    assert record["examples"] == {"ner_garden": COUNT, "re_market": COUNT}
+    assert (record["weight"], record["top_k"]) == (0.5, 4)
     assert f"soft labels of {2 * COUNT} examples: {record['one_to_one']:.1%}" in line
 
 
-def test_soft_label_that_the_base_has_no_embedding_for_raises(tmp_path):
-    row = {
-        "input_ids": [1, 2],
-        "labels": [-100, 2],
-        SOFT_POSITIONS: [1],
-        SOFT_IDS: [[2, 70]],
-        SOFT_PROBS: [[0.9, 0.1]],
-    }
-    config = PretrainedConfig(vocab_size=70)
+def test_soft_label_that_the_base_has_no_embedding_for_raises():
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2], SOFT_IDS: [[2, 70]]}])
     with pytest.raises(ValueError, match="gave token id 70, but the vocabulary"):
-        check_token_ids([Dataset.from_list([row])], config)
+        check_token_ids([rows], PretrainedConfig(vocab_size=70))
 
 
 def test_result_is_kept_and_made_anew_for_other_labels(labelled, tokenizer, tmp_path, monkeypatch):
@@ -109,11 +100,6 @@ def test_cut_labels_have_the_soft_labels_of_what_is_left(labelled, tokenizer, tm
         assert set(full[SOFT_POSITIONS]) - set(row[SOFT_POSITIONS]) <= {*range(len(row["input_ids"]) - 1, longest)}
 
 
-@pytest.fixture
-def copied(labelled, tmp_path) -> Path:
-    return Path(shutil.copytree(labelled, tmp_path / "copy"))
-
-
 def change_label(folder: Path) -> None:
     rows = read_labels(folder, "ner_garden")
     rows[2]["completion"] = " None"
@@ -125,35 +111,25 @@ def remove_table(folder: Path) -> None:
     shutil.rmtree(folder / "soft" / index["sources"]["ner_garden"]["file"])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda folder: shutil.rmtree(folder / "soft"), r"no soft labels beside the files in .*--top_k_logits"),
-        (change_label, r"ner_garden\.jsonl, line 3 is not the label that the soft labels"),
-        (remove_table, r"soft-labels-.*, the soft labels of ner_garden, is missing or damaged"),
-        (
-            lambda folder: shutil.rmtree(folder / "soft" / "tokenizers" / "ner_garden"),
-            r"tokenizer of .*ner_garden.* cannot be loaded",
-        ),
-        (lambda folder: (folder / "soft" / "index.json").write_text("{"), r"index\.json"),
-        (
-            lambda folder: shutil.move(folder / "re_market.jsonl", folder / "ner_garden.jsonl"),
-            r"line 1 is not the label",
-        ),
-    ],
-    ids=["no store", "other label", "no table", "no tokenizer", "no json", "other file"],
-)
-def test_store_of_other_labels_raises(copied, tokenizer, tmp_path, change, words):
+DAMAGES = {
+    "no store": (lambda f: shutil.rmtree(f / "soft"), r"no soft labels beside the files in .*--top_k_logits"),
+    "other label": (change_label, r"ner_garden\.jsonl, line 3 is not a label that the soft labels"),
+    "no table": (remove_table, r"soft-labels-.* is missing or damaged"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "soft/tokenizers/ner_garden"), r"tokenizer of .* cannot be loaded"),
+    "no json": (lambda f: (f / "soft/index.json").write_text("{"), r"index\.json"),
+    "other file": (lambda f: (f / "re_market.jsonl").rename(f / "ner_garden.jsonl"), r"ner_garden.* is not a label"),
+    "unknown file": (lambda f: (f / "re_market.jsonl").rename(f / "mine.jsonl"), r"mine\.jsonl.* is not a label"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_store_of_other_labels_raises(labelled, tokenizer, tmp_path, damage):
+    change, words = DAMAGES[damage]
+    copied = Path(shutil.copytree(labelled, tmp_path / "copy"))
     change(copied)
     with pytest.raises(ValueError, match=words):
-        softened(copied, tmp_path / "cache", tokenizer, "ner_garden")
+        softened(copied, tmp_path / "cache", tokenizer, *(path.stem for path in copied.glob("*.jsonl")))
     assert not list(tmp_path.glob("cache/soft-targets*"))
-
-
-def test_file_that_the_store_does_not_know_raises(copied, tokenizer, tmp_path):
-    (copied / "re_market.jsonl").rename(copied / "mine.jsonl")
-    with pytest.raises(ValueError, match=r"mine\.jsonl: the soft labels beside it are of other files"):
-        softened(copied, tmp_path / "cache", tokenizer, "ner_garden", "mine")
 
 
 # ---- the recipes ------------------------------------------------------------------------------------------------

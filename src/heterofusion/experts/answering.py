@@ -75,19 +75,11 @@ class ExpertAnswerer(Expert):
 
     def answer(self, questions: Mapping[str, Questions], shares: Mapping[str, Sequence[int]]) -> Answering:
         """By name of the questions, the answers to a share of the prompts, batch by batch."""
-        how = self.generation
+        size = self.generation.fixed_batch_size()
         with self.runner.running(self) as model:
             for name, share in shares.items():
-                asked = questions[name]
-                generator = AnswerGenerator(
-                    model,
-                    self.tokenizer,
-                    asked.max_new_tokens,
-                    how.fixed_batch_size(),
-                    how.cache_implementation,
-                    asked.sampling,
-                    self.in_context,
-                )
+                asked, how = questions[name], (size, questions[name].sampling, self.in_context)
+                generator = AnswerGenerator(model, self.tokenizer, asked.max_new_tokens, *how)
                 yield name, generator.answers({i: asked.ids[i] for i in share})
 
 
@@ -165,9 +157,9 @@ def part_file(path: Path) -> Iterator[Callable[[Sequence[Answer], float], None]]
         file.truncate(file.read().rfind(b"\n") + 1)
 
         def write(answers: Sequence[Answer], seconds: float) -> None:
-            share = round(seconds / len(answers), 6)
-            lines = [json.dumps({**asdict(answer), "seconds": share}, ensure_ascii=False) for answer in answers]
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+            for answer in answers:
+                record = {**asdict(answer), "seconds": round(seconds / len(answers), 6)}
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             file.flush()
 
         yield write

@@ -44,15 +44,7 @@ NO_ADAPTER = "none"
 _WHOLE = 64 << 20  # weight files up to this size are hashed as a whole
 _PIECE = 4096
 # what a base's answers depend on beside its weights: beginnings of file names
-_ANSWER_FILES = (
-    "config.json",
-    "generation_config",
-    "tokenizer",
-    "special_tokens",
-    "added_tokens",
-    "vocab.",
-    "merges.",
-)
+_ANSWER_FILES = ("config.json", "generation_config", "tokenizer", "special_tokens", "added_", "vocab.", "merges.")
 
 
 @dataclass
@@ -77,7 +69,7 @@ class Adapter:
     given: str  # what the user wrote
     folder: Path
     config: PeftConfig
-    shapes: dict[str, tuple[int, ...]]  # of every tensor in its file
+    tensors: frozenset[str]  # their names in its file
     sha256: str  # of that file
 
     @property
@@ -86,7 +78,7 @@ class Adapter:
         init = getattr(self.config, "init_lora_weights", None)
         if self.config.peft_type != PeftType.LORA or getattr(self.config, "layer_replication", None):
             return False
-        return keeps_base(init) and all(".lora_" in key for key in self.shapes)
+        return keeps_base(init) and all(".lora_" in key for key in self.tensors)
 
     @property
     def virtual_tokens(self) -> int:
@@ -109,13 +101,13 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter | None:
         raise AdapterError(f"adapter {folder}: PEFT cannot read its {CONFIG_FILE} ({one_line(error)})") from error
     try:
         with safe_open(weights, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            tensors = frozenset(file.keys())
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged or truncated ({error}); download or save it again") from error
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise AdapterError(f"adapter {folder} is for the task {config.task_type}, not of a causal language model")
     config.inference_mode = True
-    return Adapter(name, folder, config, shapes, file_sha256(weights))
+    return Adapter(name, folder, config, tensors, file_sha256(weights))
 
 
 @dataclass(frozen=True)
@@ -163,7 +155,6 @@ class Expert:
         """What is published of it: names without local paths, and what its files are."""
         return {
             "name": self.name,
-            "adapter": display_name(self.adapter.given) if self.adapter else None,
             "base_model": display_name(self.base.model_name_or_path),
             **self.identity(),
             "max_prompt_length": self.limit,
@@ -230,10 +221,9 @@ def _check_fit(base: BaseArguments, adapter: Adapter | None, merged: bool) -> Pr
     if adapter.only_adds:
         with torch.device("meta"):
             fitted = _fit(skeleton, adapter, name, low_cpu_mem_usage=True, torch_device="cpu")
-        places = get_peft_model_state_dict(fitted, save_embedding_layers=False)
-        surplus = sorted(adapter.shapes.keys() - places.keys())
+        surplus = adapter.tensors - get_peft_model_state_dict(fitted, save_embedding_layers=False).keys()
         if surplus:
-            raise _unfit(adapter, name, f"the base has no place for {surplus[0]}")
+            raise _unfit(adapter, name, f"the base has no place for {min(surplus)}")
     return config
 
 

@@ -36,11 +36,6 @@ class GenerationArguments:
     batch_size: str = flag(
         AUTO, help="Prompts per batch and process; auto starts at 64 and halves it when memory runs out."
     )
-    cache_implementation: str = flag(
-        "dynamic",
-        help="Key-value cache: one that grows, or one of fixed size, with which a GPU runs compiled steps.",
-        choices=["dynamic", "static"],
-    )
     max_prompt_length: int | None = flag(
         None,
         help="Number of tokens that longer prompts are cut to, on the left; by default the model's context "
@@ -154,7 +149,6 @@ class AnswerGenerator:
     tokenizer: Any  # without a padding token its end-of-sequence token pads
     max_new_tokens: int = 256
     batch_size: int | None = None  # None begins with 64 and halves it whenever memory runs out
-    cache_implementation: str = "dynamic"  # "static": of one size, as the longest prompt needs; GPUs compile the steps
     sampling: Sampling | None = None  # None decodes greedily
     # Whether texts are decoded after their prompt, so that both can be joined as they are: some decoders drop the
     # space before a first word.
@@ -167,29 +161,23 @@ class AnswerGenerator:
     def answers(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[Answer]]:
         """Answer token ids by a key that the answers carry and that seeds what is sampled; longest prompts first."""
         lengths = {index: len(ids) for index, ids in prompts.items()}
-        config = self._config(longest=max(lengths.values(), default=0))
-
-        def generate(batch: Sequence[int]) -> list[Answer]:
-            greedy, choice = RecordGreedy(), self.sampling
-            drawn = choice and SampleTokens(choice.uniforms(batch, self.max_new_tokens), choice)
-            rows = self._generate([prompts[index] for index in batch], config, drawn or greedy)
-            told = [[0.0]] * len(batch) if drawn else greedy.rows()
-            return [self._answer(i, prompts[i], row, p) for i, row, p in zip(batch, rows, told, strict=True)]
-
-        yield from self.batches.run(lengths, generate)
-
-    def _config(self, longest: int) -> GenerationConfig:
-        return GenerationConfig(
+        config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=self.pad_id,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=self.stops or None,
-            cache_implementation=self.cache_implementation,
-            # of all batches: a cache of another size is another graph to a compiler
-            max_cache_len=longest + self.max_new_tokens if self.cache_implementation == "static" else None,
         )
+
+        def generate(batch: Sequence[int]) -> list[Answer]:
+            greedy, choice = RecordGreedy(), self.sampling
+            drawn = choice and SampleTokens(choice.uniforms(batch, self.max_new_tokens), choice)
+            rows = self._generate([prompts[index] for index in batch], config, drawn or greedy)
+            told = [[0.0]] * len(batch) if drawn else torch.stack(greedy.steps, dim=1).tolist()
+            return [self._answer(i, prompts[i], row, p) for i, row, p in zip(batch, rows, told, strict=True)]
+
+        yield from self.batches.run(lengths, generate)
 
     @torch.no_grad()
     def _generate(
@@ -247,17 +235,12 @@ class RecordGreedy(LogitsProcessor):
     """Keeps the log-probability of the likeliest token of every row, one number a token, and changes no score."""
 
     def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
+        self.steps: list[torch.Tensor] = []  # (rows,) each
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """The scores as they are. (rows, vocabulary)"""
-        scores32 = scores.float()
-        self.steps.append(scores32.amax(-1) - scores32.logsumexp(-1))
+        self.steps.append(scores.float().amax(-1) - scores.float().logsumexp(-1))
         return scores
-
-    def rows(self) -> list[list[float]]:
-        """Log-probabilities. (rows, steps)"""
-        return torch.stack(self.steps, dim=1).tolist()
 
 
 @contextlib.contextmanager
@@ -285,7 +268,5 @@ def padding_id(tokenizer: Any) -> int:
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Token ids that end an answer: those of the generation config and the tokenizer's own."""
     stops = model.generation_config.eos_token_id
-    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
-        stops.append(tokenizer.eos_token_id)
-    return stops
+    ids = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id]
+    return [*dict.fromkeys(token for token in ids if token is not None)]

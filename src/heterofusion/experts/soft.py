@@ -168,15 +168,11 @@ def add_soft_labels(
 def _find_answer(store: Store, origin: Origin) -> Answer | None:
     """Where the soft labels of an example are; None if its label was stored without, as those too long are."""
     task = origin.path.stem
-    if origin.path.name != f"{task}.jsonl" or task not in store.tasks:
-        raise UserError(
-            f"--source_labels {origin.path}: the soft labels beside it are of other files; name those, label with "
-            "--top_k_logits again, or leave --label_loss out"
-        )
     answer, digest = store.places.get((task, origin.line), (None, None))
-    if answer is not None and _sha256(origin.record) != digest:
+    known = origin.path.name == f"{task}.jsonl" and task in store.tasks
+    if not known or (answer is not None and _sha256(origin.record) != digest):
         raise UserError(
-            f"{origin.where} is not the label that the soft labels beside the file are of: it was changed, or another "
-            "run wrote it; label with --top_k_logits again, or leave --label_loss out"
+            f"{origin.where} is not a label that the soft labels beside the file are of: it was changed, renamed or "
+            "written by another run; label with --top_k_logits again, or leave --label_loss out"
         )
     return answer

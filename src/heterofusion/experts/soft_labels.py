@@ -85,7 +85,9 @@ def write_table(
     file, start = staging / "table.arrow", time.perf_counter()
     with told_writes(f"--logits_cache: {path} could not be written", "name another folder"):
         try:
-            _remove_abandoned(path.parent)
+            for left in path.parent.glob(f"*{TEMPORARY}"):  # of programs that were killed; it may be large
+                if time.time() - max(part.stat().st_mtime for part in (left, *left.glob("*"))) > _ABANDONED:
+                    shutil.rmtree(left, ignore_errors=True)
             staging.mkdir(parents=True)
             with contextlib.closing(ArrowWriter(path=str(file), features=features)) as writer:
                 for columns in batches:
@@ -102,14 +104,6 @@ def write_table(
                 os.rename(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed programs left of their tables, which may be large."""
-    for left in folder.glob(f"*{TEMPORARY}"):
-        newest = max((p.stat().st_mtime for p in (left, *left.glob("*"))), default=0.0)
-        if left.is_dir() and time.time() - newest > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_table(path: Path, features: Features, check: bool = True) -> tuple[Dataset, dict[str, Any]] | None:
@@ -199,10 +193,13 @@ def write_labels(
     write_table(labels_path(folder, identity), _FEATURES, map(columns, batches), {"identity": dict(identity)})
 
 
-def read_labels(folder: Path, identity: Mapping[str, Any]) -> SoftLabels | None:
+def read_labels(folder: Path, identity: Mapping[str, Any]) -> SoftLabels:
     """Open the soft labels of an identity."""
-    found = read_table(labels_path(folder, identity), _FEATURES)
-    return None if found is None else SoftLabels(*found)
+    path = labels_path(folder, identity)
+    found = read_table(path, _FEATURES)
+    if found is None:
+        raise UserError(f"{path} is missing or damaged: make these soft labels again")
+    return SoftLabels(*found)
 
 
 # ---- teachers: nothing is loaded before their labels are collected ----------------------------------------------
@@ -232,14 +229,9 @@ class Teacher:
 def check_alignable(expert: Expert) -> None:
     """Refuse an expert whose logits cannot be aligned with the tokens of another."""
     if not expert.tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {expert.name} has no fast version, which tells what its tokens stand for; save one "
-            "with a tokenizer.json"
-        )
+        raise UserError(f"the tokenizer of {expert.name} has no fast version; save one with a tokenizer.json")
     if expert.adapter is not None and expert.adapter.virtual_tokens:
-        raise UserError(
-            f"{expert.name} puts tokens before the prompt, so its logits stand at other positions; give a LoRA"
-        )
+        raise UserError(f"{expert.name} puts tokens before the prompt, which moves its logits; give a LoRA")
 
 
 def find_teacher(
@@ -258,10 +250,8 @@ def find_teacher(
                 f"answers cannot be aligned: raise it to {max(lengths)}, or leave long records out"
             )
         if expert.context is not None and max(lengths) > expert.context:
-            raise UserError(
-                f"the longest example has {max(lengths)} tokens, but its context has {expert.context}; leave long "
-                "examples out"
-            )
+            told = f"the longest example has {max(lengths)} tokens, but its context has {expert.context}"
+            raise UserError(f"{told}; leave long examples out")
         check_token_ids([examples], expert.config)
         for here, there in zip(report.datasets, target.datasets if target else report.datasets, strict=True):
             if here.kept != there.kept:

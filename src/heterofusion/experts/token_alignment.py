@@ -31,13 +31,11 @@ from heterofusion.experts.soft_labels import (
     SoftLabel,
     SoftLabels,
     cache_key,
-    labels_path,
     made_once,
     read_labels,
     write_table,
 )
 from heterofusion.experts.vocabulary import UNMAPPED, VocabularyMap, as_columns, edit_distances, token_bytes
-from heterofusion.runtime.errors import UserError
 
 _FORMAT = 1  # another number is another name
 _FEATURES = Features(
@@ -61,14 +59,6 @@ class Source:
     identity: Mapping[str, Any]
     tokenizer: PreTrainedTokenizerBase
 
-    def read(self) -> SoftLabels:
-        """Open the soft labels, memory-mapped."""
-        labels = read_labels(self.folder, self.identity)
-        if labels is None:
-            path = labels_path(self.folder, self.identity)
-            raise UserError(f"{path}, the soft labels of {self.name}, is missing or damaged: make them again")
-        return labels
-
 
 Answer = tuple[Source, int]  # whose soft labels, and the number of the answer among them
 
@@ -89,7 +79,7 @@ def add_aligned(
     }
 
     def make() -> None:
-        stored = {source: source.read() for source in dict(filter(None, answers))}
+        stored = {source: read_labels(source.folder, source.identity) for source in dict(filter(None, answers))}
         record: dict[str, Any] = {}
         write_table(path, _FEATURES, _align(examples, tokenizer, answers, stored, record), record)
 
@@ -106,7 +96,7 @@ def _align(
     record: dict[str, Any],
 ) -> Iterator[dict[str, list[Any]]]:
     """The soft labels of all examples, in their order, batch by batch; fills the record."""
-    target = answer_symbols(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
+    target = AnswerSymbols(tokenizer, ([t for t in labels if t != IGNORE_INDEX] for labels in examples["labels"]))
     maps: dict[str, VocabularyMap] = {}  # sources of one tokenizer share one
     aligners: dict[Source, Aligner] = {}
     for source, labels in stored.items():
@@ -114,7 +104,7 @@ def _align(
         if name not in maps:
             maps[name] = VocabularyMap(source.tokenizer, tokenizer)
         own = (labels.of(answer[1]).tokens.tolist() for answer in answers if answer and answer[0] is source)
-        aligners[source] = Aligner(answer_symbols(source.tokenizer, own), target, maps[name])
+        aligners[source] = Aligner(AnswerSymbols(source.tokenizer, own), target, maps[name])
     tokens = aligned = soft = 0
     with tqdm(total=len(answers), desc="Aligning soft labels", unit="answer", delay=3, leave=False) as bar:
         for first in range(0, len(answers), _BATCH):
@@ -174,12 +164,15 @@ SPECIAL: Symbols = (257,)
 class AnswerSymbols:
     """Turns the tokens of an answer into what is compared: their bytes, and one symbol for all that end a turn.
 
-    `texts` are bytes by token id, None for special tokens; `ends` are the tokens that end an answer or a turn.
+    These are the special tokens that the `answers` hold, the most frequent first, and the tokenizer's own.
     """
 
-    def __init__(self, texts: Sequence[bytes | None], ends: Sequence[int]) -> None:
-        self.ends = tuple(ends)
-        self._texts = texts
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> None:
+        self._texts = token_bytes(tokenizer)
+        learned = Counter(token for answer in answers for token in answer)
+        ends = [t for t, _ in learned.most_common() if self._texts[t] is None and t != tokenizer.unk_token_id]
+        own: Any = tokenizer.eos_token_id
+        self.ends = [*dict.fromkeys((*ends, *([] if own is None else [own])))]
 
     def of(self, tokens: Sequence[int]) -> tuple[list[int], list[Symbols]]:
         """Positions in the answer that take part in an alignment, and their symbols.
@@ -208,19 +201,14 @@ def one_to_one(source: Sequence[Symbols], target: Sequence[Symbols]) -> list[tup
         return []
     if list(source) == list(target):  # where the diagonal costs nothing
         return [(index, index) for index in range(len(source))]
-    path = dtw_path(token_costs(source, target))
-    of_source = np.bincount([i for i, _ in path])
-    of_target = np.bincount([j for _, j in path])
-    return [(i, j) for i, j in path if of_source[i] == 1 and of_target[j] == 1]
-
-
-def token_costs(source: Sequence[Symbols], target: Sequence[Symbols]) -> NDArray[np.int64]:
-    """Edit distances (source tokens, target tokens); each pair of different tokens is compared once."""
-    rows, columns = list(dict.fromkeys(source)), list(dict.fromkeys(target))
+    rows, columns = list(dict.fromkeys(source)), list(dict.fromkeys(target))  # different tokens are compared once
     candidates = as_columns(columns)
     distances = np.stack([edit_distances(row, *candidates) for row in rows])  # (different rows, different columns)
     row_of, column_of = ({symbols: i for i, symbols in enumerate(kinds)} for kinds in (rows, columns))
-    return distances[np.ix_([row_of[s] for s in source], [column_of[s] for s in target])]
+    path = dtw_path(distances[np.ix_([row_of[s] for s in source], [column_of[s] for s in target])])
+    of_source = np.bincount([i for i, _ in path])
+    of_target = np.bincount([j for _, j in path])
+    return [(i, j) for i, j in path if of_source[i] == 1 and of_target[j] == 1]
 
 
 def dtw_path(costs: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -280,12 +268,3 @@ def mapped_distribution(
     for place, (token, value) in enumerate(sorted(sums.items(), key=lambda item: -item[1])):
         new_ids[place], probs[place] = token, value / total
     return new_ids, probs
-
-
-def answer_symbols(tokenizer: PreTrainedTokenizerBase, answers: Iterable[Iterable[int]]) -> AnswerSymbols:
-    """Symbols of a model's tokens. What ends its answers: special tokens that are learned, the most frequent first."""
-    texts = token_bytes(tokenizer)
-    learned = Counter(token for answer in answers for token in answer)
-    ends = [t for t, _ in learned.most_common() if texts[t] is None and t != tokenizer.unk_token_id]
-    eos: Any = tokenizer.eos_token_id
-    return AnswerSymbols(texts, ends if eos is None or eos in ends else [*ends, eos])

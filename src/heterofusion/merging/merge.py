@@ -151,9 +151,7 @@ class MergeRun:
         """Scores of an expert on the data sets."""
         scores, how = {}, self.generation
         with self.runner.running(expert) as model:
-            generator = AnswerGenerator(
-                model, expert.tokenizer, how.max_new_tokens, how.fixed_batch_size(), how.cache_implementation
-            )
+            generator = AnswerGenerator(model, expert.tokenizer, how.max_new_tokens, how.fixed_batch_size())
             for examples, prompts in self.questions:
                 batches = generator.answers(dict(enumerate(prompts.ids)))
                 bar = tqdm(batches, f"scoring {examples.label}", unit="batch", leave=False)

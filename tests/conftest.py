@@ -137,6 +137,18 @@ def make_trainer(folder: Path, model=None, rows=None, trainer_options=None, **ch
     )
 
 
+def first_gradients(monkeypatch, trainer) -> list[torch.Tensor]:
+    """Gradients of the first optimizer step, which is not taken, of a trainer that is run."""
+    captured: list[torch.Tensor] = []
+
+    def keep(optimizer, *args, **kwargs):
+        captured.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep)
+    trainer.train()
+    return captured
+
+
 def token_batch(rows: int = 4, length: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens of the golden vocabulary; the first three of each row carry no label."""
     generator = torch.Generator().manual_seed(seed)

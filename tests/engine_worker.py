@@ -33,19 +33,15 @@ class PoisonedTrainer(HeteroFusionTrainer):
 
     poisoned: tuple[int, ...] = ()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+    def _loss(self, model, inputs, num_items_in_batch):
+        loss, outputs = super()._loss(model, inputs, num_items_in_batch)
         if self.state.global_step in self.poisoned and self.args.process_index == self.args.world_size - 1:
             loss = loss * float("nan")
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
 
 def make_trainer(
-    folder: Path,
-    accumulation: int = 1,
-    checkpointing: bool = False,
-    mixture: bool = False,
-    **more,
+    folder: Path, accumulation: int = 1, checkpointing: bool = False, mixture: bool = False, **more
 ) -> PoisonedTrainer:
     """A fusion of the same examples per optimizer step whatever accumulation and number of ranks."""
     world = PartialState().num_processes
@@ -166,23 +162,16 @@ def resume(folder: Path, **case) -> dict:
         (folder / "checkpoint-3" / COMPLETE_FILE).unlink()
     PartialState().wait_for_everyone()
     again = make_trainer(folder, **case)
-    begin = Begin()
-    again.add_callback(begin)
+    spread = Spread(again.fusion_model)
+    again.add_callback(spread)
     again.train(resume_from_checkpoint=True)
     found = parameters(again.fusion_model)
     return {
-        "resumed_at": begin.step,
+        "steps_made": len(spread.steps),
         "steps": again.state.global_step,
         "different": [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)],
         "files": sorted(path.name for path in (folder / "checkpoint-2").iterdir()),
     }
-
-
-class Begin(TrainerCallback):
-    """The optimizer step at which training begins."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.step = state.global_step
 
 
 class Spread(TrainerCallback):

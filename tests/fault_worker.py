@@ -44,8 +44,7 @@ class Fault:
     Args:
         at: the function, as `module:qualified.name`; or `a file operation` of Python's.
         call: which of its calls, from 1.
-        when: `before` or `after` it, or `half`: it writes a file, of which only the first half stays.
-        file: place of that file among the arguments.
+        when: `before` or `after` it, or `half`: it writes a file, its second argument, of which half stays.
         within: a function and the number of its call: only calls of `at` inside it count.
         do: name of what is done, see `DEEDS`.
         value: its argument.
@@ -57,7 +56,6 @@ class Fault:
         at: str,
         call: int = 1,
         when: str = "before",
-        file: int = 1,
         within: tuple[str, int] | None = None,
         do: str = "kill",
         value: Any = None,
@@ -65,7 +63,7 @@ class Fault:
     ) -> None:
         if rank is not None and rank != int(os.environ["RANK"]):
             return
-        self.call, self.when, self.file = call, when, file
+        self.call, self.when = call, when
         self.deed: Callable[[], None] = functools.partial(DEEDS[do], value)
         self.calls = self.entries = 0
         self.is_open = within is None
@@ -91,7 +89,7 @@ class Fault:
         if self.when != "before":
             result = function(*args, **kwargs)
         if self.when == "half":
-            os.truncate(args[self.file], os.path.getsize(args[self.file]) // 2)
+            os.truncate(args[1], os.path.getsize(args[1]) // 2)
         self.deed()
         return function(*args, **kwargs) if self.when == "before" else result
 

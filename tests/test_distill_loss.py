@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from conftest import GOLDEN, TokenRows, fresh_base
-from heterofusion import load_adapter
 from heterofusion.data.labels import SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS
 from heterofusion.rivals.distillation import DistillationTrainer, DistillConfig
-from heterofusion.training.expert import load_initial
+from heterofusion.training.config import LoraArguments
+from heterofusion.training.expert import choose_lora
 from test_soft_labels_training import SoftRows, count_labels, dense
 
 
 def initial():
-    return load_initial(fresh_base(), load_adapter(GOLDEN / "target_llama"))
+    base = fresh_base()
+    return choose_lora(base, LoraArguments(init_adapter=str(GOLDEN / "target_llama"))).put_on(base, 42)
 
 
 def trained(folder, rows, **changes):

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
 from conftest import make_args
 from heterofusion.method.base_model import cast_base
 from heterofusion.runtime.ranks import set_zero_init_dtype
-from heterofusion.runtime.sharding import is_sharded, load_whole_tensors, whole_tensors
-from heterofusion.training.engines import check_engine, exclude_from_reduction, wrap_hypernetworks_apart
+from heterofusion.training.engines import check_engine, exclude_from_reduction
 
 
 def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> SimpleNamespace:
@@ -24,8 +22,7 @@ def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> Simp
 
 def fsdp(**changes) -> SimpleNamespace:
     settings = {
-        "fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "cpu_ram_efficient_loading": False,
-        "transformer_cls_names_to_wrap": None,
+        "fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "cpu_ram_efficient_loading": False
     }  # fmt: skip
     return SimpleNamespace(**(settings | changes))
 
@@ -72,7 +69,6 @@ def test_compiling_and_other_parallelism_raise():
     with pytest.raises(ValueError, match="INDUCTOR"):
         check_engine(accelerator(DistributedType.NO, dynamo_plugin=plugin))
     engine = accelerator(DistributedType.MULTI_GPU, dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
-    check_engine(engine)
     engine.parallelism_config = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
     with pytest.raises(ValueError, match="context and sequence parallelism"):
         check_engine(engine)
@@ -127,15 +123,6 @@ def test_zero_init_takes_the_dtype_of_the_base(monkeypatch):
     set_zero_init_dtype(torch.float16)  # no DeepSpeed, nothing to do
 
 
-def test_fsdp_shards_hypernetworks_beside_the_layers(model):
-    plugin = fsdp()
-    wrap_hypernetworks_apart(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model, "HyperNetworks")
-    assert plugin.transformer_cls_names_to_wrap == ["HyperNetworks", "LlamaDecoderLayer"]
-    plugin = fsdp(transformer_cls_names_to_wrap=["LlamaMLP"])
-    wrap_hypernetworks_apart(accelerator(DistributedType.FSDP, fsdp_plugin=plugin), model, "HyperNetworks")
-    assert plugin.transformer_cls_names_to_wrap == ["HyperNetworks", "LlamaMLP"]
-
-
 def test_ddp_reduces_the_kept_parameters_only(model):
     exclude_from_reduction(model, model.hypernetworks, model.hypernetworks.alphas.values())
     ignored = set(model._ddp_params_and_buffers_to_ignore)
@@ -143,19 +130,3 @@ def test_ddp_reduces_the_kept_parameters_only(model):
     assert reduced == {f"hypernetworks.networks.{name}.alpha" for name in model.hypernetworks.networks}
     exclude_from_reduction(model, model.hypernetworks, model.hypernetworks.parameters())
     assert not list(model._ddp_params_and_buffers_to_ignore)
-
-
-def test_whole_tensors_are_copies_and_load_back_or_not_at_all():
-    module = nn.Linear(3, 2)
-    state = whole_tensors(module.named_parameters())
-    assert not is_sharded(module)
-    with torch.no_grad():
-        module.weight.zero_()
-    load_whole_tensors(module, state)
-    assert state["weight"].any() and torch.equal(module.weight, state["weight"])
-    with pytest.raises(ValueError, match=r"other tensors than expected: .'bias'"):
-        load_whole_tensors(module, {"weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"weight is \(3, 2\), \(2, 3\) was expected"):
-        load_whole_tensors(module, {"bias": torch.zeros(2), "weight": torch.zeros(3, 2)})
-    for name, tensor in whole_tensors(module.named_parameters()).items():
-        assert torch.equal(tensor, state[name])

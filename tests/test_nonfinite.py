@@ -8,10 +8,9 @@ from transformers import TrainerCallback
 from conftest import TokenRows, make_trainer
 from heterofusion.publish.write import ExportError, export_adapter
 from heterofusion.training.checkpoints import last_complete_checkpoint
-from heterofusion.training.nonfinite import FiniteGuard, NonFiniteError, gradient_norms
+from heterofusion.training.nonfinite import FiniteGuard, NonFiniteError
 from recipe_runner import flags, train
 
-BAD = [float("nan"), float("inf"), float("-inf")]
 ONE = torch.tensor(1.0)
 GROUPS = ("q_proj_r4", "k_proj_r4", "v_proj_r4")
 
@@ -24,16 +23,12 @@ def finite(*bad: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def guard() -> FiniteGuard:
-    return FiniteGuard(GROUPS)
-
-
-@pytest.fixture
 def process() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def test_finite_steps_are_not_told(guard, process):
+def test_finite_steps_are_not_told(process):
+    guard = FiniteGuard(GROUPS)
     assert guard.first_bad(process) is None
     for step in range(1, 4):
         guard.note(step, ONE, ONE, finite())
@@ -41,7 +36,6 @@ def test_finite_steps_are_not_told(guard, process):
     assert guard.first_bad(process) is None
 
 
-@pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize(
     ("loss", "norm", "bad", "updates", "text"),
     [
@@ -53,22 +47,11 @@ def test_finite_steps_are_not_told(guard, process):
         (True, True, GROUPS, ("v_proj_r4",), "the update of v_proj_r4 is not finite"),
     ],
 )
-def test_what_was_not_finite_is_named(guard, process, value, loss, norm, bad, updates, text):
-    value = torch.tensor(value)
+def test_what_was_not_finite_is_named(process, loss, norm, bad, updates, text):
+    guard = FiniteGuard(GROUPS)
+    value = torch.tensor(float("nan"))
     guard.note(7, value if loss else ONE, value if norm else ONE, finite(*bad), finite(*updates))
     assert guard.first_bad(process) == f"step 7: {text}"
-
-
-def test_gradients_of_parameters_are_looked_at_by_group(model):
-    hypernetworks = model.hypernetworks
-    assert gradient_norms(hypernetworks) == {}  # DeepSpeed keeps them elsewhere
-    for parameter in hypernetworks.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    norms = gradient_norms(hypernetworks)
-    assert norms.keys() == hypernetworks.networks.keys()
-    for name, norm in norms.items():
-        count = sum(parameter.numel() for parameter in hypernetworks.networks[name].parameters())
-        assert norm == pytest.approx(count**0.5, rel=1e-5)
 
 
 def test_first_step_of_any_rank_wins_and_ranks_add_up(process, monkeypatch):
@@ -86,12 +69,12 @@ def test_first_step_of_any_rank_wins_and_ranks_add_up(process, monkeypatch):
 # ---- runs -------------------------------------------------------------------------------------------------------
 
 
-def poison_loss(trainer, *micro_batches: int, value: float = float("nan")) -> None:
-    """Let the base's loss be this value at some micro-batches, counted from 1."""
+def poison_loss(trainer, micro_batch: int, value: float) -> None:
+    """Let the base's loss be this value at a micro-batch, counted from 1."""
     calls = iter(range(1, 1000))
 
     def spoil(module, args, output):
-        if module.training and next(calls) in micro_batches:
+        if module.training and next(calls) == micro_batch:
             output.loss = output.loss * value
         return output
 
@@ -115,24 +98,18 @@ def poison_gradient(trainer, group: str, *steps: int, inside: bool = False) -> N
         network.register_forward_hook(spoil_update)
 
 
-@pytest.mark.parametrize("value", BAD)
-@pytest.mark.parametrize(("accumulation", "micro_batch"), [(1, 3), (3, 7), (3, 9)])
+@pytest.mark.parametrize(
+    ("accumulation", "micro_batch", "value"), [(1, 3, float("nan")), (3, 7, float("inf")), (3, 9, float("-inf"))]
+)
 def test_bad_loss_stops_the_run_and_nothing_bad_is_saved(tmp_path, accumulation, micro_batch, value):
     """The run logs at step 100 only; what looks at step 3 is the save."""
     options = {"max_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 100}
     trainer = make_trainer(tmp_path, rows=TokenRows(24), save_strategy="steps", save_steps=1, **options)
-    poison_loss(trainer, micro_batch, value=value)
+    poison_loss(trainer, micro_batch, value)
     with pytest.raises(NonFiniteError, match=r"step 3: the loss and the gradient of (\w+, ){6}\w+ are not") as raised:
         trainer.train()
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-
-
-def test_bad_loss_is_told_with_its_step_when_nobody_looked_before(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=5, logging_steps=100)
-    poison_loss(trainer, 3)
-    with pytest.raises(NonFiniteError, match=r"step 2: the loss and .* are not finite; no checkpoint was saved"):
-        trainer.train()
 
 
 @pytest.mark.parametrize(
@@ -161,22 +138,6 @@ def test_role_with_bad_weights_or_context_is_named_alone(tmp_path, part):
         inputs.split(inputs.blocks)[1][0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="step 1: the update of o_proj_r4 is not finite"):
         trainer.train()
-
-
-def test_run_goes_on_from_the_last_good_checkpoint(tmp_path):
-    """As a user would who found what was wrong; the end is that of a run in which it never was."""
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
-    whole = make_trainer(tmp_path / "whole", **options)
-    whole.train()
-    stopped = make_trainer(tmp_path / "out", **options)
-    poison_gradient(stopped, "v_proj_r4", 3)
-    with pytest.raises(NonFiniteError, match="checkpoint-2"):
-        stopped.train()
-    again = make_trainer(tmp_path / "out", **options)
-    again.train(resume_from_checkpoint=True)
-    wanted = whole.fusion_model.hypernetworks.state_dict()
-    for name, tensor in again.fusion_model.hypernetworks.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
 
 
 # ---- what is kept -----------------------------------------------------------------------------------------------

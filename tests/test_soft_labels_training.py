@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import AdamW
 
-from conftest import TokenRows, make_trainer
+from conftest import TokenRows, first_gradients, make_trainer
 from heterofusion.data.labels import SOFT_COLUMNS, SOFT_IDS, SOFT_POSITIONS, SOFT_PROBS, SourceLabelArguments
 from heterofusion.training.mixture import PART, Mixture, MixtureSampler, SoftCollator, soft_losses
 
@@ -77,18 +76,11 @@ def test_batch_without_soft_labels_has_the_columns_and_no_loss():
 
 def stepped(folder: Path, monkeypatch, rows, accumulation: int):
     """Gradients of the first step, and the trainer after it."""
-    captured = []
-    monkeypatch.setattr(
-        AdamW,
-        "step",
-        lambda self, *a, **k: captured.extend(p.grad.clone() for g in self.param_groups for p in g["params"]),
-    )
     trainer = make_trainer(
         folder, rows=rows, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
         max_steps=1, max_grad_norm=1e9, rdm_weight=0.0,
     )  # fmt: skip
-    trainer.train()
-    return captured, trainer
+    return first_gradients(monkeypatch, trainer), trainer
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Training on replay and source labels together: the order, the loss of each part, gradients, resuming."""
+"""Training on replay and source labels together: the order, the loss of each part, resuming.
+
+Gradients, with soft labels too: test_soft_labels_training.py; on two ranks: test_distributed.py.
+"""
 
 from fractions import Fraction
 from itertools import product
@@ -6,15 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 
 from conftest import TokenRows, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionTrainer
-from heterofusion.training.mixture import PART, Mixture, MixtureSampler, epoch_length, part_losses, replay_places
+from heterofusion.training.mixture import PART, Mixture, MixtureSampler, epoch_length, replay_places
 
 SHARES = [Fraction(3, 8), Fraction(1, 2), Fraction(1, 10), Fraction(9, 10), Fraction(333, 1000), Fraction(0)]
 
@@ -99,21 +99,6 @@ def test_ranks_read_the_order_of_one_process_and_resume_in_it():
 # ---- the loss ---------------------------------------------------------------------------------------------------
 
 
-def test_losses_of_the_parts_are_sums_over_label_tokens():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 7, 11, generator=generator)
-    labels = torch.randint(0, 11, (5, 7), generator=generator)
-    labels[1] = -100
-    labels[3, :5] = -100
-    parts = torch.tensor([1, 0, 0, 1, 0])
-    found = part_losses(logits.bfloat16(), labels, parts)
-    for index, name in enumerate(("loss_replay", "loss_labels")):
-        chosen = parts == index
-        rows, wanted = logits.bfloat16().double()[chosen, :-1].flatten(0, 1), labels[chosen, 1:].flatten()
-        total = F.cross_entropy(rows, wanted, ignore_index=-100, reduction="sum")
-        assert found[name].tolist() == pytest.approx([float(total), int((wanted != -100).sum())], rel=1e-5)
-
-
 def in_order(data: Mixture, step: int = 8) -> list[dict]:
     return [data[index] for index in MixtureSampler(data, step, seed=42)]
 
@@ -146,55 +131,13 @@ def test_loss_per_part_is_the_token_mean_since_the_last_line(tmp_path, accumulat
     assert wanted["loss_replay"] != pytest.approx(wanted["loss_labels"], abs=1e-2)
 
 
-def first_gradients(tmp_path, monkeypatch, rows, accumulation: int, **changes) -> list[torch.Tensor]:
-    captured = {}
-
-    def keep(optimizer, *args, **kwargs):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        captured["gradients"] = [p.grad.clone() for p in parameters]
-
-    monkeypatch.setattr(AdamW, "step", keep)
-    trainer = make_trainer(
-        tmp_path, rows=rows, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
-        max_steps=1, rdm_weight=0.5, **changes,
-    )  # fmt: skip
-    trainer.train()
-    return captured["gradients"]
-
-
-def test_gradient_is_that_of_the_plain_loss_on_the_same_examples(tmp_path, monkeypatch):
-    """Two ranks: test_distributed.py."""
-    data = mixture()
-    plain = [{name: value for name, value in row.items() if name != PART} for row in in_order(data)]
-    wanted = first_gradients(tmp_path / "plain", monkeypatch, plain, 1, train_sampling_strategy="sequential")
-    assert max(gradient.abs().max() for gradient in wanted) > 1e-3
-    for accumulation in (1, 2, 4):
-        found = first_gradients(tmp_path / str(accumulation), monkeypatch, data, accumulation)
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """In the middle of the second epoch, whose order is another one than the first's."""
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
     whole = make_trainer(tmp_path / "whole", rows=mixture(), **settings)
     whole.train()
-    broken = make_trainer(
-        tmp_path / "broken", rows=mixture(), trainer_options={"callbacks": [StopAt(5)]}, **settings
-    )  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    again = make_trainer(tmp_path / "broken", rows=mixture(), **settings)
-    again.train(resume_from_checkpoint=True)
+    again = make_trainer(tmp_path / "again", rows=mixture(), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     wanted = whole.model.hypernetworks.state_dict()
     for name, tensor in again.model.hypernetworks.state_dict().items():
         assert torch.equal(tensor, wanted[name]), name

@@ -1,15 +1,11 @@
 """The trainer: what moves, what is counted once, what is logged."""
 
-import math
-
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from torch.optim import AdamW
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import TrainingArguments
 
-from conftest import GOLDEN, TokenRows, make_args, make_model, make_trainer, perturb
+from conftest import GOLDEN, TokenRows, first_gradients, make_args, make_model, make_trainer, perturb
 from heterofusion import HeteroFusionTrainer, load_adapter
 from heterofusion.training.metrics import mean_over_roles
 
@@ -41,13 +37,6 @@ def test_training_moves_every_aligned_b_and_nothing_else(tmp_path, case):
 
 def window_gradients(tmp_path, accumulation, monkeypatch, **changes):
     """Gradients of the hypernetworks at the first optimizer step over the same eight examples."""
-    captured = {}
-
-    def keep(optimizer, *args, **kwargs):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        captured["gradients"] = [p.grad.clone() for p in parameters]
-
-    monkeypatch.setattr(AdamW, "step", keep)
     trainer = make_trainer(
         tmp_path,
         per_device_train_batch_size=8 // accumulation,
@@ -57,8 +46,7 @@ def window_gradients(tmp_path, accumulation, monkeypatch, **changes):
         train_sampling_strategy="sequential",
         **changes,
     )
-    trainer.train()
-    return captured["gradients"], trainer.state.log_history[0]
+    return first_gradients(monkeypatch, trainer), trainer.state.log_history[0]
 
 
 def test_gradient_does_not_depend_on_accumulation(tmp_path, monkeypatch):
@@ -101,14 +89,6 @@ def test_hypernetworks_run_twice_and_backpropagate_once_per_window(tmp_path, acc
     steps = trainer.state.global_step
     assert forwards.count(True) == len(backwards) == steps
     assert forwards.count(False) == (steps if accumulation > 1 else 0)
-
-
-def test_remainder_of_an_epoch_is_stepped(tmp_path):
-    trainer = make_trainer(
-        tmp_path, rows=TokenRows(10), gradient_accumulation_steps=4, max_steps=-1, num_train_epochs=2
-    )
-    trainer.train()
-    assert trainer.state.global_step == 2 * math.ceil(5 / 4)
 
 
 def test_rdm_noise_depends_on_seed_and_step_only(tmp_path):
@@ -180,12 +160,14 @@ def test_bf16_checkpointing_and_tensorboard_run_together(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
-def test_other_model_or_args_raise(tmp_path, base):
+def test_other_model_or_args_or_settings_raise(tmp_path, base):
     args = make_args(tmp_path)
     with pytest.raises(TypeError, match="from_adapters"):
         HeteroFusionTrainer(base, args)
     with pytest.raises(TypeError, match="HeteroFusionConfig"):
         HeteroFusionTrainer(make_model(args), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match=r"rdm_weight is 0\.005 in the model and 0\.5 in args"):
+        HeteroFusionTrainer(make_model(args), make_args(tmp_path, rdm_weight=0.5))
 
 
 def test_a_gradient_scaler_turns_collecting_off(tmp_path, monkeypatch):
@@ -197,12 +179,6 @@ def test_a_gradient_scaler_turns_collecting_off(tmp_path, monkeypatch):
     assert not trainer._once_per_window
 
 
-def test_settings_of_model_and_trainer_must_agree(tmp_path):
-    model = make_model(make_args(tmp_path, rdm_weight=0.5))
-    with pytest.raises(ValueError, match=r"rdm_weight is 0\.5 in the model and 0\.005 in args"):
-        HeteroFusionTrainer(model, make_args(tmp_path))
-
-
 def test_reentrant_checkpointing_raises(tmp_path):
     reentrant = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match="use_reentrant"):
@@ -211,17 +187,3 @@ def test_reentrant_checkpointing_raises(tmp_path):
     trainer.model.get_base_model().activation_checkpointing_enable(**reentrant)
     with pytest.raises(ValueError, match="reentrant"):
         trainer.train()
-
-
-def test_default_collator_pads_without_a_padding_token(tmp_path):
-    words = {"<unk>": 0, "</s>": 1}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), eos_token="</s>", unk_token="<unk>"
-    )
-    trainer = make_trainer(tmp_path, trainer_options={"processing_class": tokenizer})
-    rows = [{"input_ids": list(range(n)), "attention_mask": [1] * n, "labels": list(range(n))} for n in (3, 5)]
-    batch = trainer.data_collator(rows)
-    assert batch["input_ids"].shape == (2, 5)
-    assert batch["labels"][0].tolist() == [0, 1, 2, -100, -100]
-    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 0, 0]
-    assert tokenizer.pad_token is None  # what is saved with the adapter stays as it was

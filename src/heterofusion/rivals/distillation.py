@@ -101,17 +101,11 @@ class DistillationTrainer(AdapterTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch, whatever the model does
+        self.model_accepts_loss_kwargs = True  # the loss divides by num_items_in_batch, whatever the model does
         cast("list[str]", self._signature_columns).extend(SOFT_COLUMNS)
         self.data_collator = SoftCollator(self.data_collator)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
         """The weighted sum of both losses; KL(P || Q) is the cross-entropy where P is a single token."""
         inputs = dict(inputs)
         labels, *soft = (inputs.pop(name) for name in ("labels", *SOFT_COLUMNS))
@@ -123,7 +117,7 @@ class DistillationTrainer(AdapterTrainer):
             self._means.add("clm_loss", torch.stack([nll, wanted.sum()]))
             self._means.add("kl_loss", torch.stack([nll + difference, wanted.sum()]))
         loss = (nll + (1 - self.args.distill_lambda) * difference) * self._per_token(labels, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
 
 def export_student(

@@ -35,8 +35,9 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: Any, train_dataset: Any = None, **kwargs: Any) -> None:
         refuse_data_parallel(args)
-        self._soft_weight = train_dataset.soft_weight if isinstance(train_dataset, Mixture) else None
+        self._soft_weight = None
         if isinstance(train_dataset, Mixture):
+            self._soft_weight = train_dataset.soft_weight
             check_settings(args, soft=self._soft_weight is not None)
         if self._soft_weight is not None and kwargs.get("compute_loss_func") is not None:
             raise UserError("compute_loss_func is given, but soft labels are added to the loss of the model itself")
@@ -105,22 +106,27 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Trainer's loss; in training, soft labels are added to it, and the losses of a mixture's parts are noted."""
+        """The loss of a micro-batch; what it is, `_loss` says."""
+        loss, outputs = self._loss(model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
+        """Trainer's, with soft labels in training, which notes the losses of a mixture's parts; and the outputs."""
         labels, parts = inputs.get("labels"), inputs.get(PART)
         soft = [inputs[name] for name in SOFT_COLUMNS if name in inputs]
         ours = (PART, *SOFT_COLUMNS)  # no inputs of the model
         inputs = {name: value for name, value in inputs.items() if name not in ours}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # the wrapper of DeepSpeed does not tell whether it trains
         if labels is None or parts is None or not cast("nn.Module", self.model).training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            return loss, outputs
         for name, counted in part_losses(outputs["logits"], labels, parts).items():
             self._means.add(name, counted)
         if self._soft_weight is not None:
             difference, counted = soft_losses(outputs["logits"], labels, *soft)
             self._means.add("loss_soft", counted)
             loss = loss + self._soft_weight * difference * self._per_token(labels, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def _per_token(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
         """What a sum over label tokens is multiplied with to count as the tokens of `Trainer.compute_loss` do."""

@@ -6,7 +6,6 @@ would refuse (DoRA, biases, PiSSA, ...) has no flag.
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +79,28 @@ class ExpertLora:
     def put_on(self, base: PreTrainedModel, seed: int) -> PeftModel:
         """Give a base the LoRA, in fp32, with gradients for what is trained; `seed` is of a new LoRA's lora_A."""
         set_seed(seed)
-        if self.initial is not None:
-            return load_initial(base, self.initial, self.train_only, self.config)
-        return _freeze_all_but(get_peft_model(base, self.config), self.train_only)
+        model = get_peft_model(base, self.config) if self.initial is None else self._load_initial(base, self.initial)
+        for name, parameter in model.named_parameters():
+            if self.train_only is not None and f".{self.train_only}." not in name:
+                parameter.requires_grad_(False)
+        return model
+
+    def _load_initial(self, base: PreTrainedModel, adapter: LoraAdapter) -> PeftModel:
+        """Put the adapter on a base (changed in place) to be trained on, in fp32."""
+        try:
+            model: Any = get_peft_model(base, self.config)
+            placed: Any = set_peft_model_state_dict(model, adapter.state_dict())
+            lacking = [key for key in placed.missing_keys if "lora_" in key or "modules_to_save" in key]
+            if lacking or placed.unexpected_keys:
+                raise UserError(f"missing {lacking[:3]}, unexpected {[*placed.unexpected_keys][:3]}")
+        except (ValueError, RuntimeError, KeyError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise AdapterError(
+                f"--init_adapter {adapter.name} does not fit base model {base.config.name_or_path} ({error}); give "
+                f"the base it was trained on ({adapter.base_model or 'not named in its config'})"
+            ) from error
+        return model
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint to resume from must agree with, beside the config."""
@@ -160,40 +178,6 @@ def _plan_initial(skeleton: PreTrainedModel, adapter: LoraAdapter) -> LoraConfig
     config.inference_mode = False
     config.base_model_name_or_path = skeleton.config.name_or_path  # PEFT looks it up when it saves
     return config
-
-
-def load_initial(
-    base: PreTrainedModel, adapter: LoraAdapter, train_only: str | None = None, config: LoraConfig | None = None
-) -> PeftModel:
-    """Put an adapter on a base (changed in place) to be trained on, in fp32; its own config by default."""
-    config = config or _plan_initial(base, adapter)
-    model: Any
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            if isinstance(adapter, ExpandedAdapter):  # of shapes that its file does not have
-                model = get_peft_model(base, config)
-                placed: Any = set_peft_model_state_dict(model, adapter.state_dict())
-                lacking = [key for key in placed.missing_keys if "lora_" in key or "modules_to_save" in key]
-                if lacking or placed.unexpected_keys:
-                    raise UserError(f"missing {lacking[:3]}, unexpected {[*placed.unexpected_keys][:3]}")
-            else:
-                model = PeftModel.from_pretrained(base, str(adapter.folder), is_trainable=True, config=config)
-    except (ValueError, RuntimeError, KeyError, UserWarning) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise AdapterError(
-            f"--init_adapter {adapter.name} does not fit base model {base.config.name_or_path} ({error}); give the "
-            f"base it was trained on ({adapter.base_model or 'not named in its config'})"
-        ) from error
-    return _freeze_all_but(model, train_only)
-
-
-def _freeze_all_but(model: PeftModel, train_only: str | None) -> PeftModel:
-    for name, parameter in model.named_parameters():
-        if train_only is not None and f".{train_only}." not in name:
-            parameter.requires_grad_(False)
-    return model
 
 
 def _plan_new(skeleton: PreTrainedModel, lora: LoraArguments) -> LoraConfig:

@@ -167,14 +167,6 @@ def part_losses(logits: Tensor, labels: Tensor, parts: Tensor) -> dict[str, Tens
 # ---- soft labels ----
 
 
-def kl_divergences(log_probs: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
-    """KL(P || Q), (...), of P over some tokens, `ids` and `probs` (..., k), and Q, `log_probs` (..., vocabulary).
-
-    A token of probability 0 counts for nothing; 0 where P is nothing.
-    """
-    return torch.special.xlogy(probs, probs).sum(dim=-1) - (probs * log_probs.gather(-1, ids)).sum(dim=-1)
-
-
 def soft_losses(
     logits: Tensor, labels: Tensor, positions: Tensor, ids: Tensor, probs: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -195,7 +187,8 @@ def soft_losses(
     log_probs = torch.log_softmax(logits[rows, positions - 1].float(), dim=-1)  # (batch, soft, vocabulary)
     answers = labels.gather(1, positions).clamp(min=0).unsqueeze(-1)  # (batch, soft, 1); padding may be no label
     real = probs.sum(dim=-1) > 0  # (batch, soft)
-    kl = torch.where(real, kl_divergences(log_probs, ids, probs), 0)
+    kl = torch.special.xlogy(probs, probs).sum(dim=-1) - (probs * log_probs.gather(-1, ids)).sum(dim=-1)
+    kl = torch.where(real, kl, 0)  # a token of probability 0 counts for nothing
     nll = torch.where(real, -log_probs.gather(-1, answers).squeeze(-1), 0)
     return (kl - nll).sum(), torch.stack([kl.sum(), real.sum()]).detach()
 

@@ -162,27 +162,21 @@ class HeteroFusionTrainer(AdapterTrainer):
         normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return 1 if normalized or self.compute_loss_func is not None else self.current_gradient_accumulation_steps
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
         """LM loss with live updates, plus `rdm_weight` * RDM on the last micro-batch of an accumulation window."""
         if not self.fusion_model.training:  # DeepSpeed's engine does not tell
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super()._loss(model, inputs, num_items_in_batch)
         with_rdm = self.accelerator.sync_gradients and self.args.rdm_weight > 0
         if with_rdm:
             inputs = {**inputs, "rdm_step": self.state.global_step}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super()._loss(model, inputs, num_items_in_batch)
         divisor = self._loss_divisor(num_items_in_batch)
         self._means.add("lm_loss", loss / divisor)
         if with_rdm:
             rdm = cast("Tensor", self.fusion_model.rdm_loss)
             self._means.add("rdm_loss", rdm)
             loss = loss + self.args.rdm_weight * rdm * divisor
-        return (loss, outputs) if return_outputs else loss
+        return loss, outputs
 
     def own_figures(self) -> dict[str, float]:
         """The losses since the last line, and the state of the fusion by role and source. All ranks together."""
@@ -272,14 +266,7 @@ class HeteroFusionTrainer(AdapterTrainer):
         load_hypernetworks(self.fusion_model, best)
 
     def push_to_hub(  # type: ignore[override]  # one adapter, after training: nothing to wait for
-        self,
-        commit_message: str | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
+        self, commit_message: str | None = None, **given: Any
     ) -> str | None:
         """Push the exported adapter in `output_dir`; see `push_output`. Returns the commit's address on rank 0."""
-        if not self.is_world_process_zero():
-            return None
-        given = {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
-        return push_output(self.args, **given)
+        return push_output(self.args, commit_message=commit_message, **given) if self.is_world_process_zero() else None

@@ -33,7 +33,7 @@ from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.checkpoints import checkpoint_step, clear_remains, find_checkpoint
 from heterofusion.training.config import EXPERT_ARGUMENTS, check_run_flags
 from heterofusion.training.engines import refuse_data_parallel
-from heterofusion.training.expert import about_expert, check_basis_engine, choose_lora, expert_record, export_lora
+from heterofusion.training.expert import check_basis_engine, choose_lora, export_expert
 from heterofusion.training.mixture import build_training_data
 
 logger = logging.getLogger("heterofusion.expert")
@@ -88,8 +88,7 @@ def main(argv: list[str]) -> None:
         trainer.add_callback(FitBasis(partial(planned.fit_basis, model), training.examples))
     start = None if resume is None else checkpoint_step(resume)  # --save_total_limit may remove it
     metrics = trainer.run(resume)
-    record = expert_record(base.model_name_or_path, planned, args, trainer.state.global_step, training, metrics, start)
-    export_lora(trainer, folder, record, about_expert(record))
+    export_expert(trainer, folder, base.model_name_or_path, planned, training, metrics, start)
     logger.info("expert written to %s", folder)
     if args.push_to_hub and is_main_process():
         logger.info("pushed: %s", push_output(args))

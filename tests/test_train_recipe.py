@@ -34,13 +34,6 @@ from recipe_runner import (
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(arguments, capsys):
-    assert train.main(flags({**arguments, "dry_run": True})) == 0
-    out = capsys.readouterr().out
-    assert "model.layers.3.self_attn.q_proj" in out and "preset of this run: paper" in out
-    assert not arguments["output_dir"].exists()
-
-
 # ---- a run ------------------------------------------------------------------------------------------------------
 
 
@@ -101,14 +94,11 @@ def test_model_card_and_provenance_are_fit_to_publish(finished, record):
         for path in (finished.folder, finished.base, GOLDEN, Path.home(), Path.cwd()):
             assert str(path) not in content, (name, path)
         assert not re.search(r"""["'`| ]/\w+/""", content), name
-    assert [source["name"] for source in record["sources"]] == ["source_qwen2", "source_mistral"]
-    assert record["sources"][0]["sha256"] == load_adapter(QWEN).sha256
-
-
-def test_result_holds_the_tokenizer_and_nothing_half_written(finished):
     names = {path.name for path in finished.out.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "fusion.json"} <= names
     assert not [name for name in names if name.startswith(".")]
+    assert [source["name"] for source in record["sources"]] == ["source_qwen2", "source_mistral"]
+    assert record["sources"][0]["sha256"] == load_adapter(QWEN).sha256
 
 
 def test_resume_and_overwrite_use_the_folder_again(finished, tmp_path, capsys):

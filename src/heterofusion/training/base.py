@@ -14,6 +14,7 @@ from heterofusion.data.labels import SOFT_COLUMNS, check_settings
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import told_writes
 from heterofusion.training.checkpoints import last_complete_checkpoint, last_good, stopped_early, whole_checkpoint
+from heterofusion.training.config import TrainingConfig
 from heterofusion.training.engines import refuse_data_parallel
 from heterofusion.training.metrics import WindowMeans, run_metrics
 from heterofusion.training.mixture import PART, Mixture, MixtureSampler, SoftCollator, part_losses, soft_losses
@@ -31,6 +32,7 @@ class AdapterTrainer(Trainer):
     main process, to add files to it.
     """
 
+    args: TrainingConfig
     add_to_checkpoint: Callable[[Path], None] | None = None
 
     def __init__(self, model: nn.Module, args: Any, train_dataset: Any = None, **kwargs: Any) -> None:

@@ -128,15 +128,12 @@ def read_identity(folder: Path) -> dict[str, Any]:
 def save_hypernetworks(
     model: HeteroFusionModel, folder: str | Path, record: Mapping[str, Any] | None = None, write: bool = True
 ) -> None:
-    """Write hypernetworks, extra rows and the identity of the fusion with a `record` of more; all ranks together.
-
-    A step whose loss and gradient are finite makes weights that are not if its learning rate is out of proportion:
-    then nothing is written, and a `NonFiniteError` names the roles.
-    """
+    """Write hypernetworks, extra rows and the identity of the fusion with a `record` of more; all ranks together."""
     state = whole_tensors(model.hypernetworks.named_parameters(), keep=write)
     if not write:
         return
     folder = Path(folder)
+    # a finite loss and gradient make weights that are not finite if the learning rate is out of proportion
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         names = [name.split(".")[1] if name.startswith("networks.") else "the shared factors" for name in bad]
@@ -178,10 +175,9 @@ def restore_basis(model: HeteroFusionModel, folder: str | Path) -> None:
 def whole_checkpoint(
     run_dir: Path, state: TrainerState, args: TrainingArguments, wait_for_everyone: Callable[[], None]
 ) -> Iterator[Path]:
-    """Save a checkpoint in here, on all ranks together; its last file then says that it is complete.
+    """Save a checkpoint in here, on all ranks together, which replaces what a killed run left in its place.
 
-    What a killed run left in its place goes first, older checkpoints (`save_total_limit`) once this one is complete,
-    and this one if it cannot be written.
+    Older checkpoints go (`save_total_limit`) once this one is complete, and this one if it cannot be written.
     """
     folder = run_dir / f"checkpoint-{state.global_step}"
     limit, args.save_total_limit = args.save_total_limit, None  # Trainer would rotate too early
@@ -326,10 +322,7 @@ def check_start(start: Initialization, control: str | None) -> None:
 
 
 def clear_remains(folder: Path, main: bool, resume: Path | None, start: Initialization | None = None) -> None:
-    """Remove what an earlier run left and a resumed one would take for this run's; record what a new one starts from.
-
-    All ranks together, `main` removes.
-    """
+    """Remove what an earlier run left, and record what a new one starts from. All ranks together, `main` removes."""
     ranks = PartialState()
     ranks.wait_for_everyone()  # nobody may still look at what goes
     if main:

@@ -84,13 +84,6 @@ def check_engine(accelerator: Accelerator) -> None:
             raise UserError(_CASTS.format(engine="DeepSpeed"))
 
 
-def wrap_hypernetworks_apart(accelerator: Accelerator, model: nn.Module, name: str) -> None:
-    """Let FSDP2 shard the hypernetworks as a unit of their own, so that they can run outside the base's forward."""
-    plugin = accelerator.state.fsdp_plugin
-    names = plugin.transformer_cls_names_to_wrap or getattr(model, "_no_split_modules", None) or []
-    plugin.transformer_cls_names_to_wrap = sorted({*names, name})
-
-
 def exclude_from_reduction(model: nn.Module, excluded: nn.Module, kept: Iterable[Tensor]) -> None:
     """Let DDP leave the gradients of a part of a model alone, but for those `kept`: it refuses to wrap nothing."""
     keep = {id(parameter) for parameter in kept}
@@ -110,5 +103,7 @@ def set_up_engine(model: HeteroFusionModel, accelerator: Accelerator, once_per_w
     updates.average_over_ranks = once_per_window and engine in DATA_PARALLEL and ddp_reduce == "updates"
     kept = hypernetworks.alphas.values() if updates.average_over_ranks else hypernetworks.parameters()
     exclude_from_reduction(model, hypernetworks, kept)
-    if engine == DistributedType.FSDP:
-        wrap_hypernetworks_apart(accelerator, model.get_base_model(), type(hypernetworks).__name__)
+    if engine == DistributedType.FSDP:  # a unit of their own can run outside the base's forward
+        plugin = accelerator.state.fsdp_plugin
+        names = plugin.transformer_cls_names_to_wrap or getattr(model.get_base_model(), "_no_split_modules", None)
+        plugin.transformer_cls_names_to_wrap = sorted({*(names or []), type(hypernetworks).__name__})

@@ -48,7 +48,7 @@ from heterofusion.runtime.files import read_json_object, write_json
 from heterofusion.runtime.sharding import load_whole_tensors, whole_tensors
 from heterofusion.training.base import AdapterTrainer
 from heterofusion.training.checkpoints import check_complete, check_same
-from heterofusion.training.config import ALL_LINEAR, LORA_B, LoraArguments, TrainingConfig
+from heterofusion.training.config import ALL_LINEAR, LORA_B, LoraArguments
 from heterofusion.training.mixture import TrainingData
 
 SETTINGS = (
@@ -247,19 +247,20 @@ def _projections(skeleton: nn.Module) -> list[str]:
 # ---- the result -------------------------------------------------------------------------------------------------
 
 
-def expert_record(
+def export_expert(
+    trainer: AdapterTrainer,
+    folder: Path,
     base: str,
     lora: ExpertLora,
-    args: TrainingConfig,
-    steps: int,
     data: TrainingData,
     metrics: Mapping[str, Any],
-    resumed_from_step: int | None = None,
-) -> dict[str, Any]:
-    """What `expert.json` records of a run: settings, data and metrics."""
-    labels = data.labels_record
-    training = {**args.training_dict(), "steps": steps, "processes": args.world_size, "data": data.replay_record}
-    return make_record(
+    resumed_from_step: int | None,
+) -> None:
+    """Write an expert with settings, data and metrics of its run in `expert.json`. All ranks together."""
+    args, labels = trainer.args, data.labels_record
+    settled = {"steps": trainer.state.global_step, "processes": args.world_size, "data": data.replay_record}
+    training = args.training_dict() | settled
+    record = make_record(
         "tuning",
         lora.train_only or "lora",
         base,
@@ -274,18 +275,14 @@ def expert_record(
         training=training if labels is None else training | {"source_labels": labels},
         metrics=dict(metrics),
     )
-
-
-def about_expert(record: Mapping[str, Any]) -> str:
-    """What the card of an expert tells."""
-    labels = record["training"].get("source_labels")
     begun = f", begun as the adapter `{record['init_adapter']['name']}`" if record["init_adapter"] else ""
     part = f" Its `{record['train_only']}` alone was trained." if record["train_only"] else ""
     rank, base = record["lora"]["r"], record["base_model"]
     text = f"A LoRA adapter of rank {rank} for `{base}`{begun}, trained with the loss on the answers only.{part}"
-    sets = [*record["training"]["data"].get("datasets", []), *(labels["files"] if labels else [])]
+    sets = [*data.replay_record.get("datasets", []), *(labels["files"] if labels else [])]
     rows = "\n".join(["| data set | examples |", "|---|---|", *(f"| {one['name']} | {one['kept']} |" for one in sets)])
-    return "\n\n".join(filter(None, [text, describe_basis(record["basis"]), rows, describe_labels(labels)]))
+    about = "\n\n".join(filter(None, [text, describe_basis(record["basis"]), rows, describe_labels(labels)]))
+    export_lora(trainer, folder, record, about)
 
 
 def export_lora(trainer: AdapterTrainer, folder: Path, record: Mapping[str, Any], about: str) -> None:

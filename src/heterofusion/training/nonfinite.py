@@ -50,7 +50,7 @@ class FiniteGuard:
         loss: Tensor,
         grad_norm: Tensor | float | None,
         finite: Mapping[str, Tensor],
-        finite_updates: Mapping[str, Tensor] | None = None,
+        finite_updates: Mapping[str, Tensor],
     ) -> None:
         """Look at an optimizer step, counted from 1: the window's loss, and the gradients' norm if it is known.
 
@@ -59,9 +59,7 @@ class FiniteGuard:
         """
         good = torch.ones((), dtype=torch.bool, device=loss.device)
         norm = good if grad_norm is None else torch.as_tensor(grad_norm, device=loss.device).isfinite()
-        parts = [
-            each.get(name, good).to(loss.device) for each in (finite, finite_updates or {}) for name in self.groups
-        ]
+        parts = [each.get(name, good).to(loss.device) for each in (finite, finite_updates) for name in self.groups]
         flags = ~torch.stack([loss.detach().isfinite().view(()), norm.view(()), *parts])
         found = torch.cat([torch.where(flags.any(), step, -1).view(1), flags.long()])
         if self._first is None:

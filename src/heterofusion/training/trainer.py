@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 class HeteroFusionTrainer(AdapterTrainer):
-    """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM.
+    """Trains the hypernetworks of a `HeteroFusionModel` by the LM loss on replay plus RDM; used as `Trainer` is.
 
-    It is used as `Trainer` is. Logged besides Trainer's own: `lm_loss` (soft labels included), `rdm_loss`,
+    Logged besides Trainer's own: `lm_loss` (soft labels included), `rdm_loss`,
     of a `Mixture` the losses of its parts (see `AdapterTrainer`), per role `alpha/`, `gate_sparsity/`, `delta_ratio/`
     (||alpha dB|| / ||B||), the share of attention per source `attention/`, and `hypernetwork_seconds` (forward, per
     optimizer step).

@@ -18,15 +18,15 @@ interrupted goes on with --resume true, with any number of processes.
 
 import logging
 import sys
+from pathlib import Path
 
 # what libraries warn of while they are imported must not stand beside an error
 logging.getLogger().addHandler(logging.NullHandler())
 
 from heterofusion.labelling.arguments import LABEL_ARGUMENTS, LabelArguments
-from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import Routing
-from heterofusion.labelling.run import ROUTING_PICTURE, Labelling
-from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
+from heterofusion.labelling.run import ROUTING_PICTURE, label, labels_table
+from heterofusion.runtime.program import command, parse_arguments, set_up_logging
 from heterofusion.runtime.ranks import start_ranks
 
 logger = logging.getLogger("heterofusion.label")
@@ -38,27 +38,24 @@ def main(argv: list[str]) -> None:
     set_up_logging(logging.INFO, hold=True)
     ranks = start_ranks(arguments.model.use_cpu)
     try:
-        # everything that can be checked is checked before any model is loaded
-        labelling = Labelling(arguments, ranks)
-        release_logging()
-        routing, record = labelling.run()
+        routing, record = label(arguments, ranks)
     finally:
         if ranks.num_processes > 1:
             ranks.destroy_process_group()
     if ranks.is_main_process:
-        draw(routing, labelling)
+        folder = Path(arguments.output.output_dir).expanduser().absolute()
+        draw(routing, folder / ROUTING_PICTURE)
         print(f"{routing.table()}\n\n{labels_table(record)}")
-        logger.info("labels written to %s", labelling.folder)
+        logger.info("labels written to %s", folder)
 
 
-def draw(routing: Routing, labelling: Labelling) -> None:
+def draw(routing: Routing, path: Path) -> None:
     """Draw the routing, where matplotlib is installed: labels are worth more than their picture."""
     scores = {name: routing.scores.get(name, {}) for name in routing.models}
     try:
         from heterofusion.experiments.pictures import draw_routing, save_picture
 
-        figure = draw_routing(scores, routing.labelled_by, routing.tasks, routing.control)
-        save_picture(figure, labelling.folder / ROUTING_PICTURE)
+        save_picture(draw_routing(scores, routing.labelled_by, routing.tasks, routing.control), path)
     except ImportError as error:
         logger.warning("the routing is not drawn: %s", error)
 

@@ -59,8 +59,9 @@ def whole(label_data, tmp_path_factory) -> tuple[dict[str, Any], Path, dict[str,
     return values, values["output_dir"], run_label(values, top_k_logits=4)
 
 
+# Fixtures of a plugin are seen by all tests of a process: a name that another plugin has, too, would be either's.
 @pytest.fixture
-def values(label_data, tmp_path) -> dict[str, Any]:
+def labelling(label_data, tmp_path) -> dict[str, Any]:
     return label_values(label_data, tmp_path / "out")
 
 

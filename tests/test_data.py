@@ -26,20 +26,14 @@ def test_mixture_takes_max_examples_of_each_and_is_shuffled(tmp_path):
     found = answers(dataset, tokenizer)
     assert sorted(text[0] for text in found) == ["a"] * 5 + ["b"] * 12
     assert len(set(found)) == 17 and [text[0] for text in found] != sorted(text[0] for text in found)
-    assert [(r.read, r.sampled, r.kept, r.cut, r.dropped) for r in report.datasets] == [
-        (20, 5, 5, 0, 0),
-        (30, 12, 12, 0, 0),
-    ]
+    assert [(r.read, r.sampled, r.kept) for r in report.datasets] == [(20, 5, 5), (30, 12, 12)]
     assert report.total("kept") == 17
     assert dataset.column_names == ["input_ids", "attention_mask", "labels"]
     assert report.total("tokens") == sum(map(len, dataset["input_ids"]))
     assert report.total("label_tokens") == sum(label != -100 for labels in dataset["labels"] for label in labels)
     assert json.loads(json.dumps(report.to_dict()))["datasets"][1]["format"] == "prompt_completion"
-    assert [line.split(":")[0] for line in report.summary()] == [
-        f"{a} (prompt_completion)",
-        f"{b} (prompt_completion)",
-        "all 2 data sets",
-    ]
+    titles = [line.split(":")[0] for line in report.summary()]
+    assert titles == [f"{a} (prompt_completion)", f"{b} (prompt_completion)", "all 2 data sets"]
 
 
 def test_same_arguments_give_the_same_data_and_another_seed_does_not(tmp_path):
@@ -57,11 +51,11 @@ def test_same_arguments_give_the_same_data_and_another_seed_does_not(tmp_path):
     assert set(answers(alone, tokenizer)) == from_a < set(answers(more, tokenizer))
 
 
-@pytest.mark.parametrize(("ratio", "cap", "expected"), [(0.25, 300, 10), (0.29, 300, 12), (0.5, 7, 7), (0.001, 5, 1)])
-def test_ratio_is_applied_before_the_cap(tmp_path, ratio, cap, expected):
+def test_ratio_is_applied_before_the_cap(tmp_path):
     path = write(tmp_path / "a.json", numbered(40))
-    _, report = build_replay(args_for(path, dataset_ratio=[ratio], max_examples=[cap]), byte_level())
-    assert report.datasets[0].sampled == report.datasets[0].kept == expected
+    for ratio, cap, expected in ((0.25, 300, 10), (0.29, 300, 12), (0.5, 7, 7), (0.001, 5, 1)):
+        _, report = build_replay(args_for(path, dataset_ratio=[ratio], max_examples=[cap]), byte_level())
+        assert report.datasets[0].sampled == report.datasets[0].kept == expected
 
 
 def test_cut_and_dropped_are_counted(tmp_path, caplog):
@@ -143,27 +137,17 @@ def test_flags_come_from_the_command_line():
     assert (args.max_length, args.dataset_seed, args.eval_sets()) == (64, 42, [])
     single = DataArguments(dataset_name="a.json", max_examples=5, dataset_ratio=1)  # as in YAML
     assert (single.dataset_name, single.max_examples, single.replay_sets()[0].ratio) == (["a.json"], [5], 1.0)
-    defaults = DataArguments(dataset_name=["a.json"])
-    assert (defaults.max_examples, defaults.max_length) == ([300], 1024)
 
 
 @pytest.mark.parametrize(
     ("values", "match"),
     [
         ({"max_examples": [1, 2, 3]}, r"--max_examples has 3 values, but --dataset_name has 2: give one"),
-        ({"dataset_split": []}, r"--dataset_split has 0 values, but --dataset_name has 2"),
         ({"max_examples": [-1]}, r"--max_examples is -1; it must be at least 0"),
         ({"dataset_ratio": [0.0]}, r"--dataset_ratio is 0\.0; it must be above 0 and at most 1"),
-        ({"dataset_ratio": [0.5, 1.5]}, r"--dataset_ratio is 1\.5"),
         ({"dataset_ratio": [float("nan")]}, r"--dataset_ratio is nan"),
         ({"dataset_split": [""]}, r"--dataset_split is \[''\]; none of its values may be empty"),
-        ({"dataset_config": ["x", None]}, r"--dataset_config is \['x', None\]"),
-        ({"max_length": 1}, r"--max_length is 1; it must be at least 2"),
-        ({"dataset_seed": -1}, r"--dataset_seed is -1; it must be at least 0"),
-        (
-            {"eval_dataset_name": ["x"], "eval_split": ["a", "b"]},
-            r"--eval_split has 2 values, but --eval_dataset_name",
-        ),
+        ({"eval_dataset_name": ["x"], "eval_split": ["a", "b"]}, r"--eval_split has 2 values, but --eval_dataset_n"),
     ],
 )
 def test_flag_out_of_range_raises(values, match):

@@ -117,22 +117,15 @@ def test_labels_decode_to_the_completion_whatever_the_white_space(prompt, comple
     assert prompt.endswith(text[: len(text) - len(completion + "</s>")])
 
 
-def test_token_across_the_border_gets_loss():
-    record = {"prompt": "xa", "completion": "bz"}
-    tokenizer = merging()
-    ids, labels = encode(record, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(ids) == ["x", "ab", "z", "</s>"]
-    assert [label != -100 for label in labels] == [False, True, True, True]
-    ids, labels = encode({"prompt": "xab", "completion": "z"}, tokenizer)
-    assert [label != -100 for label in labels] == [False, False, True, True]
-
-
-def test_slow_tokenizer_gets_the_same_labels():
-    tokenizer = SlowTokenizer()
-    assert not tokenizer.is_fast
+@pytest.mark.parametrize("kind", ["fast", "slow"])
+def test_token_across_the_border_gets_loss(kind):
+    tokenizer = merging() if kind == "fast" else SlowTokenizer()
+    assert tokenizer.is_fast == (kind == "fast")
     ids, labels = encode({"prompt": "xa", "completion": "bz"}, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids) == ["x", "ab", "z", "</s>"]
     assert [label != -100 for label in labels] == [False, True, True, True]
+    _, labels = encode({"prompt": "xab", "completion": "z"}, tokenizer)
+    assert [label != -100 for label in labels] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("single", ["$A", "<s> $A", "<s> $A </s>"])
@@ -243,11 +236,7 @@ def test_no_known_columns_raises(tmp_path):
         (GOOD, {"prompt": "q0", "completion": None}, r"`completion` is null: make it a string"),
         (GOOD, {"prompt": 3, "completion": "a"}, r"`prompt` is of type int"),
         (GOOD, {"prompt": "q0"}, r"the column `completion` is missing \(found: prompt\), but the first record has it"),
-        (
-            GOOD,
-            {"prompt": [USER], "completion": "a"},
-            r"`prompt` and `completion` are of type list and of type str: make both",
-        ),
+        (GOOD, {"prompt": [USER], "completion": "a"}, r"`prompt` and `completion` are of type list and of type str"),
         (GOOD, {"prompt": "\ud800", "completion": "a"}, r"`prompt` holds half a surrogate pair at character 0"),
         ({"text": "a"}, {"text": ["a"]}, r"`text` is of type list"),
         (UIE, {**UIE, "output": None}, r"`output` is null"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from heterofusion.experiments.pictures import draw_routing
-from heterofusion.labelling.record import labels_table
 from heterofusion.labelling.routing import exchange, route, with_control
+from heterofusion.labelling.run import labels_table
 from heterofusion.publish.record import join_controls, label_control
 from heterofusion.zoo import zoo_path
 from label_runner import COUNT, label, read_labels, run_label
@@ -118,10 +118,10 @@ def test_controls_are_of_somebody_else_and_say_so(again, whole, tmp_path, kind, 
     assert labels_table(found).startswith(f"| CONTROL {kind}: task | labels")
 
 
-def test_labels_that_cannot_be_made_are_refused(values, tmp_path, capsys):
+def test_labels_that_cannot_be_made_are_refused(labelling, tmp_path, capsys):
     def refused(*words, **changes):
-        error_line(capsys, label.main, flags({**values, **changes}), *words)
-        assert not values["output_dir"].exists()
+        error_line(capsys, label.main, flags({**labelling, **changes}), *words)
+        assert not labelling["output_dir"].exists()
 
     mapping = tmp_path / "map.yaml"
     mapping.write_text("ner_garden: anchor\nre_market: re_market\nner_kitchen: none")
@@ -132,7 +132,7 @@ def test_labels_that_cannot_be_made_are_refused(values, tmp_path, capsys):
     refused("--target_adapter is missing", "--model_name", routing=mapping, control="anchor", target_adapter=None)
     refused("--anchor_min_score is 2.0", "at least 0 and at most 1", anchor_labels=True, anchor_min_score=2)
     refused("--control", "bases", "shuffle", "anchor", control="noise")
-    bare = [values["source_adapters"][0], "none"]
+    bare = [labelling["source_adapters"][0], "none"]
     refused("--control bases needs sources with adapters", source_adapters=bare, control="bases")
 
 
@@ -189,26 +189,17 @@ def tuned(shared, fused, tmp_path_factory) -> dict:
     return values
 
 
-def test_fusion_on_a_control_is_a_control(fused, capsys):
-    out = fused["output_dir"]
-    record = json.loads((out / "fusion.json").read_text())
-    assert record["made_by"]["source_control"] == "labels:bases" and record["source_control"] is None
-    card = (out / "README.md").read_text()
-    assert "# CONTROL (labels:bases): Fused LoRA adapter" in card and "- control" in card
+def test_what_is_trained_on_a_control_or_begins_as_one_is_a_control(fused, tuned, capsys):
+    for out, name, title in ((fused, "fusion.json", "Fused LoRA adapter"), (tuned, "expert.json", "LoRA expert")):
+        out = out["output_dir"]
+        record = json.loads((out / name).read_text())
+        assert record["made_by"]["source_control"] == "labels:bases"
+        card = (out / "README.md").read_text()
+        assert f"# CONTROL (labels:bases): {title}" in card and "- control" in card
+        argv = flags({"adapter": out, "hub_model_id": "me/it"})
+        error_line(capsys, push, argv, out, f"holds a control (source_control labels:bases in {name})")
+    card = (fused["output_dir"] / "README.md").read_text()
     assert "the source labels are those of the sources' base models without their adapters" in card
-    argv = flags({"adapter": out, "hub_model_id": "me/it"})
-    error_line(capsys, push, argv, out, "holds a control (source_control labels:bases in fusion.json)")
-
-
-def test_what_begins_as_a_control_is_a_control(tuned, capsys):
-    out = tuned["output_dir"]
-    record = json.loads((out / "expert.json").read_text())
-    assert record["init_adapter"]["name"] == "out"
-    assert record["made_by"]["source_control"] == "labels:bases"
-    card = (out / "README.md").read_text()
-    assert "# CONTROL (labels:bases): LoRA expert" in card and "- control" in card
-    argv = flags({"adapter": out, "hub_model_id": "me/it"})
-    error_line(capsys, push, argv, "holds a control (source_control labels:bases in expert.json)")
 
 
 def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, capsys, monkeypatch):
@@ -231,13 +222,10 @@ def test_control_is_not_pushed_and_not_mixed(fused, tuned, shared, tmp_path, cap
     [
         ({"replay_fraction": 0.25}, "another replay_fraction: 0.5, this run has 0.25"),
         ({"min_log_probability": -2}, "source_labels.min_log_probability: null, this run has -2.0"),
-        ({"keep_malformed": True}, "source_labels.keep_malformed: false, this run has true"),
         ({"label_loss": "soft"}, "source_labels.loss"),
         ({"source_labels": "OTHER"}, "source_labels.files[0].sha256"),
-        ({"source_labels_max_examples": 4}, "source_labels.files[0].sampled"),
         ({"source_labels": None}, "source_labels"),
         ({"dataset_name": "OTHER"}, "replay.sha256"),
-        ({"max_examples": 3}, "replay.datasets[0].sampled"),
         ({"dataset_seed": 7}, "source_labels.sha256"),
     ],
     ids=str,

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from heterofusion.data.labels import SourceLabelArguments, build_labels
 from heterofusion.data.replay import DataArguments
@@ -14,7 +15,6 @@ from recipe_runner import (
     QWEN,
     SIZES,
     TARGET,
-    error_line,
     flags,
     save_tokenizer,
     succeeds,
@@ -40,8 +40,6 @@ def write_labels(path: Path, *rows: dict) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -159,7 +157,6 @@ def test_nothing_left_raises(tokenizer, tmp_path):
     [
         ({"source_labels": ["missing.jsonl"]}, ["--source_labels", "missing.jsonl", "does not exist"]),
         ({"source_labels": ["."]}, ["--source_labels", "is a folder without labels.json"]),
-        ({"replay_fraction": 0.5}, ["--replay_fraction is 0.5", "--source_labels is not given"]),
         ({"keep_malformed": True}, ["--keep_malformed is True", "--source_labels is not given"]),
         ({"source_labels": "FILE", "replay_fraction": 1.0}, ["--replay_fraction is 1.0", "below 1"]),
         ({"source_labels": "FILE", "replay_fraction": 0}, ["--replay_fraction is 0", "--dataset_name"]),
@@ -223,12 +220,6 @@ def test_log_and_card_name_them(finished):
     assert "4 source labels (labels.jsonl)" in card and "60.0% of the examples" in card
     history = json.loads((finished.out / "trainer_state.json").read_text())["log_history"]
     assert sum({"loss_replay", "loss_labels"} <= set(line) for line in history) == 2
-
-
-def test_resuming_with_other_labels_is_refused(finished, tmp_path, capsys):
-    values = {**finished.values, "output_dir": finished.out, "resume_from_checkpoint": True}
-    other = write_labels(tmp_path / "labels.jsonl", *MIXED[:4])
-    error_line(capsys, train.main, flags({**values, "source_labels": [other]}), "another source_labels")
 
 
 def test_labels_alone_are_enough(finished, tmp_path):

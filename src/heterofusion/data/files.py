@@ -38,6 +38,11 @@ class Records:
     rows: list[dict[str, Any]] | Dataset
     lines: list[int] | None = None  # line number of each row, where the file has one row a line
 
+    @property
+    def columns(self) -> list[str]:
+        """Those of the data set; of rows that we parsed, those of the first."""
+        return self.rows.column_names if isinstance(self.rows, Dataset) else list(self.rows[0])
+
     def where(self, index: int) -> str:
         """Name the row with this index (from 0) as a user counts it (from 1)."""
         return f"{self.label}, line {self.lines[index]}" if self.lines else f"{self.label}, record {index + 1}"

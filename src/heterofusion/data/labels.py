@@ -224,28 +224,23 @@ def _label_files(names: Sequence[str]) -> list[tuple[int, Path]]:
 
 def _good_labels(records: Records, args: SourceLabelArguments, report: LabelReport) -> list[int]:
     """Indices of the labels that are good enough; the others are counted in the report."""
-    good = []
-    for index in range(len(records.rows)):
-        well_formed, confidence = records.call(index, _quality, records.rows[index], args.min_log_probability)
-        if not (well_formed or args.keep_malformed):
-            report.malformed += 1
-        elif args.min_log_probability is not None and confidence < args.min_log_probability:
-            report.unsure += 1
-        else:
-            good.append(index)
-    return good
+    faults = [records.call(i, _fault, row, args) for i, row in enumerate(records.rows)]
+    report.malformed, report.unsure = faults.count("malformed"), faults.count("unsure")
+    return [index for index, fault in enumerate(faults) if fault is None]
 
 
-def _quality(label: Mapping[str, Any], lowest: float | None) -> tuple[bool, float]:
-    """Whether a label is in its task's format, and its mean log-probability per token (0 if it has none)."""
-    well_formed, confidence = label.get("format_ok"), label.get("log_probability")
+def _fault(label: Mapping[str, Any], args: SourceLabelArguments) -> str | None:
+    """All filters of labels: why one is dropped (`malformed`, `unsure`), or None where it is good enough."""
+    well_formed, confidence, lowest = label.get("format_ok"), label.get("log_probability"), args.min_log_probability
     if not isinstance(well_formed, bool | None):
         raise UserError(f"`format_ok` is {well_formed!r}: make it true, false or null")
-    if confidence is None and lowest is not None:
-        raise UserError(f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave it out")
     if confidence is not None and not in_range(confidence, "(-inf, inf)"):
         raise UserError(f"`log_probability` is {confidence!r}: make it a finite number or null")
-    return well_formed is not False, confidence or 0.0
+    if confidence is None and lowest is not None:
+        raise UserError(f"--min_log_probability is {lowest}, but the label has no `log_probability`: leave it out")
+    if well_formed is False and not args.keep_malformed:
+        return "malformed"
+    return "unsure" if lowest is not None and (confidence or 0.0) < lowest else None
 
 
 def _count_sources(records: Records, kept: list[int], report: LabelReport) -> None:
@@ -297,14 +292,13 @@ def labels_record(
         **({"loss": "hard"} if soft is None else {"loss": "soft", "soft": dict(soft)}),
         "min_log_probability": args.min_log_probability,
         "keep_malformed": args.keep_malformed,
-        "files": [_file_record(report) for report in labels.reports],
+        "files": [_file_record(asdict(report)) for report in labels.reports],
         "kept": sum(report.kept for report in labels.reports),
         "sha256": examples_sha256(labels.examples),
     }
 
 
-def _file_record(report: LabelReport) -> dict[str, Any]:
-    found = asdict(report)
+def _file_record(found: dict[str, Any]) -> dict[str, Any]:
     name, control = display_name(found.pop("name")), found.pop("control")
     return {"name": name, **({"control": control} if control else {}), "sha256": found.pop("sha256"), **found}
 

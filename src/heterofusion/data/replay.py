@@ -215,13 +215,11 @@ def _build(
 
 def checked_format(records: Records) -> str:
     """The format of a data set, whose rows are all checked if they were parsed by us, whether or not sampled."""
-    rows = records.rows
-    columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
-    format = detect_format(columns)
+    format = detect_format(records.columns)
     if format is None:
-        found = ", ".join(columns) or "none"
+        found = ", ".join(records.columns) or "none"
         raise UserError(f"{records.label} has no known columns (found: {found}): give it {KNOWN_COLUMNS}")
-    for i, row in enumerate(rows if isinstance(rows, list) else []):
+    for i, row in enumerate(records.rows if isinstance(records.rows, list) else []):
         records.call(i, to_conversation, row, format)
     return format
 

@@ -3,10 +3,9 @@
 The prompts of a task are a template around an input: what all of its replay prompts begin with, and what all of them
 end with. The beginning is continued by sampling; where that reaches the end, what stands between is an input.
 
-The source's base writes them by default: an expert that was trained on answers alone tends to answer at once (on the
-embedded zoo it kept to the template in 0 to 4 of 10 continuations, its base in all). Whether an input makes sense is
-not checked, only its lines: where all inputs of the replay have as many lines, and a line of all of them begins alike,
-those of an invented one must, too.
+The source's base writes them: an expert that was trained on answers alone tends to answer at once. Whether an input
+makes sense is not checked, only its lines: where all inputs of the replay have as many lines, and a line of all of
+them begins alike, those of an invented one must, too.
 """
 
 import hashlib

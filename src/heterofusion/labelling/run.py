@@ -7,10 +7,12 @@ output_dir/soft/           with --top_k_logits, see `heterofusion.experts.soft`
 output_dir/parts/<key>/    answers as they came, by a hash of all that they depend on: another routing costs nothing
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +20,10 @@ from typing import Any
 
 from accelerate import PartialState
 
-from heterofusion.data.labels import ANCHOR, LABELS_FILE
+from heterofusion.data.labels import ANCHOR, CONTROL_COLUMN, LABELS_FILE
+from heterofusion.data.markdown import markdown_table
 from heterofusion.evaluation.datasets import EvalSet, check_references, is_file_name
 from heterofusion.evaluation.results import metric_record
-from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.experts.answering import ExpertAnswerer, Questions, ask
 from heterofusion.experts.examples import Prompts
 from heterofusion.experts.expert import Expert, ExpertRunner
@@ -32,12 +34,12 @@ from heterofusion.experts.soft import store_soft_labels
 from heterofusion.experts.soft_labels import check_alignable
 from heterofusion.labelling.arguments import LabelArguments
 from heterofusion.labelling.prompts import draw_seed, find_template, invented_prompts, longest_input
-from heterofusion.labelling.record import label_records, summary
-from heterofusion.labelling.routing import Routing, labellers, read_map, route, with_control
-from heterofusion.labelling.tasks import LabelTask, asked, file_name, load_tasks
+from heterofusion.labelling.routing import Routing, labellers, most_confident, read_map, route, with_control
+from heterofusion.labelling.tasks import LabelTask, asked, labelled_record, load_tasks
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import check_output_dir, display_name, read_json, write_json, write_lines
+from heterofusion.runtime.program import release_logging
 from heterofusion.runtime.ranks import all_together, cost_record
 
 logger = logging.getLogger(__name__)
@@ -48,11 +50,18 @@ PARTS = "parts"
 _FORMAT = 3  # of part files; another number is another folder
 
 
-class Labelling:
-    """A labelling whose flags, files and adapters are in order; nothing is written and no weights are loaded yet.
+def label(arguments: LabelArguments, ranks: PartialState) -> tuple[Routing, dict[str, Any]]:
+    """Label; all processes call it together. Gives the routing and the content of `labels.json`.
 
-    All processes construct and run it together.
+    Everything that can be checked is checked before any model is loaded or anything is written.
     """
+    labelling = _Labelling(arguments, ranks)
+    release_logging()
+    return labelling.run()
+
+
+class _Labelling:
+    """A labelling whose flags, files and adapters are in order; nothing is written and no weights are loaded yet."""
 
     def __init__(self, arguments: LabelArguments, ranks: PartialState) -> None:
         self.arguments, self.ranks = arguments, ranks
@@ -92,7 +101,7 @@ class Labelling:
                 raise UserError(f"--resume: {self.folder} holds no labels; name another folder")
         # a task has the name of its replay's file by default, and so has the file of its labels
         read = {Path(name).expanduser().resolve() for name in (*data.dataset_name, *data.prompts)}
-        for written in (file_name(self.folder, label).resolve() for label in self.labels):
+        for written in (self._file(label).resolve() for label in self.labels):
             if written in read:
                 raise UserError(f"--output_dir: labels would be written over {written}, which is read; name another")
         measured = [label for label in self.labels if label not in self.mapped]
@@ -110,6 +119,10 @@ class Labelling:
                 "it with its --model_name_or_path, or name sources in --routing"
             )
 
+    def _file(self, task: str) -> Path:
+        """The file of a task's labels."""
+        return self.folder / f"{task}.jsonl"
+
     def _may_label(self, task: str) -> list[str]:
         """Names of all that may have to write or answer a task's prompts."""
         args, sources = self.arguments.routing, self.arguments.model.names()
@@ -125,7 +138,7 @@ class Labelling:
                     self._encode(expert, task.replay)
             for expert in map(self.experts.__getitem__, self._may_label(task.name)):
                 if task.prompts is None:
-                    self._drawing(expert, expert, task, 1)
+                    self._drawing(expert, task, 1)
                 else:
                     self._encode(expert, task.prompts)
 
@@ -141,7 +154,6 @@ class Labelling:
     # ---- the work ----
 
     def run(self) -> tuple[Routing, dict[str, Any]]:
-        """Route, label and write; gives the routing and the content of `labels.json`."""
         output, main = self.arguments.output, self.ranks.is_main_process
         if output.overwrite:
             mapped = [name for names in self.mapped.values() for name in names if name in self.experts]
@@ -150,7 +162,7 @@ class Labelling:
                 self.runner.load(self.experts[first].base)
             with all_together(self.ranks):
                 if main:
-                    remove_labels(self.folder)
+                    _remove_labels(self.folder)
         routing = self._route()
         with all_together(self.ranks):
             if main:
@@ -169,10 +181,11 @@ class Labelling:
             experts = {expert.name: expert for expert in answering.values()}
             size, device = output.teacher_batch_size, self.ranks.device
             seconds += store_soft_labels(self.folder, experts, records, output.top_k_logits, size, device)
-        tasks = {task.name: summary(task, records[task.name], cut[task.name]) for task in self.tasks}
-        told = self._record(
-            {name: {**one, "invented": counts.get(name)} for name, one in tasks.items()}, routing, seconds
-        )
+        tasks = {
+            task.name: {**_summary(task, records[task.name], cut[task.name]), "invented": counts.get(task.name)}
+            for task in self.tasks
+        }
+        told = self._record(tasks, routing, seconds)
         with all_together(self.ranks):
             if main:
                 self._write(records, told)
@@ -233,28 +246,27 @@ class Labelling:
 
     # ---- inputs that are invented ----
 
-    def _drawing(self, source: Expert, writer: Expert, task: LabelTask, count: int) -> Questions:
-        """A template's beginning, `count` times, to be continued by sampling."""
+    def _drawing(self, source: Expert, task: LabelTask, count: int) -> Questions:
+        """A template's beginning, `count` times, to be continued by a source's base by sampling."""
         assert task.replay is not None  # for the type checker: --self_prompt needs it
         data = self.arguments.data
         head = self.templates[task.name].head(asked(task.replay).format, source.tokenizer)
         sampling = Sampling(draw_seed(data.seed, task.name, source.name), data.temperature, data.top_p)
         length = longest_input(self._encode(source, task.replay).ids, head)
-        return self._questions(writer, [head] * count, length, sampling)
+        return self._questions(source.without_adapter(), [head] * count, length, sampling)
 
     def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
         """Let those that were chosen invent the prompts of their tasks, with --control too; counts by task."""
         total = self.arguments.data.self_prompt
         drawn: dict[str, list[Answer]] = {task: [] for task in routing.tasks}
         for name, source in self.experts.items():
-            writer = source.without_adapter() if self.arguments.data.self_prompt_model == BASE_NAME else source
             questions = {}
             for task in self.tasks:
                 chosen = routing.chosen[task.name]
                 count = total // len(chosen) + (chosen.index(name) < total % len(chosen)) if name in chosen else 0
                 if count:
-                    questions[task.name] = self._drawing(source, writer, task, count)
-            for task_name, answers in self._ask(writer, questions, "inventing").items():
+                    questions[task.name] = self._drawing(source, task, count)
+            for task_name, answers in self._ask(source.without_adapter(), questions, "inventing").items():
                 drawn[task_name] += answers
         counts = {}
         for index, task in enumerate(self.tasks):
@@ -284,8 +296,7 @@ class Labelling:
         for name, count in cut.items():
             if count and self.ranks.is_main_process:
                 logger.warning("%s: %d prompts were cut on the left to fit a source's context", name, count)
-        records = {t.name: label_records(t, texts[t.name], labels[t.name], routing.control) for t in self.tasks}
-        return records, cut
+        return {t.name: _records(t, texts[t.name], labels[t.name], routing.control) for t in self.tasks}, cut
 
     def _record(self, tasks: dict[str, Any], routing: Routing, seconds: float) -> dict[str, Any]:
         """What `labels.json` holds. Local paths are cut to their names."""
@@ -301,7 +312,6 @@ class Labelling:
             "settings": {
                 "max_new_tokens": self.arguments.generation.max_new_tokens,
                 "prompts": [name if data.own_prompts else display_name(name) for name in data.prompts],
-                "self_prompt_model": data.self_prompt_model if data.self_prompt else None,
                 "top_k_logits": self.arguments.output.top_k_logits,
                 **{name: getattr(data, name) for name in names},
             },
@@ -317,22 +327,76 @@ class Labelling:
             (self.folder / SOFT / SOFT_INDEX).unlink(missing_ok=True)
         for name, rows in records.items():
             if rows:
-                write_lines(file_name(self.folder, name), rows)
+                write_lines(self._file(name), rows)
         write_json(self.folder / LABELS_FILE, told)
+
+
+def _records(
+    task: LabelTask, texts: Mapping[str, Prompts], labels: Mapping[str, list[Answer]], control: str | None
+) -> list[dict[str, Any]]:
+    """The records of a task's file: each prompt with the label of its most confident source."""
+    if task.prompts is None or not labels:
+        return []
+    is_well_formed = task.format_check()
+    records = []
+    for position in range(len(task.prompts.examples)):
+        first = next(iter(texts.values())).texts[position]
+        source = most_confident({name: rows[position] for name, rows in labels.items()}, first, is_well_formed)
+        answer, question = labels[source][position], texts[source].texts[position]
+        records.append(
+            {
+                **labelled_record(task.prompts, position, answer.text, question),
+                **task.tags_of(position),
+                "source": source,
+                "log_probability": round(answer.mean_log_probability, 6),
+                "format_ok": is_well_formed(answer, question),
+                **({} if control is None else {CONTROL_COLUMN: control}),
+            }
+        )
+    return records
+
+
+def _summary(task: LabelTask, records: Sequence[Mapping[str, Any]], cut: int) -> dict[str, Any]:
+    """What `labels.json` tells of a task's labels."""
+    count, failures = len(records), sum(not record["format_ok"] for record in records)
+    return {
+        "metric": task.metric,
+        "labels": count,
+        "sources": dict(Counter(record["source"] for record in records)),
+        "format_failures": failures,
+        "format_failure_rate": failures / count if count else None,
+        "mean_log_probability": sum(r["log_probability"] for r in records) / count if count else None,
+        "prompts_cut": cut,
+        "prompts_sha256": task.prompts.sha256 if task.prompts is not None else None,
+        "replay_sha256": task.replay.sha256 if task.replay is not None else None,
+    }
+
+
+def labels_table(record: Mapping[str, Any]) -> str:
+    """Markdown table of `labels.json`: a row per task."""
+    rows = []
+    for name, task in record["tasks"].items():
+        invented = task["invented"]
+        sources = ", ".join(f"{source} {count}" for source, count in task["sources"].items())
+        kept = f"{invented['kept']} of {invented['drawn']}" if invented else None
+        told = (task["format_failure_rate"], task["mean_log_probability"], kept)
+        rows.append([name, task["labels"], sources or None, *told])
+    title = f"CONTROL {record['control']}: task" if record["control"] else "task"
+    header = ["labels", "by source", "format failures", "log-probability per token", "invented inputs kept"]
+    return markdown_table([title, *header], rows)
 
 
 def _remove_tasks(folder: Path) -> None:
     """Remove the labels that an earlier run finished."""
-    try:
+    tasks: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # a damaged record goes all the same
         tasks = (read_json(folder / LABELS_FILE) or {}).get("tasks") or {}
-    except UserError:  # damaged: it goes all the same
-        tasks = {}
     (folder / LABELS_FILE).unlink(missing_ok=True)
     for name in filter(is_file_name, tasks):
-        file_name(folder, name).unlink(missing_ok=True)
+        (folder / f"{name}.jsonl").unlink(missing_ok=True)
 
 
-def remove_labels(folder: Path) -> None:
+def _remove_labels(folder: Path) -> None:
     """Remove what an earlier labelling wrote, and nothing else."""
     _remove_tasks(folder)
     for name in (ROUTING_FILE, ROUTING_PICTURE):

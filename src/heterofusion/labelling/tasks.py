@@ -4,17 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from datasets import Dataset
 
 from heterofusion.data.files import Records, load_records, sample_indices
 from heterofusion.data.formats import Message, Part, detect_format, to_conversation
 from heterofusion.evaluation.datasets import EvalDataArguments, EvalSet, load_eval_sets
 from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity
 from heterofusion.evaluation.metrics import AUTO, EXACT_MATCH, UIE, choose_metric
-from heterofusion.evaluation.rows import BASE_NAME
 from heterofusion.evaluation.uie import KINDS, normalize, parse_items, score_answers
 from heterofusion.experts.generation import Answer
 from heterofusion.runtime.errors import UserError
@@ -55,13 +51,8 @@ class LabelDataArguments(EvalDataArguments):
     )
     self_prompt: int = flag(
         0,
-        help="In place of --prompts: how often the sources of a task continue its prompt template, to invent inputs.",
+        help="In place of --prompts: how often the bases of a task's sources continue its template, to invent inputs.",
         range="[0, inf)",
-    )
-    self_prompt_model: str = flag(
-        BASE_NAME,
-        help="What continues the template: the source's base, or the expert itself, which may rather answer.",
-        choices=[BASE_NAME, "expert"],
     )
     max_prompts: int = flag(300, help="Number of --prompts of a task at most, sampled; 0 takes all.", range="[0, inf)")
     temperature: float = flag(1.0, help="Temperature of --self_prompt.", range="(0, inf)")
@@ -160,25 +151,18 @@ def _tags(name: str, replay: EvalSet | None) -> dict[str, str]:
     return {"task": name, **{tag: value for tag, value in found.items() if isinstance(value, str)}}
 
 
-def file_name(path: Path, task: str) -> Path:
-    """The file of a task's labels."""
-    return path / f"{task}.jsonl"
-
-
 # ---- prompts ----------------------------------------------------------------------------------------------------
 
 
 def prompt_set(name: str, records: Records, indices: list[int]) -> EvalSet:
     """Records as prompts whose answers are empty, whatever the records hold."""
-    rows = records.rows
-    columns = rows.column_names if isinstance(rows, Dataset) else list(rows[0])
-    format = _prompt_format(columns)
+    format = _prompt_format(records.columns)
     if format is None:
+        found = ", ".join(records.columns) or "none"
         raise UserError(
-            f"{records.label} has no column of prompts (found: {', '.join(columns) or 'none'}): give it `prompt`, "
-            "`messages` or `instruction`"
+            f"{records.label} has no column of prompts (found: {found}): give it `prompt`, `messages` or `instruction`"
         )
-    examples = [records.call(i, read_prompt, rows[i], format) for i in indices]
+    examples = [records.call(i, read_prompt, records.rows[i], format) for i in indices]
     digest = hashlib.sha256(json.dumps(examples, sort_keys=True).encode()).hexdigest()
     # the metric scores nothing here: of all metrics it is the one that takes empty answers
     return EvalSet(name, format, records, indices, examples, digest, {"max_examples": len(indices)}, EXACT_MATCH)
@@ -190,7 +174,7 @@ def asked(replay: EvalSet) -> EvalSet:
 
 
 def _prompt_format(columns: Sequence[str]) -> str | None:
-    """As `heterofusion.data.formats.detect_format`, but columns of answers may be missing."""
+    """As `detect_format`, but columns of answers may be missing."""
     whole = detect_format(columns)
     if whole not in (None, "text"):  # whatever other columns of prompts such records have
         return whole

@@ -55,8 +55,8 @@ def word_level(template: str | None = None) -> PreTrainedTokenizerFast:
     return wrap(backend, template)
 
 
-def wrap(backend: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template)
+def wrap(backend: Tokenizer, template: str | None, kind=PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return kind(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template)
 
 
 def write(path: Path, records) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from heterofusion.data.formats import detect_format
 from replay_builders import (
@@ -46,39 +46,16 @@ ALTERNATES = (
 )
 
 
-def merging() -> PreTrainedTokenizerFast:
+class WithoutOffsets(PreTrainedTokenizerFast):
+    """Like a tokenizer in Python, which does not tell where in the text its tokens are."""
+
+    is_fast = False
+
+
+def merging(kind: type[PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     """Characters, and the merge `ab`, wherever prompt and answer meet."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, "a", "b", "x", "z", "ab"])}
-    return wrap(Tokenizer(models.BPE(vocabulary, merges=[("a", "b")])), None)
-
-
-class SlowTokenizer(PreTrainedTokenizer):
-    """Characters and the merge `ab`, without offsets."""
-
-    def __init__(self, **kwargs):
-        self.vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "ab", *map(chr, range(32, 127))])}
-        super().__init__(bos_token="<s>", eos_token="</s>", **kwargs)
-
-    @property
-    def vocab_size(self):
-        return len(self.vocabulary)
-
-    def get_vocab(self):
-        return dict(self.vocabulary)
-
-    def _tokenize(self, text, **kwargs):
-        tokens = []
-        while text:
-            token = "ab" if text.startswith("ab") else text[0]
-            tokens.append(token)
-            text = text[len(token) :]
-        return tokens
-
-    def _convert_token_to_id(self, token):
-        return self.vocabulary[token]
-
-    def _convert_id_to_token(self, index):
-        return list(self.vocabulary)[index]
+    return wrap(Tokenizer(models.BPE(vocabulary, merges=[("a", "b")])), None, kind)
 
 
 # ---- what gets loss ---------------------------------------------------------------------------------------------
@@ -117,10 +94,9 @@ def test_labels_decode_to_the_completion_whatever_the_white_space(prompt, comple
     assert prompt.endswith(text[: len(text) - len(completion + "</s>")])
 
 
-@pytest.mark.parametrize("kind", ["fast", "slow"])
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, WithoutOffsets])
 def test_token_across_the_border_gets_loss(kind):
-    tokenizer = merging() if kind == "fast" else SlowTokenizer()
-    assert tokenizer.is_fast == (kind == "fast")
+    tokenizer = merging(kind)
     ids, labels = encode({"prompt": "xa", "completion": "bz"}, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids) == ["x", "ab", "z", "</s>"]
     assert [label != -100 for label in labels] == [False, True, True, True]
@@ -144,13 +120,8 @@ def test_messages_get_loss_on_every_assistant_turn(template):
     assert labelled(record, tokenizer) == ["yes</s>", "no</s>"]
     expected = "<s><|system|>be brief</s><|user|>yes?</s><|assistant|>yes</s><|user|>no?</s><|assistant|>no</s>"
     assert whole(record, tokenizer) == expected
-
-
-@pytest.mark.parametrize("template", [CHAT, MARKED])
-def test_conversational_prompt_completion_gets_loss_on_completion_only(template):
-    prompt = [{"role": role, "content": c} for role, c in (("user", "yes?"), ("assistant", "yes"), ("user", "no?"))]
-    record = {"prompt": prompt, "completion": [{"role": "assistant", "content": "no"}]}
-    assert labelled(record, byte_level(template=template)) == ["no</s>"]
+    split = {"prompt": record["messages"][:-1], "completion": record["messages"][-1:]}
+    assert labelled(split, tokenizer) == ["no</s>"]  # on the completion alone
 
 
 def test_template_with_several_marks_in_a_turn():
@@ -274,12 +245,13 @@ def test_template_that_rewrites_earlier_turns_raises(tmp_path):
     assert labelled(split, byte_level(template=LAST_DIFFERS)) == ["(thinks) b</s>"]
 
 
-def test_template_that_refuses_the_conversation_raises(tmp_path):
-    turns = [USER, USER, {"role": "assistant", "content": "a"}]
-    path = write(tmp_path / "a.jsonl", [{"messages": turns}])
-    refused(path, r"line 1: .* refuses the conversation \(roles must alternate\)", word_level(ALTERNATES))
-
-
-def test_assistant_first_raises(tmp_path):
-    path = write(tmp_path / "a.json", [{"messages": [{"role": "assistant", "content": "a"}, USER]}])
-    refused(path, "starts with an assistant turn", word_level(CHAT))
+@pytest.mark.parametrize(
+    ("roles", "template", "match"),
+    [
+        ("user user assistant", ALTERNATES, r"line 1: .* refuses the conversation \(roles must alternate\)"),
+        ("assistant user", CHAT, "line 1: .* starts with an assistant turn"),
+    ],
+)
+def test_conversation_that_the_template_cannot_write_raises(tmp_path, roles, template, match):
+    turns = [{"role": role, "content": "a"} for role in roles.split()]
+    refused(write(tmp_path / "a.jsonl", [{"messages": turns}]), match, word_level(template))

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -72,8 +73,7 @@ def test_experts_of_other_tasks_are_not_routed(whole):
     assert chosen == {"ner_garden": ["ner_garden"], "re_market": ["re_market"], "ner_kitchen": []}
     garden = routing["tasks"]["ner_garden"]["scores"]
     assert garden["ner_garden"] > 0.7 > 0.3 > max(garden["anchor"], garden["re_market"])
-    assert routing["tasks"]["ner_kitchen"]["scores"]["anchor"] > 0.7
-    assert not (folder / "ner_kitchen.jsonl").exists()
+    assert routing["tasks"]["ner_kitchen"]["scores"]["anchor"] > 0.7 and not (folder / "ner_kitchen.jsonl").exists()
     assert (folder / "routing.png").is_file()
 
 
@@ -141,12 +141,6 @@ def test_of_several_sources_the_most_confident_labels_a_prompt(labelling, tmp_pa
     assert [r["prompt"] for r in both] == [e["prompt"] for e in make_examples("ner_garden", "replay", COUNT)]
     for index, record in enumerate(both):
         assert record == alone[record["source"]][index]
-        other = alone["mistral" if record["source"] == "qwen" else "qwen"][index]
-        if other["completion"] == record["completion"] and other["format_ok"] == record["format_ok"]:
-            tokenizers = {n: AutoTokenizer.from_pretrained(zoo_path({"qwen": "qwen2"}.get(n, n))) for n in alone}
-            sums = [r["log_probability"] * (len(tokenizers[r["source"]](r["completion"])["input_ids"]) + 1)
-                    for r in (record, other)]  # fmt: skip
-            assert sums[0] > sums[1] - 0.2  # a tokenizer may add a token of its own
 
 
 def test_chat_data_comes_back_as_messages(labelling, tmp_path):
@@ -234,11 +228,16 @@ def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_la
     assert "NO LABELS FOR c: no source is better at it than the anchor" in told
 
 
-def test_overwrite_removes_what_an_earlier_run_wrote_and_nothing_else(whole, tmp_path, garden_map):
+def test_overwrite_removes_what_an_earlier_run_wrote_and_nothing_else(whole, tmp_path, garden_map, capsys):
     values, folder, _ = whole
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    with pytest.MonkeyPatch.context() as patch:  # it loses nothing to a base that cannot be loaded
+        patch.setattr("heterofusion.experts.expert.load_base", Mock(side_effect=UserError("weights are missing")))
+        error_line(capsys, label.main, flags({**values, "output_dir": out, "overwrite": True}), "weights are missing")
+    assert contents(out) == before
     garden_map.write_text("a: ner_garden")
     changes = {"dataset_name": values["dataset_name"][:1], "prompts": values["prompts"][:1], "dataset_label": ["a"]}
     run_label(values, output_dir=out, overwrite=True, routing=garden_map, max_prompts=2, **changes)
@@ -246,20 +245,6 @@ def test_overwrite_removes_what_an_earlier_run_wrote_and_nothing_else(whole, tmp
     assert not (out / "ner_garden.jsonl").exists() and not (out / "soft").exists()
     assert len(read_labels(out, "a")) == 2
     assert len([*(out / "parts").iterdir()]) == 1
-
-
-def test_overwrite_loses_nothing_to_a_base_that_cannot_be_loaded(whole, tmp_path, monkeypatch):
-    values, folder, _ = whole
-    out = tmp_path / "out"
-    shutil.copytree(folder, out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    def broken(*_, **__):
-        raise UserError("weights are missing")
-
-    monkeypatch.setattr("heterofusion.experts.expert.load_base", broken)
-    assert label.main(flags({**values, "output_dir": out, "overwrite": True})) == 2
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.distributed

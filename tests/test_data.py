@@ -27,10 +27,10 @@ def test_mixture_takes_max_examples_of_each_and_is_shuffled(tmp_path):
     assert sorted(text[0] for text in found) == ["a"] * 5 + ["b"] * 12
     assert len(set(found)) == 17 and [text[0] for text in found] != sorted(text[0] for text in found)
     assert [(r.read, r.sampled, r.kept) for r in report.datasets] == [(20, 5, 5), (30, 12, 12)]
-    assert report.total("kept") == 17
     assert dataset.column_names == ["input_ids", "attention_mask", "labels"]
-    assert report.total("tokens") == sum(map(len, dataset["input_ids"]))
-    assert report.total("label_tokens") == sum(label != -100 for labels in dataset["labels"] for label in labels)
+    assert sum(r.tokens for r in report.datasets) == sum(map(len, dataset["input_ids"]))
+    labels = [label for labels in dataset["labels"] for label in labels if label != -100]
+    assert sum(r.label_tokens for r in report.datasets) == len(labels)
     assert json.loads(json.dumps(report.to_dict()))["datasets"][1]["format"] == "prompt_completion"
     titles = [line.split(":")[0] for line in report.summary()]
     assert titles == [f"{a} (prompt_completion)", f"{b} (prompt_completion)", "all 2 data sets"]
@@ -82,7 +82,8 @@ def test_eval_keeps_the_order_of_the_files(tmp_path):
     args = DataArguments(eval_dataset_name=[a, b], eval_max_examples=[9, 4])
     dataset, report = build_eval(args, tokenizer)
     found = answers(dataset, tokenizer)
-    assert found == sorted(found) and found[:9] == [f"a{i}" for i in range(9)] and report.total("kept") == 13
+    assert found == sorted(found) and found[:9] == [f"a{i}" for i in range(9)]
+    assert len(found) == 13 == sum(r.kept for r in report.datasets)
 
 
 def test_all_examples_too_long_raises(tmp_path):
@@ -91,11 +92,7 @@ def test_all_examples_too_long_raises(tmp_path):
     refused(path, r"all examples are too long for --max_length 5, .* raise it to 8 at least", max_length=5)
     dataset, _ = build_replay(args_for(path, max_length=8), word_level())  # the remedy works
     assert len(dataset) == 1
-
-
-def test_all_answers_empty_raises(tmp_path):
-    path = write(tmp_path / "a.json", [{"prompt": "q0", "completion": " "}])
-    refused(path, r"every sampled answer is empty")
+    refused(write(tmp_path / "b.json", [{"prompt": "q0", "completion": " "}]), r"every sampled answer is empty")
 
 
 # ---- collator ---------------------------------------------------------------------------------------------------

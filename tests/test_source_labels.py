@@ -138,18 +138,21 @@ def test_broken_label_raises(tokenizer, tmp_path, row, words):
         build(tokenizer, path)
 
 
-def test_nothing_left_raises(tokenizer, tmp_path):
-    bare = write_labels(tmp_path / "bare.jsonl", label(10), {"prompt": "w4", "completion": " w5"})
-    with pytest.raises(ValueError, match=r"line 2: --min_log_probability is -1\.0, but the label has no"):
-        build(tokenizer, bare, min_log_probability=-1.0)
-    path = write_labels(tmp_path / "labels.jsonl", label(10, good=False), label(11, sure=-3.0))
-    words = r"of 2 1 are malformed \(--keep_malformed true keeps them\) and 1 below --min_log_probability -1\.0"
+@pytest.mark.parametrize(
+    ("rows", "values", "words"),
+    [
+        ([label(10), {"prompt": "w4", "completion": " w5"}], {"min_log_probability": -1.0},
+         r"line 2: --min_log_probability is -1\.0, but the label has no"),
+        ([label(10, good=False), label(11, sure=-3.0)], {"min_log_probability": -1.0},
+         r"of 2 1 are malformed \(--keep_malformed true keeps them\) and 1 below --min_log_probability -1\.0"),
+        ([label(10)], {"max_length": 3}, r"too long for --max_length 3.*raise it to 4 at least"),
+        ([{**label(10), "completion": ""}], {}, "every sampled answer is empty"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_left_raises(tokenizer, tmp_path, rows, values, words):
     with pytest.raises(ValueError, match=words):
-        build(tokenizer, path, min_log_probability=-1.0)
-    with pytest.raises(ValueError, match=r"too long for --max_length 3.*raise it to 4 at least"):
-        build(tokenizer, write_labels(tmp_path / "long.jsonl", label(10)), max_length=3)
-    with pytest.raises(ValueError, match="every sampled answer is empty"):
-        build(tokenizer, write_labels(tmp_path / "empty.jsonl", {**label(10), "completion": ""}))
+        build(tokenizer, write_labels(tmp_path / "labels.jsonl", *rows), **values)
 
 
 @pytest.mark.parametrize(

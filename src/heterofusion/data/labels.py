@@ -268,13 +268,14 @@ def labels_summary(reports: Sequence[LabelReport], max_length: int) -> list[str]
     """What became of the files, in lines for the log."""
     lines = []
     for report in reports:
-        counts = {
-            name: ", ".join(f"{n} {task}" for task, n in tasks.items()) for name, tasks in report.by_source.items()
-        }
+        sources = [
+            f"{source}: {', '.join(f'{count} {task}' for task, count in tasks.items())}"
+            for source, tasks in report.by_source.items()
+        ]
         lines += [
             f"{report.name} ({report.format}): {report.malformed} malformed and {report.unsure} not sure enough "
             f"dropped; {describe_counts(asdict(report), max_length)}",
-            f"  kept by source and task: {'; '.join(f'{name}: {tasks}' for name, tasks in counts.items()) or 'none'}",
+            f"  kept by source and task: {'; '.join(sources) or 'none'}",
             *([] if report.control is None else [f"  CONTROL ({report.control}): not of the sources that know"]),
         ]
     return lines

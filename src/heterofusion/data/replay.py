@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,12 @@ class ReplayReport:
     max_length: int
     datasets: list[DatasetReport] = field(default_factory=list)
 
-    def total(self, count: str) -> int:
-        """Sum of one count (`kept`, `cut`, ...) over the data sets."""
-        return sum(getattr(report, count) for report in self.datasets)
-
     def summary(self) -> list[str]:
         """One line per data set, and one for all where there are several."""
         lines = [f"{r.name} ({r.format}): {describe_counts(asdict(r), self.max_length)}" for r in self.datasets]
         if len(self.datasets) > 1:
-            counts = {name: self.total(name) for name in asdict(self.datasets[0]) if name not in ("name", "format")}
+            names = [item.name for item in fields(DatasetReport) if item.name not in ("name", "format")]
+            counts = {name: sum(getattr(report, name) for report in self.datasets) for name in names}
             lines.append(f"all {len(self.datasets)} data sets: {describe_counts(counts, self.max_length)}")
         return lines
 

@@ -8,7 +8,6 @@ makes sense is not checked, only its lines: where all inputs of the replay have 
 them begins alike, those of an invented one must, too.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from heterofusion.labelling.tasks import conversation, prompt_set
 from heterofusion.runtime.errors import UserError
 
 _HERE = "\ue000"  # a private character, where the input stands
-_ROOM = 4  # tokens that an input may have more than the replay's longest
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,9 @@ class Template:
     def input_of(self, label: Answer) -> str | None:
         """The prompt, or last turn, that a continuation makes; None where it leaves the template."""
         text, found, _ = label.text.partition(self.end) if self.end else (label.text, label.ended, "")
-        return self.beginning + text + self.end if found and text.strip() and self._has_lines(text) else None
-
-    def _has_lines(self, text: str) -> bool:
-        lines = text.split("\n")
-        return self.lines is None or (len(lines) == len(self.lines) and all(map(str.startswith, lines, self.lines)))
+        lines, wanted = text.split("\n"), self.lines
+        fits = wanted is None or (len(lines) == len(wanted) and all(map(str.startswith, lines, wanted)))
+        return self.beginning + text + self.end if found and text.strip() and fits else None
 
 
 def find_template(replay: EvalSet, prompts: EvalSet) -> Template:
@@ -106,14 +102,6 @@ def _from_line(text: str) -> str:
 
 def _collapsed(text: str) -> str:
     return " ".join(text.split())
-
-
-def longest_input(prompts: Sequence[Sequence[int]], head: Sequence[int]) -> int:
-    return max(1, max(map(len, prompts)) - len(head)) + _ROOM
-
-
-def draw_seed(seed: int, task: str, source: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {task} {source}".encode()).digest()[:6], "big")
 
 
 def invented_prompts(

@@ -19,13 +19,12 @@ from scipy.optimize import linear_sum_assignment
 
 from heterofusion.data.labels import ANCHOR, LABEL_CONTROLS
 from heterofusion.data.markdown import markdown_table
-from heterofusion.experts.expert import NO_ADAPTER, Expert
+from heterofusion.experts.expert import NO_ADAPTER
 from heterofusion.experts.generation import Answer
 from heterofusion.labelling.tasks import FormatCheck
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.flags import check_ranges, flag, read_yaml
 
-_ANCHOR_MIN_SCORE = 0.5
 _ROUNDING = 1e-9  # of scores that are fractions
 
 
@@ -201,7 +200,7 @@ def with_control(routing: Routing, kind: str, seed: int) -> Routing:
         raise UserError(f"--control {kind} takes the place of sources, but no source labels any task; leave it out")
     if kind == "shuffle":
         others = exchange(served, seed)
-    else:  # with `bases` they are the same sources, of which `labellers` takes the bases alone
+    else:  # with `bases` they are the same sources, whose bases alone then answer
         others = {task: [ANCHOR] if kind == "anchor" else names for task, names in served.items()}
     replaced = {
         task: [*dict.fromkeys([*others.get(task, []), *(name for name in names if name == ANCHOR)])]
@@ -224,13 +223,3 @@ def exchange(served: Mapping[str, Sequence[str]], seed: int) -> dict[str, list[s
             "sources that were not chosen for it; choose --control bases or anchor, or give more tasks and sources"
         ) from error
     return {task: [*served[tasks[other]]] for task, other in zip(tasks, others, strict=True)}
-
-
-def labellers(experts: Mapping[str, Expert], control: str | None) -> dict[str, Expert]:
-    """Who answers in the name of anchor and sources: with `bases`, the sources' bases, which say so in their names."""
-    if control != "bases":
-        return dict(experts)
-    return {
-        name: expert if name == ANCHOR else replace(expert.without_adapter(), name=f"{name}-base")
-        for name, expert in experts.items()
-    }

@@ -33,8 +33,8 @@ from heterofusion.experts.soft import INDEX_FILE as SOFT_INDEX
 from heterofusion.experts.soft import store_soft_labels
 from heterofusion.experts.soft_labels import check_alignable
 from heterofusion.labelling.arguments import LabelArguments
-from heterofusion.labelling.prompts import draw_seed, find_template, invented_prompts, longest_input
-from heterofusion.labelling.routing import Routing, labellers, most_confident, read_map, route, with_control
+from heterofusion.labelling.prompts import find_template, invented_prompts
+from heterofusion.labelling.routing import Routing, most_confident, read_map, route, with_control
 from heterofusion.labelling.tasks import LabelTask, asked, labelled_record, load_tasks
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
@@ -48,6 +48,7 @@ ROUTING_FILE = "routing.json"
 ROUTING_PICTURE = "routing.png"
 PARTS = "parts"
 _FORMAT = 3  # of part files; another number is another folder
+_ROOM = 4  # tokens that an invented input may have more than the replay's longest
 
 
 def label(arguments: LabelArguments, ranks: PartialState) -> tuple[Routing, dict[str, Any]]:
@@ -171,7 +172,11 @@ class _Labelling:
             reasons = "; ".join(f"{task}: {routing.reason(task)}" for task in routing.tasks)
             raise UserError(f"no source labels any task: {reasons}")
         counts = self._invent(routing) if self.templates else {}
-        answering = labellers(self.experts, routing.control)
+        answering = dict(self.experts)
+        if routing.control == "bases":  # which say so in their names
+            answering |= {
+                n: replace(e.without_adapter(), name=f"{n}-base") for n, e in answering.items() if n != ANCHOR
+            }
         records, cut = self._label(routing, answering)
         self.runner.release()
         if not any(records.values()):
@@ -251,9 +256,10 @@ class _Labelling:
         assert task.replay is not None  # for the type checker: --self_prompt needs it
         data = self.arguments.data
         head = self.templates[task.name].head(asked(task.replay).format, source.tokenizer)
-        sampling = Sampling(draw_seed(data.seed, task.name, source.name), data.temperature, data.top_p)
-        length = longest_input(self._encode(source, task.replay).ids, head)
-        return self._questions(source.without_adapter(), [head] * count, length, sampling)
+        digest = hashlib.sha256(f"{data.seed} {task.name} {source.name}".encode()).digest()
+        sampling = Sampling(int.from_bytes(digest[:6], "big"), data.temperature, data.top_p)
+        longest = max(map(len, self._encode(source, task.replay).ids))
+        return self._questions(source.without_adapter(), [head] * count, max(1, longest - len(head)) + _ROOM, sampling)
 
     def _invent(self, routing: Routing) -> dict[str, dict[str, int]]:
         """Let those that were chosen invent the prompts of their tasks, with --control too; counts by task."""

@@ -1,24 +1,16 @@
 """Roles and fused projections, checked against the transformers implementations themselves."""
 
-import json
+import sys
 from unittest import mock
 
 import pytest
 import torch
-import transformers.models.falcon.modeling_falcon as falcon
-import transformers.models.gpt2.modeling_gpt2 as gpt2
-import transformers.models.gpt_neox.modeling_gpt_neox as gpt_neox
-import transformers.models.phi3.modeling_phi3 as phi3
+from transformers import BloomConfig, FalconConfig, GPTBigCodeConfig
+from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from builders import FAMILIES, input_ids, linear_layers, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter
-from heterofusion.adapters.architectures import (
-    ROLES,
-    module_key,
-    module_keys,
-    read_source_configs,
-    role_rows,
-)
+from heterofusion.adapters.architectures import ModuleKey, module_key, module_keys, read_source_configs, role_rows
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.loading import load_base_config
 
@@ -57,36 +49,22 @@ def test_every_linear_layer_of_a_family_has_its_role(family):
         assert {key.suffix: key.roles for key in inside.values() if key.layer == layer} == expected
     assert len(inside) == 2 * len(expected)
     assert {path.partition(f".{key.layer}.")[2] for path, key in inside.items()} == set(expected)
-    assert all(key.is_fused == (len(key.roles) > 1) for key in inside.values())
-    assert {role for key in inside.values() for role in key.roles} <= set(ROLES)
 
 
 @pytest.mark.parametrize(
-    ("path", "layer", "roles", "suffix"),
+    ("path", "key"),
     [
-        ("model.layers.11.mlp.experts.3.gate_proj", 11, ("gate_proj",), "mlp.experts.3.gate_proj"),
-        ("model.layers.11.mlp.shared_expert.down_proj", 11, ("down_proj",), "mlp.shared_expert.down_proj"),
-        ("model.language_model.layers.5.self_attn.q_proj", 5, ("q_proj",), "self_attn.q_proj"),
+        ("model.layers.11.mlp.experts.3.gate_proj", ModuleKey(11, ("gate_proj",), "mlp.experts.3.gate_proj")),
+        ("model.layers.1.mlp.shared_expert.up_proj", ModuleKey(1, ("up_proj",), "mlp.shared_expert.up_proj")),
+        ("model.language_model.layers.5.self_attn.q_proj", ModuleKey(5, ("q_proj",), "self_attn.q_proj")),
+        ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", None),
+        ("model.visual.blocks.3.attn.qkv", None),
+        ("model.audio_tower.layers.1.self_attn.v_proj", None),
+        ("model.embed_tokens", None),
     ],
 )
-def test_moe_experts_are_told_apart_and_a_language_model_is_found(path, layer, roles, suffix):
-    key = module_key(path)
-    assert (key.layer, key.roles, key.suffix) == (layer, roles, suffix)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
-        "model.visual.blocks.3.attn.qkv",
-        "model.audio_tower.layers.1.self_attn.v_proj",
-        "model.multi_modal_projector.linear_1",
-        "lm_head",
-        "model.embed_tokens",
-    ],
-)
-def test_modules_outside_the_language_layers_have_no_key(path):
-    assert module_key(path) is None
+def test_experts_are_told_apart_and_other_towers_stay_out(path, key):
+    assert module_key(path) == key
 
 
 @pytest.mark.parametrize(
@@ -95,10 +73,9 @@ def test_modules_outside_the_language_layers_have_no_key(path):
 )
 def test_unknown_role_raises(suffix, tmp_path):
     path = f"model.layers.4.{suffix}"
-    with pytest.raises(AdapterError, match=rf"module {path} has no known role \('{suffix}'\); known are .*q_proj"):
-        module_key(path)
     adapter = load_adapter(write_adapter(tmp_path, {path: (8, 8)}))
-    with pytest.raises(AdapterError, match=rf"{adapter.weights_file}: module {path} has no known role"):
+    words = rf"{adapter.weights_file}: module {path} has no known role \('{suffix}'\); known are .*q_proj"
+    with pytest.raises(AdapterError, match=words):
         module_keys(adapter)
 
 
@@ -144,56 +121,44 @@ def check_rows(model, path, fused, states):
     assert not torch.equal(fused[..., rows["k_proj"]], fused[..., rows["v_proj"]])
 
 
-def check_rotary_model(monkeypatch, model, path, code):
-    """For models whose code rotates q and k, and hands v to the attention function."""
+@pytest.mark.parametrize(
+    ("family", "path", "config"),
+    [
+        *(("phi3", "model.layers.0.self_attn.qkv_proj", {"num_key_value_heads": heads}) for heads in (2, 4, 1)),
+        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value", {}),
+        ("gpt2", "transformer.h.0.attn.c_attn", {}),
+    ],
+)
+def test_rows_are_those_of_the_model(monkeypatch, family, path, config):
+    """Their code hands v to the attention function, and q and k too, rotated in all but GPT-2."""
+    model = tiny_model(family, **config)
     model.set_attn_implementation("eager")
-    rotated = recorded(monkeypatch, code, "apply_rotary_pos_emb", lambda args, _: args[:2])
-    attended = recorded(monkeypatch, code, "eager_attention_forward", lambda args, _: args[3])
+    code = sys.modules[type(model).__module__]
+    states = recorded(monkeypatch, code, "eager_attention_forward", lambda args, _: args[1:4])
+    if family != "gpt2":
+        rotated = recorded(monkeypatch, code, "apply_rotary_pos_emb", lambda args, _: args[:2])
     fused = projection_output(model, path)
-    check_rows(model, path, fused, [flat_heads(states) for states in (*rotated[0], attended[0])])
-
-
-@pytest.mark.parametrize("kv_heads", [2, 4, 1])
-def test_rows_of_phi3_are_those_of_the_model(monkeypatch, kv_heads):
-    model = tiny_model("phi3", num_key_value_heads=kv_heads)
-    check_rotary_model(monkeypatch, model, "model.layers.0.self_attn.qkv_proj", phi3)
+    q, k = states[0][:2] if family == "gpt2" else rotated[0]
+    check_rows(model, path, fused, [flat_heads(part) for part in (q, k, states[0][2])])
 
 
 def test_rows_of_phi3_mlp_are_those_of_the_model():
-    model = tiny_model("phi3")
-    path = "model.layers.0.mlp.gate_up_proj"
+    model, path = tiny_model("phi3"), "model.layers.0.mlp.gate_up_proj"
     mlp = model.get_submodule("model.layers.0.mlp")
-    seen = {}
-    mlp.gate_up_proj.register_forward_hook(lambda _, __, output: seen.update(fused=output))
-    mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(product=args[0]))
-    activated = []
+    activated, products = [], []
     mlp.activation_fn.register_forward_hook(lambda _, args, __: activated.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=input_ids(2, 7))
-    fused = seen["fused"]
-    rows = role_rows(module_key(path), fused.shape[-1], model.config)
-    assert torch.equal(fused[..., rows["gate_proj"]], activated[0])
-    up = fused[..., rows["up_proj"]]
-    assert torch.equal(up * torch.nn.functional.silu(activated[0]), seen["product"])
-    assert sorted(rows) == ["gate_proj", "up_proj"]
-
-
-def test_rows_of_gpt_neox_are_those_of_the_model(monkeypatch):
-    check_rotary_model(monkeypatch, tiny_model("gpt_neox"), "gpt_neox.layers.0.attention.query_key_value", gpt_neox)
-
-
-def test_rows_of_gpt2_are_those_of_the_model(monkeypatch):
-    model, path = tiny_model("gpt2"), "transformer.h.0.attn.c_attn"
-    model.set_attn_implementation("eager")
-    attended = recorded(monkeypatch, gpt2, "eager_attention_forward", lambda args, _: args[1:4])
+    mlp.down_proj.register_forward_pre_hook(lambda _, args: products.append(args[0]))
     fused = projection_output(model, path)
-    check_rows(model, path, fused, [flat_heads(states) for states in attended[0]])
+    rows = role_rows(module_key(path), fused.shape[-1], model.config)
+    assert list(rows) == ["gate_proj", "up_proj"]
+    assert torch.equal(fused[..., rows["gate_proj"]], activated[0])
+    assert torch.equal(fused[..., rows["up_proj"]] * torch.nn.functional.silu(activated[0]), products[0])
 
 
 @pytest.mark.parametrize("form", FALCON_FORMS.values(), ids=FALCON_FORMS)
 def test_rows_of_falcon_are_those_of_the_model(monkeypatch, form):
     model, path = tiny_model("falcon", **form), "transformer.h.0.self_attention.query_key_value"
-    split = recorded(monkeypatch, falcon.FalconAttention, "_split_heads", lambda _, result: result)
+    split = recorded(monkeypatch, FalconAttention, "_split_heads", lambda _, result: result)
     fused = projection_output(model, path)
     q, k, v = split[0]
     # the 40B form hands k and v on once per query head of their group
@@ -209,61 +174,45 @@ def test_rows_of_a_language_model_inside_a_multimodal_config():
     assert torch.equal(role_rows(key, 64, outer)["v_proj"], torch.arange(48, 64))
 
 
-@pytest.mark.parametrize(
-    ("family", "path", "out", "expected"),
-    [
-        ("phi3", "model.layers.0.self_attn.qkv_proj", 96, 64),
-        ("phi3", "model.layers.0.mlp.gate_up_proj", 64, 96),
-        ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value", 48, 96),
-        ("gpt2", "transformer.h.0.attn.c_attn", 97, 96),
-        ("falcon", "transformer.h.0.self_attention.query_key_value", 96, 48),
-    ],
-)
-def test_rows_that_the_config_does_not_give_raise(family, path, out, expected):
-    found = rf"{module_key(path).suffix} has {out} rows in lora_B, but a {family} .* gives {expected}; "
-    with pytest.raises(AdapterError, match=found):
-        role_rows(module_key(path), out, tiny_config(family))
+def grouped_falcon(heads, kv_heads):
+    return FalconConfig(num_attention_heads=heads, num_kv_heads=kv_heads, new_decoder_architecture=True)
+
+
+NEOX, FALCON = "gpt_neox.layers.0.attention.query_key_value", "transformer.h.0.self_attention.query_key_value"
+OTHER_ROWS = "has {} rows in lora_B, but a {} .* gives {}; "
+OTHER_TYPE = "known for model_type {} only, not for '{}'"
 
 
 @pytest.mark.parametrize(
-    ("path", "family", "known"),
+    ("path", "config", "found"),
     [
-        ("model.layers.0.self_attn.qkv_proj", "llama", "phi3"),
-        ("transformer.h.0.attn.c_attn", "gpt_bigcode", "gpt2"),
-        ("transformer.h.0.self_attention.query_key_value", "bloom", "falcon"),
-        ("gpt_neox.layers.0.attention.query_key_value", "falcon", "gpt_neox"),
+        ("model.layers.0.self_attn.qkv_proj", tiny_config("phi3"), OTHER_ROWS.format(95, "phi3", 64)),
+        ("model.layers.0.mlp.gate_up_proj", tiny_config("phi3"), OTHER_ROWS.format(95, "phi3", 96)),
+        (NEOX, tiny_config("gpt_neox"), OTHER_ROWS.format(95, "gpt_neox", 96)),
+        ("transformer.h.0.attn.c_attn", tiny_config("gpt2"), OTHER_ROWS.format(95, "gpt2", 96)),
+        (FALCON, tiny_config("falcon"), OTHER_ROWS.format(95, "falcon", 48)),
+        ("model.layers.0.self_attn.qkv_proj", tiny_config("llama"), OTHER_TYPE.format("phi3", "llama")),
+        ("transformer.h.0.attn.c_attn", GPTBigCodeConfig(), OTHER_TYPE.format("gpt2", "gpt_bigcode")),
+        (FALCON, BloomConfig(), OTHER_TYPE.format("falcon", "bloom")),
+        (NEOX, tiny_config("falcon"), OTHER_TYPE.format("gpt_neox", "falcon")),
+        (FALCON, grouped_falcon(4, 3), "4 heads and 3 key-value heads cannot be split"),
+        (FALCON, grouped_falcon(4, 0), "4 heads and 0 key-value heads cannot be split"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_unknown_layout_raises(path, family, known):
-    config = mock.Mock(model_type=family)
-    config.get_text_config.return_value = config
-    with pytest.raises(AdapterError, match=rf"known for model_type {known} only, not for '{family}'"):
-        role_rows(module_key(path), 96, config)
-
-
-@pytest.mark.parametrize("heads", [(4, 3), (0, 1), (4, 0)])
-def test_heads_that_do_not_divide_raise(heads):
-    form = {"new_decoder_architecture": True, "num_attention_heads": heads[0], "num_kv_heads": heads[1]}
-    config = mock.Mock(model_type="falcon", **form)
-    config.get_text_config.return_value = config
-    with pytest.raises(AdapterError, match=rf"{heads[0]} heads and {heads[1]} key-value heads cannot be split"):
-        role_rows(module_key("transformer.h.0.self_attention.query_key_value"), 80, config)
+def test_fused_projection_that_the_config_does_not_explain_raises(path, config, found):
+    with pytest.raises(AdapterError, match=rf"^{module_key(path).suffix}.*{found}"):
+        role_rows(module_key(path), 95, config)
 
 
 # Where the configs of sources come from.
 
 
 @pytest.fixture
-def phi3_base(tmp_path):
-    """A folder with nothing but a Phi-3's config.json."""
+def fused_source(tmp_path):
+    """Its base is a folder with nothing but a Phi-3's config.json."""
     tiny_config("phi3").save_pretrained(tmp_path / "phi3")
-    return tmp_path / "phi3"
-
-
-@pytest.fixture
-def fused_source(tmp_path, phi3_base):
-    model = tiny_model("phi3")
-    return load_adapter(lora_folder(model, tmp_path / "fused", ["qkv_proj"], base=str(phi3_base)))
+    return load_adapter(lora_folder(tiny_model("phi3"), tmp_path / "fused", ["qkv_proj"], base=str(tmp_path / "phi3")))
 
 
 @pytest.fixture
@@ -305,20 +254,11 @@ def test_configs_of_sources_that_cannot_be_read_or_counted_raise(tmp_path, plain
         '{"auto_map": {"AutoConfig": "code.Config"}, "model_type": "stranger"}',
     ],
 )
-def test_base_config_that_makes_no_sense_raises(tmp_path, fused_source, content):
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "config.json").write_text(content)
-    with pytest.raises(UserError, match="adapter") as caught:
-        config = load_base_config(str(tmp_path / "bad"), "source adapter x")
-        key = module_key("model.layers.0.self_attn.qkv_proj")
-        role_rows(key, 64, config)
-    assert str(tmp_path / "bad") in str(caught.value) or "qkv_proj" in str(caught.value)
-
-
-def test_code_of_a_base_is_not_run(tmp_path):
-    """A config with code of its own is refused, not imported."""
+def test_base_config_that_makes_no_sense_raises_and_runs_no_code(tmp_path, content):
     (tmp_path / "code.py").write_text("raise SystemExit('ran')")
-    content = {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "stranger"}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="cannot be read"):
-        load_base_config(str(tmp_path), "source adapter x")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=rf"source adapter x: .*{tmp_path}.* cannot be read|qkv_proj: .*cannot be split"
+    ):
+        config = load_base_config(str(tmp_path), "source adapter x")
+        role_rows(module_key("model.layers.0.self_attn.qkv_proj"), 64, config)

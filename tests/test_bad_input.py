@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from builders import CONFIG, WEIGHTS, edit_config
 from conftest import GOLDEN
-from recipe_runner import MISTRAL, QWEN, TARGET, copy_adapter, flags, save_tokenizer, train, write_replay
+from recipe_runner import MISTRAL, QWEN, TARGET, copy_adapter, flags, late_error, save_tokenizer, train, write_replay
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("logging_restored")
 
 def edited_weights(function):
     def edit(folder: Path) -> None:
-        path = folder / WEIGHTS
-        weights = load_file(path)
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
         function(weights)
-        save_file(weights, path, {"format": "pt"})
+        save_file(weights, file, {"format": "pt"})
 
     return edit
 
@@ -45,15 +45,16 @@ def set_value(key: str, value: float):
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN = {
-    "missing safetensors": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "missing", "save"]),
-    "corrupt safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), [WEIGHTS, "again"]),
+    "missing safetensors": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "missing", "save_pretrained"]),
+    "corrupt safetensors": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64), [WEIGHTS, "damaged", "again"]),
     "empty safetensors": (lambda f: (f / WEIGHTS).write_bytes(b""), [WEIGHTS, "again"]),
     "huge header": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f{}"), [WEIGHTS, "again"]),
     "truncated safetensors": (
-        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), [WEIGHTS, "again"]),
-    "only bin": (only_bin, ["adapter_model.bin", "--allow_pickle"]),
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), [WEIGHTS, "truncated", "again"]),
+    "only bin": (only_bin, ["adapter_model.bin", "could run code", "--allow_pickle"]),
     "no config": (lambda f: (f / CONFIG).unlink(), [CONFIG, "missing"]),
     "config is not JSON": (lambda f: (f / CONFIG).write_text("{'r': 4}"), [CONFIG, "JSON", "line 1"]),
+    "a number without end": (lambda f: (f / CONFIG).write_text('{"r": ' + "9" * 5000), [CONFIG, "read", "digits"]),
     "config is nested without end": (lambda f: (f / CONFIG).write_text('{"r":' + "[" * 100_000), [CONFIG]),
     "config is not UTF-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), [CONFIG]),
     "config is a list": (lambda f: (f / CONFIG).write_text("[]"), [CONFIG, "object"]),
@@ -68,7 +69,7 @@ BROKEN = {
     "NaN": (set_value(f"{FIRST}.lora_A.weight", float("nan")), [WEIGHTS, f"{FIRST}.lora_A.weight", "NaN"]),
     "Inf": (set_value(f"{FIRST}.lora_B.weight", float("inf")), [WEIGHTS, f"{FIRST}.lora_B.weight", "Inf"]),
     "A without B": (
-        edited_weights(lambda w: w.pop(f"{FIRST}.lora_B.weight")), [WEIGHTS, "layers.0.self_attn.q_proj", "lora_B"]),
+        edited_weights(lambda w: w.pop(f"{FIRST}.lora_B.weight")), [WEIGHTS, "0.self_attn.q_proj", "no lora_B"]),
     "other rank than the config": (lambda f: edit_config(f, r=5), [WEIGHTS, "layers.0", "rank 5", CONFIG]),
     "empty tensor": (
         edited_weights(lambda w: w.update({f"{FIRST}.lora_A.weight": torch.zeros(4, 0)})),
@@ -91,19 +92,22 @@ def test_broken_adapter_raises(case, side, fails, tmp_path):
     assert len(line) < 800
 
 
-def test_no_overlapping_roles_raises(fails, tmp_path):
-    def keep(role):
-        return edited_weights(lambda w: [w.pop(key) for key in list(w) if f".{role}." not in key])
+def test_record_that_makes_no_sense_raises(fails, tmp_path):
+    target = copy_adapter(tmp_path / "target", TARGET)
+    (target / "fusion.json").write_text('{"made_by": "me"}')
+    fails(target / "fusion.json", "made_by is 'me', an object was expected", target_adapter=target)
 
+
+def test_no_overlapping_roles_raises(fails, tmp_path):
     target, source = copy_adapter(tmp_path / "target", TARGET), copy_adapter(tmp_path / "source")
-    keep("q_proj")(target), keep("up_proj")(source)
+    for folder, role in ((target, "q_proj"), (source, "up_proj")):
+        edited_weights(lambda w, role=role: [w.pop(key) for key in list(w) if f".{role}." not in key])(folder)
     fails(target, source, "q_proj", "up_proj", "target_modules", target_adapter=target, source_adapters=[source])
 
 
 def test_source_that_is_the_target_raises(fails, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(TARGET)
-    fails(TARGET, "target adapter itself", source_adapters=[QWEN, link])
+    (tmp_path / "link").symlink_to(TARGET)
+    fails(TARGET, "target adapter itself", source_adapters=[QWEN, tmp_path / "link"])
 
 
 # ---- names of what is not there, or not what it should be --------------------------------------------------------
@@ -186,42 +190,30 @@ def test_broken_replay_raises(case, flag, fails, tmp_path):
 # ---- base model, tokenizer, output_dir --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "no-such-type"}', "{}"])
-def test_base_with_broken_config_raises(content, fails, tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(content)
-    fails("--model_name_or_path", tmp_path / "base", model_name_or_path=tmp_path / "base")
+BASES = {
+    **{
+        f"config {text}": (text, ["--model_name_or_path"])
+        for text in ("{", "[]", '{"model_type": "no-such-type"}', "{}")
+    },
+    "fewer layers": ({"num_hidden_layers": 2}, [TARGET, "layers.", "trained on"]),
+    "other sizes": ({"hidden_size": 64}, [TARGET, "layers.", "trained on"]),
+    "no heads": ({"num_attention_heads": 0}, ["--model_name_or_path"]),
+    "a word for a size": ({"hidden_size": "wide"}, ["--model_name_or_path"]),
+    "no activation": ({"hidden_act": "none"}, ["--model_name_or_path"]),
+    "no causal model": ({"model_type": "t5"}, ["--model_name_or_path"]),
+    "no vocabulary": ({"vocab_size": -1}, ["--model_name_or_path"]),
+}
 
 
-def change_base(bare_base: Path, folder: Path, **fields) -> Path:
-    shutil.copytree(bare_base, folder)
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "fields", [{"num_hidden_layers": 2}, {"hidden_size": 64}], ids=lambda fields: next(iter(fields))
-)
-def test_base_that_does_not_fit_the_adapter_raises(fields, fails, bare_base, tmp_path):
-    base = change_base(bare_base, tmp_path / "other", **fields)
-    fails(base, TARGET, "layers.", "trained on", model_name_or_path=base)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"num_attention_heads": 0},
-        {"hidden_size": "wide"},
-        {"hidden_act": "none"},
-        {"model_type": "t5"},
-        {"vocab_size": -1},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_base_with_senseless_config_raises(fields, fails, bare_base, tmp_path):
-    base = change_base(bare_base, tmp_path / "other", **fields)
-    fails(base, "--model_name_or_path", model_name_or_path=base)
+@pytest.mark.parametrize("case", BASES)
+def test_base_with_senseless_or_other_config_raises(case, fails, bare_base, tmp_path):
+    content, words = BASES[case]
+    shutil.copytree(bare_base, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(config.read_text()), **content})
+    config.write_text(content)
+    fails(tmp_path / "base", *words, model_name_or_path=tmp_path / "base")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {"type": "Magic"}}'])
@@ -239,33 +231,19 @@ def test_tokenizer_with_more_tokens_than_the_base_raises(fails, tmp_path):
     fails("token id", "64", "--model_name_or_path", target_adapter=target, dataset_name=[rows])
 
 
-def no_weights(base: Path) -> None:
-    (base / "model.safetensors").unlink()
+BASE, MATRIX = "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "missing": lambda base: (base / BASE).unlink(),
+    "truncated": lambda base: (base / BASE).write_bytes((base / BASE).read_bytes()[:-100]),
+    "without a tensor": edited_weights(lambda weights: weights.pop(MATRIX)),
+    "of another shape": edited_weights(lambda weights: weights.update({MATRIX: torch.zeros(3, 3)})),
+}
 
 
-def truncated_weights(base: Path) -> None:
-    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
-
-
-def lost_weights(base: Path) -> None:
-    weights = load_file(base / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-
-
-def other_weights(base: Path) -> None:
-    weights = load_file(base / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-
-
-@pytest.mark.parametrize("damage", [no_weights, truncated_weights, lost_weights, other_weights])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_base_with_broken_weights_raises(damage, capsys, arguments, base_dir, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(base_dir, base)
     damage(base)
-    capsys.readouterr()
-    assert train.main(flags({**arguments, "model_name_or_path": base})) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and str(base) in errors[0], errors
+    late_error(capsys, train.main, flags({**arguments, "model_name_or_path": base}), base)
     assert not arguments["output_dir"].exists()

@@ -85,6 +85,8 @@ def find_record(folder: Path, weights_sha256: str | None = None) -> tuple[str, d
     for name in FILE_OF_KIND.values():
         if (folder / name).is_file():
             record = read_json_object(folder / name)
+            if not isinstance(made_by := record.get("made_by", {}), dict):
+                raise UserError(f"{folder / name}: made_by is {made_by!r}, an object was expected; download it again")
             weights_sha256 = weights_sha256 or file_sha256(folder / WEIGHTS_FILE)
             if record.get("weights_sha256", weights_sha256) == weights_sha256:
                 return name, record
@@ -107,7 +109,7 @@ def control_of(*adapters: LoraAdapter | None) -> str | None:
 
 def record_control(record: Mapping[str, Any]) -> str | None:
     """Which control an adapter is by its record; None if it is none."""
-    return (record.get("made_by") or {}).get("source_control")
+    return record.get("made_by", {}).get("source_control")
 
 
 def label_control(labels: Mapping[str, Any] | None) -> str | None:

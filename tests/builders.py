@@ -35,7 +35,7 @@ _GROUPED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_FALCON = {key: value for key, value in _GROUPED.items() if key not in ("intermediate_size", "num_key_value_heads")}
+_FEWER = {key: value for key, value in _GROUPED.items() if key not in ("intermediate_size", "num_key_value_heads")}
 # Sizes of one tiny model per family; every name is a transformers `model_type`.
 FAMILIES: dict[str, dict] = {
     "llama": _GROUPED,
@@ -47,17 +47,8 @@ FAMILIES: dict[str, dict] = {
     "phi3": _GROUPED,
     "olmo2": _GROUPED,
     "gpt_neox": {key: value for key, value in _GROUPED.items() if key != "num_key_value_heads"},
-    "gpt2": {
-        "vocab_size": VOCABULARY,
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "falcon": _FALCON,
+    "gpt2": _FEWER,
+    "falcon": _FEWER,
 }
 
 
@@ -84,7 +75,7 @@ def input_ids(*shape: int, seed: int = 0) -> Tensor:
 
 
 def llama_modules(
-    layers: int = 2, hidden: int = 32, intermediate: int = 48, kv: int = 16, roles=LLAMA_ROLES, prefix="model.layers"
+    layers: int = 2, hidden: int = 32, intermediate: int = 48, kv: int = 16, roles=LLAMA_ROLES
 ) -> dict[str, tuple[int, int]]:
     """Paths and (in, out) sizes of a Llama-like model's linear layers, for `write_adapter`."""
     sizes = {
@@ -97,7 +88,7 @@ def llama_modules(
         "down_proj": (intermediate, hidden),
     }
     return {
-        f"{prefix}.{layer}.{'self_attn' if role[0] in 'qkvo' else 'mlp'}.{role}": sizes[role]
+        f"model.layers.{layer}.{'self_attn' if role[0] in 'qkvo' else 'mlp'}.{role}": sizes[role]
         for layer in range(layers)
         for role in roles
     }
@@ -118,12 +109,8 @@ def write_adapter(
 ) -> Path:
     """Write an adapter folder as PEFT writes it, without a model: A and B are normal with deviation `std`.
 
-    Args:
-        folder: created if missing.
-        modules: path in the base model -> (in_features, out_features); a two-layer Llama's by default.
-        r: rank of every module that `ranks` does not name; give the matching `rank_pattern` too.
-        tensors: further tensors, or replacements of A and B, by file key.
-        **config: fields of `adapter_config.json`, replacing PEFT's defaults.
+    `modules` has the (in, out) sizes by path, `ranks` what is not `r`, `tensors` further tensors or replacements by
+    file key; `config` are fields of `adapter_config.json`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,17 +123,10 @@ def write_adapter(
             state[f"base_model.model.{path}.{name}.weight"] = (torch.randn(shape, generator=generator) * std).to(dtype)
     save_file({**state, **(tensors or {})}, folder / WEIGHTS, {"format": "pt"})
     targets = sorted({path.rpartition(".")[2] for path in modules})
-    write_config(folder, r=r, lora_alpha=lora_alpha, target_modules=targets, **config)
+    given = {"r": r, "lora_alpha": lora_alpha, "target_modules": targets, **config}
+    content = {**LoraConfig(task_type="CAUSAL_LM", inference_mode=True).to_dict(), **given}
+    (folder / CONFIG).write_text(json.dumps(content), encoding="utf-8")
     return folder
-
-
-def write_config(folder: str | os.PathLike, **fields) -> Path:
-    """Write `adapter_config.json` with PEFT's defaults and the given fields."""
-    content = LoraConfig(task_type="CAUSAL_LM", inference_mode=True).to_dict()
-    content.update(fields)
-    path = Path(folder) / CONFIG
-    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    return path
 
 
 def lora_folder(
@@ -162,10 +142,7 @@ def lora_folder(
     base: str | None = None,
     **config,
 ) -> Path:
-    """Save a real PEFT adapter with random non-zero A and B of a model, which is left without it.
-
-    `base` is written as `base_model_name_or_path`; `config` are further fields of `LoraConfig`.
-    """
+    """Save a real PEFT adapter with random A and B of a model, which is left without it; `base` is its base's name."""
     settings = LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=0.0, **config
     )

@@ -35,11 +35,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return GOLDEN
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A small adapter written by hand."""
@@ -64,8 +59,7 @@ def sources():
 @pytest.fixture
 def model(base, target, sources):
     """A fusion whose hypernetworks no longer predict zero."""
-    model = HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY))
-    return perturb(model)
+    return perturb(HeteroFusionModel.from_adapters(base, target, sources, MethodConfig(**TINY)))
 
 
 @contextlib.contextmanager
@@ -131,10 +125,8 @@ def make_model(args: MethodConfig, names: Sequence[str] = ("source_qwen2", "sour
 def make_trainer(folder: Path, model=None, rows=None, trainer_options=None, **changes) -> HeteroFusionTrainer:
     """A trainer with the arguments of `make_args`, of a model whose hypernetworks no longer predict zero."""
     args = make_args(folder, **changes)
-    model = model or perturb(make_model(args))
-    return HeteroFusionTrainer(
-        model, args, train_dataset=TokenRows() if rows is None else rows, **(trainer_options or {})
-    )
+    rows = TokenRows() if rows is None else rows
+    return HeteroFusionTrainer(model or perturb(make_model(args)), args, train_dataset=rows, **(trainer_options or {}))
 
 
 def first_gradients(monkeypatch, trainer) -> list[torch.Tensor]:
@@ -161,11 +153,10 @@ def token_batch(rows: int = 4, length: int = 10, seed: int = 0) -> dict[str, tor
 class TokenRows(torch.utils.data.Dataset):
     """Rows of `token_batch` with different numbers of labels."""
 
-    def __init__(self, count: int = 16, length: int = 10, seed: int = 0, uneven: bool = True):
-        batch = token_batch(count, length, seed)
-        if uneven:
-            for row in range(count):
-                batch["labels"][row, 3 : 3 + row % 5] = -100
+    def __init__(self, count: int = 16, seed: int = 0):
+        batch = token_batch(count, seed=seed)
+        for row in range(count):
+            batch["labels"][row, 3 : 3 + row % 5] = -100
         self.rows = [{name: tensor[row] for name, tensor in batch.items()} for row in range(count)]
 
     def __len__(self):

@@ -79,8 +79,6 @@ class HubServer:
         """Files of a branch by path."""
         if repo not in self.repos:
             raise RefusedError(404, "Repository not found", code="RepoNotFound")
-        if unquote(branch) not in self.repos[repo].branches:
-            raise RefusedError(404, f"Invalid rev id: {branch}", code="RevisionNotFound")
         return self.repos[repo].branches[unquote(branch)]
 
     def environment(self, home: Any) -> dict[str, str]:
@@ -171,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # an answer in one packet: its second half would wait for the client's acknowledgement
 
     def _answer(self) -> None:
-        body = self._body()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name: value for name, value in self.headers.items() if name.lower() != "authorization"}
         self.hub.received += [body, f"{self.path} {headers}".encode()]
         call = f"{self.command} {self.path.partition('?')[0]}"
@@ -198,16 +196,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     do_GET = do_POST = do_PUT = _answer
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def _send(self, status: int, content: dict[str, Any], code: str | None = None) -> None:
         payload = json.dumps(content).encode()

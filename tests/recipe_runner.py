@@ -272,9 +272,6 @@ def succeeds(main, argv: list[str]) -> str:
 
 
 def shell(*command: object, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": shell_path(), **variables}
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": path, **variables}
     return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def shell_path() -> str:
-    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))

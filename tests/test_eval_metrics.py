@@ -6,7 +6,7 @@ import pytest
 
 from heterofusion.evaluation.glue import GLUE_LABELS, parse_label, parse_similarity, score_glue
 from heterofusion.evaluation.metrics import METRICS, UIEF1, GLUEText, choose_metric, primary_score, score
-from heterofusion.evaluation.uie import normalize, parse_items, score_answers
+from heterofusion.evaluation.uie import normalize, score_answers
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +56,10 @@ def test_bad_calls_raise():
         UIEF1().compute(predictions=["None", None], references=["None", "None"])
     with pytest.raises(ValueError, match="1 predictions for 2 references"):
         score_answers(["None"], ["None", "None"])
-    with pytest.raises(ValueError, match="got 0 predictions"):
-        score_answers([], [])
     with pytest.raises(ValueError, match="'glue' is no GLUE task; choose one of cola, "):
         GLUEText("glue").compute(predictions=["a"], references=["a"])
     with pytest.raises(ValueError, match=r"references\[1\] is 'yes'; an answer of rte must be one of entailment, not"):
         score_glue("rte", ["a", "b"], ["entailment", "yes"])
-    with pytest.raises(ValueError, match="must be a number from 0 to 5"):
-        score_glue("stsb", ["1"], ["six"])
 
 
 def test_exact_match_heeds_case_but_not_the_space_around():
@@ -118,18 +114,13 @@ def test_macro_by_type_of_relations_and_of_equal_spans():
 )
 def test_equal_after_normalization(prediction, reference):
     assert score_answers([prediction], [reference])["f1"] == 1.0
-
-
-def test_letters_of_other_scripts_keep_their_spaces():
-    assert normalize("地名 東京") == "地名 東京"
+    assert normalize("地名 東京") == "地名 東京"  # letters of other scripts keep their spaces
 
 
 @pytest.mark.parametrize("answer", [" none ", "", "NONE", ";", "None;"])
 def test_nothing_found(answer):
-    assert parse_items(answer) == frozenset()
     scores = score_answers([answer], ["None"])
-    assert scores["sample_f1"] == 1.0
-    assert scores["f1"] == 0.0  # no items at all: micro F1 is 0 by convention
+    assert (scores["sample_f1"], scores["f1"]) == (1.0, 0.0)  # no items at all: micro F1 is 0 by convention
 
 
 @pytest.mark.parametrize(
@@ -171,13 +162,6 @@ def test_cola_matches_hand_computed_values():
     assert scores["matthews_correlation"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("predictions", "references"), [([YES, YES], [YES, NO]), ([YES, NO], [YES, YES]), (["?", ""], [YES, NO])]
-)
-def test_matthews_of_one_class_is_zero(predictions, references):
-    assert score_glue("cola", predictions, references)["matthews_correlation"] == 0.0
-
-
 @pytest.mark.parametrize(("task", "positive"), [("mrpc", "equivalent"), ("qqp", "duplicate")])
 def test_f1_is_of_the_positive_label(task, positive):
     negative = f"not {positive}"
@@ -188,11 +172,6 @@ def test_f1_is_of_the_positive_label(task, positive):
     assert score_glue(task, ["?"], [negative])["f1"] == 0.0
     # nor can it raise F1 by saying nothing
     assert score_glue(task, [positive, "?", ""], [positive, negative, negative])["f1"] == pytest.approx(2 / (2 + 2))
-
-
-def test_other_tasks_have_accuracy_alone():
-    scores = score_glue("mnli", ["neutral", "entailment"], ["neutral", "contradiction"])
-    assert scores == {"accuracy": 0.5, "format_failure_rate": 0.0, "num_examples": 2}
 
 
 @pytest.mark.parametrize(
@@ -232,10 +211,15 @@ def test_similarity_is_scored_by_correlation():
     assert unparsed == {**middle, "format_failure_rate": pytest.approx(1 / 3)}
 
 
-@pytest.mark.parametrize("answers", [(["?", "?"], ["1.0", "2.0"]), (["1", "2"], ["4.0", "4.0"]), (["1"], ["1"])])
-def test_undefined_correlation_is_zero(answers):
-    scores = score_glue("stsb", *answers)
-    assert (scores["pearson"], scores["spearman"]) == (0.0, 0.0)
+@pytest.mark.parametrize(
+    ("task", "predictions", "references"),
+    [("cola", [YES, YES], [YES, NO]), ("cola", [YES, NO], [YES, YES]), ("cola", ["?", ""], [YES, NO]),
+     ("stsb", ["?", "?"], ["1.0", "2.0"]), ("stsb", ["1", "2"], ["4.0", "4.0"]), ("stsb", ["1"], ["1"])],
+)  # fmt: skip
+def test_undefined_correlation_is_zero(task, predictions, references):
+    scores = score_glue(task, predictions, references)
+    undefined = {"cola": ["matthews_correlation"], "stsb": ["pearson", "spearman"]}[task]
+    assert all(scores[name] == 0.0 for name in undefined)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
+from conftest import GOLDEN, fresh_base
 from eval_runner import COUNT, TASKS, evaluation, expert_values, files, predictions, results, run, scores
 from heterofusion.evaluation.metrics import UIEF1
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
@@ -60,9 +60,8 @@ def test_results_and_predictions_say_what_was_done(whole):
     _, folder, found = whole
     for task, metric in zip(TASKS, ("NER", "RE"), strict=True):
         kept, examples = predictions(folder, task), make_examples(task, "test", COUNT)
-        assert [record["index"] for record in kept] == list(range(COUNT))
-        assert [record["prompt"] for record in kept] == [example["prompt"] for example in examples]
-        assert [record["reference"] for record in kept] == [example["completion"] for example in examples]
+        asked = [(record["index"], record["prompt"], record["reference"]) for record in kept]
+        assert asked == [(i, example["prompt"], example["completion"]) for i, example in enumerate(examples)]
         texts = {f"{key}s": [record[key] for record in kept] for key in ("prediction", "reference")}
         rescored, record = UIEF1(metric).compute(**texts), found["datasets"][task]
         assert record["scores"] == rescored
@@ -71,15 +70,12 @@ def test_results_and_predictions_say_what_was_done(whole):
     assert (found["name"], found["labels"]) == ("ner_kitchen", {"experiment": "single source", "seed": "0"})
     assert (found["base_model"], found["adapter"]["name"]) == ("base", "ner_kitchen")
     assert (found["processes"], found["device"], found["dtype"]) == (1, "cpu", "float32")
-    assert (found["settings"]["max_new_tokens"], found["settings"]["batch_size"]) == (40, "4")
-    assert found["new_tokens"] == sum(record["new_tokens"] for record in found["datasets"].values())
     assert found["tokens_per_second"] == pytest.approx(found["new_tokens"] / found["seconds"], rel=0.01)
     assert found["settings"]["dataset_name"] == ["ner_kitchen.jsonl", "re_town.jsonl"]
-    assert found["versions"]["peft"]
     assert str(ROOT) not in json.dumps(found) and "/" not in json.dumps(found["settings"])
 
 
-def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys):
+def test_several_adapters_of_any_kind(values, tmp_path, whole, capsys):
     """Each is on a clean base: LoRA is taken off, and what cannot be is loaded anew."""
     base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
     torch.manual_seed(0)
@@ -96,13 +92,10 @@ def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys
         model.save_pretrained(tmp_path / name)
         base = AutoModelForCausalLM.from_pretrained(zoo_path("llama"), dtype=torch.float32)
     expert = zoo_path("llama", "ner_kitchen")
-    out = tmp_path / "many"
+    out = values["output_dir"]
     names = ["expert", "bare", "ia3", "prompt", "saved", "again"]
-    argv = flags({
-        **values, "adapters": [expert, "none", *(tmp_path / name for name in kinds), expert], "names": names,
-        "dataset_name": [test_sets["ner_kitchen"]], "output_dir": out,
-    })  # fmt: skip
-    assert evaluation.main(argv) == 0
+    adapters = [expert, "none", *(tmp_path / name for name in kinds), expert]
+    assert evaluation.main(flags({**values, "adapters": adapters, "names": names})) == 0
     table = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in table[2:]] == names
     assert table[0] == "|  | ner_kitchen | mean | seconds | tokens/s |"
@@ -114,17 +107,16 @@ def test_several_adapters_of_any_kind(values, test_sets, tmp_path, whole, capsys
     assert not (out / "results.json").exists()
 
 
-def test_merged_adapters_give_the_same_answers_each_on_a_clean_base(values, test_sets, tmp_path, whole, capsys):
-    expert, other = zoo_path("llama", "ner_kitchen"), zoo_path("llama", "re_town")
-    names = ["other", "bare", "expert"]
-    argv = {
-        **values, "adapters": [other, "none", expert], "names": names, "dataset_name": [test_sets["ner_kitchen"]],
-        "output_dir": tmp_path / "merged", "merge_adapters": True,
-    }  # fmt: skip
+def test_merged_adapters_give_the_same_answers_each_on_a_clean_base(values, whole, capsys):
+    adapters = [zoo_path("llama", "re_town"), "none", zoo_path("llama", "ner_kitchen")]
+    argv = {**values, "adapters": adapters, "merge_adapters": True}
     assert evaluation.main(flags(argv)) == 0
-    texts = {name: [record["prediction"] for record in predictions(tmp_path / "merged" / name)] for name in names}
-    assert texts["expert"] == [record["prediction"] for record in predictions(whole[1])]
-    assert texts["bare"] not in (texts["other"], texts["expert"])
+    other, bare, expert = (
+        [record["prediction"] for record in predictions(values["output_dir"] / name)]
+        for name in ("re_town", "base", "ner_kitchen")
+    )
+    assert expert == [record["prediction"] for record in predictions(whole[1])]
+    assert bare not in (other, expert)
     error_line(capsys, evaluation.main, flags({**argv, "overwrite": True, "load_in_4bit": True}), "quantized")
 
 
@@ -153,10 +145,8 @@ def test_long_prompts_are_cut_and_counted(values, capsys, logging_restored):
     lengths = sorted(len(tokenizer(e["prompt"])["input_ids"]) for e in make_examples("ner_kitchen", "test", COUNT))
     limit = lengths[COUNT // 2]
     longer = sum(length > limit for length in lengths)
-    argv = flags({**values, "max_prompt_length": limit, "max_new_tokens": 3})
-    assert evaluation.main(argv) == 0
-    found = results(values["output_dir"])
-    assert found["datasets"]["ner_kitchen"]["prompts_cut"] == longer > 0
+    assert evaluation.main(flags({**values, "max_prompt_length": limit, "max_new_tokens": 3})) == 0
+    assert results(values["output_dir"])["datasets"]["ner_kitchen"]["prompts_cut"] == longer > 0
     said = f"{longer} of {COUNT} prompts of ner_kitchen were cut to {limit} tokens on the left"
     assert said in capsys.readouterr().err
 
@@ -203,25 +193,18 @@ def test_adapter_that_is_damaged_or_does_not_fit(refused, values, tmp_path, caps
     (other / "adapter_config.json").write_text(json.dumps(found))
     (other / "adapter_model.safetensors").write_bytes(b"junk")
     refused("adapter_model.safetensors is damaged", adapters=[other])
-    for name, kind, *words in (
-        ("prompt", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
-        ("ia3", IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])),
-    ):
-        get_peft_model(AutoModelForCausalLM.from_pretrained(GOLDEN / "base_llama"), kind).save_pretrained(
-            tmp_path / name
-        )
-        argv = flags({**values, "adapters": [tmp_path / name]})
-        late_error(capsys, evaluation.main, argv, f"adapter {tmp_path / name} does not fit", *words)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(fresh_base(), prompt).save_pretrained(tmp_path / "prompt")  # of a base of another size
+    argv = flags({**values, "adapters": [tmp_path / "prompt"]})
+    late_error(capsys, evaluation.main, argv, f"adapter {tmp_path / 'prompt'} does not fit", "virtual tokens")
 
 
 WRONG = {
     "labels": ({"dataset_label": ["a/b"]}, ["cannot be the name of a file", "--dataset_label"]),
-    "names": ({"adapters": ["none", "none"], "names": ["..", "b"]}, ["cannot be the name of a file"]),
     "number of names": ({"adapters": ["none", "none"], "names": ["b"]}, ["--names has 1 values for 2"]),
     "same names": ({"adapters": ["none", "none"]}, ["the same name 'base'", "--names"]),
     "empty adapter": ({"adapters": ["none", ""]}, ["--adapters is ['none', '']"]),
     "metric": ({"metric": ["f1"]}, ["argument --metric", "'f1'", "uie"]),
-    "number of metrics": ({"metric": ["NER", "RE"]}, ["--metric has 2 values"]),
     "batch size 0": ({"batch_size": 0}, ["--batch_size is '0'", "or auto"]),
     "no room": ({"max_new_tokens": 600}, ["--max_new_tokens 600 leaves no room", "512"]),
     "long prompts": ({"max_prompt_length": 500}, ["--max_prompt_length 500", "give 472 at most"]),
@@ -245,16 +228,12 @@ UNFIT = {
     "text": ([{"text": "a"}], ["data.jsonl has no columns of prompts and answers"]),
     "no kind": ([GOOD], ["data.jsonl: no column `kind`", "--metric"]),
     "null": ([GOOD, {"prompt": "a", "completion": None}], ["data.jsonl, line 2", "`completion` is null"]),
-    "label": (
-        [{"prompt": "a", "completion": "great", "kind": "GLUE", "task": "sst2"}],
-        ["data.jsonl: references[0] is 'great'", "must be one of negative, positive"],
-    ),
+    "label": ([{**GOOD, "kind": "GLUE", "task": "sst2"}], ["data.jsonl: references[0] is 'b'", "negative, positive"]),
     "no answer": (
-        [{"messages": [{"role": "user", "content": "a"}], "kind": "NER"}],
-        ["data.jsonl, line 1", "no assistant turn"],
+        [{"messages": [{"role": "user", "content": "a"}], "kind": "NER"}], ["data.jsonl, line 1", "no assistant turn"]
     ),
     "no prompt": ([{"prompt": "", "completion": "w4", "kind": "NER"}], ["data.jsonl, line 1: the prompt is empty"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", UNFIT)

@@ -46,10 +46,6 @@ def test_tokenizer_without_padding_and_end_raises(expert):
         AnswerGenerator(model, bare)
 
 
-def texts(generator: AnswerGenerator, prompts) -> dict:
-    return {index: (answer.text, answer.new_tokens) for index, answer in collect(generator, prompts).items()}
-
-
 def limit_memory(monkeypatch, model, most: int) -> list[int]:
     """Let generation run out of memory above a batch size; gives the sizes that were tried."""
     tried, generate = [], model.generate
@@ -64,47 +60,40 @@ def limit_memory(monkeypatch, model, most: int) -> list[int]:
     return tried
 
 
-def test_generation_config_of_the_base_does_not_leak(expert, encoded):
+def test_generation_config_of_the_base_does_not_leak(expert, encoded, monkeypatch):
     """Sampling, penalties, lengths, forbidden and forced tokens of a generation_config.json."""
     model, tokenizer = expert
-    expected = texts(AnswerGenerator(model, tokenizer, 16), encoded)
+    expected = collect(AnswerGenerator(model, tokenizer, 16), encoded)
     base = model.get_base_model()
-    own = base.generation_config
-    first = next(iter(expected.values()))[0]
+    first = next(iter(expected.values())).text
     word = tokenizer(first, add_special_tokens=False)["input_ids"][0]
-    base.generation_config = GenerationConfig(
+    leaking = GenerationConfig(
         do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=3,
         min_new_tokens=15, max_length=3, suppress_tokens=[word], forced_eos_token_id=7, bad_words_ids=[[word]],
-        cache_implementation="static", num_return_sequences=2, use_cache=False, eos_token_id=own.eos_token_id,
+        cache_implementation="static", num_return_sequences=2, use_cache=False,
+        eos_token_id=base.generation_config.eos_token_id,
     )  # fmt: skip
-    leaking = base.generation_config
-    try:
-        assert texts(AnswerGenerator(model, tokenizer, 16), encoded) == expected
-        assert base.generation_config is leaking
-    finally:
-        base.generation_config = own
+    monkeypatch.setattr(base, "generation_config", leaking)
+    assert collect(AnswerGenerator(model, tokenizer, 16), encoded) == expected
+    assert base.generation_config is leaking
 
 
-def test_stop_ids_are_those_of_model_and_tokenizer(expert, encoded):
+def test_stop_ids_are_those_of_model_and_tokenizer(expert, encoded, monkeypatch):
     model, tokenizer = expert
-    base = model.get_base_model()
     whole = collect(AnswerGenerator(model, tokenizer, 16), encoded)
     index = next(iter(whole))
     second = tokenizer(whole[index].text, add_special_tokens=False)["input_ids"][1]
-    own, base.generation_config = base.generation_config, GenerationConfig(eos_token_id=[second])
-    try:
-        cut = collect(AnswerGenerator(model, tokenizer, 16), {index: encoded[index]})[index]
-    finally:
-        base.generation_config = own
+    monkeypatch.setattr(model.get_base_model(), "generation_config", GenerationConfig(eos_token_id=[second]))
+    cut = collect(AnswerGenerator(model, tokenizer, 16), {index: encoded[index]})[index]
     assert cut.new_tokens == 2 and whole[index].text.startswith(cut.text)
 
 
 def test_automatic_batch_size_halves_until_it_fits(expert, encoded, monkeypatch):
     model, tokenizer = expert
-    expected = texts(AnswerGenerator(model, tokenizer, 4), encoded)
+    expected = collect(AnswerGenerator(model, tokenizer, 4), encoded)
     tried = limit_memory(monkeypatch, model, most=3)
     generator = AnswerGenerator(model, tokenizer, 4)
-    assert texts(generator, encoded) == expected
+    assert collect(generator, encoded) == expected
     assert tried == [12, 6, 3, 3, 3, 3]
     assert generator.batches.size == 3
 

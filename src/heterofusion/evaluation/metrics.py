@@ -1,4 +1,4 @@
-"""The metrics, as `evaluate.Metric` classes over plain functions, and which one scores a data set."""
+"""The metrics by their names, for others as `evaluate.Metric` classes too, and which one scores a data set."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -37,25 +37,20 @@ class GLUEText(_AnswerMetric):
         return score_glue(self.config_name, predictions, references)
 
 
-class ExactMatch(_AnswerMetric):
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
     """Share of answers that are the reference, case included, white space around both aside."""
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float | int]:
-        check_answers(predictions, references)
-        hits = sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True))
-        return {EXACT_MATCH: hits / len(predictions), "num_examples": len(predictions)}
+    check_answers(predictions, references)
+    hits = sum(a.strip() == b.strip() for a, b in zip(predictions, references, strict=True))
+    return {EXACT_MATCH: hits / len(predictions), "num_examples": len(predictions)}
 
 
 def score(metric: str, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | int]:
     """Score answers by one of `METRICS`."""
-    # keep_in_memory: processes that score at the same time would share a cache file
+    if metric == EXACT_MATCH:
+        return exact_match(predictions, references)
     if metric in GLUE_LABELS:
-        computed = GLUEText(metric, keep_in_memory=True).compute
-    elif metric == EXACT_MATCH:
-        computed = ExactMatch(keep_in_memory=True).compute
-    else:
-        computed = UIEF1(None if metric == UIE else metric, keep_in_memory=True).compute
-    return dict(computed(predictions=list(predictions), references=list(references)))
+        return score_glue(metric, predictions, references)
+    return score_answers(predictions, references, None if metric == UIE else metric)
 
 
 def primary_score(metric: str) -> str:

@@ -25,9 +25,6 @@ def symbols(*tokens: bytes) -> list[tuple[int, ...]]:
     return [tuple(token) for token in tokens]
 
 
-# ---- the path ---------------------------------------------------------------------------------------------------
-
-
 def cheapest(costs: np.ndarray) -> int:
     """The cost of the best path, from DTW's recursion."""
 
@@ -73,9 +70,6 @@ def test_end_tokens_align_whatever_they_are_called():
     assert AnswerSymbols(target, [[word, user]]).of([user, 99_999]) == ([0, 1], [END, SPECIAL])
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------
-
-
 def test_mapped_distribution_adds_up_what_meets_and_renormalizes():
     ids = np.array([5, 6, 7, 8], dtype=np.int32)
     log_probs = np.log(np.array([0.4, 0.2, 0.1, 0.05], dtype=np.float32))
@@ -102,17 +96,6 @@ def soft_labels(tokens: np.ndarray, rivals: list[int]) -> SoftLabel:
     top = np.array([[token, *rivals] for token in tokens], dtype=np.int32)
     probs = np.array([0.75, *[0.2 / len(rivals)] * len(rivals)], dtype=np.float32)
     return SoftLabel(tokens, top, np.tile(np.log(probs), (len(tokens), 1)))
-
-
-def test_a_source_of_the_same_tokenizer_is_taken_as_it_is():
-    tokenizer = byte_level(template=CHAT)
-    tokens = answer(tokenizer)
-    labels = soft_labels(tokens, [40, 41])
-    found, aligned = distributions(tokenizer, tokenizer, labels, tokens)
-    assert aligned == len(tokens) and list(found) == list(range(aligned))
-    for place, (ids, probs) in found.items():
-        assert ids.tolist() == labels.top_ids[place].tolist()
-        np.testing.assert_allclose(probs, [0.75 / 0.95, 0.1 / 0.95, 0.1 / 0.95], rtol=1e-5)
 
 
 def test_labels_of_another_tokenizer_with_another_end_token():

@@ -8,22 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets.table import MemoryMappedTable
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import WEIGHTS, lora_folder, tiny_model
 from conftest import logits
 from heterofusion import load_adapter
-from heterofusion.data.labels import SOFT_COLUMNS
 from heterofusion.experts import expert as expert_module
 from heterofusion.experts.token_alignment import Aligner
 from heterofusion.publish.hub import hub_files
 from recipe_runner import (
     QWEN,
     TARGET,
-    contents,
     copy_adapter,
     error_line,
     flags,
@@ -35,14 +31,13 @@ from recipe_runner import (
 from test_tokens import sentencepiece_like
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
-distill, expert = recipe("distill"), recipe("expert")
+distill = recipe("distill")
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> SimpleNamespace:
     """Two experts on bases of other families: one with other words, one with pieces of words."""
     root = tmp_path_factory.mktemp("teachers")
-    made = {}
     for family, size in (("olmo2", 128), ("mistral", 400)):
         folder = root / family
         model = tiny_model(family, vocab_size=size)
@@ -50,9 +45,8 @@ def teachers(tmp_path_factory) -> SimpleNamespace:
         lora_folder(model, folder / "expert", ["q_proj", "down_proj"], base=str(folder / "base"), std=0.2)
     save_tokenizer(root / "olmo2" / "base", size=100)
     sentencepiece_like().save_pretrained(root / "mistral" / "base")
-    made["models"] = [root / family / "base" for family in ("olmo2", "mistral")]
-    made["adapters"] = [root / family / "expert" for family in ("olmo2", "mistral")]
-    return SimpleNamespace(**made, root=root)
+    models, adapters = ([root / family / part for family in ("olmo2", "mistral")] for part in ("base", "expert"))
+    return SimpleNamespace(models=models, adapters=adapters, root=root)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +102,13 @@ def test_student_is_an_ordinary_adapter_that_was_trained_on(finished, base_dir):
 
 def test_record_says_where_all_comes_from_and_is_fit_to_publish(finished, teachers):
     found = record(finished.out)
-    assert found["target"]["sha256"] == load_adapter(TARGET).sha256 and found["target"]["name"] == "target_llama"
-    assert [t["sha256"] for t in found["teachers"]] == [load_adapter(path).sha256 for path in teachers.adapters]
+    made_of = [found["target"]["sha256"], *(teacher["sha256"] for teacher in found["teachers"])]
+    assert made_of == [load_adapter(path).sha256 for path in (TARGET, *teachers.adapters)]
     assert found["method"] == {"distill_lambda": 0.9, "top_k_logits": 10}
     assert 0 < found["soft_positions"] <= found["one_to_one_positions"] <= 1
     assert found["training"]["steps"] == 4 and found["training"]["data"]["datasets"][0]["kept"] == 10
     made = found["made_by"]
     assert (made["kind"], made["method"], made["ran_source_models"]) == ("distillation", "fusellm", True)
-    assert made["cost"]["seconds"] > found["metrics"]["train_runtime"]
     assert found["weights_sha256"] == load_adapter(finished.out).sha256
     assert {"README.md", "distillation.json", "adapter_config.json", WEIGHTS} <= set(hub_files(finished.out))
     for name in ("README.md", "distillation.json"):
@@ -135,22 +128,6 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     assert found["made_by"]["source_control"] == "noise"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# CONTROL (noise): Distilled LoRA adapter" in card and "- control" in card
-
-
-def test_without_a_share_of_the_teachers_it_is_plain_tuning_of_the_anchor(finished, values, tmp_path):
-    """The other recipe that trains an adapter on, with the loss of its own: not a bit of this code."""
-    shared = {name: values[name] for name in ("model_name_or_path", "init_adapter", "dataset_name", "use_cpu",
-              "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-              "lora_dropout")}  # fmt: skip
-    succeeds(expert.main, flags({**shared, "save_strategy": "no", "output_dir": tmp_path / "tuned"}))
-    changed = {"distill_lambda": 1.0, "save_strategy": "no", "output_dir": tmp_path / "distilled"}
-    succeeds(distill.main, flags({**values, **changed}))
-    tuned, distilled, both = (
-        load_file(f / WEIGHTS) for f in (tmp_path / "tuned", tmp_path / "distilled", finished.out)
-    )
-    for name, tensor in tuned.items():
-        torch.testing.assert_close(distilled[name], tensor, rtol=1e-4, atol=1e-6)
-    assert any(not torch.allclose(both[name], tensor, atol=1e-4) for name, tensor in tuned.items())
 
 
 def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished, values, teachers, base_dir):
@@ -178,16 +155,7 @@ def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished
     assert [entry["picked"] for entry in (found["target"], *found["teachers"])] == picked
 
 
-def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
-    """And they are fused once; what is trained on lies on the disk."""
-    trained_on = []
-
-    class Watched(distill.DistillationTrainer):
-        def __init__(self, *args, train_dataset, **kwargs):
-            trained_on.append(train_dataset)
-            super().__init__(*args, train_dataset=train_dataset, **kwargs)
-
-    monkeypatch.setattr(distill, "DistillationTrainer", Watched)
+def test_teachers_run_once_and_are_fused_once(finished, values, tmp_path, loaded, monkeypatch):
     monkeypatch.setattr(Aligner, "distributions", lambda *args: pytest.fail("the labels were fused again"))
     short = {**values, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
     evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
@@ -198,10 +166,6 @@ def test_teachers_run_once(finished, values, tmp_path, loaded, monkeypatch):
         assert again[name] == first[name]
     assert again["metrics"]["eval_loss"] > 0
     assert again["made_by"]["cost"]["seconds"] > again["metrics"]["train_runtime"]  # what came from disk took its time
-    (examples,) = trained_on
-    mapped = {name for row in examples.data.blocks for block in row if isinstance(block, MemoryMappedTable)
-              for name in block.column_names}  # fmt: skip
-    assert mapped == set(SOFT_COLUMNS)
 
 
 def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):
@@ -211,11 +175,8 @@ def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, 
     short["output_dir"] = tmp_path / "out"
     succeeds(distill.main, flags({**short, "teacher_adapters": [other, teachers.adapters[1]]}))
     assert loaded == ["olmo2"]
-    scaled = copy_adapter(tmp_path / "scaled", teachers.adapters[0], config={"lora_alpha": 16})
-    succeeds(distill.main, flags({**short, "teacher_adapters": [scaled, teachers.adapters[1]]}))
-    assert loaded == ["olmo2", "olmo2"]
     succeeds(distill.main, flags({**short, "top_k_logits": 4}))
-    assert loaded[2:] == [Path(values["model_name_or_path"]).parent.name, "olmo2", "mistral"]
+    assert loaded[1:] == [Path(values["model_name_or_path"]).parent.name, "olmo2", "mistral"]
 
 
 def test_killed_run_resumes_bit_for_bit(finished, values, tmp_path, capsys):
@@ -259,21 +220,8 @@ def test_wrong_flag_raises_before_a_model_is_loaded(case, fails):
     fails(*words, **changed)
 
 
-def test_teachers_tokenizers_and_folders_that_cannot_be_raise(fails, teachers, tmp_path, monkeypatch):
+def test_teacher_of_too_short_a_context_raises(fails, teachers, tmp_path):
     base = shutil.copytree(teachers.models[0], tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
     fails("the longest example has 7 tokens", "context has 6", teacher_models=[base, teachers.models[1]])
-    (tmp_path / "file").write_text("x")
-    fails("--logits_cache", f"{tmp_path / 'file'} is a file", logits_cache=tmp_path / "file" / "cache")
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", property(lambda self: False))
-    fails("has no fast version", "tokenizer.json")
-
-
-def test_output_is_neither_the_anchor_nor_written_over(finished, values, capsys, tmp_path):
-    before = contents(finished.out)
-    error_line(capsys, distill.main, flags(values), "not empty", "--overwrite true")
-    assert contents(finished.out) == before
-    anchor = copy_adapter(tmp_path / "anchor", TARGET)
-    changed = {"init_adapter": anchor, "output_dir": anchor, "overwrite": True}
-    error_line(capsys, distill.main, flags({**values, **changed}), "is the --init_adapter itself")

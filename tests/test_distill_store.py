@@ -1,19 +1,15 @@
 """Soft labels on disk: memory-mapped, written as they come, whole or not there."""
 
-import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pytest
-import torch
 from datasets.table import MemoryMappedTable
 
-from heterofusion.experts import soft_labels
 from heterofusion.experts.soft_labels import SoftLabel, SoftLabels, labels_path, read_labels, write_labels
 
 IDENTITY = {"model": "a"}
@@ -100,7 +96,6 @@ def changed(folder):
 DAMAGES = {
     "changed": (changed, "its content is not what was written"),
     "no table": (lambda folder: (folder / "table.arrow").unlink(), "table.arrow"),
-    "broken record": (lambda folder: (folder / "record.json").write_text("[]"), "list indices"),
 }
 
 
@@ -137,20 +132,3 @@ def test_a_full_disk_is_told_and_leaves_nothing(call, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"--logits_cache: .*soft-labels-.* could not be written \(no space left"):
         write_labels(tmp_path, IDENTITY, batches())
     assert not list(tmp_path.iterdir())
-
-
-def test_a_base_is_loaded_once_for_all_of_its_teachers(monkeypatch, tmp_path):
-    ran, write = [], write_labels
-
-    def watched(folder, identity, made):
-        ran.append(identity["index"])
-        write(folder, identity, batches())
-
-    monkeypatch.setattr(soft_labels, "write_labels", watched)
-    monkeypatch.setattr(soft_labels.ExpertRunner, "running", lambda self, expert: contextlib.nullcontext())
-    models = [SimpleNamespace(expert=SimpleNamespace(base=base)) for base in "ABACB"]
-    for index, model in enumerate(models):
-        model.identity = lambda top_k, index=index: {"index": index, "top_k": top_k}
-    write(tmp_path, {"index": 3, "top_k": 2}, batches())
-    assert len(soft_labels.collect_soft_labels(models, tmp_path, 2, 1, torch.device("cpu"))) == 5
-    assert ran == [0, 2, 1, 4]

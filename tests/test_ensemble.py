@@ -1,7 +1,5 @@
 """Ensembles against what they are by definition: dictionaries of token strings, and models without a cache."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import PeftModel
@@ -180,17 +178,6 @@ def test_middle_of_a_character(codecs):
     assert words.encode(b" w5" + half + b" w6") == (words.encode(b" w5 w6")[0], True)  # which never came
 
 
-def test_tokens_are_appended_or_the_answer_is_tokenized_anew(codecs):
-    codec = codecs["byte_level"]
-    token = codec.ids[b" dish"]
-    assert codec.append([7, 8], b" dish", b"?? dish") == ([7, 8, token], True)
-    assert codec.append([7, 8], b" dish: rul", b" dish: rul") == codec.encode(b" dish: rul")
-    # in sentencepiece vocabularies a newline is there twice: as a character, and as a byte
-    sentencepiece = codecs["sentencepiece"]
-    assert list(sentencepiece.pieces).count(b"\n") == 2
-    assert sentencepiece.append([], b"\n", b"\n") == ([sentencepiece.encode(b"a\n")[0][-1]], True)
-
-
 def test_reader_gives_what_the_model_gives(experts):
     """Sequences that grow by different numbers of tokens, and whose ends change; some are done before others."""
     model, tokenizer = experts("qwen2", "ner_garden")
@@ -277,50 +264,6 @@ def test_members_of_three_families_are_the_naive_ensemble(experts):
         assert (found[index].text, found[index].new_tokens) == naive_answer(members, prompt, 20)
     for run, least in zip(generator.tokens_run, needed(ids_of(members), found), strict=True):
         assert least * 0.99 <= run < least * 1.1  # without the cache, it would be more than ten times as much
-
-
-def test_unite_of_two_families_keeps_both_caches(experts):
-    members = [experts("llama", "ner_kitchen"), experts("qwen2", "ner_garden")]
-    generator = ensemble(members, "unite", max_new_tokens=20)
-    found = collect(generator, ids_of(members))
-    least = needed(ids_of(members), found)
-    assert all(run < 1.1 * tokens for run, tokens in zip(generator.tokens_run, least, strict=True))
-    assert collect(ensemble(members, "unite", max_new_tokens=20, batch_size=1), ids_of(members)) == found
-
-
-class Scripted(torch.nn.Module):
-    """A model that wants the next of some tokens, whatever it reads."""
-
-    def __init__(self, script: list[int], vocabulary: int) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.script, self.vocabulary = iter(script), vocabulary
-
-    def forward(self, input_ids, attention_mask, past_key_values, use_cache):
-        keys = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
-        past_key_values.update(keys, keys, 0)
-        logits = torch.full((len(input_ids), 1, self.vocabulary), -20.0)
-        logits[:, :, next(self.script)] = 20.0
-        return SimpleNamespace(logits=logits)
-
-
-def test_a_character_in_bytes_with_a_member_that_knows_words_only(codecs):
-    """The first member waits for the end of the character, and does not vote in the middle of it."""
-    words, byte_level = codecs["words"], codecs["byte_level"]
-    first, second = (byte_level.ids[bytes([byte])] for byte in "é".encode())
-    # what the first one wants would win if it counted: with equal shares, its token comes first in the union
-    scripts = {words: [words.ids[b" w5"]] * 3, byte_level: [first, second, 1]}
-    members = [Member(Scripted(script, len(codec.pieces)), codec, 0) for codec, script in scripts.items()]
-    union, said = Union([words, byte_level], [[2], [1]]), []
-
-    class BytesFirst(GaC):
-        def __call__(self, probabilities, voting):
-            said.append(voting.tolist())
-            return super().__call__([0.9 * probabilities[0], probabilities[1]], voting)
-
-    answers = collect(EnsembleGenerator(members, union, BytesFirst(union), 5), {0: [[4], [5, 6]]})
-    assert answers[0].text == "é" and answers[0].new_tokens == 3
-    assert said == [[[True, True]], [[False, True]], [[True, True]]]
 
 
 def test_answers_end_where_a_member_has_no_more_room(experts):

@@ -97,16 +97,6 @@ def test_non_finite_update_raises_and_keeps_the_last_export(tmp_path, model):
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # safetensors writes for the owner alone
 
 
-@pytest.mark.parametrize("change", [lambda state: state.popitem(), lambda state: state.update(more=torch.ones(1))])
-def test_other_tensors_than_the_targets_raise(tmp_path, model, monkeypatch, change):
-    state = model.fused_state_dict()
-    change(state)
-    monkeypatch.setattr(model, "fused_state_dict", lambda: state)
-    with pytest.raises(ExportError, match="other tensors"):
-        export_adapter(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_update_beyond_the_anchors_dtype_raises(tmp_path, fuse):
     def to_half(weights):
         weights.update({key: tensor.half() for key, tensor in weights.items()})

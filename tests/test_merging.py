@@ -1,6 +1,5 @@
 """Merging of experts: every method against dense arithmetic written down once more; searches; dense updates."""
 
-import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-import heterofusion.merging.tau as tau_module
 from builders import tiny_model, write_adapter
 from heterofusion import load_adapter
 from heterofusion.merging.config import search_candidates
@@ -265,41 +263,6 @@ def test_factors_are_the_dense_update_where_the_rank_suffices(experts, method):
         assert result.lost == 0
         if exact:
             assert result.factors[FIRST][0].shape[0] <= 2 + 4 + 1
-
-
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "knots_ties"])
-def test_a_lower_rank_is_the_best_one_and_its_loss_is_told(experts, method):
-    (result,), updates = factors(experts, method, 2), dense(experts, method, merge_lambda=1.0)
-    lost = whole = 0.0
-    for path, (A, B) in result.factors.items():
-        S = torch.linalg.svdvals(updates[path].double()).square()
-        difference = (updates[path] - B @ A).double().square().sum()
-        assert A.shape[0] == 2
-        torch.testing.assert_close(difference, S[2:].sum(), atol=1e-5, rtol=1e-4)
-        lost, whole = lost + float(S[2:].sum()), whole + float(S.sum())
-    assert result.lost == pytest.approx(lost / whole, abs=1e-6)
-
-
-@pytest.mark.parametrize("method", DENSE)
-def test_dense_updates_of_one_module_at_a_time(experts, method, monkeypatch):
-    alive: dict[int, tuple[str, weakref.ref]] = {}
-    made = []
-    plain = tau_module.dense_update
-
-    def watched(module, weight, device):
-        others = {path for path, ref in alive.values() if ref() is not None and path != module.path}
-        assert not others, f"updates of {others} are alive while those of {module.path} are made"
-        update = plain(module, weight, device)
-        alive[len(made)] = (module.path, weakref.ref(update))
-        made.append(module.path)
-        return update
-
-    monkeypatch.setattr(tau_module, "dense_update", watched)
-    factors(experts, method)
-    assert set(made) == set(MODULES)
-
-
-# ---- the search, and dense updates on a base --------------------------------------------------------------------
 
 
 def test_ranges_include_their_stop_and_lambda_is_innermost():

@@ -85,21 +85,6 @@ def test_result_is_kept_and_made_anew_for_other_labels(labelled, tokenizer, tmp_
     assert all(row == wanted[tuple(row["input_ids"])] for row in one)
 
 
-def test_cut_labels_have_the_soft_labels_of_what_is_left(labelled, tokenizer, tmp_path):
-    whole = {tuple(row["input_ids"]): row for row in softened(labelled, tmp_path, tokenizer)[0]}
-    longest = max(map(len, whole))
-    cut, _, _ = softened(labelled, tmp_path, tokenizer, max_length=longest - 2)
-    rows = [
-        (row, next(w for ids, w in whole.items() if list(ids)[: len(row["input_ids"])] == row["input_ids"]))
-        for row in cut
-    ]
-    assert any(len(row["input_ids"]) < len(full["input_ids"]) for row, full in rows)
-    for row, full in rows:
-        assert max(row[SOFT_POSITIONS], default=0) < len(row["input_ids"])
-        # what is cut off may stand for the last token that is left
-        assert set(full[SOFT_POSITIONS]) - set(row[SOFT_POSITIONS]) <= {*range(len(row["input_ids"]) - 1, longest)}
-
-
 def change_label(folder: Path) -> None:
     rows = read_labels(folder, "ner_garden")
     rows[2]["completion"] = " None"
@@ -130,9 +115,6 @@ def test_store_of_other_labels_raises(labelled, tokenizer, tmp_path, damage):
     with pytest.raises(ValueError, match=words):
         softened(copied, tmp_path / "cache", tokenizer, *(path.stem for path in copied.glob("*.jsonl")))
     assert not list(tmp_path.glob("cache/soft-targets*"))
-
-
-# ---- the recipes ------------------------------------------------------------------------------------------------
 
 
 def run_values(labelled: Path, folder: Path) -> dict:

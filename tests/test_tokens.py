@@ -64,14 +64,6 @@ def test_sentencepiece_tokens_are_the_text_with_a_space_before_it(style, text):
     assert joined(tokenizer, text) == (before + text).encode()
 
 
-def test_byte_tokens_of_sentencepiece_are_single_bytes():
-    tokenizer = sentencepiece_like()
-    pieces = token_bytes(tokenizer)
-    assert [pieces[tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>")] for byte in range(256)] == [
-        bytes([byte]) for byte in range(256)
-    ]
-
-
 def test_special_tokens_have_no_bytes():
     for tokenizer in (byte_level(), sentencepiece_like(), word_level(), unigram(), word_piece()):
         pieces = token_bytes(tokenizer)

@@ -32,9 +32,6 @@ def words(count: int, seed: int, letters: str = "abcde ", longest: int = 7) -> l
     return ["".join(generator.choices(letters, k=generator.randint(1, longest))).encode() for _ in range(count)]
 
 
-# ---- distances --------------------------------------------------------------------------------------------------
-
-
 def test_edit_distances_are_levenshteins():
     candidates = [*words(60, 0), b"a", b"aaaaaaaaaaaaaaa"]
     columns, lengths = as_columns([list(word) for word in candidates])
@@ -62,8 +59,6 @@ def test_equal_texts_take_the_shorter_spelling_then_the_lower_id():
     assert index.nearest(b"A") == 2
     assert TokenIndex([None, b""], ["<s>", ""]).nearest(b"A") == UNMAPPED
 
-
-# ---- maps -------------------------------------------------------------------------------------------------------
 
 KINDS = {"bytes": byte_level, "pieces": sentencepiece_like, "words": word_level}
 

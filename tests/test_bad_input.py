@@ -102,7 +102,8 @@ def test_no_overlapping_roles_raises(fails, tmp_path):
     target, source = copy_adapter(tmp_path / "target", TARGET), copy_adapter(tmp_path / "source")
     for folder, role in ((target, "q_proj"), (source, "up_proj")):
         edited_weights(lambda w, role=role: [w.pop(key) for key in list(w) if f".{role}." not in key])(folder)
-    fails(target, source, "q_proj", "up_proj", "target_modules", target_adapter=target, source_adapters=[source])
+    words = (f"{target} (q_proj)", f"{source}: up_proj on layers [", "overlapping target_modules")
+    fails(*words, target_adapter=target, source_adapters=[source])
 
 
 def test_source_that_is_the_target_raises(fails, tmp_path):

@@ -12,47 +12,29 @@ from safetensors.torch import load_file
 
 from builders import WEIGHTS
 from conftest import TINY, fresh_base, make_args, make_trainer
-from heterofusion import (
-    HeteroFusionModel,
-    MethodConfig,
-    control_sources,
-    export_adapter,
-    load_adapter,
-    push_adapter,
-)
+from heterofusion import HeteroFusionModel, MethodConfig, control_sources, export_adapter, load_adapter, push_adapter
 from heterofusion.adapters.controls import control_record, derangement, rotate_rows
 from heterofusion.publish.write import ExportError
 from heterofusion.zoo import zoo_path
-from recipe_runner import (
-    MISTRAL,
-    QWEN,
-    SIZES,
-    TARGET,
-    copy_adapter,
-    error_line,
-    flags,
-    plan,
-    recipe,
-    record,
-    succeeds,
-    train,
-)
+from recipe_runner import MISTRAL, QWEN, TARGET, copy_adapter, error_line, flags, plan, recipe, record, succeeds, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 push = recipe("push").main
 
 
+def with_modules(adapter, change):
+    return replace(adapter, modules={path: change(module) for path, module in adapter.modules.items()})
+
+
+def in_float32(module):
+    return replace(module, lora_A=module.lora_A.float(), lora_B=module.lora_B.float())
+
+
 @pytest.fixture(scope="module")
 def experts():
-    """Real experts of two families, in float32; their files are in float16."""
-    loaded = [load_adapter(zoo_path(*name)) for name in (("qwen2", "ner_garden"), ("mistral", "re_market"))]
-    return [
-        replace(expert, modules={path: whole(module) for path, module in expert.modules.items()}) for expert in loaded
-    ]
-
-
-def whole(module):
-    return replace(module, lora_A=module.lora_A.float(), lora_B=module.lora_B.float())
+    """Real experts of two families; their files are in float16."""
+    names = (("qwen2", "ner_garden"), ("mistral", "re_market"))
+    return [with_modules(load_adapter(zoo_path(*name)), in_float32) for name in names]
 
 
 def pairs(first, second):
@@ -118,12 +100,13 @@ def test_rotation_is_haar_random():
 
 
 def test_noise_of_half_precision_and_of_zeros(experts):
-    module = next(iter(experts[0].modules.values()))
-    fresh = replace(module, lora_A=module.lora_A.bfloat16(), lora_B=torch.zeros_like(module.lora_B).bfloat16())
-    (noise,) = control_sources([replace(experts[0], modules={"fresh": fresh})], "noise", 0)
-    found = noise.modules["fresh"]
-    assert found.lora_A.dtype == torch.bfloat16 and not found.lora_B.any()
-    assert float(found.lora_A.float().norm()) == pytest.approx(float(fresh.lora_A.float().norm()), rel=0.01)
+    def half(module):
+        return replace(module, lora_A=module.lora_A.bfloat16(), lora_B=torch.zeros_like(module.lora_B))
+
+    halves = [with_modules(expert, half) for expert in experts]
+    for before, after in pairs(halves, control_sources(halves, "noise", 0)):
+        assert after.lora_A.dtype == torch.bfloat16 and not after.lora_B.any()
+        assert float(after.lora_A.float().norm()) == pytest.approx(float(before.lora_A.float().norm()), rel=0.01)
 
 
 # ---- shuffle ----------------------------------------------------------------------------------------------------
@@ -133,17 +116,14 @@ def test_shuffle_moves_every_pair_once_to_another_module_of_its_shapes(experts):
     shuffled = control_sources(experts, "shuffle", 1)
     for before, after in zip(experts, shuffled, strict=True):
         places = {module.lora_B.data_ptr(): path for path, module in before.modules.items()}
-        origins = [places.pop(module.lora_B.data_ptr()) for module in after.modules.values()]  # each tensor once
+        origins = {path: places.pop(module.lora_B.data_ptr()) for path, module in after.modules.items()}  # each once
         assert not places
-        for path, origin in zip(after.modules, origins, strict=True):
-            moved, source = after.modules[path], before.modules[origin]
+        for path, origin in origins.items():
+            moved, source, there = after.modules[path], before.modules[origin], before.modules[path]
             assert moved.path == path != origin
             assert moved.lora_A is source.lora_A and moved.scaling == source.scaling
-            assert moved.lora_A.shape == before.modules[path].lora_A.shape
-            assert moved.lora_B.shape == before.modules[path].lora_B.shape
-        assert any(
-            path.split(".")[-1] != origin.split(".")[-1] for path, origin in zip(after.modules, origins, strict=True)
-        )
+            assert (moved.lora_A.shape, moved.lora_B.shape) == (there.lora_A.shape, there.lora_B.shape)
+        assert any(path.split(".")[-1] != origin.split(".")[-1] for path, origin in origins.items())
     same, other = (control_sources(experts, "shuffle", seed) for seed in (1, 2))
     assert all(one.lora_B is two.lora_B for one, two in pairs(shuffled, same))
     assert any(one.lora_B is not two.lora_B for one, two in pairs(shuffled, other))
@@ -152,13 +132,10 @@ def test_shuffle_moves_every_pair_once_to_another_module_of_its_shapes(experts):
 def test_module_without_another_of_its_shapes_stays_and_is_told(experts, caplog):
     odd = replace(next(iter(experts[0].modules.values())), lora_B=torch.ones(7, 4))
     source = replace(experts[0], modules={**experts[0].modules, "odd": odd})
-    with caplog.at_level(logging.INFO, "heterofusion"):
-        shuffled = control_sources([source, experts[1]], "shuffle", 0)
+    shuffled = control_sources([source, experts[1]], "shuffle", 0)
     assert shuffled[0].modules["odd"].lora_B is odd.lora_B
-    warnings = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING]
-    assert warnings == [
-        f"source {source.name}: 1 of {len(source.modules)} modules stay, no other has their shapes, such as odd"
-    ]
+    words = f"source {source.name}: 1 of {len(source.modules)} modules stay, no other has their shapes, such as odd"
+    assert [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING] == [words]
     assert control_record(shuffled) == "shuffle, seed 0"
 
 
@@ -184,28 +161,22 @@ def test_bad_arguments_raise(sources):
         control_sources(control_sources(sources, "zero", 0), "noise", 0)
 
 
-@pytest.mark.parametrize("canonicalize", [False, True])
-def test_zero_sources_train_and_export_finite_numbers(tmp_path, target, sources, canonicalize):
-    sources = control_sources(sources, "zero", 0)
-    assert not any(module.lora_A.any() or module.lora_B.any() for s in sources for module in s.modules.values())
-    ranked = [replace(sources[0], modules={p: cut(m) for p, m in sources[0].modules.items()}), sources[1]]
-    args = make_args(tmp_path, canonicalize=canonicalize)
-    model = HeteroFusionModel.from_adapters(fresh_base(), target, ranked, args)
-    trainer = make_trainer(tmp_path, model, canonicalize=canonicalize)
-    metrics = trainer.train().metrics
-    assert math.isfinite(metrics["train_loss"])
-    folder = trainer.export(tmp_path / "fused", metrics)
+def test_zero_sources_train_and_export_finite_numbers(tmp_path, target, sources):
+    zeros = control_sources(sources, "zero", 0)
+    assert not any(module.lora_A.any() or module.lora_B.any() for _, module in pairs(sources, zeros))
+    zeros[0] = with_modules(zeros[0], half_rank)
+    model = HeteroFusionModel.from_adapters(fresh_base(), target, zeros, make_args(tmp_path, canonicalize=True))
+    trainer = make_trainer(tmp_path, model, canonicalize=True)
+    folder = trainer.export(tmp_path / "fused", trainer.train().metrics)
     fused, anchor = load_file(folder / WEIGHTS), target.state_dict()
-    assert all(tensor.isfinite().all() for tensor in fused.values())
     assert any(not torch.equal(fused[key], anchor[key]) for key in anchor)  # positions and target alone make updates
-    numbers = [v for m in json.loads((folder / "diagnostics.json").read_text())["modules"] for v in leaves(m)]
-    assert numbers and all(math.isfinite(value) for value in numbers)
-    logged = [v for entry in trainer.state.log_history for v in leaves(entry)]
-    assert all(math.isfinite(value) for value in logged)
+    modules = json.loads((folder / "diagnostics.json").read_text())["modules"]
+    for told in (modules, trainer.state.log_history):
+        assert leaves(told) and all(map(math.isfinite, leaves(told)))
 
 
-def cut(module):
-    """At half the rank, so that it is re-factored."""
+def half_rank(module):
+    """So that it is re-factored."""
     return replace(module, lora_A=module.lora_A[:2], lora_B=module.lora_B[:, :2].contiguous())
 
 
@@ -237,14 +208,11 @@ def test_library_users_record_and_never_push_controls(tmp_path, target, sources)
 
 
 @pytest.fixture(scope="module")
-def runs(base_dir, replay, tmp_path_factory) -> SimpleNamespace:
+def runs(common, tmp_path_factory) -> SimpleNamespace:
     """One step with real sources and with each control, with a checkpoint."""
     folder = tmp_path_factory.mktemp("controls")
-    values = {
-        "model_name_or_path": base_dir, "target_adapter": TARGET, "source_adapters": [QWEN, MISTRAL],
-        "dataset_name": [replay], "use_cpu": True, "max_steps": 1, "gradient_accumulation_steps": 2,
-        "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 1, "seed": 7, **SIZES,
-    }  # fmt: skip
+    adapters = {"target_adapter": TARGET, "source_adapters": [QWEN, MISTRAL]}
+    values = {**common, **adapters, "max_steps": 1, "save_steps": 1, "seed": 7}
     logs = {}
     for kind in ("real", "noise", "shuffle", "zero"):
         control = None if kind == "real" else kind
@@ -263,7 +231,9 @@ def runs(base_dir, replay, tmp_path_factory) -> SimpleNamespace:
 def test_record_card_and_log_say_that_it_is_a_control(runs, kind, control, words):
     found, real = record(runs.folder / kind), record(runs.folder / "real")
     assert (found["source_control"], found["made_by"]["source_control"]) == (control, kind)
+    assert (real["source_control"], real["made_by"]["source_control"]) == (None, None)
     assert found["sources"] == real["sources"]  # with the hashes of the files
+    assert "CONTROL" not in (runs.folder / "real/README.md").read_text()
     body = (runs.folder / kind / "README.md").read_text().split("---\n")[2].strip()
     title, first = body.split("\n\n")[:2]
     assert title == f"# CONTROL ({kind}): Fused LoRA adapter"
@@ -273,30 +243,24 @@ def test_record_card_and_log_say_that_it_is_a_control(runs, kind, control, words
     assert any(not torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 
 
-def test_real_sources_are_recorded_as_such(runs):
-    found = record(runs.folder / "real")
-    assert found["source_control"] is None and "CONTROL" not in (runs.folder / "real/README.md").read_text()
-    assert (found["made_by"]["source_control"], found["made_by"]["ran_source_models"]) == (None, False)
+@pytest.mark.parametrize(
+    ("folder", "words", "changed"),
+    [
+        ("real", ["null"], {"source_control": "noise"}),
+        ("noise", ["this run has null"], {}),
+        ("noise", ['"noise, seed 7"', '"zero"'], {"source_control": "zero"}),
+        ("noise", ['"noise, seed 7"', '"noise, seed 8"'], {"source_control": "noise", "seed": 8}),
+    ],
+)
+def test_resuming_with_another_control_or_draw_raises(runs, capsys, folder, words, changed):
+    values = {**runs.values, "output_dir": runs.folder / folder, "resume_from_checkpoint": True, **changed}
+    error_line(capsys, train.main, flags(values), runs.folder / folder, "another source_control", *words)
 
 
-def test_resuming_with_another_control_or_draw_raises(runs, capsys):
-    def refused(folder: str, *words: str, **changed: object) -> None:
-        values = {**runs.values, "output_dir": runs.folder / folder, "resume_from_checkpoint": True, **changed}
-        error_line(capsys, train.main, flags(values), runs.folder / folder, "another source_control", *words)
-
-    refused("real", "null", source_control="noise")
-    refused("noise", "this run has null")
-    refused("noise", '"noise, seed 7"', '"zero"', source_control="zero")
-    refused("noise", '"noise, seed 7"', '"noise, seed 8"', source_control="noise", seed=8)
-
-
-def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails):
-    for start, control, words in (
-        ("real", "noise", ("of the control none", "this run is of noise")),
-        ("noise", None, ("of the control noise", "this run is of none")),
-        ("noise", "zero", ("of the control noise", "this run is of zero")),
-    ):
-        fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
+@pytest.mark.parametrize(("start", "control"), [("real", "noise"), ("noise", None), ("noise", "zero")])
+def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails, start, control):
+    words = (f"of the control {'none' if start == 'real' else start}", f"this run is of {control or 'none'}")
+    fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
 
 
 def test_pushing_a_control_is_refused(runs, fails, capsys):

@@ -112,17 +112,6 @@ def test_damaged_labels_are_told_and_can_be_made_anew(damage, tmp_path, caplog):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_of_two_programs_the_first_ones_labels_stay(tmp_path):
-    def slow() -> Iterator[Batch]:
-        yield batches()[0]
-        write_labels(tmp_path, IDENTITY, batches())  # the other program
-        yield [(index, label, 100.0) for index, label, _ in batches()[1]]
-
-    write_labels(tmp_path, IDENTITY, slow())
-    assert_same(read_labels(tmp_path, IDENTITY), batches())
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 @pytest.mark.parametrize("call", ["rename", "fsync"])
 def test_a_full_disk_is_told_and_leaves_nothing(call, tmp_path, monkeypatch):
     def full(*args):

@@ -149,7 +149,7 @@ def test_unite_is_the_mean_over_the_union_of_top_tokens(codecs, tokenizers, top_
         assert choice == max(expected, key=expected.__getitem__)
 
 
-TEXTS = (" dish: rulzel; spice: rassin", "x", "\n", "\n\n two", "  a  b", "naïve ∑ é", "</s>", "<0x0A>", "日本")
+TEXTS = ("\n\n two", "  a  b", "naïve ∑ é", "</s>", "<0x0A>", "日本")
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -176,31 +176,6 @@ def test_middle_of_a_character(codecs):
     assert words.encode(b" w5" + half) == (known, False)  # it waits
     assert words.encode(b" w5" + half + half) == (known, False)
     assert words.encode(b" w5" + half + b" w6") == (words.encode(b" w5 w6")[0], True)  # which never came
-
-
-def test_reader_gives_what_the_model_gives(experts):
-    """Sequences that grow by different numbers of tokens, and whose ends change; some are done before others."""
-    model, tokenizer = experts("qwen2", "ner_garden")
-    reader = CachedReader(model, tokenizer.pad_token_id)
-
-    def check(sequences, run: int, columns: int):
-        before = reader.tokens_run
-        found = reader.read(sequences)
-        assert reader.tokens_run - before == run
-        assert reader.cache.get_seq_length() == reader.mask.shape[1] == columns
-        for row, ids in enumerate(sequences):
-            with torch.no_grad():
-                expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
-            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
-
-    a, b, c = [5, 6, 7, 8, 9], [10, 11, 12], [13]
-    check([a, b, c], run=9, columns=5)
-    check([[*a, 20], [*b, 21, 22, 23], [*c, 24]], run=5, columns=8)
-    check([[*a, 20, 30], [*b, 21, 31, 32], [*c, 25]], run=4, columns=10)  # ends change, in the middle of the cache
-    check([[*a, 33], [*b, 21, 34], [*c, 35]], run=3, columns=7)  # all end earlier: what is left behind is cropped
-    check([[*a, 33], [*b, 21], [*c]], run=3, columns=6)  # nothing new: the last token gives the distribution
-    reader.keep([0, 2])
-    check([[*a, 33, 36], [*c, 37]], run=2, columns=7)
 
 
 def test_reader_of_a_sliding_window():

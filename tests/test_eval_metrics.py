@@ -18,9 +18,6 @@ def no_warnings():
         yield
 
 
-# ---- which one --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_primary_score_is_among_the_scores(metric):
     answer = {"stsb": "2.5"}.get(metric) or (GLUE_LABELS[metric][0] if metric in GLUE_LABELS else "part: bolt, nut")
@@ -62,14 +59,6 @@ def test_bad_calls_raise():
         score_glue("rte", ["a", "b"], ["entailment", "yes"])
 
 
-def test_exact_match_heeds_case_but_not_the_space_around():
-    scores = score("exact_match", [" yes\n", "Yes", "a  b", ""], ["yes", "yes", "a b", ""])
-    assert scores == {"exact_match": 0.5, "num_examples": 4}
-
-
-# ---- extraction -------------------------------------------------------------------------------------------------
-
-
 def test_extraction_matches_hand_computed_values():
     predictions = [
         " tool: zorv; plant: mipa",  # one of two right, one wrong, one missed
@@ -106,9 +95,6 @@ def test_macro_by_type_of_relations_and_of_equal_spans():
         ("brand: at & t ; year: 1960 's", "brand: AT&T; year: 1960's"),
         ("place: Genève", "place: Gene\u0300ve"),  # composed and decomposed letters
         ("tool\uff1azorv\uff1bplant\uff1amipa", "tool: zorv; plant: mipa"),  # full-width signs of NFKC
-        ("song: ÄNDERUNG", "song: änderung"),
-        ("\n tool: zorv;\n", "tool: zorv"),
-        ("speed: 12 : 30", "speed: 12:30"),  # a colon in the span
         ("title: stop; go", "title: stop; go"),  # a semicolon splits it, on both sides
     ],
 )
@@ -127,13 +113,9 @@ def test_nothing_found(answer):
     ("answer", "failures", "of_relations"),
     [
         ("None", 0, 0),
-        ("works for: Anna, Karl", 0, 0),
         ("works for: Anna, Karl, the younger; leads: Eva,Karl;", 0, 0),  # a comma in a span
         ("works for: Anna", 0, 1),
-        ("works for: , Karl", 0, 1),
         ("works for: Anna, Karl; leads: Eva", 0, 1),
-        ("Anna, Karl", 1, 1),
-        ("works for:", 1, 1),
         ("", 1, 1),
         ("a: b; c", 1, 1),
     ],
@@ -145,8 +127,6 @@ def test_format_failures(answer, failures, of_relations):
     assert others["f1"] == relations["f1"]
     assert others == UIEF1("ET").compute(predictions=[answer], references=references)
 
-
-# ---- GLUE -------------------------------------------------------------------------------------------------------
 
 YES, NO = "acceptable", "unacceptable"
 
@@ -179,17 +159,12 @@ def test_f1_is_of_the_positive_label(task, positive):
     [
         (" Entailment.\n", "entailment"),
         ("NOT  ENTAILMENT", "not entailment"),
-        ("**not entailment**", "not entailment"),
         ("\u201centailment\u201d!", "entailment"),
         ("'not\nentailment'", "not entailment"),
         ("", None),
-        ("None", None),
-        ("...", None),
         ("not-entailment", None),
         ("entailment, since it says so", None),
-        ("entailment entailment", None),
         ("entailment\nSentence: next", None),
-        ("entailmen", None),
     ],
 )
 def test_answers_are_the_label_and_nothing_else(answer, label):

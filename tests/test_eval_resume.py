@@ -160,16 +160,6 @@ def test_an_edited_adapter_is_another_one(values, kill_after, tmp_path, capsys, 
     error_line(capsys, evaluation.main, argv, "holds an evaluation with another", "tokenizer")
 
 
-def test_copies_are_the_same(values, whole, kill_after, tmp_path):
-    """Base, adapter and results that were copied under other names."""
-    shutil.copytree(whole[0], values["output_dir"], copy_function=shutil.copyfile)
-    for name, folder in {"base": zoo_path("llama"), "expert": zoo_path("llama", "ner_kitchen")}.items():
-        shutil.copytree(folder, tmp_path / name, copy_function=shutil.copyfile)
-    kill_after(0)
-    found = run(values, model_name_or_path=tmp_path / "base", adapters=[tmp_path / "expert"], resume=True)
-    assert found["datasets"] == whole[1]["datasets"]
-
-
 def test_a_large_base_is_told_by_pieces_of_every_tensor(tmp_path, monkeypatch):
     """Of a file that is too large to be hashed as a whole, a change of any tensor is seen, and no copy is another."""
     monkeypatch.setattr(expert, "_WHOLE", 0)

@@ -37,15 +37,6 @@ def collect(generator: AnswerGenerator, prompts) -> dict:
     return {answer.index: answer for batch in generator.answers(prompts) for answer in batch}
 
 
-def test_tokenizer_without_padding_and_end_raises(expert):
-    model, _ = expert
-    bare = AutoTokenizer.from_pretrained(zoo_path("llama"))
-    bare.pad_token = None
-    bare.eos_token = None
-    with pytest.raises(ValueError, match=r"set tokenizer\.pad_token"):
-        AnswerGenerator(model, bare)
-
-
 def limit_memory(monkeypatch, model, most: int) -> list[int]:
     """Let generation run out of memory above a batch size; gives the sizes that were tried."""
     tried, generate = [], model.generate
@@ -111,9 +102,6 @@ def test_prompts_are_cut_on_the_left():
     assert cut_prompt([1, 5], 1, bos_token_id=1) == [1]
 
 
-# ---- log-probabilities and texts --------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def naive(model, ids: list[int], stops: list[int], most: int) -> tuple[list[int], float]:
     """Greedy tokens and their summed log-probability, without cache, padding or batch."""
@@ -142,9 +130,6 @@ def test_answers_have_their_log_probability_and_can_be_joined_with_their_prompts
         assert answer.mean_log_probability == pytest.approx(total / len(new), abs=1e-4)
         joined = tokenizer(prompts[index - 3] + answer.text)["input_ids"]
         assert joined[: len(encoded[index])] == encoded[index]
-
-
-# ---- sampling ---------------------------------------------------------------------------------------------------
 
 
 def test_tokens_are_drawn_with_their_probability():

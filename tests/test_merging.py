@@ -114,19 +114,6 @@ def test_ties_is_a_global_sort_and_that_of_peft(experts, taus, density):
     assert_same(found, unflat(0.6 * pefts, taus))
 
 
-def test_where_updates_cancel_out_the_majority_sign_is_elected(tmp_path):
-    """Experts with 1 and -1 at one entry; the others decide that the sign is negative, as a draw would."""
-    key, experts = f"base_model.model.{FIRST}.lora_", []
-    for index, rows in enumerate(([[1.0, 2.0, -3.0]], [[-1.0, 2.0, -4.0]])):
-        folder = write_adapter(
-            tmp_path / str(index), {FIRST: (3, 1)}, r=3, lora_alpha=3,
-            tensors={f"{key}A.weight": torch.eye(3), f"{key}B.weight": torch.tensor(rows)},
-        )  # fmt: skip
-        experts.append(load_adapter(folder))
-    merged = make_rule("ties", {"density": 1}).merge(Updates(experts))
-    assert merged_update(merged, 1.0, FIRST).tolist() == [[-1.0, 2.0, -3.5]]
-
-
 def test_breadcrumbs_of_every_row(experts, taus):
     expected = {}
     for path, tau in taus.items():
@@ -274,10 +261,8 @@ def test_ranges_include_their_stop_and_lambda_is_innermost():
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["lambda"], r"--search lambda: write name=start:stop:step"),
         (["rank=1,2"], r"--rank 1.0: the hyper-parameters of ties are --merge_lambda, --density"),
         (["seed=1,2"], r"seed is given too, or is a seed"),
-        (["lambda=0.1:x:0.1"], r"lambda=0.1:x:0.1: write name=start:stop:step, rising, or name=value,value"),
         (["lambda=1:0.1:0.1"], r"start:stop:step, rising"),
         (["lambda=0.1", "merge_lambda=0.2"], r"merge_lambda is given too"),
         (["density=0.5,1.5"], r"--density is 1.5; it must be above 0 and at most 1"),

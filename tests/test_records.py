@@ -12,9 +12,6 @@ from replay_builders import CHAT, GOOD, answers, args_for, byte_level, numbered,
 pytestmark = pytest.mark.usefixtures("offline_datasets")
 
 
-# ---- what can be read -------------------------------------------------------------------------------------------
-
-
 def test_file_forms_give_the_same_records(tmp_path):
     records = [{"prompt": "ä\u2028?", "completion": "42"}, {"prompt": 'q, "q"\nq', "completion": "NA"}]
     whole_list, lines = json.dumps(records, ensure_ascii=False), [json.dumps(r, ensure_ascii=False) for r in records]
@@ -33,13 +30,6 @@ def test_file_forms_give_the_same_records(tmp_path):
         assert load_records(str(tmp_path / name)).rows == records, name
     datasets.Dataset.from_list(records).to_parquet(tmp_path / "table.parquet")
     assert load_records(str(tmp_path / "table.parquet")).rows.to_list() == records
-
-
-def test_single_record_with_messages_is_not_taken_for_a_wrapper(tmp_path):
-    record = {"messages": [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "yes"}]}
-    (tmp_path / "one.json").write_text(json.dumps(record, indent=1))
-    (tmp_path / "one.jsonl").write_text(json.dumps(record))
-    assert load_records(str(tmp_path / "one.json")).rows == load_records(str(tmp_path / "one.jsonl")).rows == [record]
 
 
 def test_folders(tmp_path):
@@ -63,41 +53,18 @@ def test_messages_from_parquet(tmp_path):
     assert answers(dataset, tokenizer) == ["yes"]
 
 
-# ---- what cannot ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["gone.json", "gone.txt", "sub/gone.csv"])
-def test_missing_file_raises(tmp_path, name, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for relative in (name, f"./{name}", str(tmp_path / name)):
-        with pytest.raises(ValueError, match=f"replay file {tmp_path / name} does not exist: check the path"):
-            load_records(relative)
-
-
-def test_hub_id_offline_raises():
-    with pytest.raises(ValueError, match="data set 'user/nowhere' is neither a local file or folder nor reachable"):
-        load_records("user/nowhere")
-
-
 UNREADABLE = [
     ("a.json", " \n\n", "is empty: leave it out or fill it"),
-    ("a.csv", "\ufeff", "is empty"),
     ("a.jsonl", '{"text": "a"}\n\n{"text": b}\n', r"not valid JSON at line 3, column 10 \(Expecting value\)"),
-    ("b.json", '{"text": "a"}\n{"text": "b"\n', r"not valid JSON at line 2, column 13"),
     ("c.json", '[\n {"text": "a"},\n {"text" "b"}\n]', r"not valid JSON at line 3, column 10 \(Expecting ':'"),
-    ("e.jsonl", '{"text": "a"}\n["b"]\n', r"line 2 is of type list, not an object"),
     ("f.json", '[{"text": "a"}, "b"]', r"item at index 1 is of type str, not an object"),
     ("h.json", "3", r"is of type int: make it a list of objects"),
     ("i.json", '{"a": [{}], "b": [{}]}', r"an object with 2 lists and no known columns \(found: a, b\)"),
     ("j.json", "[" * 100_000, r"holds a value that cannot be read"),
-    ("k.json", f"[{'9' * 5000}]", r"holds a value that cannot be read"),
     ("l.csv", 'text,id\na,1\n"b\nc,2\n', r"not valid CSV from line 3 on"),
     ("m.csv", "prompt,completion\na,b\na,b,c\n", r"line 3 has 3 fields, but the header has 2: quote fields"),
     ("o.parquet", "hello", r"not a readable parquet file"),
-    ("q.json", "[]", r"holds no records"),
-    ("s.csv", "text\n", r"holds no records"),
     ("t.json", b'[{"text": "\xe4"}]', r"not UTF-8 \(byte 0xe4 at offset 11\): convert it"),
-    ("p.txt", "hello", r"has the extension '.txt': give one of .json, .jsonl, .csv, .parquet"),
 ]
 
 

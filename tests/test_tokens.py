@@ -29,22 +29,6 @@ def sentencepiece_like(style: str = "metaspace", template: str | None = None, eo
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
 
 
-def unigram() -> PreTrainedTokenizerFast:
-    pieces = [("<unk>", 0.0), ("▁", -3.0), ("▁Ann", -1.0), ("An", -2.0), ("n", -3.0), ("A", -3.0), ("▁b", -2.0)]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=0))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-
-
-def word_piece() -> PreTrainedTokenizerFast:
-    vocabulary = {piece: i for i, piece in enumerate(["[UNK]", "[CLS]", "play", "##ing", "##s", "a", "##"])}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", cls_token="[CLS]")
-
-
 def joined(tokenizer, text: str) -> bytes:
     pieces = token_bytes(tokenizer)
     assert len(pieces) == len(tokenizer)
@@ -65,7 +49,7 @@ def test_sentencepiece_tokens_are_the_text_with_a_space_before_it(style, text):
 
 
 def test_special_tokens_have_no_bytes():
-    for tokenizer in (byte_level(), sentencepiece_like(), word_level(), unigram(), word_piece()):
+    for tokenizer in (byte_level(), sentencepiece_like(), word_level()):
         pieces = token_bytes(tokenizer)
         assert tokenizer.all_special_ids and all(pieces[i] is None for i in tokenizer.all_special_ids)
 

@@ -9,8 +9,6 @@ from heterofusion.experts.vocabulary import (
     UNMAPPED,
     TokenIndex,
     VocabularyMap,
-    as_columns,
-    edit_distances,
     token_bytes,
 )
 from replay_builders import byte_level, word_level
@@ -32,14 +30,6 @@ def words(count: int, seed: int, letters: str = "abcde ", longest: int = 7) -> l
     return ["".join(generator.choices(letters, k=generator.randint(1, longest))).encode() for _ in range(count)]
 
 
-def test_edit_distances_are_levenshteins():
-    candidates = [*words(60, 0), b"a", b"aaaaaaaaaaaaaaa"]
-    columns, lengths = as_columns([list(word) for word in candidates])
-    for query in [*words(20, 1), b"", b"abcdeabcdeabcde"]:
-        found = edit_distances(list(query), columns, lengths)
-        assert found.tolist() == [distance(query, word) for word in candidates]
-
-
 def test_nearest_is_that_of_brute_force_with_the_stated_preference():
     texts = [*dict.fromkeys(words(300, 2))]
     spellings = [text.decode() + "#" * (i % 3) for i, text in enumerate(texts)]
@@ -52,12 +42,6 @@ def test_nearest_is_that_of_brute_force_with_the_stated_preference():
             return distance(query, texts[i]), texts[i] != respaced, gap, len(spellings[i]), i
 
         assert index.nearest(query) == min(range(len(texts)), key=rank), query
-
-
-def test_equal_texts_take_the_shorter_spelling_then_the_lower_id():
-    index = TokenIndex([None, b"A", b"A", b"A", b""], ["<s>", "<0x41>", "A", "B", ""])
-    assert index.nearest(b"A") == 2
-    assert TokenIndex([None, b""], ["<s>", ""]).nearest(b"A") == UNMAPPED
 
 
 KINDS = {"bytes": byte_level, "pieces": sentencepiece_like, "words": word_level}

@@ -26,7 +26,7 @@ from transformers import set_seed
 from heterofusion import HeteroFusionModel, HeteroFusionTrainer
 from heterofusion.adapters.alignment import load_plan
 from heterofusion.adapters.controls import control_kind, control_record
-from heterofusion.adapters.lora import check_base
+from heterofusion.adapters.lora import check_base_fits
 from heterofusion.data.labels import check_label_flags
 from heterofusion.data.replay import build_eval
 from heterofusion.method.expansion import expand_plan
@@ -37,7 +37,7 @@ from heterofusion.publish.hub import push_output
 from heterofusion.publish.record import control_of, join_controls, label_control, refuse_push
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import read_json
-from heterofusion.runtime.loading import check_token_ids, load_base, load_tokenizer
+from heterofusion.runtime.loading import base_skeleton, check_token_ids, load_base, load_tokenizer
 from heterofusion.runtime.program import command, parse_arguments, release_logging, set_up_logging
 from heterofusion.runtime.ranks import is_main_process
 from heterofusion.training.checkpoints import (
@@ -90,7 +90,8 @@ def main(argv: list[str]) -> None:
     check_run_flags(args, data)
     check_label_flags(labels, data, args)
     refuse_data_parallel(args)
-    base_config = check_base(base, plan.target, adapters.trust_remote_code)
+    skeleton = base_skeleton(base, adapters.trust_remote_code)
+    check_base_fits(skeleton, plan.target)
     tokenizer = load_tokenizer(base, plan.target.folder, adapters.trust_remote_code)
     training = build_training_data(data, labels, tokenizer, args)
     labelled = label_control(training.labels_record)
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
     if adapters.source_control is not None and training.labels_record is not None and labelled is None:
         logger.warning("--source_control replaces the sources' tensors alone: the source labels are still theirs")
     evaluation = build_eval(data, tokenizer)[0] if data.eval_dataset_name else None
-    check_token_ids([*training.parts, evaluation], base_config)
+    check_token_ids([*training.parts, evaluation], skeleton.config)
 
     release_logging()
     for part, lines in training.summary.items():

@@ -16,10 +16,9 @@ from heterofusion import HeteroFusionModel, MethodConfig, control_sources, expor
 from heterofusion.adapters.controls import control_record, derangement, rotate_rows
 from heterofusion.publish.write import ExportError
 from heterofusion.zoo import zoo_path
-from recipe_runner import MISTRAL, QWEN, TARGET, copy_adapter, error_line, flags, plan, recipe, record, succeeds, train
+from recipe_runner import MISTRAL, QWEN, TARGET, error_line, flags, plan, record, succeeds, train
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
-push = recipe("push").main
 
 
 def with_modules(adapter, change):
@@ -159,6 +158,9 @@ def test_bad_arguments_raise(sources):
             control_sources(sources, "noise", seed)
     with pytest.raises(ValueError, match=r"is a control already \(zero\)"):
         control_sources(control_sources(sources, "zero", 0), "noise", 0)
+    single = replace(sources[0], modules=dict([*sources[0].modules.items()][:1]))
+    with pytest.raises(ValueError, match=r"cannot be shuffled: no two of its 1 modules .*; choose noise or zero"):
+        control_sources([single], "shuffle", 0)
 
 
 def test_zero_sources_train_and_export_finite_numbers(tmp_path, target, sources):
@@ -263,33 +265,16 @@ def test_hypernetworks_of_other_sources_are_no_start_for_a_control(runs, fails, 
     fails(*words, init_hypernetwork_from=runs.folder / start, source_control=control)
 
 
-def test_pushing_a_control_is_refused(runs, fails, capsys):
-    fails(
-        "--push_to_hub is true together with --source_control zero", source_control="zero", push_to_hub=True,
-        target_adapter="nowhere",
-    )  # fmt: skip
-    argv = flags({"adapter": runs.folder / "shuffle", "hub_model_id": "fused"})
-    error_line(capsys, push, argv, runs.folder / "shuffle", "holds a control (source_control shuffle in fusion.json)")
-
-
-def test_control_that_cannot_be_made_raises_before_the_base_is_loaded(fails, tmp_path):
-    fails("--source_control", "random", "noise", source_control="random")
-
-    def one_module(weights):
-        [weights.pop(key) for key in list(weights) if "layers.3.self_attn.q_proj" not in key]
-
-    source = copy_adapter(tmp_path / "source", QWEN, tensors=one_module)
-    words = (source, "cannot be shuffled: no two of its 1 modules have the same shapes", "noise or zero")
-    fails(*words, source_adapters=[source], source_control="shuffle")
+def test_pushing_a_control_is_refused(fails):
+    words = "--push_to_hub is true together with --source_control zero"
+    fails(words, source_control="zero", push_to_hub=True, target_adapter="nowhere")
 
 
 def test_dry_run_and_plan_show_the_control(arguments, capsys, tmp_path):
     assert train.main(flags({**arguments, "dry_run": True, "source_control": "shuffle", "seed": 3})) == 0
-    words = "CONTROL: the tensors of source adapters were moved"
-    assert capsys.readouterr().out.startswith(words)
+    assert capsys.readouterr().out.startswith("CONTROL: the tensors of source adapters were moved")
     values = {"target_adapter": TARGET, "source_adapters": [QWEN], "output": tmp_path / "plan.json"}
     for kind in ("zero", None):
         assert plan.main(flags({**values, "source_control": kind, "seed": 3})) == 0
         assert capsys.readouterr().out.startswith("CONTROL" if kind else "target")
-        control = json.loads((tmp_path / "plan.json").read_text())["source_control"]
-        assert control == kind
+        assert json.loads((tmp_path / "plan.json").read_text())["source_control"] == kind

@@ -13,13 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from heterofusion.adapters.architectures import (
-    ModuleKey,
-    base_config,
-    module_keys,
-    read_source_configs,
-    role_rows,
-)
+from heterofusion.adapters.architectures import base_config, module_keys, read_source_configs, role_rows
 from heterofusion.adapters.controls import SOURCE_CONTROLS, control_sources
 from heterofusion.adapters.lora import AdapterError, LoraAdapter, LoraModule, load_adapter
 from heterofusion.runtime.errors import UserError
@@ -143,10 +137,8 @@ def load_plan(
 def parse_transfer_ratio(value: float | str | Fraction) -> Fraction:
     """Read a transfer ratio in (0, 1], such as 0.5 or "1/2"."""
     try:
-        ratio = Fraction(value)
-        if isinstance(value, float):  # 0.3 means 3/10, not the binary number beside it
-            ratio = ratio.limit_denominator(10**6) or ratio
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        ratio = Fraction(str(value))  # 0.3 means 3/10, not the binary number beside it
+    except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio <= 1:
         raise UserError(f"transfer_ratio is {value!r}; give a number above 0 and at most 1, such as 0.5 or 1/2")
@@ -162,12 +154,11 @@ def map_layers(target_layers: int, source_layers: int, alignment: str, ratio: Fr
     """
     if alignment == "tail":
         offset = target_layers - source_layers
-        pairs = [(i, i - offset) for i in range(target_layers) if i >= offset]
+        pairs = [(i, i - offset) for i in range(max(0, offset), target_layers)]
     elif alignment == "proportional":
-        last = target_layers - 1
+        first, last = (0, target_layers - 1) if target_layers > 1 else (1, 1)  # the last layers meet
         pairs = [
-            (i, int(Fraction(i * (source_layers - 1), last) + Fraction(1, 2)) if last else source_layers - 1)
-            for i in range(target_layers)
+            (i, int(Fraction((first + i) * (source_layers - 1), last) + Fraction(1, 2))) for i in range(target_layers)
         ]
     else:
         raise UserError(f"layer_alignment is {alignment!r}; choose one of tail, proportional")
@@ -226,24 +217,19 @@ def plan_alignment(
     for number, (table, pairs) in enumerate(zip(tables, layer_maps, strict=True), start=1):
         idle = {item.label: _why_unused(item, wanted, pairs) for item in table.slices if id(item) not in used}
         unused.append(dict.fromkeys(table.outside, _OUTSIDE) | idle)
-        source = table.adapter
-        if source.extra_tensors:
-            logger.warning(
-                "source %s: %d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s",
-                source.name, len(source.extra_tensors), ", ".join(sorted(source.extra_tensors)[:3]),
-            )  # fmt: skip
-        if len(idle) == len(table.slices):
-            logger.warning("source %s (number %d) feeds no target module", source.name, number)
-        logger.info("source %s: %d of %d modules used", source.name, len(table.slices) - len(idle), len(table.slices))
+        name, extra, count = table.adapter.name, sorted(table.adapter.extra_tensors), len(table.slices)
+        if extra:
+            ignored = "%d tensors outside LoRA (modules_to_save, embeddings) are ignored: %s"
+            logger.warning(f"source %s: {ignored}", name, len(extra), ", ".join(extra[:3]))
+        if len(idle) == count:
+            logger.warning("source %s (number %d) feeds no target module", name, number)
+        logger.info("source %s: %d of %d modules used", name, count - len(idle), count)
     return AlignmentPlan(target, tuple(sources), groups, layer_maps, untouched, tuple(unused), layer_alignment, ratio)
 
 
 def adapter_depth(adapter: LoraAdapter) -> int:
     """Layers of a model as far as its adapter tells: 1 + the highest layer index that it holds."""
-    layers = [key.layer for key in module_keys(adapter).values() if key is not None]
-    if not layers:
-        raise AdapterError(f"{adapter.folder} has no LoRA module inside the language model's layers")
-    return 1 + max(layers)
+    return 1 + max(key.layer for key in module_keys(adapter).values() if key is not None)
 
 
 def _check_inputs(target: LoraAdapter, sources: Sequence[LoraAdapter]) -> None:
@@ -282,12 +268,11 @@ class _RoleTable:
                     f"{what} ({adapter.weights_file}): {other} and {path} stand at the same place of two stacks of "
                     "layers; an adapter of one decoder is needed, train it without the other"
                 )
-            module, rows = adapter.modules[path], {}
-            if key.is_fused:
-                try:
-                    rows = _fused_rows(module, key, config)
-                except AdapterError as error:
-                    raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from None
+            module = adapter.modules[path]
+            try:
+                rows = role_rows(key, module.out_features, config) if key.is_fused else {}
+            except AdapterError as error:
+                raise AdapterError(f"{what} ({adapter.weights_file}): {error}") from None
             self.slices += [RoleSlice(module, key.layer, role, key.suffix, rows.get(role)) for role in key.roles]
         if not self.slices:
             raise AdapterError(
@@ -306,24 +291,11 @@ class _RoleTable:
         return [] if layer is None else self._places.get((layer, role), [])
 
 
-def _fused_rows(module: LoraModule, key: ModuleKey, config: PretrainedConfig | None) -> dict[str, Tensor]:
-    if config is None:
-        raise AdapterError(
-            f"{module.path} is a fused projection ({', '.join(key.roles)}); splitting it needs the head counts in its "
-            "base model's config.json, and base_model_name_or_path names none: give it with --source_configs "
-            "(a source) or --model_name_or_path (the target)"
-        )
-    return role_rows(key, module.out_features, config)
-
-
 def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, pairs: dict[int, int]) -> RoleSlice | None:
     candidates = source.at(pairs.get(item.layer), item.role)
-    for other in candidates:
-        if other.suffix == item.suffix:
-            return other
     # Under other names a role is matched only where it is the only one of its layer (not among MoE experts).
     alone = len(candidates) == 1 and len(target.at(item.layer, item.role)) == 1
-    return candidates[0] if alone else None
+    return next((other for other in candidates if alone or other.suffix == item.suffix), None)
 
 
 def _why_untouched(item: RoleSlice, sources: list[_RoleTable], layer_maps: Sequence[dict[int, int]]) -> str:

@@ -98,9 +98,8 @@ def base_config(
 
     The base is the one that is given, else the `base_model_name_or_path` of the adapter.
     """
-    if not any(key is not None and key.is_fused for key in module_keys(adapter).values()):
-        return None
-    if not (base := name or adapter.base_model):
+    base = name or adapter.base_model
+    if not base or not any(key is not None and key.is_fused for key in module_keys(adapter).values()):
         return None
     return load_base_config(base, what, trust_remote_code, revision=revision if name else None)
 
@@ -119,15 +118,12 @@ def read_source_configs(names: Sequence[str] | None, sources: Sequence[LoraAdapt
     configs = []
     for name, source in zip(names, sources, strict=True):
         path, what = Path(name).expanduser(), f"source adapter {source.name}"
-        path = path.parent if path.name == "config.json" and path.is_file() else path
-        if name.lower() == "none":
-            configs.append(base_config(source, what))
-        else:
-            configs.append(load_base_config(str(path) if path.exists() else name, what))
+        base = str(path.parent if path.name == "config.json" else path) if path.exists() else name
+        configs.append(base_config(source, what) if name.lower() == "none" else load_base_config(base, what))
     return configs
 
 
-def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> dict[str, Tensor]:
+def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig | None) -> dict[str, Tensor]:
     """Rows of a fused projection's output that belong to each role, in the order of the role's own rows.
 
     Args:
@@ -137,7 +133,16 @@ def role_rows(key: ModuleKey, out_features: int, config: PretrainedConfig) -> di
 
     Returns:
         int64 row indices by role; together they cover every row once.
+
+    Raises:
+        AdapterError: there is no config, or it does not explain the rows.
     """
+    if config is None:
+        raise AdapterError(
+            f"{key.suffix} is a fused projection ({', '.join(key.roles)}); splitting it needs the head counts in its "
+            "base model's config.json, and base_model_name_or_path names none: give it with --source_configs "
+            "(a source) or --model_name_or_path (the target)"
+        )
     config = config.get_text_config()
     model_type = config.model_type
     known = _FUSED[_place(key.suffix)][1]

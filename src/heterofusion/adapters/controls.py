@@ -61,17 +61,15 @@ def control_sources(sources: Sequence[LoraAdapter], kind: str, seed: int) -> lis
     control = kind if kind == "zero" else f"{kind}, seed {seed}"
     controlled = []
     # Silent for the first seconds, and on all ranks but the first.
-    for index, source in enumerate(
-        tqdm(sources, desc=f"Source control {kind}", delay=3, leave=False, disable=not is_main_process())
-    ):
+    bar = tqdm(sources, desc=f"Source control {kind}", delay=3, leave=False, disable=not is_main_process())
+    for index, source in enumerate(bar):
         # a stream of its own for each (seed, source), on the CPU: the same wherever the fusion runs
         state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         if kind == "shuffle":
             modules = _shuffled(source, generator)
         else:
-            change = _rotated if kind == "noise" else _zeroed
-            modules = {path: change(module, generator) for path, module in source.modules.items()}
+            modules = {path: _changed(module, kind, generator) for path, module in source.modules.items()}
         controlled.append(replace(source, modules=modules, control=control))
     logger.info("source control: %s", describe_control(control))
     return controlled
@@ -93,11 +91,9 @@ def describe_control(control: str) -> str:
     return f"{'; '.join(SOURCE_CONTROLS[kind] for kind in kinds)} ({control})"
 
 
-def _zeroed(module: LoraModule, _: torch.Generator) -> LoraModule:
-    return replace(module, lora_A=torch.zeros_like(module.lora_A), lora_B=torch.zeros_like(module.lora_B))
-
-
-def _rotated(module: LoraModule, generator: torch.Generator) -> LoraModule:
+def _changed(module: LoraModule, kind: str, generator: torch.Generator) -> LoraModule:
+    if kind == "zero":
+        return replace(module, lora_A=torch.zeros_like(module.lora_A), lora_B=torch.zeros_like(module.lora_B))
     A = rotate_rows(module.lora_A.T, generator).T.contiguous()
     return replace(module, lora_A=A, lora_B=rotate_rows(module.lora_B, generator))
 
@@ -139,11 +135,11 @@ def _shuffled(source: LoraAdapter, generator: torch.Generator) -> dict[str, Lora
             "source %s: %d of %d modules stay, no other has their shapes, such as %s",
             source.name, len(alone), len(source.modules), alone[0],
         )  # fmt: skip
-    origin: dict[str, str] = {}
+    moved: dict[str, LoraModule] = {}
     for paths in classes.values():
         order = derangement(len(paths), generator) if len(paths) > 1 else [0]
-        origin |= {path: paths[other] for path, other in zip(paths, order, strict=True)}
-    return {path: replace(source.modules[origin[path]], path=path) for path in source.modules}
+        moved |= {path: replace(source.modules[paths[i]], path=path) for path, i in zip(paths, order, strict=True)}
+    return {path: moved[path] for path in source.modules}
 
 
 def derangement(count: int, generator: torch.Generator) -> list[int]:

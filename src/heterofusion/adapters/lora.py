@@ -18,18 +18,10 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from heterofusion.adapters.config import (
-    CONFIG_FILE,
-    AdapterError,
-    as_list,
-    rank_and_scaling,
-    read_adapter_config,
-)
+from heterofusion.adapters.config import CONFIG_FILE, AdapterError, as_list, rank_and_scaling, read_adapter_config
 from heterofusion.runtime.files import file_sha256
-from heterofusion.runtime.loading import ModelArguments, base_skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -258,20 +250,12 @@ def _check_layers(modules: dict[str, LoraModule], config: dict[str, Any], file: 
         )
     if wanted - held:
         logger.warning("%s: layers_to_transform names layers that it does not hold: %s", file, sorted(wanted - held))
-    if patterns and not any(
-        re.match(rf"(?:^|.*?\.)(?:{pattern})\.\d+\.", path) for pattern in patterns for path in modules
-    ):
+    names = [re.compile(rf"(?:^|.*?\.)(?:{pattern})\.\d+\.") for pattern in patterns]
+    if names and not any(name.match(path) for name in names for path in modules):
         raise AdapterError(
             f"{file}: layers_pattern {patterns} of {CONFIG_FILE} matches no tensor (first: {next(iter(modules))}); "
             "the two files do not belong together"
         )
-
-
-def check_base(model: ModelArguments, target: LoraAdapter, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a base model that has the adapter's modules: checked on the meta device, before any weight."""
-    skeleton = base_skeleton(model, trust_remote_code)
-    check_base_fits(skeleton, target)
-    return skeleton.config
 
 
 def check_base_fits(model: nn.Module, adapter: LoraAdapter) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import restored_logging
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
-from recipe_runner import flags, recipe, succeeds
+from recipe_runner import flags, is_killed, recipe, succeeds
 
 evaluation = recipe("eval")
 TASKS = ("ner_kitchen", "re_town")
@@ -48,12 +47,7 @@ def run(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def fails_inside(values: dict[str, Any], **changes: Any) -> None:
     """Run an evaluation that dies of something that is no user's error."""
-    with restored_logging(), pytest.raises(Killed):
-        evaluation.main(flags({**values, **changes}))
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing that the program does about errors helps."""
+    is_killed(evaluation.main, flags({**values, **changes}))
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import restored_logging
-from eval_runner import Killed
-from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
-from recipe_runner import flags, recipe, succeeds
+from recipe_runner import flags, is_killed, recipe, succeeds
 
 label = recipe("label")
 TASKS = ("ner_garden", "re_market", "ner_kitchen")  # of the two sources, and the anchor's own
@@ -74,29 +71,8 @@ def run_label(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def label_killed(values: dict[str, Any], **changes: Any) -> None:
     """Run a labelling that dies of something that is no user's error."""
-    with restored_logging(), pytest.raises(Killed):
-        label.main(flags({**values, **changes}))
+    is_killed(label.main, flags({**values, **changes}))
 
 
 def read_labels(folder: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def kill_label_after(monkeypatch):
-    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
-    generate = AnswerGenerator._generate
-
-    def after(batches: int | None) -> list[int]:
-        sizes: list[int] = []
-
-        def killed(self, prompts, config, *more):
-            if batches is not None and len(sizes) == batches:
-                raise Killed
-            sizes.append(len(prompts))
-            return generate(self, prompts, config, *more)
-
-        monkeypatch.setattr(AnswerGenerator, "_generate", killed)
-        return sizes
-
-    return after

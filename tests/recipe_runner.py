@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from builders import WEIGHTS, edit_config
 from conftest import GOLDEN, restored_logging
+from heterofusion.experts.generation import AnswerGenerator
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
@@ -55,13 +56,9 @@ def save_tokenizer(folder: Path, prefix: str = "w", size: int = 64) -> None:
 
 
 def write_replay(path: Path, count: int = 6, first: int = 4, words: int = 4) -> Path:
-    rows = [
-        {
-            "prompt": " ".join(f"w{first + (row + i) % 40}" for i in range(words)),
-            "completion": f" w{first + row} w{first + row + 1}",
-        }
-        for row in range(count)
-    ]
+    prompts = [" ".join(f"w{first + (row + i) % 40}" for i in range(words)) for row in range(count)]
+    answers = [f" w{first + row} w{first + row + 1}" for row in range(count)]
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in zip(prompts, answers, strict=True)]
     path.write_text(json.dumps(rows))
     return path
 
@@ -269,6 +266,36 @@ def succeeds(main, argv: list[str]) -> str:
         code = main(argv)
     assert code == 0, err.getvalue()
     return err.getvalue()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing that a program does about errors helps."""
+
+
+def is_killed(main, argv: list[str]) -> None:
+    """Run a recipe that dies of something that is no user's error."""
+    with restored_logging(), pytest.raises(Killed):
+        main(argv)
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
+    generate = AnswerGenerator._generate
+
+    def after(batches: int | None) -> list[int]:
+        sizes: list[int] = []
+
+        def killed(self, prompts, config, choice):
+            if batches is not None and len(sizes) == batches:
+                raise Killed
+            sizes.append(len(prompts))
+            return generate(self, prompts, config, choice)
+
+        monkeypatch.setattr(AnswerGenerator, "_generate", killed)
+        return sizes
+
+    return after
 
 
 def shell(*command: object, **variables: str) -> subprocess.CompletedProcess:

@@ -7,12 +7,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from eval_runner import Killed, evaluation, expert_values, fails_inside, files, predictions, results, run, scores
+from eval_runner import evaluation, expert_values, fails_inside, files, predictions, results, run, scores
 from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts import expert
-from heterofusion.experts.generation import AnswerGenerator
 from heterofusion.zoo import zoo_path
-from recipe_runner import contents, error_line, flags, succeeds
+from recipe_runner import Killed, contents, error_line, flags, succeeds
 
 pytest_plugins = ["eval_runner"]
 PART = "parts/ner_kitchen/rank-0.jsonl"
@@ -23,26 +22,6 @@ def whole(test_sets, tmp_path_factory):
     """An evaluation that was not interrupted."""
     values = expert_values(test_sets["ner_kitchen"], tmp_path_factory.mktemp("whole") / "out")
     return values["output_dir"], run(values)
-
-
-@pytest.fixture
-def kill_after(monkeypatch):
-    """Kill the program in a batch; gives the numbers of prompts that were generated for, batch by batch."""
-    generate = AnswerGenerator._generate
-
-    def after(batches: int | None) -> list[int]:
-        sizes: list[int] = []
-
-        def killed(self, prompts, config, choice):
-            if batches is not None and len(sizes) == batches:
-                raise Killed
-            sizes.append(len(prompts))
-            return generate(self, prompts, config, choice)
-
-        monkeypatch.setattr(AnswerGenerator, "_generate", killed)
-        return sizes
-
-    return after
 
 
 def same(values, whole) -> None:

@@ -261,7 +261,7 @@ NOT_WRITTEN = {  # by what cannot be; libraries raise errors of their own there
     "marker": (full(MARK, 100, 2), "checkpoint-4 could not be written"),
     "checkpoint": ({"at": SAVE, "call": 2, "do": "make_unwritable"}, "Permission denied"),
     "weights": (full(EXPORT, 20_000), "File too large"),
-    "tokenizer": (full(f"{WRITE}:_write_json", 2000), "File too large"),
+    "tokenizer": (full(f"{WRITE}:write_json", 2000), "File too large"),
     "card": (full(f"{WRITE}:model_card", 500), "File too large"),
     "adapter": ({"at": EXPORT, "do": "make_unwritable"}, "Permission denied"),
 }

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from eval_runner import Killed, evaluation, predictions
+from eval_runner import evaluation, predictions
 from heterofusion.experts import soft_labels
 from heterofusion.runtime.errors import UserError
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
 from label_runner import COUNT, label, label_killed, read_labels, run_label
-from recipe_runner import ROOT, contents, error_line, flags, shell, succeeds
+from recipe_runner import ROOT, Killed, contents, error_line, flags, shell, succeeds
 
 pytest_plugins = ["label_runner"]
 SERVED = {"ner_garden": "qwen2", "re_market": "mistral"}
@@ -191,7 +191,7 @@ def test_self_prompt_invents_inputs_of_the_task(labelling, garden_map):
 # ---- interruptions ----------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed(whole, tmp_path, kill_label_after):
+def test_killed_and_resumed(whole, tmp_path, kill_after):
     """While prompts are labelled; the last line was cut while it was written. What was asked for routing is there."""
     _, folder, _ = whole
     values = {**whole[0], "output_dir": tmp_path / "out", "resume": True}
@@ -200,23 +200,23 @@ def test_killed_and_resumed(whole, tmp_path, kill_label_after):
     assert len(parts) == 11  # of three models on three replays and two sources on their prompts
     for part in parts[-2:]:
         shutil.rmtree(part)
-    kill_label_after(1)
+    kill_after(1)
     label_killed(values)
     assert not (tmp_path / "out" / "labels.json").exists()
     part = parts[-2] / "rank-0.jsonl"
     part.write_bytes(part.read_bytes()[:-7])
-    sizes = kill_label_after(None)
+    sizes = kill_after(None)
     run_label(values)
     assert sorted(sizes) == [1, COUNT]  # what was cut, and what was left
     same_labels(tmp_path / "out", folder)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_label_after, monkeypatch, capsys):
+def test_another_routing_of_what_is_there_runs_no_model(whole, tmp_path, kill_after, monkeypatch, capsys):
     values, folder, _ = whole
     out = tmp_path / "out"
     shutil.copytree(folder, out)
-    kill_label_after(0)
+    kill_after(0)
     monkeypatch.setattr("heterofusion.experts.expert.ExpertRunner.load", None)
     changes = {"output_dir": out, "resume": True, "dataset_label": ["a", "b", "c"], "routing_margin": 0.05}
     assert label.main(flags({**values, **changes})) == 0

@@ -1,7 +1,6 @@
 """The one writer of adapters: an ordinary PEFT folder with card and record, there as a whole or not at all."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from heterofusion.method.model import HeteroFusionModel
 from heterofusion.publish.card import CARD_FILE, model_card
 from heterofusion.publish.record import FILE_OF_KIND, about_fusion, fused_config, fusion_record
 from heterofusion.runtime.errors import UserError
-from heterofusion.runtime.files import file_sha256, staging_folder, told_writes
+from heterofusion.runtime.files import file_sha256, staging_folder, told_writes, write_json
 from heterofusion.runtime.sharding import whole_tensors
 
 _REMEDY = "lower --learning_rate, or take an earlier checkpoint"
@@ -56,15 +55,15 @@ def write_adapter(
             if isinstance(config, PeftConfig):
                 config.save_pretrained(str(staging))
             else:
-                _write_json(staging / CONFIG_FILE, config)
+                write_json(staging / CONFIG_FILE, config)
             shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors writes for the owner alone
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(staging))
             (staging / CARD_FILE).write_text(str(model_card(record, about)), encoding="utf-8")
             if diagnostics is not None:
-                _write_json(staging / DIAGNOSTICS_FILE, diagnostics)
+                write_json(staging / DIAGNOSTICS_FILE, diagnostics)
             load_adapter(staging)  # what cannot be read is not kept
-            _write_json(staging / record_file, {**record, "weights_sha256": file_sha256(staging / WEIGHTS_FILE)})
+            write_json(staging / record_file, {**record, "weights_sha256": file_sha256(staging / WEIGHTS_FILE)})
         with told_writes(f"the adapter could not be moved into {folder.absolute()}", "it is incomplete; export again"):
             _move_files(staging, folder, record_file, tokenizer is not None)
     return folder
@@ -132,7 +131,3 @@ def _move_files(staging: Path, folder: Path, record_file: str, with_tokenizer: b
     for file in sorted(files, key=lambda file: file == Path(record_file)):
         (folder / file).parent.mkdir(exist_ok=True)  # a tokenizer may have a folder of chat templates
         os.replace(staging / file, folder / file)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

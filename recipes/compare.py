@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 
 from heterofusion.experiments.comparison import Comparison, ComparisonArguments, Method
-from heterofusion.experiments.page import Page
 from heterofusion.experiments.tables import Gain
 from heterofusion.runtime.flags import flag
 from heterofusion.runtime.program import command, parse_arguments, set_up_logging
@@ -127,14 +126,9 @@ def main(argv: list[str]) -> None:
         add_merges(table, options)
     add_ensembles(table, options)
     add_tuned(table, options)
-    frame = table.run()
     over = [*CONTROLS, "direct tuning of B", "direct tuning of A and B"]
     gains = [Gain(f"gain over {name}", "HeteroFusion", name) for name in over]
-    if not frame.empty:
-        page = Page(options.output_dir, options.title)
-        table.write(page, frame, gains, "target experts" if options.target_experts else "source experts")
-        print(f"written to {page.write()}")
-    table.runs.finish()
+    table.report(options.title, gains, "target experts" if options.target_experts else "source experts")
 
 
 if __name__ == "__main__":

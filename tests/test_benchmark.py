@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from recipe_runner import error_line, flags, recipe
+from recipe_runner import RECIPES, error_line, flags, recipe
 
 pytestmark = pytest.mark.usefixtures("logging_restored")
 
@@ -20,8 +20,15 @@ def one_thread(monkeypatch):
 
 
 @pytest.fixture
-def benchmark():
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
     return recipe("benchmark")
+
+
+@pytest.fixture
+def one_row():
+    """What measures one row."""
+    return recipe("_benchmark")
 
 
 @pytest.fixture
@@ -80,11 +87,7 @@ def test_what_ranks_exchange_is_what_shapes_say(benchmark, tmp_path, capsys):
     settings = {"shape": "demo", "steps": 3, "accumulation": 1, "tokens": 8, "presets": ["paper"], "output": output}
     assert benchmark.main(flags({**settings, "exchange": True})) == 0
     rows = json.loads(output.read_text())["exchange"]
-    assert [(r["row"], r["ddp_reduce"]) for r in rows] == [
-        ("lora", "-"),
-        ("paper", "updates"),
-        ("paper", "parameters"),
-    ]
+    assert [r["ddp_reduce"] for r in rows] == ["-", "updates", "parameters"]
     plain, updates, parameters = rows
     assert parameters["computed_bytes"] == 4 * 5_670_119
     assert updates["computed_bytes"] < plain["computed_bytes"] < parameters["computed_bytes"] / 100
@@ -96,16 +99,12 @@ def test_what_ranks_exchange_is_what_shapes_say(benchmark, tmp_path, capsys):
     assert "| paper | updates |" in capsys.readouterr().out
 
 
-def measured(benchmark, tmp_path, **settings):
-    return benchmark.measure_step(benchmark.BenchmarkArguments(steps=1, accumulation=1, **settings))
-
-
 @pytest.mark.parametrize("name", ["lora", "compact"])
-def test_micro_batches_and_checkpointing_are_as_asked_for(benchmark, tmp_path, name):
-    arguments = benchmark.BenchmarkArguments(
+def test_micro_batches_and_checkpointing_are_as_asked_for(one_row, tmp_path, name):
+    arguments = one_row.BenchmarkArguments(
         shape="demo", tokens=8, row=name, steps=1, accumulation=2, micro_batch=3, activation_checkpointing=True
     )
-    trainer = benchmark.build_trainer(arguments, tmp_path, benchmark.StepTimer())
+    trainer = one_row.build_trainer(arguments, tmp_path, one_row.StepTimer())
     trainer.train()
     assert len(trainer.train_dataset) == 3 * 2 * 3  # two steps are not counted
     assert (trainer.state.global_step, trainer.state.epoch) == (3, 1)
@@ -113,19 +112,13 @@ def test_micro_batches_and_checkpointing_are_as_asked_for(benchmark, tmp_path, n
 
 
 @pytest.mark.parametrize("name", ["lora", "paper"])
-def test_bfloat16_shape_of_unequal_depth(benchmark, tmp_path, monkeypatch, name):
+def test_bfloat16_shape_of_unequal_depth(one_row, monkeypatch, name):
     """What llama8b goes through, in small and on a CPU."""
-    shape = benchmark.SHAPES["llama8b"]
-    assert shape.target["num_hidden_layers"] == 32 and shape.source["num_hidden_layers"] == 28
-    assert (shape.target["vocab_size"], shape.tokens, shape.dtype) == (128256, 1024, torch.bfloat16)
-    tiny = type(shape)(
-        {**TINY_LLAMA, "num_hidden_layers": 3, "vocab_size": 64},
-        {**TINY_QWEN, "num_hidden_layers": 2},
-        tokens=12,
-        dtype=shape.dtype,
-    )
-    monkeypatch.setitem(benchmark.SHAPES, "llama8b", tiny)
-    figures = measured(benchmark, tmp_path, shape="llama8b", rank=4, row=name)
+    target = {**TINY_LLAMA, "num_hidden_layers": 3, "vocab_size": 64}
+    tiny = one_row.Shape(target, {**TINY_QWEN, "num_hidden_layers": 2}, tokens=12, dtype=torch.bfloat16)
+    monkeypatch.setitem(one_row.SHAPES, "llama8b", tiny)
+    arguments = one_row.BenchmarkArguments(shape="llama8b", rank=4, row=name, steps=1, accumulation=1)
+    figures = one_row.measure_step(arguments)
     assert figures["seconds_per_step"] > 0
     # trained weights are float32, whatever the base
     assert figures["state_bytes"] == pytest.approx(16 * figures["trainable_parameters"], rel=0.01)
@@ -139,17 +132,10 @@ def test_vary_measures_every_setting_once(benchmark, recorded, tmp_path, capsys)
     settings = {"vary": ["sources=1,5,20", "rank=8,16", "accumulation=1,8"], "output": output}
     assert benchmark.main(flags(settings)) == 0
     assert sorted(call[1:] for call in recorded if call[0] == "lora") == [(1, 8, 1), (1, 8, 8), (1, 16, 8)]
-    fusions = [call for call in recorded if call[0] == "compact"]
-    assert sorted(fusions) == [
-        ("compact", 1, 8, 8), ("compact", 2, 8, 1), ("compact", 2, 8, 8), ("compact", 2, 16, 8), ("compact", 5, 8, 8),
-        ("compact", 20, 8, 8),
-    ]  # fmt: skip
     assert len(recorded) == 9
     growth = json.loads(output.read_text())["growth"]
     assert list(growth) == ["sources", "rank", "accumulation"]
-    assert [(r["sources"], r["row"]) for r in growth["sources"]] == [
-        (1, "lora"), (1, "compact"), (5, "lora"), (5, "compact"), (20, "lora"), (20, "compact"),
-    ]  # fmt: skip
+    assert [r["sources"] for r in growth["sources"] if r["row"] == "compact"] == [1, 5, 20]
     assert [r["ratio"] for r in growth["accumulation"] if r["row"] == "compact"] == [3.0, 1.25]
     out = capsys.readouterr().out
     assert "| 20 | compact | 8.000 | 28.000 | 3.50 | 0.250 | +2.00 | 2.00 |" in out
@@ -158,7 +144,6 @@ def test_vary_measures_every_setting_once(benchmark, recorded, tmp_path, capsys)
 
 def test_rows_are_told_at_once_and_kept_when_interrupted(benchmark, recorded, monkeypatch, tmp_path, capsys):
     output = tmp_path / "benchmark.json"
-    settings = {"output": output}
     measure = benchmark.run_row
 
     def interrupted(asked):
@@ -168,10 +153,10 @@ def test_rows_are_told_at_once_and_kept_when_interrupted(benchmark, recorded, mo
 
     monkeypatch.setattr(benchmark, "run_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.main(flags(settings))
+        benchmark.main(flags({"output": output}))
     assert "compact, trainable_parameters 10, " in capsys.readouterr().out and not output.exists()
     monkeypatch.setattr(benchmark, "run_row", measure)
-    assert benchmark.main(flags(settings)) == 0
+    assert benchmark.main(flags({"output": output})) == 0
     assert [call[0] for call in recorded] == ["lora", "compact", "paper"]  # each measured once
     assert [row["row"] for row in json.loads(output.read_text())["rows"]] == ["lora", "compact", "paper"]
     table_row = "| paper | 10 | 10.000 | 1.25 | 0.500 | 0.250 | 0.250 | 3.00 | +2.00 | 1.00 | 2.00 |"

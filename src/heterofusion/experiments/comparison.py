@@ -39,8 +39,23 @@ _TRAINED_ON = ("dataset_name", "prompts", "source_labels")
 
 
 @dataclass
-class ComparisonArguments(RunArguments):
-    """What is compared, by which data, and how often. Data has the layout of recipes/uie/prepare.py."""
+class ExperimentArguments(RunArguments):
+    """Data and settings of all runs. Data has the layout of recipes/uie/prepare.py."""
+
+    data: str = flag("", help="Folder with replay/TASK.jsonl, validation/TASK.jsonl, test/TASK.jsonl.")
+    tasks: list[str] = flag(default_factory=list, help="Tasks; in recipes/paper.py the first is the anchor's.")
+    fuse_config: str = flag("", help="YAML file with the flags of every fusion.")
+    eval_config: str = flag("", help="YAML file with the flags of every evaluation.")
+    max_steps: int | None = flag(None, help="Optimizer steps, in place of the configs'.")
+
+    def files(self, split: str, tasks: Sequence[str] = ()) -> list[str]:
+        """The files of a split, of all tasks by default."""
+        return [f"{self.data}/{split}/{task}.jsonl" for task in tasks or self.tasks]
+
+
+@dataclass
+class ComparisonArguments(ExperimentArguments):
+    """What is compared, and how often."""
 
     model_name_or_path: str = flag("", help="Base of the target.")
     target_adapter: str = flag("", help="The anchor: the target's adapter.")
@@ -48,12 +63,7 @@ class ComparisonArguments(RunArguments):
     source_models: list[str] = flag(default_factory=list, help="Base of each source.")
     source_adapters: list[str] = flag(default_factory=list, help="The sources, of any family.")
     source_tasks: list[str] = flag(default_factory=list, help="Task of each source.")
-    data: str = flag("", help="Folder with replay/TASK.jsonl, validation/TASK.jsonl, test/TASK.jsonl.")
-    tasks: list[str] = flag(default_factory=list, help="Tasks of replay, validation and test.")
-    fuse_config: str = flag("", help="YAML file with the flags of every fusion.")
     tuning_config: str = flag("", help="YAML file with the flags of every other training.")
-    eval_config: str = flag("", help="YAML file with the flags of every evaluation.")
-    max_steps: int | None = flag(None, help="Optimizer steps, in place of the configs'.")
     validation_max_examples: int = flag(0, help="Validation examples of a task; 0: all.")
     seeds: list[int] = flag(default_factory=lambda: [0, 1, 2], help="Seeds of the reported runs.")
     search_seed: int = flag(100, help="Seed of the runs that hyper-parameters are chosen by.")
@@ -67,10 +77,6 @@ class ComparisonArguments(RunArguments):
                 raise UserError(f"--{name} is missing; see --help")
         if not len(self.source_models) == len(self.source_tasks) == len(self.source_adapters):
             raise UserError("--source_models, --source_tasks and --source_adapters need one value for each source")
-
-    def files(self, split: str) -> list[str]:
-        """The files of a split."""
-        return [f"{self.data}/{split}/{task}.jsonl" for task in self.tasks]
 
     @property
     def tuning(self) -> Flags:
@@ -232,6 +238,15 @@ class Comparison:
         ):
             if common := sorted(left.keys() & right.keys()):
                 raise UserError(f"{what}: {left[common[0]]}; give it other data")
+
+    def report(self, title: str, gains: Sequence[Gain], normalize_by: str) -> None:
+        """Run all and write the page; in the end an error if something did not finish."""
+        frame = self.run()
+        if not frame.empty:
+            page = Page(self.runs.options.output_dir, title)
+            self.write(page, frame, [gain for gain in gains if gain.row in self.methods], normalize_by)
+            print(f"written to {page.write()}")
+        self.runs.finish()
 
     def write(self, page: Page, frame: pd.DataFrame, gains: Sequence[Gain], normalize_by: str) -> None:
         """Tables, pictures, gains, what the rows are, and what was tried."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from heterofusion.zoo import make_examples, write_dataset, zoo_path
-from recipe_runner import flags, is_killed, recipe, succeeds
+from recipe_runner import error_line, flags, is_killed, recipe, succeeds
 
 evaluation = recipe("eval")
 TASKS = ("ner_kitchen", "re_town")
@@ -36,6 +36,21 @@ def expert_values(data: Path, output_dir: Path, task: str = "ner_kitchen") -> di
 def values(test_sets, tmp_path) -> dict[str, Any]:
     """Flags of an evaluation of one expert on one task."""
     return expert_values(test_sets["ner_kitchen"], tmp_path / "out")
+
+
+@pytest.fixture
+def refused(values, capsys, logging_restored, monkeypatch):
+    """Run an evaluation with some flags changed; it must fail as a user's error does and write nothing."""
+    monkeypatch.setattr("heterofusion.experts.expert.load_base", lambda *args: pytest.fail("a base was loaded"))
+
+    def check(*words: object, **changed: object) -> str:
+        output = {**values, **changed}["output_dir"]
+        before = files(output)
+        line = error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
+        assert files(output) == before
+        return line
+
+    return check
 
 
 def run(values: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import WEIGHTS, lora_folder, tiny_model
-from conftest import logits
 from heterofusion import load_adapter
 from heterofusion.experts import expert as expert_module
 from heterofusion.experts.token_alignment import Aligner
@@ -65,8 +64,8 @@ def values(base_dir, teachers, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def finished(values) -> SimpleNamespace:
     """A run whose result several tests read."""
-    log = succeeds(distill.main, flags(values))
-    return SimpleNamespace(out=values["output_dir"], cache=values["logits_cache"], log=log)
+    succeeds(distill.main, flags(values))
+    return SimpleNamespace(out=values["output_dir"], cache=values["logits_cache"])
 
 
 @pytest.fixture
@@ -87,16 +86,13 @@ def record(folder: Path) -> dict:
     return json.loads((folder / "distillation.json").read_text())
 
 
-def test_student_is_an_ordinary_adapter_that_was_trained_on(finished, base_dir):
+def test_student_is_an_ordinary_adapter_that_was_trained_on(finished):
     student, anchor = load_adapter(finished.out), load_adapter(TARGET)
     assert student.modules.keys() == anchor.modules.keys()
     for path, module in student.modules.items():
         assert module.scaling == anchor.modules[path].scaling
         for name in ("lora_A", "lora_B"):
             assert not torch.equal(getattr(module, name), getattr(anchor.modules[path], name).float()), (path, name)
-    base = AutoModelForCausalLM.from_pretrained(base_dir).eval()
-    before = logits(base)
-    assert not torch.allclose(before, logits(PeftModel.from_pretrained(base, finished.out).eval()), atol=1e-3)
     assert not list(finished.out.glob(".*"))
 
 
@@ -124,10 +120,8 @@ def test_what_begins_as_a_control_is_a_control(values, tmp_path, capsys):
     changed["logits_cache"] = tmp_path / "cache"
     error_line(capsys, distill.main, flags({**changed, "push_to_hub": True}), "--push_to_hub is true", "noise")
     succeeds(distill.main, flags(changed))
-    found = record(tmp_path / "out")
-    assert found["made_by"]["source_control"] == "noise"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "# CONTROL (noise): Distilled LoRA adapter" in card and "- control" in card
+    assert record(tmp_path / "out")["made_by"]["source_control"] == "noise"
+    assert "# CONTROL (noise): Distilled LoRA adapter" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished, values, teachers, base_dir):
@@ -155,24 +149,17 @@ def test_soft_labels_are_those_of_plain_runs_and_mince_takes_the_lowest(finished
     assert [entry["picked"] for entry in (found["target"], *found["teachers"])] == picked
 
 
-def test_teachers_run_once_and_are_fused_once(finished, values, tmp_path, loaded, monkeypatch):
-    monkeypatch.setattr(Aligner, "distributions", lambda *args: pytest.fail("the labels were fused again"))
-    short = {**values, "output_dir": tmp_path / "out", "max_steps": 1, "save_strategy": "no"}
-    evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
-    log = succeeds(distill.main, flags({**short, **evaluated}))
-    assert loaded == [] and log.count("soft-labels-") == 3
-    again, first = record(tmp_path / "out"), record(finished.out)
-    for name in ("target", "teachers", "one_to_one_positions"):
-        assert again[name] == first[name]
-    assert again["metrics"]["eval_loss"] > 0
-    assert again["made_by"]["cost"]["seconds"] > again["metrics"]["train_runtime"]  # what came from disk took its time
-
-
-def test_what_differs_is_run_again_and_nothing_else(finished, values, teachers, tmp_path, loaded):
+def test_teachers_run_once_and_what_differs_is_run_again(finished, values, teachers, tmp_path, loaded, monkeypatch):
     cache = shutil.copytree(finished.cache, tmp_path / "cache")
-    other = copy_adapter(tmp_path / "expert", teachers.adapters[0], tensors=lambda t: t[min(t)].mul_(1.5))
     short = {**values, "logits_cache": cache, "max_steps": 1, "save_strategy": "no", "overwrite": True}
     short["output_dir"] = tmp_path / "out"
+    evaluated = {"eval_dataset_name": values["dataset_name"], "eval_strategy": "steps", "eval_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(Aligner, "distributions", lambda *args: pytest.fail("the labels were fused again"))
+        succeeds(distill.main, flags({**short, **evaluated}))
+    again, first = record(tmp_path / "out"), record(finished.out)
+    assert loaded == [] and again["teachers"] == first["teachers"] and again["metrics"]["eval_loss"] > 0
+    other = copy_adapter(tmp_path / "expert", teachers.adapters[0], tensors=lambda t: t[min(t)].mul_(1.5))
     succeeds(distill.main, flags({**short, "teacher_adapters": [other, teachers.adapters[1]]}))
     assert loaded == ["olmo2"]
     succeeds(distill.main, flags({**short, "top_k_logits": 4}))
@@ -184,8 +171,6 @@ def test_killed_run_resumes_bit_for_bit(finished, values, tmp_path, capsys):
     shutil.copytree(finished.out / "checkpoint-2", part / "checkpoint-2")
     again = {**values, "output_dir": part, "resume_from_checkpoint": True}
     error_line(capsys, distill.main, flags({**again, "distill_lambda": 0.5}), "another distill_lambda: 0.9", "0.5")
-    one = {"teacher_models": values["teacher_models"][:1], "teacher_adapters": values["teacher_adapters"][:1]}
-    error_line(capsys, distill.main, flags({**again, **one}), "another teachers")
     succeeds(distill.main, flags(again))
     assert (part / WEIGHTS).read_bytes() == (finished.out / WEIGHTS).read_bytes()
 
@@ -195,11 +180,10 @@ def fails(values, bare_base, tmp_path, capsys, monkeypatch):
     """Run with some flags changed; it must fail as a user's error does, before a model is loaded."""
     monkeypatch.setattr(expert_module, "load_base", lambda *args: pytest.fail("a model was loaded"))
 
-    def run(*words: object, **changed: object) -> str:
+    def run(*words: object, **changed: object) -> None:
         usual = {"output_dir": tmp_path / "out", "logits_cache": tmp_path / "cache", "model_name_or_path": bare_base}
-        line = error_line(capsys, distill.main, flags({**values, **usual, **changed}), *words)
+        error_line(capsys, distill.main, flags({**values, **usual, **changed}), *words)
         assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
-        return line
 
     return run
 
@@ -218,10 +202,3 @@ WRONG = {
 def test_wrong_flag_raises_before_a_model_is_loaded(case, fails):
     changed, words = WRONG[case]
     fails(*words, **changed)
-
-
-def test_teacher_of_too_short_a_context_raises(fails, teachers, tmp_path):
-    base = shutil.copytree(teachers.models[0], tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
-    fails("the longest example has 7 tokens", "context has 6", teacher_models=[base, teachers.models[1]])

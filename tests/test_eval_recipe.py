@@ -27,20 +27,6 @@ def whole(test_sets, tmp_path_factory):
     return flags, flags["output_dir"], run(flags, labels=["experiment=single source", "seed=0"])
 
 
-@pytest.fixture
-def refused(values, capsys, logging_restored):
-    """Run an evaluation with some flags changed; it must fail as a user's error does and write nothing."""
-
-    def check(*words: object, **changed: object) -> str:
-        output = {**values, **changed}["output_dir"]
-        before = files(output)
-        line = error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
-        assert files(output) == before
-        return line
-
-    return check
-
-
 def test_scores_are_those_of_the_zoo(whole):
     _, folder, found = whole
     tokenizer = AutoTokenizer.from_pretrained(zoo_path("llama"))

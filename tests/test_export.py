@@ -7,8 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from builders import CONFIG, WEIGHTS
 from conftest import GOLDEN, TINY, fresh_base, logits, perturb
@@ -111,6 +110,7 @@ def test_update_beyond_the_anchors_dtype_raises(tmp_path, fuse):
 def test_interrupted_export_leaves_no_provenance(tmp_path, model, monkeypatch):
     """fusion.json says that the adapter beside it is complete, so it must not outlive a half-replaced one."""
     export_adapter(model, tmp_path)
+    first = contents(tmp_path)
     replace = os.replace
 
     def killed(source, target):
@@ -118,11 +118,16 @@ def test_interrupted_export_leaves_no_provenance(tmp_path, model, monkeypatch):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr("heterofusion.publish.write.os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("heterofusion.publish.write.os.replace", killed)
         export_adapter(model, tmp_path)
     assert not (tmp_path / "fusion.json").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export-")]
+    (tmp_path / ".export-killed").mkdir()
+    export_adapter(model, tmp_path)
+    again = contents(tmp_path)
+    costs = [json.loads(files.pop(tmp_path / "fusion.json"))["made_by"]["cost"] for files in (first, again)]
+    assert again == first and all(cost["peak_memory_bytes"] > 0 for cost in costs)
 
 
 def test_anchor_with_added_tokens_needs_a_resized_base(tmp_path, sources):
@@ -135,19 +140,3 @@ def test_anchor_with_added_tokens_needs_a_resized_base(tmp_path, sources):
     fusion = HeteroFusionModel.from_adapters(base, anchor, sources, MethodConfig(**TINY))
     export_adapter(fusion, tmp_path / "fused")
     assert_same_bits(load_file(tmp_path / "fused" / WEIGHTS), load_file(anchor.folder / WEIGHTS))
-
-
-def test_export_again_replaces_all_and_clears_what_a_killed_one_left(tmp_path, model):
-    """A tokenizer with several chat templates has a folder of them."""
-    backend = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
-    export_adapter(model, tmp_path, tokenizer=tokenizer)
-    first = contents(tmp_path)
-    assert tmp_path / "additional_chat_templates/tool_use.jinja" in first
-    (tmp_path / ".export-killed").mkdir()
-    (tmp_path / ".export-killed" / WEIGHTS).write_bytes(b"half")
-    export_adapter(model, tmp_path, tokenizer=tokenizer)
-    again = contents(tmp_path)
-    costs = [json.loads(files.pop(tmp_path / "fusion.json"))["made_by"]["cost"] for files in (first, again)]
-    assert again == first and all(cost["peak_memory_bytes"] > 0 for cost in costs)

@@ -146,11 +146,9 @@ def test_adapters_of_other_methods_are_pushed_with_their_record(hub, adapter, ba
 
 
 INCOMPLETE = {
-    "no fusion.json": ("fusion.json", None, "holds no fusion.json"),
     "that of others": ("fusion.json", b'{"weights_sha256": "0"}', "holds no fusion.json or .* of these weights"),
     "half a fusion.json": ("fusion.json", b'{"target', "fusion.json is not JSON"),
     "a control": ("fusion.json", b'{"made_by": {"source_control": "noise"}}', r"a control \(source_control noise"),
-    "no weights": (WEIGHTS, None, f"holds no {WEIGHTS}"),
     "half the weights": (WEIGHTS, b"\x00\x01", "damaged or truncated"),
     "no config": (CONFIG, None, f"{CONFIG} is missing"),
     "a card that is no text": ("README.md", b"\xff\xfe\x00", r"README.md cannot be read \(UnicodeDecodeError"),

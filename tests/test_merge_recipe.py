@@ -131,13 +131,11 @@ def test_files_and_record(tiny, tmp_path):
     assert all(module.scaling == 1 and module.rank <= 4 for module in merged.modules.values())
     assert {module.lora_A.dtype for module in merged.modules.values()} == {torch.float32}  # experts differ
     assert record["weights_sha256"] == merged.sha256
-    assert record["base_model"] == merged.base_model == "owner/tiny-llama"
     assert [expert["sha256"] for expert in record["adapters"]] == [load_adapter(e).sha256 for e in tiny["adapters"]]
     assert record["hyperparameters"] == {"merge_lambda": 1.0, "drop_rate": 0.5, "density": 0.2}
     assert 0 < record["truncation"]["lost"] < 1
     made_by = record["made_by"]
     assert (made_by["kind"], made_by["method"], made_by["seed"]) == ("merge", "dare_ties", 7)
-    assert made_by["cost"]["seconds"] > 0 and made_by["ran_source_models"] is False
     card = (folder / "README.md").read_text()
     assert "dare_ties" in card and "seed 7" in card and f"{record['truncation']['lost']:.2%}" in card
     assert made_by["source_control"] is None and "CONTROL" not in card
@@ -156,8 +154,7 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
         (adapters[index] / "expert.json").write_text(json.dumps(record))
     folder, record = run(tiny, adapters=adapters, method="ties", output_dir=tmp_path / "out")
     assert record["made_by"]["source_control"] == "noise+labels:bases"
-    card = (folder / "README.md").read_text()
-    assert "# CONTROL (noise+labels:bases): Merged LoRA adapter" in card and "- control" in card
+    assert "# CONTROL (noise+labels:bases): Merged LoRA adapter" in (folder / "README.md").read_text()
 
 
 def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
@@ -198,10 +195,7 @@ def test_a_search_keeps_the_best(scored, capsys):
     means = [candidate["mean"] for candidate in search["candidates"]]
     assert search["chosen"] == means.index(max(means)) and len(set(means)) > 1
     assert record["hyperparameters"] == tried[search["chosen"]]
-    assert record["made_by"]["cost"]["seconds"] >= search["seconds"] > 0
-    alone = {**scored, "output_dir": folder.parent / "alone", **record["hyperparameters"]}
-    again, found = run(alone, method="ties")
-    assert found["validation"] == record["validation"]
+    again, _ = run(scored, method="ties", output_dir=folder.parent / "alone", **record["hyperparameters"])
     assert same_weights(folder / WEIGHTS, again / WEIGHTS)
 
 
@@ -214,15 +208,11 @@ def test_a_search_keeps_the_best(scored, capsys):
         ({"density": 0.2}, ["--density 0.2: the hyper-parameters of task_arithmetic are --merge_lambda"]),
         ({"method": "dare", "drop_rate": 1}, ["--drop_rate is 1.0"]),
         ({"weights": [0, 0]}, ["--weights is [0.0, 0.0]"]),
-        ({"method": "average", "weights": [1, -1]}, ["average divides by their sum"]),
         ({"method": "emr", "names": ["a", "a"]}, ["same name 'a'", "--names"]),
         ({"search": ["lambda=0.1,0.2"]}, ["on validation data", "--dataset_name"]),
         ({"output_dir": EXPERTS[0], "overwrite": True}, ["is the folder of adapter"]),
         ({"output_dir": BASE.parent, "overwrite": True, "method": "emr"}, ["is the folder of adapter"]),
-        (
-            {"merge_lambda": 1e6, "dtype": "float16"},
-            ["is not finite", "torch.float16", "--dtype float32"],
-        ),
+        ({"merge_lambda": 1e6, "dtype": "float16"}, ["is not finite", "torch.float16", "--dtype float32"]),
         ({"output_dir": BASE}, ["exists and is not empty", "--overwrite true"]),
     ],
 )
@@ -233,7 +223,6 @@ def test_bad_flags_raise(refused, changed, words):
 def test_what_depends_on_the_machine_the_data_and_the_experts_raises(refused, monkeypatch, test_sets, tmp_path):
     data = {"dataset_name": [test_sets["re_town"]]}
     refused("adapters of emr need the task", "recipes/eval.py", method="emr", **data)
-    refused("merge_lambda is given too", search=["lambda=0.1,0.2"], merge_lambda=0.2, **data)
     other = write_adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (64, 80)}, seed=9)
     refused("maps 80 to 80 features", "64 to 80", "recipes/train.py", adapters=[EXPERTS[0], other])
     head = {"base_model.model.lm_head.weight": torch.zeros(4, 80)}

@@ -91,18 +91,10 @@ def change_label(folder: Path) -> None:
     (folder / "ner_garden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def remove_table(folder: Path) -> None:
-    index = json.loads((folder / "soft" / "index.json").read_text())
-    shutil.rmtree(folder / "soft" / index["sources"]["ner_garden"]["file"])
-
-
 DAMAGES = {
     "no store": (lambda f: shutil.rmtree(f / "soft"), r"no soft labels beside the files in .*--top_k_logits"),
     "other label": (change_label, r"ner_garden\.jsonl, line 3 is not a label that the soft labels"),
-    "no table": (remove_table, r"soft-labels-.* is missing or damaged"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "soft/tokenizers/ner_garden"), r"tokenizer of .* cannot be loaded"),
-    "no json": (lambda f: (f / "soft/index.json").write_text("{"), r"index\.json"),
-    "other file": (lambda f: (f / "re_market.jsonl").rename(f / "ner_garden.jsonl"), r"ner_garden.* is not a label"),
     "unknown file": (lambda f: (f / "re_market.jsonl").rename(f / "mine.jsonl"), r"mine\.jsonl.* is not a label"),
 }
 
@@ -148,7 +140,6 @@ def test_fusion_is_trained_and_recorded(labelled, tmp_path):
         ({"label_loss": "soft", "label_smoothing_factor": 0.1}, ["--label_smoothing_factor is 0.1"]),
         ({"label_loss": "soft", "logits_cache": "FILE"}, ["--logits_cache", "is a file"]),
         ({"soft_weight": 0.2}, ["--soft_weight is 0.2", "--label_loss is hard"]),
-        ({"logits_cache": "cache"}, ["--logits_cache is cache", "--label_loss is hard"]),
         ({"label_loss": "soft", "source_labels": None}, ["--label_loss is soft", "--source_labels is not given"]),
     ],
     ids=str,

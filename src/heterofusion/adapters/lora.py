@@ -27,9 +27,11 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+# By their full names: whatever else lies beside an adapter is neither loaded, replaced nor published.
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "chat_template*", "additional_chat_templates/*", "vocab*", "merges.txt",
-    "added_tokens.json",
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 PREFIX = "base_model.model."
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.(lora_[AB])\.weight")

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import TrainingArguments
 
-from heterofusion.adapters.lora import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from heterofusion.adapters.lora import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, load_adapter
 from heterofusion.method.diagnostics import DIAGNOSTICS_FILE
 from heterofusion.publish.card import CARD_FILE
 from heterofusion.publish.record import FILE_OF_KIND, find_record, publishable, record_control, without_tokens
@@ -26,14 +26,6 @@ from heterofusion.runtime.errors import UserError, one_line
 from heterofusion.runtime.files import display_name
 
 logger = logging.getLogger(__name__)
-
-# Tokenizer files by their full names: whatever else a user keeps beside the adapter is not ours to publish.
-HUB_PATTERNS = (
-    WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, DIAGNOSTICS_FILE, "tokenizer_config.json", "tokenizer.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "additional_chat_templates/*.jinja", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "spm.model",
-    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json",
-)  # fmt: skip
 
 
 def push_output(args: TrainingArguments, **given: Any) -> str:
@@ -120,9 +112,10 @@ def hub_files(folder: Path) -> dict[str, Path | bytes]:
     if control := record_control(record):
         told = f"{folder} holds a control (source_control {control} in {record_file}), which is not published"
         raise ExportError(f"{told}; push what the real sources made")
+    patterns = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, DIAGNOSTICS_FILE, record_file, *TOKENIZER_FILES)
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
-        for pattern in (*HUB_PATTERNS, record_file)
+        for pattern in patterns
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }

@@ -114,8 +114,8 @@ def test_source_that_is_the_target_raises(fails, tmp_path):
 # ---- names of what is not there, or not what it should be --------------------------------------------------------
 
 NOWHERE = {
-    "a missing adapter folder": ({"source_adapters": ["NOWHERE"]}, ["NOWHERE", "does not exist"]),
-    "a file for an adapter": ({"target_adapter": "FILE"}, ["FILE", "folder"]),
+    "a missing adapter folder": ({"source_adapters": ["./nowhere"]}, ["nowhere", "does not exist"]),
+    "a file for an adapter": ({"target_adapter": "./file"}, ["/file", "folder"]),
     "a target on the Hub": ({"target_adapter": "no/such-adapter"}, ["no/such-adapter", "Hub", "download"]),
     "a source on the Hub": ({"source_adapters": ["no/such-adapter"]}, ["no/such-adapter", "Hub", "download"]),
     "an empty list of sources": ({"source_adapters": []}, ["source_adapters"]),
@@ -124,29 +124,23 @@ NOWHERE = {
     "no replay": ({"dataset_name": None}, ["--dataset_name"]),
     "no data to evaluate on": (
         {"eval_strategy": "steps", "eval_steps": 1}, ["--eval_strategy is steps", "--eval_dataset_name"]),
-    "a missing base": ({"model_name_or_path": "NOWHERE"}, ["--model_name_or_path", "NOWHERE"]),
+    "a missing base": ({"model_name_or_path": "./nowhere"}, ["--model_name_or_path", "nowhere"]),
     "a base on the Hub": ({"model_name_or_path": "no/such-base"}, ["--model_name_or_path", "no/such-base"]),
     "a base without tokenizer": (
         {"model_name_or_path": GOLDEN / "base_llama"}, ["tokenizer", GOLDEN / "base_llama", "--model_name_or_path"]),
-    "a file for a folder": ({"output_dir": "FILE"}, ["FILE", "is a file"]),
-    "a folder below a file": ({"output_dir": "FILE/below"}, ["FILE", "is a file"]),
+    "a file for a folder": ({"output_dir": "./file"}, ["/file", "is a file"]),
+    "a folder below a file": ({"output_dir": "./file/below"}, ["/file", "is a file"]),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["--resume_from_checkpoint", "no checkpoint"]),
-    "a missing checkpoint": ({"resume_from_checkpoint": "NOWHERE"}, ["NOWHERE", "checkpoint"]),
+    "a missing checkpoint": ({"resume_from_checkpoint": "./nowhere"}, ["nowhere", "checkpoint"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", NOWHERE)
-def test_what_is_not_there_raises(case, fails, tmp_path):
-    (tmp_path / "file").write_text("mine")
-
-    def placed(value):
-        if isinstance(value, list):
-            return [placed(item) for item in value]
-        named = str(value).replace("NOWHERE", str(tmp_path / "nowhere")).replace("FILE", str(tmp_path / "file"))
-        return named if isinstance(value, str) else value
-
+def test_what_is_not_there_raises(case, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
     changed, words = NOWHERE[case]
-    fails(*placed(words), **{flag: placed(value) for flag, value in changed.items()})
+    fails(*words, **changed)
 
 
 def test_output_dir_that_is_there_raises(fails, arguments):

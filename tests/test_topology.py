@@ -8,7 +8,6 @@ import torch
 from builders import LLAMA_ROLES, llama_modules, lora_folder, tiny_config, tiny_model, write_adapter
 from heterofusion import AdapterError, load_adapter, plan_alignment
 from heterofusion.adapters.alignment import GroupKey, map_layers, parse_transfer_ratio
-from heterofusion.runtime.errors import UserError
 
 ONE = Fraction(1)
 
@@ -63,12 +62,6 @@ def test_proportional_map_is_monotone_and_its_ends_meet(target, source):
 def test_transfer_ratio_keeps_the_last_pairs(ratio, kept):
     pairs = map_layers(12, 10, "tail", parse_transfer_ratio(ratio))
     assert pairs == {i: i - 2 for i in range(12 - kept, 12)}
-
-
-@pytest.mark.parametrize("value", [0, -0.5, 1.01, "3/2", "half", "", "1/0", float("nan"), float("inf"), None, "1/2/3"])
-def test_transfer_ratio_out_of_range_raises(value):
-    with pytest.raises(UserError, match=r"transfer_ratio is .*above 0 and at most 1, such as 0.5"):
-        parse_transfer_ratio(value)
 
 
 def test_transfer_ratio_applies_to_each_source_on_its_own(adapter):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from heterofusion.evaluation.datasets import EvalSet, check_references, load_eval_sets
 from heterofusion.evaluation.results import PARTS, PREDICTIONS, RESULTS_FILE, STATE_FILE, metric_record, totals
@@ -19,7 +20,7 @@ from heterofusion.experts.examples import Prompts
 from heterofusion.publish.record import library_versions
 from heterofusion.runtime.errors import UserError
 from heterofusion.runtime.files import check_output_dir, display_name, read_json, write_json, write_lines
-from heterofusion.runtime.ranks import all_together, from_all, from_main, peak_memory
+from heterofusion.runtime.ranks import all_together, from_main, peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Evaluation:
             }
             found |= ask(self.ranks, who, questions, row.name)
         generated = any(answers.generated for answers in found.values())
-        peak = max(from_all(self.ranks, peak_memory() if generated else 0))
+        peak = max(gather_object([peak_memory() if generated else 0]))
         return found, peak or None  # None where an interrupted run had left nothing to generate
 
     def _results(self, number: int, found: Mapping[str, Answers], peak: int | None) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object that `write_json` wrote; None where there is no file."""
-    if not path.is_file():
-        return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite true") from error
+        return read_json_object(path) if path.is_file() else None
+    except UserError as error:
+        raise UserError(f"{error}, or start anew with --overwrite true") from error

@@ -59,18 +59,15 @@ def read_yaml(path: str | Path, where: str, expected: str) -> dict[str, Any]:
 
     `${NAME}` in its texts becomes the environment variable, `${NAME:-text}` the text where it is not set.
     """
-    full = Path(path).expanduser().absolute()
     try:
-        content = yaml.safe_load(full.read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{where} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{where} cannot be read as YAML: {error}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise UserError(f"{where} holds a {type(content).__name__}, {expected} was expected")
-    return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in content.items()}
+    return {str(key): _expand_variables(value, f"{where}, {key}") for key, value in (content or {}).items()}
 
 
 def _expand_variables(value: Any, where: str) -> Any:

@@ -44,12 +44,11 @@ def load_tokenizer(
     model: ModelArguments, adapter_folder: Path | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter if there is one, else the base model's."""
-    own = adapter_folder is not None and (adapter_folder / "tokenizer_config.json").is_file()
-    name = str(adapter_folder) if own else model.model_name_or_path
+    name, revision = model.model_name_or_path, model.model_revision
+    if adapter_folder is not None and (adapter_folder / "tokenizer_config.json").is_file():
+        name, revision = str(adapter_folder), None
     try:
-        return AutoTokenizer.from_pretrained(
-            name, revision=None if own else model.model_revision, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception, and a broken file breaks transformers in any way
         raise UserError(
             f"tokenizer of {name!r} cannot be loaded ({one_line(error)[:200].rstrip(':')}); save one there, or beside "
@@ -76,11 +75,11 @@ def load_base_config(
 
 def base_skeleton(model: ModelArguments, trust_remote_code: bool = False) -> PreTrainedModel:
     """The base model on the meta device: everything but its weights."""
-    if model.load_in_4bit and model.load_in_8bit:
-        raise UserError("--load_in_4bit and --load_in_8bit exclude each other; choose one")
-    if (model.load_in_4bit or model.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
-        flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit"
-        raise UserError(f"{flag} needs bitsandbytes; pip install 'heterofusion[quantization]', or leave the flag out")
+    flags = [f"--{name}" for name in ("load_in_4bit", "load_in_8bit") if getattr(model, name)]
+    if len(flags) > 1:
+        raise UserError(f"{' and '.join(flags)} exclude each other; choose one")
+    if flags and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{flags[0]} needs bitsandbytes; pip install 'heterofusion[quantization]', or leave it out")
     config = _config(model, trust_remote_code)
     try:
         with torch.device("meta"), without_zero_init():
@@ -110,16 +109,10 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     name = model.model_name_or_path
+    kwargs |= {"revision": model.model_revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+    kwargs["attn_implementation"] = model.attn_implementation
     try:
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=model.model_revision,
-            dtype=dtype,
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
+        result: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"base model {name!r} cannot be loaded ({one_line(error)[:200]}); check --model_name_or_path and its files"
@@ -130,8 +123,7 @@ def load_base(
             f"the weights of base model {name!r} lack {len(loaded['missing_keys'])} tensors, such as "
             f"{min(loaded['missing_keys'])}; they do not belong to its config.json, download the model again"
         )
-    base.requires_grad_(False)
-    return base
+    return base.requires_grad_(False)
 
 
 def base_dtype(model: ModelArguments, use_cpu: bool, bf16: bool = False) -> Any:

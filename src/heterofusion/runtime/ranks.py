@@ -56,15 +56,7 @@ def all_together(ranks: PartialState) -> Iterator[None]:
 
 def from_main(ranks: PartialState, value: Any) -> Any:
     """Give all processes the value of rank 0."""
-    values = [value]
-    if ranks.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]
-
-
-def from_all(ranks: PartialState, value: Any) -> list[Any]:
-    """Give all processes the values of all, by rank."""
-    return list(gather_object([value])) if ranks.num_processes > 1 else [value]
+    return broadcast_object_list([value])[0] if ranks.num_processes > 1 else value
 
 
 def set_zero_init_dtype(dtype: torch.dtype) -> None:
@@ -92,7 +84,7 @@ def without_zero_init() -> Iterator[None]:
 
 def peak_memory() -> int:
     """Most bytes that this process has held so far: on the GPUs if it used any, else in main memory."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         reserved = [torch.cuda.max_memory_reserved(device) for device in range(torch.cuda.device_count())]
         if any(reserved):
             return sum(reserved)
@@ -102,9 +94,5 @@ def peak_memory() -> int:
 
 def cost_record(seconds: float) -> dict[str, Any]:
     """What the records of all methods hold as `cost`; the seconds are without imports and the loading of models."""
-    used_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory(),
-        "device": torch.cuda.get_device_name() if used_gpu else "cpu",
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+    return {"seconds": round(seconds, 3), "peak_memory_bytes": peak_memory(), "device": device}

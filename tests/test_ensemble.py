@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from heterofusion.experts.generation import AnswerGenerator, stop_ids
+from heterofusion.experts.generation import stop_ids
 from heterofusion.rivals.codec import AnswerCodec, split_characters
 from heterofusion.rivals.ensemble import CachedReader, EnsembleGenerator, Member
 from heterofusion.rivals.voting import END, GaC, Union, UniTE
@@ -48,16 +48,15 @@ def experts():
 PROMPTS = [e["prompt"] for task in ("ner_kitchen", "ner_garden") for e in make_examples(task, "test", 3, seed=5)]
 
 
-def ensemble(members, method: str = "gac", top_k: int = 10, **options) -> EnsembleGenerator:
-    """An ensemble of pairs of model and tokenizer."""
+def ensemble(members, **options) -> EnsembleGenerator:
+    """GaC of pairs of model and tokenizer."""
     codecs = [AnswerCodec(tokenizer, model.config.vocab_size) for model, tokenizer in members]
     union = Union(codecs, [stop_ids(*member) for member in members])
-    vote = GaC(union) if method == "gac" else UniTE(union, codecs, top_k)
     parts = [
         Member(model, codec, tokenizer.pad_token_id, context=512)
         for (model, tokenizer), codec in zip(members, codecs, strict=True)
     ]
-    return EnsembleGenerator(parts, union, vote, **options)
+    return EnsembleGenerator(parts, union, GaC(union), **options)
 
 
 def ids_of(members, prompts=PROMPTS) -> dict:
@@ -192,18 +191,6 @@ def test_reader_of_a_sliding_window():
             expected = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)
         torch.testing.assert_close(reader.read([ids])[0], expected, atol=1e-6, rtol=1e-4)
     assert reader.tokens_run == 10 + 2 + 2
-
-
-@pytest.mark.parametrize("method", ["gac", "unite"])
-def test_identical_members_are_the_single_model(experts, method):
-    model, tokenizer = experts("llama", "ner_kitchen")
-    members = [(model, tokenizer)] * 2
-    generator = ensemble(members, method, max_new_tokens=32, batch_size=4)
-    found = collect(generator, ids_of(members))
-    single = AnswerGenerator(model, tokenizer, max_new_tokens=32, batch_size=4)
-    expected = collect(single, {i: lists[0] for i, lists in ids_of(members).items()})
-    assert found == expected
-    assert generator.tokens_run == needed(ids_of(members), found)  # nothing is run twice
 
 
 def naive_answer(members, prompt: str, max_new_tokens: int) -> tuple[str, int]:

@@ -164,7 +164,6 @@ def test_adapter_that_is_damaged_or_does_not_fit(refused, values, tmp_path, caps
         ({"target_modules": ["q_proj"]}, "does not fit", "missing adapter keys"),
         ({"target_modules": ["v_proj", "q_proj"]}, "layers.0.self_attn.q_proj.lora_A"),  # a place without weights
         ({"layers_to_transform": [0]}, "no place for base_model.model.model.layers.1.self_attn.v_proj.lora_A"),
-        ({"r": 4}, "size mismatch"),
         ({"peft_type": "NEW"}, "PEFT cannot read"),
         ({"task_type": "SEQ_CLS"}, "is for the task SEQ_CLS"),
     ):
@@ -179,6 +178,7 @@ def test_adapter_that_is_damaged_or_does_not_fit(refused, values, tmp_path, caps
 WRONG = {
     "labels": ({"dataset_label": ["a/b"]}, ["cannot be the name of a file", "--dataset_label"]),
     "number of names": ({"adapters": ["none", "none"], "names": ["b"]}, ["--names has 1 values for 2"]),
+    "adapter per data set": ({"adapter_per_dataset": True, "adapters": ["none", "none"]}, ["--adapters has 2 values"]),
     "same names": ({"adapters": ["none", "none"]}, ["the same name 'base'", "--names"]),
     "empty adapter": ({"adapters": ["none", ""]}, ["--adapters is ['none', '']"]),
     "metric": ({"metric": ["f1"]}, ["argument --metric", "'f1'", "uie"]),

@@ -8,10 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from eval_runner import evaluation, expert_values, fails_inside, files, predictions, results, run, scores
-from heterofusion.evaluation import run as evaluation_run
 from heterofusion.experts import expert
 from heterofusion.zoo import zoo_path
-from recipe_runner import Killed, contents, error_line, flags, succeeds
+from recipe_runner import contents, error_line, flags, succeeds
 
 pytest_plugins = ["eval_runner"]
 PART = "parts/ner_kitchen/rank-0.jsonl"
@@ -54,19 +53,6 @@ def test_answers_of_other_processes_count(values, whole, kill_after):
     sizes = kill_after(None)
     run(values, resume=True)
     assert sum(sizes) == 4
-    same(values, whole)
-
-
-def test_killed_before_the_results_were_written(values, whole, kill_after, monkeypatch):
-    def killed(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation_run, "metric_record", killed)
-        fails_inside(values)
-    sizes = kill_after(None)
-    found = run(values, resume=True)
-    assert sizes == [] and found["peak_memory_bytes"] is None  # no model was loaded this time
     same(values, whole)
 
 

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval_runner import TASKS, evaluation, expert_values, predictions, run
+from eval_runner import TASKS, expert_values, predictions, run
 from heterofusion.evaluation.results import made_by
 from heterofusion.runtime.files import file_sha256
 from heterofusion.zoo import zoo_path
-from recipe_runner import error_line, flags
 
 pytest_plugins = ["eval_runner"]
 EXPERTS = [zoo_path("llama", task) for task in TASKS]
@@ -38,16 +37,6 @@ def test_each_adapter_answers_its_own_data_set(both, test_sets, tmp_path):
         single = expert_values(test_sets[task], tmp_path / task, task) | {"max_examples": 4}
         assert found["datasets"][task]["score"] == run(single)["datasets"][task]["score"] > 0.5
         assert predictions(both["output_dir"], task) == predictions(tmp_path / task, task)
-
-
-def test_flags_of_a_row_with_an_adapter_per_data_set(both, capsys, logging_restored):
-    for words, changes in {
-        "--adapters has 1 values, but --dataset_name has 2": {"adapters": EXPERTS[:1]},
-        "--names has 2 values for 1 of them": {"names": ["a", "b"]},
-        "does not exist": {"adapters": [EXPERTS[0], "no/such"]},
-    }.items():
-        error_line(capsys, evaluation.main, flags({**both, **changes}), words)
-    assert not both["output_dir"].exists()
 
 
 def test_record_beside_an_adapter_is_taken_over(values, tmp_path):

@@ -69,16 +69,6 @@ def test_generation_config_of_the_base_does_not_leak(expert, encoded, monkeypatc
     assert base.generation_config is leaking
 
 
-def test_stop_ids_are_those_of_model_and_tokenizer(expert, encoded, monkeypatch):
-    model, tokenizer = expert
-    whole = collect(AnswerGenerator(model, tokenizer, 16), encoded)
-    index = next(iter(whole))
-    second = tokenizer(whole[index].text, add_special_tokens=False)["input_ids"][1]
-    monkeypatch.setattr(model.get_base_model(), "generation_config", GenerationConfig(eos_token_id=[second]))
-    cut = collect(AnswerGenerator(model, tokenizer, 16), {index: encoded[index]})[index]
-    assert cut.new_tokens == 2 and whole[index].text.startswith(cut.text)
-
-
 def test_automatic_batch_size_halves_until_it_fits(expert, encoded, monkeypatch):
     model, tokenizer = expert
     expected = collect(AnswerGenerator(model, tokenizer, 4), encoded)

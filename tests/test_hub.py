@@ -28,11 +28,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FILES = {WEIGHTS, CONFIG, "README.md", "fusion.json", "diagnostics.json", "tokenizer.json", "tokenizer_config.json"}
 # What lies in the folder of a run, or was put there by its owner, and is nobody's business.
 CLUTTER = (
-    "checkpoint-1/adapter_model.safetensors", "checkpoint-1/optimizer.pt", "checkpoint-1/tokenizer.json",
-    "checkpoint-1/hypernetworks.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-    "training_args.bin", "all_results.json", ".env", ".export-xyz/adapter_config.json", ".export-xyz/tokenizer.json",
-    "runs/today/events.out.tfevents.1", "tokenizer_backup/tokenizer.json", "tokenizer.json.bak", "vocab_notes.txt",
-    "chat_template_old.txt", "adapter_model.bin", "additional_chat_templates/notes.txt", "tokenizer.model/secret",
+    "checkpoint-1/adapter_model.safetensors", "checkpoint-1/tokenizer.json", "optimizer.pt", "trainer_state.json",
+    ".env", ".export-xyz/adapter_config.json", "runs/today/events.out.tfevents.1", "tokenizer_backup/tokenizer.json",
+    "tokenizer.json.bak", "adapter_model.bin", "additional_chat_templates/notes.txt", "tokenizer.model/secret",
 )  # fmt: skip
 
 

@@ -157,20 +157,6 @@ def test_a_merge_of_controls_is_one(tiny, tmp_path):
     assert "# CONTROL (noise+labels:bases): Merged LoRA adapter" in (folder / "README.md").read_text()
 
 
-def test_emr_writes_an_adapter_per_expert_and_says_that_it_needs_the_task(values, capsys):
-    with restored_logging():
-        assert merge.main(flags({**values, "method": "emr", "names": ["kitchen", "town"]})) == 0
-    assert "emr needs the task at inference" in capsys.readouterr().out
-    folders = [values["output_dir"] / name for name in ("kitchen", "town")]
-    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    assert not torch.allclose(*(logits(base, folder, input_ids(2, 8)) for folder in folders))
-    for folder in folders:
-        record = record_of(folder)
-        assert record["needs_task_id"] is True and record["task"] == folder.name
-        assert "task must be known at inference" in (folder / "README.md").read_text()
-        assert (folder / "tokenizer.json").exists()  # the base's
-
-
 def test_one_expert_alone_scores_as_it_does(scored, tmp_path):
     _, record = run(scored, weights=[1.0, 0.0], merge_lambda=1.0, dense=True)
     own = {"adapters": [EXPERTS[0]], "output_dir": tmp_path / "eval", "use_cpu": True, "method": None, "device": None}
@@ -247,6 +233,8 @@ def test_every_method_writes_what_peft_loads(method, base_dir, tmp_path):
     for part in parts:
         assert load_adapter(part).modules.keys() == load_adapter(other).modules.keys()
         assert not torch.allclose(logits(base, part, ids), plain, atol=1e-4)
+        assert record_of(part)["needs_task_id"] is (method == "emr")
+        assert ("task must be known at inference" in (part / "README.md").read_text()) is (method == "emr")
 
 
 def shuffle(weights):

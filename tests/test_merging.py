@@ -104,6 +104,9 @@ def test_average_and_task_arithmetic(experts, taus):
     assert_same(found, {path: 0.7 * update for path, update in weighted.items()})
     found = dense(experts, "average", weights=weights.flatten().tolist())
     assert_same(found, {path: update / 3 for path, update in weighted.items()})
+    for method in ("dare", "knots_dare"):  # that drop nothing
+        found = dense(experts, method, drop_rate=0.0, merge_lambda=0.9)
+        assert_same(found, {path: 0.9 * tau.sum(0) for path, tau in taus.items()})
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 1.0])
@@ -158,12 +161,6 @@ def test_knots_ties_in_the_basis_of_the_dense_svd(experts, taus, density):
     merged = reference_ties(right, density, 0.8)
     expected = {path: left[path] @ merged[path] for path in taus}
     assert_same(dense(experts, "knots_ties", density=density, merge_lambda=0.8), expected)
-
-
-@pytest.mark.parametrize("method", ["dare", "knots_dare"])
-def test_dropping_nothing_is_task_arithmetic(experts, taus, method):
-    found = dense(experts, method, drop_rate=0.0, merge_lambda=0.9)
-    assert_same(found, {path: 0.9 * tau.sum(0) for path, tau in taus.items()})
 
 
 @pytest.mark.parametrize(("method", "density"), [("dare_ties", 0.3), ("dare_ties", 1.0), ("della", 1.0)])

@@ -16,6 +16,14 @@ def prepare(main, output: Path, **values) -> tuple[dict, str]:
     return json.loads((output / "manifest.json").read_text(encoding="utf-8")), log
 
 
+def fails(capsys, main, data: Path, *words: object, **values) -> None:
+    """Run a recipe that must end with one line, and leave what is there as it was."""
+    output = data.parent / "out"
+    before = contents(output)
+    error_line(capsys, main, flags({"dataset_path": data, "output_dir": output, **values}), *words)
+    assert contents(output) == before
+
+
 def written(folder: Path, name: str) -> list[dict]:
     """Records of one prepared file, such as `replay/NER_films`."""
     text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
@@ -84,11 +92,3 @@ def write_uie(root: Path) -> Path:
 
 def run_uie(data: Path, output: Path, **values) -> tuple[dict, str]:
     return prepare(uie.main, output, dataset_path=data, **{"num_replay": 10, **values})
-
-
-def uie_fails(capsys, data: Path, *words: object, **values) -> str:
-    output = data.parent / "out"
-    before = contents(output)
-    line = error_line(capsys, uie.main, flags({"dataset_path": data, "output_dir": output, **values}), *words)
-    assert contents(output) == before
-    return line

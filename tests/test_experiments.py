@@ -36,7 +36,8 @@ def result(name="fused", scores=None, seed=None, control=None, labels=None, sha=
         "name": name, "labels": labels or {}, "models_at_inference": 1, "needs_task_id": False, "seconds": 2.0,
         "peak_memory_bytes": 2**30, "mean": sum(scores.values()) / len(scores),
         "made_by": {**made, "ran_source_models": False, "cost": {"seconds": 3.0, "peak_memory_bytes": 2**31}},
-        "datasets": {task: {"score": score, "sha256": sha or task} for task, score in scores.items()}, **more,
+        "datasets": {task: {"score": score, "primary": "f1", "sha256": sha or task} for task, score in scores.items()},
+        **more,
     }  # fmt: skip
 
 
@@ -58,8 +59,7 @@ def test_estimate_is_the_t_interval():
     assert str(found) == "0.667 ± 0.517" and found.verdict == "above 0"
     alone = estimate([0.25])
     assert str(alone) == "0.250" and math.isnan(alone.half_width) and alone.verdict == "one seed"
-    assert estimate([]) is None
-    assert estimate([-1e-9]).text("+") == "0.000"
+    assert estimate([]) is None and estimate([-1e-9]).text("+") == "0.000"
     assert estimate([0.1, -0.1]).verdict == "undecided" and estimate([-0.1, -0.1001]).verdict == "below 0"
 
 
@@ -108,9 +108,7 @@ def test_score_table_has_groups_intervals_and_costs():
          Row("ensemble", [result("ensemble", models_at_inference=3)], searched=12.0, shared=4.0)]
     )  # fmt: skip
     lines = score_table(frame, normalize_by="experts").splitlines()
-    assert lines[0].startswith(
-        "|  | a | b | mean | normalized | n | making, s | search, s | shared, s | answering, s |"
-    )
+    assert lines[0].startswith("|  | a (f1) | b (f1) | mean (f1) | normalized | n | making, s | search, s |")
     assert lines[2].startswith("| **References** |  |")
     assert lines[3] == "| experts | 1.000 | 0.800 | 0.900 | 1.000 | 1 | 3 | - | - | 4 | 2 | 2 | yes | yes |"
     assert lines[4] == "| fused | 0.500 | 0.500 | 0.500 ± 1.271 | 0.562 | 2 | 3 | - | - | 2 | 2 | 1 | no | no |"
@@ -119,6 +117,7 @@ def test_score_table_has_groups_intervals_and_costs():
 
 def test_tables_of_cases_and_differences():
     frame = score_frame([*rows("x", 0.2, 0.2, case="N=0"), *rows("x", 0.4, case="N=5"), *rows("y", 0.1, case="N=5")])
+    assert case_table(frame).startswith("| mean f1 | N=0 | N=5 |")
     assert case_table(frame).splitlines()[2:] == ["| x | 0.200 ± 0.000 | 0.400 |", "| y | - | 0.100 |"]
     assert difference_table(frame, "y", ("name", "case")).splitlines()[2:] == [
         "| x (case N=0) | - | - | - |",
@@ -131,18 +130,6 @@ def test_data_that_changed_is_refused():
         score_frame([Row("x", [result()]), Row("y", [result(sha="other")])])
     with pytest.raises(UserError, match="two results of a"):
         score_frame([Row("x", [result()]), Row("x", [result()])])
-
-
-def test_results_are_read_from_folders(tmp_path):
-    for seed in (0, 1):
-        folder = tmp_path / f"run-{seed}"
-        folder.mkdir()
-        (folder / "results.json").write_text(json.dumps(result(seed=seed, labels={"experiment": "one"})))
-    read_rows = recipe("report").read_rows
-    found = read_rows([str(tmp_path)])
-    assert [(row.name, row.seed, row.labels) for row in found] == [("fused", s, {"experiment": "one"}) for s in (0, 1)]
-    with pytest.raises(UserError, match=r"holds no results\.json"):
-        read_rows([str(tmp_path / "nothing")])
 
 
 # ---- comparisons ------------------------------------------------------------------------------------------------
@@ -166,7 +153,7 @@ output.mkdir(parents=True, exist_ok=True)
 score = float(open(adapter + "/score").read()) if os.path.isdir(adapter) else 0.1
 result = json.loads(%r)
 tasks = [pathlib.Path(name).stem for name in flags["dataset_name"]]
-result["datasets"] = {task: {"score": score, "sha256": task} for task in tasks}
+result["datasets"] = {task: {"score": score, "primary": "f1", "sha256": task} for task in tasks}
 (output / "results.json").write_text(json.dumps(result | {"mean": score}))
 """
 
@@ -283,10 +270,11 @@ def test_training_curves_show_what_is_logged():
 
 
 def test_many_rows_are_ranked_and_curves_need_three_points():
-    few = score_frame(rows("x", 0.4, 0.6))
-    assert len(draw_scores(few).axes[0].patches) == 2
+    few = draw_scores(score_frame(rows("x", 0.4, 0.6))).axes[0]
+    assert len(few.patches) == 2 and few.get_ylabel() == "f1"
     many = score_frame([row for number in range(12) for row in rows(f"x{number}", 0.4)])
-    assert len(draw_scores(many).axes[0].get_yticklabels()) == 12
+    ranking = draw_scores(many).axes[0]
+    assert len(ranking.get_yticklabels()) == 12 and ranking.get_xlabel() == "mean f1"
     points = score_frame(
         [*(row for n in (0, 5, 30) for row in rows("x", n / 100, n / 50, case=n)), *rows("y", 1, case=0)]
     )
@@ -312,3 +300,4 @@ def test_report_has_tables_differences_and_fusions(tmp_path, capsys):
     capsys.readouterr()
     error_line(capsys, report, [*arguments, "--baseline=other"], "--baseline 'other'", "anchor, fused")
     error_line(capsys, report, [f"--output_dir={tmp_path}"], "nothing to report")
+    error_line(capsys, report, [*arguments, f"--results={tmp_path / 'no'}"], "no holds no results.json")

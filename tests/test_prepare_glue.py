@@ -9,8 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from heterofusion.evaluation.glue import GLUE_LABELS
 from heterofusion.evaluation.metrics import GLUEText
-from preparation_runner import check_accounts, check_replay_keeps_all, glue, prepare, written
-from recipe_runner import contents, error_line, flags
+from preparation_runner import check_accounts, check_replay_keeps_all, fails, glue, prepare, written
+from recipe_runner import flags
 from replay_builders import write
 
 pytestmark = pytest.mark.usefixtures("logging_restored", "offline_datasets")
@@ -59,15 +59,6 @@ def run(data: Path | None, output: Path, **values) -> tuple[dict, str]:
     return prepare(glue.main, output, dataset_path=data, **{"num_replay": 10, "tasks": ["cola", "rte"], **values})
 
 
-def fails(capsys, data: Path, *words: object, **values) -> str:
-    output = data.parent / "out"
-    before = contents(output)
-    argv = flags({"dataset_path": data, "output_dir": output, "tasks": ["cola"], **values})
-    line = error_line(capsys, glue.main, argv, *words)
-    assert contents(output) == before
-    return line
-
-
 # ---- what is written --------------------------------------------------------------------------------------------
 
 
@@ -84,13 +75,6 @@ def test_prompts_and_answers(data, tmp_path):
         }
         for number, completion in ((100, " unacceptable"), (101, " acceptable"))
     ]
-    assert written(out, "test/rte")[1] == {
-        "prompt": "Does the premise entail the hypothesis?\nOption: entailment, not entailment\n"
-        "Premise: Premise number 101 .\nHypothesis: Hypothesis number 101 .\nAnswer:",
-        "completion": " not entailment",
-        "task": "rte",
-        "kind": "GLUE",
-    }
 
 
 def test_files_and_manifest(data, tmp_path, capsys):
@@ -166,8 +150,6 @@ def test_data_set_of_the_hub(data, tmp_path, monkeypatch):
         assert written(tmp_path / "hub", name) == written(tmp_path / "local", name)
     task = manifest["tasks"]["cola"]
     assert task["source"] == "nyu-mll/glue/cola" and list(task["inputs"]) == ["train", "validation"]
-    again, _ = run(None, tmp_path / "again")
-    assert again["tasks"] == manifest["tasks"]
 
 
 def test_records_without_text_or_label_are_counted(data, tmp_path):
@@ -188,10 +170,8 @@ def test_records_without_text_or_label_are_counted(data, tmp_path):
     [
         ({"label": 2}, ["`label` is 2", "one of 0 (unacceptable), 1 (acceptable)"]),
         ({"label": "acceptable"}, ["`label` is of type str", "one of 0 (unacceptable), 1 (acceptable)"]),
-        ({"label": 1.0}, ["`label` is of type float"]),
         ({"sentence": 3}, ["`sentence` is of type int"]),
         ("sentence", ["the column `sentence` is missing (found: label, idx)"]),
-        ("label", ["the column `label` is missing (found: sentence, idx)"]),
     ],
 )
 def test_bad_record(data, capsys, changes, words):
@@ -201,40 +181,57 @@ def test_bad_record(data, capsys, changes, words):
     else:
         rows[2] |= changes
     write_task(data, "cola", rows)
-    fails(capsys, data, data / "cola" / "train.jsonl", "line 3", *words)
+    fails(capsys, glue.main, data, data / "cola" / "train.jsonl", "line 3", *words, tasks=["cola"])
     write_task(data, "stsb", [{**rows_of("stsb", 1)[0], "label": 5.2}], rows_of("stsb", 2, 100))
-    fails(capsys, data, "train.jsonl, line 1", "`label` is 5.2: make it a number from 0 to 5", tasks=["stsb"])
+    fails(
+        capsys, glue.main, data, "train.jsonl, line 1", "`label` is 5.2: make it a number from 0 to 5", tasks=["stsb"]
+    )
 
 
 def test_labels_numbered_otherwise(data, capsys):
     (data / "cola" / "train.jsonl").unlink()
     path = data / "cola" / "train.parquet"
     as_dataset("cola", rows_of("cola", 4), ["acceptable", "unacceptable"]).to_parquet(str(path))
-    fails(capsys, data, path, "numbers its labels as acceptable, unacceptable, GLUE as unacceptable, acceptable")
+    fails(
+        capsys,
+        glue.main,
+        data,
+        path,
+        "numbers its labels as acceptable, unacceptable, GLUE as unacceptable, acceptable",
+        tasks=["cola"],
+    )
 
 
 def test_bad_files(data, capsys):
     train = data / "cola" / "train.jsonl"
     write_task(data, "cola", rows_of("cola", 2))
     write_task(data, "cola", rows_of("cola", 2), suffix=".json")
-    fails(capsys, data, data / "cola", "train split more than once (train.jsonl, train.json)")
+    fails(
+        capsys, glue.main, data, data / "cola", "train split more than once (train.jsonl, train.json)", tasks=["cola"]
+    )
     train.unlink()
     (data / "cola" / "train.json").unlink()
-    fails(capsys, data, data / "cola", "holds no train split", "put train.parquet")
+    fails(capsys, glue.main, data, data / "cola", "holds no train split", "put train.parquet", tasks=["cola"])
     write(data / "cola" / "train-00001-of-00002.jsonl", rows_of("cola", 2))
-    fails(capsys, data, "1 of the parts of train (train-00001-of-00002.jsonl), not all of them")
+    fails(
+        capsys,
+        glue.main,
+        data,
+        "1 of the parts of train (train-00001-of-00002.jsonl), not all of them",
+        tasks=["cola"],
+    )
 
 
 def test_bad_flags(data, capsys):
-    fails(capsys, data, "--tasks has 'glue'", "choose of cola, mnli", tasks=["cola", "glue"])
-    fails(capsys, data, data / "mrpc", "is no folder", tasks=["mrpc"])
-    fails(capsys, data, "--dataset_revision is main", dataset_revision="main")
-    fails(capsys, data, "--num_replay is 0", num_replay=0)
+    fails(capsys, glue.main, data, "--tasks has 'glue'", "choose of cola, mnli", tasks=["cola", "glue"])
+    fails(capsys, glue.main, data, data / "mrpc", "is no folder", tasks=["mrpc"])
+    fails(capsys, glue.main, data, "--dataset_revision is main", dataset_revision="main", tasks=["cola"])
+    fails(capsys, glue.main, data, "--num_replay is 0", num_replay=0, tasks=["cola"])
     write_task(data, "cola", [{**row, "label": -1} for row in rows_of("cola", 4)])
-    fails(capsys, data, "cola: no record of train can be used (4 read, 4 without_answer)")
+    fails(capsys, glue.main, data, "cola: no record of train can be used (4 read, 4 without_answer)", tasks=["cola"])
     out = data.parent / "out"
     out.mkdir()
     (out / "notes.txt").write_text(json.dumps("mine"))
-    fails(capsys, data, "not empty", "--overwrite true", tasks=["rte"])
+    fails(capsys, glue.main, data, "not empty", "--overwrite true", tasks=["rte"])
     run(data, out, tasks=["rte"], overwrite=True)
     assert (out / "notes.txt").is_file()

@@ -12,12 +12,12 @@ from preparation_runner import (
     FILMS,
     check_accounts,
     check_replay_keeps_all,
+    fails,
     film,
     run_uie,
     texts,
     town,
     uie,
-    uie_fails,
     write_task,
     write_uie,
     written,
@@ -47,13 +47,7 @@ def test_prompts_and_answers(data, tmp_path):
         "kind": "NER",
     }
     assert films["Text: show Film 3 of 1960 s"]["completion"] == " None"
-    assert written(out, "test/RE_towns")[0] == {
-        "prompt": 'Which pairs in the text stand in one of the listed relations? Answer in the form "relation1: '
-        'head1, tail1; relation2: head2, tail2", or None.\nOption: lives in\nText: Ann 99 lives in Rome .\nAnswer:',
-        "completion": " lives in: Ann 99, Rome",
-        "task": "RE_towns",
-        "kind": "RE",
-    }
+    assert written(out, "test/RE_towns")[0]["completion"] == " lives in: Ann 99, Rome"
     used = {row["prompt"].split("\n")[0] for row in films.values()}
     assert used == set(uie.INSTRUCTIONS["NER"])  # all wordings, each text always in the same
     replay = written(out, "replay/NER_films")
@@ -63,20 +57,15 @@ def test_prompts_and_answers(data, tmp_path):
 def test_files_and_manifest(data, tmp_path):
     out = tmp_path / "out"
     manifest, log = run_uie(data, out, num_validation=5, num_test=4)
-    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    purposes = ("replay", "train", "validation", "test")
-    assert names == {f"{purpose}/{task}.jsonl" for purpose in purposes for task in manifest["tasks"]} | {
-        "manifest.json"
-    }
     assert list(manifest["tasks"]) == ["NER_films", "RE_towns"] and log == ""
     films, towns = manifest["tasks"].values()
-    assert {file.split("/")[0]: entry["records"] for file, entry in films["files"].items()} == {
-        "replay": 10, "train": 24, "validation": 5, "test": 4,
-    }  # fmt: skip
-    # a tenth of train, since there is no dev.json
-    assert {file.split("/")[0]: entry["records"] for file, entry in towns["files"].items()} == {
-        "replay": 10, "train": 27, "validation": 3, "test": 2,
-    }  # fmt: skip
+    assert [entry["records"] for entry in films["files"].values()] == [10, 24, 5, 4]
+    assert [entry["records"] for entry in towns["files"].values()] == [
+        10,
+        27,
+        3,
+        2,
+    ]  # without dev.json a tenth of train
     assert films["source"] == "NER/films" and films["labels"] == FILMS and films["labels_from"] == "labels.json"
     train = (data / "NER" / "films" / "train.json").read_bytes()
     assert films["inputs"]["train.json"] == hashlib.sha256(train).hexdigest() and len(films["inputs"]) == 4
@@ -135,19 +124,12 @@ def test_entity_typing_gives_the_entities(data, tmp_path):
 # ---- sampling ---------------------------------------------------------------------------------------------------
 
 
-def test_same_flags_give_the_same_bytes(data, tmp_path):
-    run_uie(data, tmp_path / "a")
-    run_uie(data, tmp_path / "b")
-    first, second = (
-        {path.name: path.read_bytes() for path in sorted((tmp_path / name).rglob("*.json*"))} for name in "ab"
-    )
-    assert first == second
-    run_uie(data, tmp_path / "c", seed=7)
-    assert texts(tmp_path / "c", "replay/NER_films") != texts(tmp_path / "a", "replay/NER_films")
-
-
 def test_samples_do_not_depend_on_other_tasks_or_on_the_order(data, tmp_path):
     run_uie(data, tmp_path / "all")
+    run_uie(data, tmp_path / "again")
+    assert [*contents(tmp_path / "again").values()] == [*contents(tmp_path / "all").values()]
+    run_uie(data, tmp_path / "seed", seed=7)
+    assert texts(tmp_path / "seed", "replay/NER_films") != texts(tmp_path / "all", "replay/NER_films")
     rows = json.loads((data / "RE" / "towns" / "train.json").read_text())
     write_task(data / "RE" / "towns", train=rows[::-1])
     run_uie(data, tmp_path / "one", tasks=["towns"])
@@ -192,8 +174,6 @@ def test_unlabelled_prompts_are_in_no_other_file(data, tmp_path):
     ]
     assert sum(map(len, parts)) == len(set().union(*parts)) and len(parts[3]) <= 4
     check_accounts(manifest)
-    none, _ = run_uie(data, tmp_path / "none", tasks=["towns"])
-    assert "unlabelled/RE_towns.jsonl" not in none["tasks"]["RE_towns"]["files"]
 
 
 # ---- the layout -------------------------------------------------------------------------------------------------
@@ -233,7 +213,7 @@ def test_overwrite_replaces_what_was_prepared_before(data, tmp_path, capsys):
     run_uie(data, out)
     mine = out / "replay" / "mine.jsonl"
     mine.write_text("{}\n")
-    uie_fails(capsys, data, f"--output_dir {out} exists and is not empty", "--overwrite true")
+    fails(capsys, uie.main, data, f"--output_dir {out} exists and is not empty", "--overwrite true")
     run_uie(data, out, tasks=["towns"], overwrite=True)
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
@@ -257,7 +237,7 @@ def test_a_failed_write_leaves_nothing_half_done(data, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("_prepared.write_lines", full)
-    uie_fails(capsys, data, "No space left on device", overwrite=True, seed=1)
+    fails(capsys, uie.main, data, "No space left on device", overwrite=True, seed=1)
     assert contents(out) == before
 
 
@@ -278,7 +258,6 @@ def rows_of(*changes) -> str:
         (rows_of(film(5, entities=None)), ["record 4", "`entities` is null", "make it a list"]),
         (rows_of({"sentence": "a", "relations": []}), ["record 4", "`entities` is missing (found: "]),
         (rows_of(film(5, entities=["Film 5"])), ["record 4", "`entities[0]` has no `type`"]),
-        (rows_of(film(5, entities=[{"type": "year"}])), ["record 4", "`entities[0]` has no `name`"]),
         (rows_of(film(5, entities=[{"type": "year", "name": 5}])), ["record 4", "`entities[0].name` is of type int"]),
         (rows_of(film(5, entities=[{"type": "a: b", "name": "c"}])), ["record 4", "has the type 'a: b'", "rename"]),
         (json.dumps([{"sentence": " "}]), ["NER_films: no record of train can be used (1 read, 1 without_text)"]),
@@ -287,15 +266,14 @@ def rows_of(*changes) -> str:
 )  # fmt: skip
 def test_bad_train_file(data, capsys, content, words):
     path = data / "NER" / "films" / "train.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content)
     write_task(path.parent, test=[film(i) for i in range(1, 4)])
-    uie_fails(capsys, data, *words, *([] if "NER_films" in words[0] else [path]))
+    fails(capsys, uie.main, data, *words, *([] if "NER_films" in words[0] else [path]))
 
 
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ({"title": 0}, ["is no list of strings", '["person", "place"]']),
         (["title", 3], ["is no list of strings"]),
         (["NA", " "], ["names no type", "remove it"]),
         (["title; year"], ["has the type 'title; year'", "rename it"]),
@@ -303,35 +281,34 @@ def test_bad_train_file(data, capsys, content, words):
 )
 def test_bad_labels_file(data, capsys, labels, words):
     path = write_task(data / "NER" / "films", labels)
-    uie_fails(capsys, data, path / "labels.json", *words)
+    fails(capsys, uie.main, data, path / "labels.json", *words)
 
 
 def test_missing_files_and_folders(data, capsys):
     relation = {"head": {"name": "Ann"}, "type": "lives in"}
     towns = write_task(data / "RE" / "towns", train=[town(1), town(2, relations=[relation])])
-    uie_fails(capsys, data, "towns/train.json, record 2", "`relations[0]` has no `tail`")
+    fails(capsys, uie.main, data, "towns/train.json, record 2", "`relations[0]` has no `tail`")
     write_task(towns, train=[town(1, relations=[{**relation, "tail": "Rome"}])])
-    uie_fails(capsys, data, "towns/train.json, record 1", "`relations[0].tail` has no `name`")
+    fails(capsys, uie.main, data, "towns/train.json, record 1", "`relations[0].tail` has no `name`")
     films = data / "NER" / "films"
     (films / "test.json").unlink()
-    uie_fails(capsys, data, "NER/films has no test.json", "leave the task out with --tasks")
+    fails(capsys, uie.main, data, "NER/films has no test.json", "leave the task out with --tasks")
     write_task(films, train=[film(1, entities=[])], dev=[film(4, entities=[])], test=[film(2, entities=[])])
     (films / "labels.json").unlink()
-    uie_fails(capsys, data, films / "labels.json", "no record has a type")
-    uie_fails(capsys, data / "NER", "holds no task", "NER/mit-movie")
-    uie_fails(capsys, data / "nowhere", "is no folder")
+    fails(capsys, uie.main, data, films / "labels.json", "no record has a type")
+    fails(capsys, uie.main, data / "NER", "holds no task", "NER/mit-movie")
+    fails(capsys, uie.main, data / "nowhere", "is no folder")
     line_break = write_task(data / "RE" / "a\nb", train=[town(1)])
-    uie_fails(capsys, data, "'RE/a\\nb'", "rename it")
+    fails(capsys, uie.main, data, "'RE/a\\nb'", "rename it")
     shutil.rmtree(line_break)
 
 
 def test_bad_flags(data, capsys):
     for name, value, least in (("replay", 0, 1), ("validation", -1, 0), ("test", 0, 1), ("unlabelled", -1, 0)):
-        uie_fails(capsys, data, f"--num_{name} is {value}", f"at least {least}", **{f"num_{name}": value})
-    uie_fails(capsys, data, "--tasks has 'film', which is not there: choose of NER/films, RE/towns", tasks=["film"])
-    uie_fails(capsys, data, "'ET/towns'", tasks=["ET/towns"])  # relations have no entities to type
+        fails(capsys, uie.main, data, f"--num_{name} is {value}", f"at least {least}", **{f"num_{name}": value})
+    fails(
+        capsys, uie.main, data, "--tasks has 'film', which is not there: choose of NER/films, RE/towns", tasks=["film"]
+    )
+    fails(capsys, uie.main, data, "'ET/towns'", tasks=["ET/towns"])  # relations have no entities to type
     shutil.copytree(data / "NER" / "films", data / "ET" / "films")
-    uie_fails(capsys, data, "'films', which may be NER/films or ET/films", tasks=["films"])
-    shutil.copytree(data / "NER" / "films", data / "NER" / "my films")
-    shutil.copytree(data / "NER" / "films", data / "NER" / "my_films")
-    uie_fails(capsys, data, "'NER/my films' and 'NER/my_films'", "'NER_my_films'")
+    fails(capsys, uie.main, data, "'films', which may be NER/films or ET/films", tasks=["films"])

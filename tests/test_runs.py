@@ -101,28 +101,18 @@ def test_finished_runs_are_skipped_and_failed_ones_resumed(make, tmp_path, capsy
     assert len(said(good)) == 1 and said(good)[0]["inherited"] and said(good)[0]["gpus"] == ""
 
 
-@pytest.mark.parametrize(
-    "recipe, left, flag",
-    [
-        ("train", ["checkpoint-1"], "--resume_from_checkpoint=true"),
-        ("train", ["other"], "--overwrite=true"),
-        ("eval", ["other"], "--resume=true"),
-    ],
-)
-def test_interrupted_run_is_gone_on_with(make, recipe, left, flag):
-    runs = make()
-    run = runs.run(recipe, seed=0)
-    for name in left:
-        (run.output / name).mkdir(parents=True)
-    runs.wait()
-    assert said(run)[0]["argv"] == [flag]
-
-
-def test_checkpoints_are_deleted_on_request(make):
+def test_interrupted_runs_are_gone_on_with_and_checkpoints_deleted_on_request(make):
     runs = make(delete_checkpoints=True)
-    run = runs.run("train", checkpoints=["checkpoint-1"])
+    asked = {
+        "--resume_from_checkpoint=true": (runs.run("train", seed=0), "checkpoint-1"),
+        "--overwrite=true": (runs.run("train", seed=1), "other"),
+        "--resume=true": (runs.run("eval", seed=0), "other"),
+    }
+    for run, left in asked.values():
+        (run / left).mkdir(parents=True)
     runs.wait()
-    assert run.is_finished and not (run / "checkpoint-1").exists()
+    for flag, (run, left) in asked.items():
+        assert said(run)[0]["argv"] == [flag] and (run / left).exists() == (left == "other")
 
 
 def test_lock_keeps_two_programs_out_of_one_run(make):

@@ -1,6 +1,5 @@
 """The embedded zoo: its generator, its files, and the property that makes it a test bed for fusion."""
 
-import functools
 import hashlib
 import json
 
@@ -10,31 +9,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heterofusion.zoo import (
-    CHORES,
-    FAMILIES,
-    SPLITS,
-    TASKS,
-    make_chores,
-    make_examples,
-    zoo_path,
-)
+from heterofusion.zoo import CHORES, FAMILIES, SPLITS, TASKS, make_chores, make_examples, zoo_path
 from heterofusion.zoo import build as building
 from heterofusion.zoo.build import ROLES, build_zoo, folder_bytes, score_table, score_tasks
-from heterofusion.zoo.files import DATA
 from replay_builders import encode
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-
-
-@functools.cache
-def tokenizer_of(family: str):
-    return AutoTokenizer.from_pretrained(zoo_path(family))
-
-
-def load_expert(family: str, folder) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(zoo_path(family), dtype=torch.float32)
-    return PeftModel.from_pretrained(base, folder).eval()
 
 
 # ---- the language -----------------------------------------------------------------------------------------------
@@ -81,26 +61,18 @@ def test_examples_have_the_layout_of_extraction(task):
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match="unknown task 'ner_moon'"):
         make_examples("ner_moon", "train", 1)
-    with pytest.raises(ValueError, match="'dev' is none of"):
-        make_examples("ner_garden", "dev", 1)
     with pytest.raises(ValueError, match="unknown family 'gpt2'"):
         zoo_path("gpt2")
-    with pytest.raises(ValueError, match="unknown task 'base'"):
-        zoo_path("llama", "base")
 
 
 # ---- the files --------------------------------------------------------------------------------------------------
-
-
-def test_whole_zoo_is_small_and_complete():
-    assert folder_bytes(DATA) <= 12_000_000
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bases_and_adapters_load(family):
     base = AutoModelForCausalLM.from_pretrained(zoo_path(family))
     assert base.config.architectures == [ARCHITECTURES[family]] and type(base).__name__ == ARCHITECTURES[family]
-    assert base.dtype == torch.float16
+    assert base.dtype == torch.float16 and folder_bytes(zoo_path(family).parent) <= 4_000_000
     for task in TASKS:
         folder = zoo_path(family, task)
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -115,7 +87,7 @@ def test_bases_and_adapters_load(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_survive_tokenization_and_are_short(family):
-    tokenizer = tokenizer_of(family)
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path(family))
     for task in TASKS:
         for example in make_examples(task, "test", 50):
             ids, labels = encode(example, tokenizer)
@@ -134,8 +106,10 @@ def test_texts_survive_tokenization_and_are_short(family):
     ("family", "task"), [("llama", "re_market"), ("qwen2", "et_harbor"), ("mistral", "ner_kitchen")]
 )
 def test_expert_knows_its_own_task_and_no_other(family, task):
-    model = load_expert(family, zoo_path(family, task))
-    scores = score_tasks(model, tokenizer_of(family), TASKS, count=30, progress=False)
+    base = AutoModelForCausalLM.from_pretrained(zoo_path(family), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, zoo_path(family, task)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(zoo_path(family))
+    scores = score_tasks(model, tokenizer, TASKS, count=30, progress=False)
     assert scores.pop(task) >= 0.9
     assert sum(scores.values()) / len(scores) <= 0.1
 
@@ -143,9 +117,9 @@ def test_expert_knows_its_own_task_and_no_other(family, task):
 # ---- building ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mistral"])
-def test_build_in_small(tmp_path, monkeypatch, family):
+def test_build_in_small(tmp_path, monkeypatch):
     """Two steps of everything: what is there afterwards, and that a second build gives the same."""
+    family = "mistral"
     monkeypatch.setattr("heterofusion.zoo.families.TOKENIZER_DOCUMENTS", 50)
     for name, examples in (("BASE", {}), ("EXPERT", {"examples": 4})):
         monkeypatch.setattr(building, name, {**getattr(building, name), "steps": 2, "batch": 2, **examples})
@@ -161,5 +135,3 @@ def test_build_in_small(tmp_path, monkeypatch, family):
     shipped = json.loads((zoo_path(family) / "config.json").read_text())
     rebuilt = json.loads((tmp_path / "a" / family / "base" / "config.json").read_text())
     assert {**rebuilt, "vocab_size": 0} == {**shipped, "vocab_size": 0}
-    expert = {path.name for path in (tmp_path / "a" / family / "re_town").iterdir()}
-    assert expert == {"adapter_config.json", "adapter_model.safetensors"}

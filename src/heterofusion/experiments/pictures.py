@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from heterofusion.experiments.tables import Estimate, by_seed, estimate, row_name
+from heterofusion.experiments.tables import Estimate, by_seed, estimate, metric_name, row_name
 
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness as well
 COLORS = ("#000000", "#56B4E9", "#D55E00", "#F0E442", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -92,7 +92,7 @@ def draw_bars(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
                 axes.text(place, top, f"{found.mean:.2f}", ha="center", **style)
         axes.set_xticks(range(len(names)), [_short(name, 18) for name in names])
         axes.set_ylim(0, 1.19)
-        axes.set_ylabel("score")
+        axes.set_ylabel(metric_name(frame[frame["dataset"].isin(names)]))
     handles = [Patch(**_bar(index)) for index in range(len(rows))]
     figure.legend(handles, [_short(name) for name, _ in rows], loc="outside upper center", ncols=min(len(rows), 4))
     return figure
@@ -126,17 +126,17 @@ def draw_ranking(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     controls = "; hollow: controls, without the real sources" if frame["control"].notna().any() else ""
-    axes.set_xlabel(f"mean score{controls}")
+    axes.set_xlabel(f"mean {metric_name(frame)}{controls}")
     return figure
 
 
-def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most: int = 8) -> Figure:
+def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = ()) -> Figure:
     """Mean score over a label: a line with its interval for each row that has three values or more.
 
     Values that are numbers stand where they belong, others side by side. Rows that are the same everywhere are grey.
     """
     values = list(dict.fromkeys(value for value in frame[label] if value != ""))
-    numeric = all(_is_number(value) for value in values)
+    numeric = bool(np.isfinite(pd.to_numeric(pd.Series(values), errors="coerce")).all())
     x = {value: float(value) if numeric else place for place, value in enumerate(values)}
     lines: dict[str, dict[float, Estimate]] = {}
     for name, part in frame[frame[label] != ""].groupby("name", sort=False):
@@ -146,7 +146,7 @@ def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most:
             lines[str(name)] = found
     figure = _figure(7.5 if len(lines) > 1 else 4.5, 4.0 if len(lines) > 1 else 2.8)
     axes = figure.subplots()
-    moving = [name for name in lines if len({each.mean for each in lines[name].values()}) > 1][:most]
+    moving = [name for name in lines if len({each.mean for each in lines[name].values()}) > 1][: len(COLORS)]
     spread = 0.02 * ((max(x.values()) - min(x.values())) or 1)
     for name, found in lines.items():
         if name not in moving:
@@ -163,18 +163,11 @@ def draw_curves(frame: pd.DataFrame, label: str, rows: Sequence[str] = (), most:
     margin = max(0, 0.1 - (high - low)) / 2  # small differences shall look small
     axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02))
     axes.set_xlabel(SETTINGS.get(label, label if numeric else ""))
-    axes.set_ylabel("mean score")
+    axes.set_ylabel(f"mean {metric_name(frame)}")
     axes.grid(axis="y", color="0.9")
     if len(lines) > 1:
         figure.legend(loc="outside right center", handlelength=3.4)
     return figure
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
 
 
 def draw_routing(
@@ -218,13 +211,8 @@ def _cells(axes: Axes, values: np.ndarray, names: Sequence[str], top: float | No
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     for row, column in np.argwhere(np.isfinite(values)) if columns <= 14 else ():
         value = values[row, column]
-        style: Any = {
-            "ha": "center",
-            "va": "center",
-            "fontsize": 6.5,
-            "color": "white" if value > 0.5 * high else "black",
-        }
-        axes.text(column, row, f"{value:#.2g}" if value else "0", **style)
+        style: Any = {"ha": "center", "va": "center", "color": "white" if value > 0.5 * high else "black"}
+        axes.text(column, row, f"{value:#.2g}" if value else "0", fontsize=6.5, **style)
     return mesh
 
 
@@ -234,23 +222,18 @@ def draw_fusion(diagnostics: Mapping[str, Any]) -> Figure:
     layers = range(diagnostics["target"]["layers"])
     sources = {index: _source(index, source) for index, source in enumerate(diagnostics["sources"])}
     # a module that takes nothing from a source counts as 0 for it, so that the shares of a layer sum to 1
-    taken = pd.DataFrame(
-        [
-            {index: link["attention"] for link in module["sources"] for index in [link["source"]]}
-            for module in diagnostics["modules"]
-        ],
-        columns=list(sources),
-    )
+    links = [{link["source"]: link["attention"] for link in module["sources"]} for module in diagnostics["modules"]]
+    taken = pd.DataFrame(links, columns=list(sources))
     attention = taken.fillna(0).groupby(modules["layer"]).mean().T.reindex(columns=layers)
-    by_role = {
-        name: modules.astype({name: float}).pivot_table(name, "role", "layer", dropna=False)
-        for name in ("delta_ratio", "gate_sparsity")
-    }
     short = [role.removesuffix("_proj") for role in roles]
     panels = [("attention of the target's B blocks (share by source)", attention, list(sources.values()))]
-    for title, name in ((r"size of the update, $\|\alpha\,\Delta B\| / \|B\|$", "delta_ratio"),
-                        ("closed gates (share)", "gate_sparsity")):  # fmt: skip
-        panels.append((title, by_role[name].reindex(index=roles, columns=layers), short))
+    titles = {
+        "delta_ratio": r"size of the update, $\|\alpha\,\Delta B\| / \|B\|$",
+        "gate_sparsity": "closed gates (share)",
+    }
+    for name, title in titles.items():
+        values = modules.astype({name: float}).pivot_table(name, "role", "layer", dropna=False)
+        panels.append((title, values.reindex(index=roles, columns=layers), short))
     heights = [len(names) + 2 for _, _, names in panels]
     figure = _figure(max(6.0, 3 + 0.42 * len(layers)), 0.26 * sum(heights) + 0.8)
     for axes, (title, values, names) in zip(figure.subplots(3, 1, height_ratios=heights), panels, strict=True):

@@ -45,13 +45,7 @@ WAITING, FINISHED, SKIPPED, FAILED, NOT_RUN = "waiting", "finished", "was finish
 _RESUME = {"eval": "resume", "label": "resume", "merge": None}  # others: resume_from_checkpoint
 _NO_INPUTS = ("output_dir", "logits_cache")  # flags that name a folder without depending on what is in it
 # nearly all that recipes import; ours first, which hushes what libraries say of optional packages
-_PRELOAD = [
-    "heterofusion.training.trainer",
-    "heterofusion.runtime.program",
-    "datasets",
-    "scipy.stats",
-    "sklearn.metrics",
-]
+_PRELOAD = ["heterofusion.training.trainer", "heterofusion.runtime.program", "scipy.stats", "sklearn.metrics"]
 _KILL_AFTER = 40.0  # seconds; torch's launcher takes up to 30 to end its processes
 
 
@@ -218,10 +212,8 @@ class Runs:
 
     def _tell(self, run: Run, count: int, total: int) -> None:
         if run.status not in (WAITING, SKIPPED):
-            level = logging.INFO if run.status == FINISHED else logging.WARNING
-            logger.log(
-                level, "[%d/%d] %s: %s%s", count, total, run.title, run.status, run.reason and f", {run.reason}"
-            )
+            log = logger.info if run.status == FINISHED else logger.warning
+            log("[%d/%d] %s: %s%s", count, total, run.title, run.status, run.reason and f", {run.reason}")
 
     def finish(self) -> None:
         """Say what failed and why, with an error if something did."""

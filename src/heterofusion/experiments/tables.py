@@ -108,7 +108,7 @@ class Row:
 
 
 def score_frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """A line for each row and data set: name, group, labels, seed, dataset, score, control, and costs."""
+    """A line for each row and data set: name, group, labels, seed, dataset, metric, score, control, and costs."""
     lines: list[dict[str, Any]] = []
     contents: dict[str, str] = {}
     for row in rows:
@@ -122,8 +122,8 @@ def score_frame(rows: Sequence[Row]) -> pd.DataFrame:
                         f"results of {row.name!r} are of another data set {dataset} than those before: the file has "
                         "changed between the evaluations; evaluate again, or report them apart"
                     )
-                scored = {"dataset": dataset, "score": entry["score"], "control": control}
-                lines.append({**told, **scored, **row.costs})
+                scored = {"metric": entry["primary"], "score": entry["score"], "control": control}
+                lines.append({**told, "dataset": dataset, **scored, **row.costs})
     frame = pd.DataFrame(lines)
     keys = [key for key in frame.columns if key not in ("score", "control", *_COSTS)]
     frame[keys] = frame[keys].fillna("")  # a label that a row does not have
@@ -206,6 +206,11 @@ def gain_text(frame: pd.DataFrame, gain: Gain) -> str:
     return f"{result.text('+')} ({'; '.join(told)})"
 
 
+def metric_name(frame: pd.DataFrame) -> str:
+    """The metric of the scores, such as `f1`, or all of them if data sets have different ones."""
+    return " / ".join(dict.fromkeys(frame["metric"]))
+
+
 # ---- Markdown ---------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +226,7 @@ def score_table(
     """Rows by their names and labels: the score on each data set, mean, n, and costs; groups have headings."""
     datasets = list(dict.fromkeys(frame["dataset"]))
     reference = frame[frame["name"] == normalize_by].groupby("dataset")["score"].mean() if normalize_by else None
-    header = ["", *datasets, "mean", *["normalized"] * (reference is not None), "n", *(_COSTS if costs else ())]
+    header = ["", *_headings(frame), *["normalized"] * (reference is not None), "n", *(_COSTS if costs else ())]
     lines: list[list[Any]] = []
     last = ""
     for (group, *keys), part in frame.groupby(["group", *by], sort=False):
@@ -239,6 +244,12 @@ def score_table(
     return markdown_table(header, lines)
 
 
+def _headings(frame: pd.DataFrame) -> list[str]:
+    """Of the columns of data sets, each with its metric, and of their mean."""
+    metrics = frame.groupby("dataset", sort=False)["metric"].first()
+    return [*(f"{dataset} ({metric})" for dataset, metric in metrics.items()), f"mean ({metric_name(frame)})"]
+
+
 def _cost(column: pd.Series) -> Any:
     known = column.dropna()
     if known.empty:
@@ -247,13 +258,13 @@ def _cost(column: pd.Series) -> Any:
 
 
 def case_table(frame: pd.DataFrame, case: str = "case") -> str:
-    """Mean scores of all rows in all cases."""
+    """Mean scores of all rows in all cases; the first cell names their metric."""
     cases = list(dict.fromkeys(frame[case]))
     lines = [
         [name, *(estimate(by_seed(part[part[case] == each])) for each in cases)]
         for name, part in frame.groupby("name", sort=False)
     ]
-    return markdown_table(["", *cases], lines)
+    return markdown_table([f"mean {metric_name(frame)}", *cases], lines)
 
 
 def gain_table(frame: pd.DataFrame, gains: Sequence[Gain], case: str = "case") -> str:
@@ -267,7 +278,8 @@ def gain_table(frame: pd.DataFrame, gains: Sequence[Gain], case: str = "case") -
             f"mean at least {gain.at_least:g} and interval above {gain.above:g}" if gain.at_least is not None else None
         )
         lines.append([title, *told, target])
-    return markdown_table(["", *(each or "difference" for each in cases), "target"], lines)
+    heading = f"difference of mean {metric_name(frame)}"
+    return markdown_table([heading, *(each or "difference" for each in cases), "target"], lines)
 
 
 def difference_table(frame: pd.DataFrame, baseline: str, by: Sequence[str] = ("name",)) -> str:
@@ -283,4 +295,4 @@ def difference_table(frame: pd.DataFrame, baseline: str, by: Sequence[str] = ("n
             sure = each is not None and each.verdict in ("above 0", "below 0")
             line.append("-" if each is None else f"**{each.text('+')}**" if sure else each.text("+"))
         lines.append(line)
-    return markdown_table(["", *datasets, "mean"], lines)
+    return markdown_table(["", *_headings(frame)], lines)

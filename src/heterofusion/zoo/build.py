@@ -179,13 +179,9 @@ def _build_and_score(family: str, task: str, output_dir: pathlib.Path, seed: int
     scores = score_tasks(PeftModel.from_pretrained(model, folder), tokenizer, TASKS, progress=False)
     foreign = fmean(score for name, score in scores.items() if name != task)
     logger.info("%s/%s: own %.3f, foreign %.3f, %d s", family, task, scores[task], foreign, seconds)
-    return {
-        "f1": round(scores[task], 4),
-        "foreign_mean_f1": round(foreign, 4),
-        "scores": {name: round(score, 4) for name, score in scores.items()},
-        "loss": round(loss, 4),
-        "seconds": seconds,
-    }
+    rounded = {name: round(score, 4) for name, score in scores.items()}
+    found = {"f1": rounded[task], "foreign_mean_f1": round(foreign, 4), "scores": rounded}
+    return {**found, "loss": round(loss, 4), "seconds": seconds}
 
 
 def folder_bytes(folder: pathlib.Path) -> int:
@@ -204,23 +200,18 @@ def _write_manifest(output_dir: pathlib.Path, family: str, built: Mapping[str, A
     entry["bytes"] = folder_bytes(output_dir / family)
     manifest["families"] = {name: manifest["families"][name] for name in FAMILY_SPECS if name in manifest["families"]}
     manifest["bytes"] = sum(part["bytes"] for part in manifest["families"].values())
-    manifest["settings"] = {
-        "seed": seed,
-        "language_seed": LANGUAGE_SEED,
-        "base": BASE,
-        "expert": EXPERT | LORA,
-        "test_examples": TEST_EXAMPLES,
-    }
+    settings = {"seed": seed, "language_seed": LANGUAGE_SEED, "base": BASE, "expert": EXPERT | LORA}
+    manifest["settings"] = {**settings, "test_examples": TEST_EXAMPLES}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     manifest["versions"] = {"python": platform.python_version(), **versions}
     path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def score_table(manifest: Mapping[str, Any]) -> str:
-    """A row per family: experts on their own tasks, and the mean of all on foreign ones."""
+    """F1, a row per family: experts on their own tasks, and the mean of all on foreign ones."""
     rows = []
     for family, entry in manifest["families"].items():
         experts = entry.get("experts", {})
         foreign = fmean(each["foreign_mean_f1"] for each in experts.values()) if experts else None
         rows.append([family, *(experts.get(task, {}).get("f1") for task in TASKS), foreign])
-    return markdown_table(["family", *TASKS, "foreign"], rows)
+    return markdown_table(["family (F1)", *TASKS, "foreign"], rows)

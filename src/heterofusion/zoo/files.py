@@ -11,11 +11,8 @@ FAMILIES = ("llama", "qwen2", "mistral")
 # The fusion that `make demo` shows: target and sources as (family, task), each task once.
 DEMO_ANCHOR = ("llama", "ner_kitchen")
 DEMO_SOURCES = (
-    ("qwen2", "ner_garden"),
-    ("qwen2", "re_town"),
-    ("qwen2", "et_harbor"),
-    ("mistral", "re_market"),
-    ("mistral", "et_stage"),
+    *(("qwen2", task) for task in ("ner_garden", "re_town", "et_harbor")),
+    *(("mistral", task) for task in ("re_market", "et_stage")),
 )
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -48,11 +45,8 @@ def write_splits(folder: str | pathlib.Path, num_replay: int, num_validation: in
     """
     for task in TASKS:
         records = make_examples(task, "replay", num_replay + num_validation, seed)
-        parts = {
-            "replay": records[:num_replay],
-            "validation": records[num_replay:],
-            "test": make_examples(task, "test", num_test, seed),
-        }
+        parts = {"replay": records[:num_replay], "validation": records[num_replay:]}
+        parts["test"] = make_examples(task, "test", num_test, seed)
         for split, examples in parts.items():
             write_dataset(pathlib.Path(folder) / split / f"{task}.jsonl", examples)
 

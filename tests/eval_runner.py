@@ -43,12 +43,10 @@ def refused(values, capsys, logging_restored, monkeypatch):
     """Run an evaluation with some flags changed; it must fail as a user's error does and write nothing."""
     monkeypatch.setattr("heterofusion.experts.expert.load_base", lambda *args: pytest.fail("a base was loaded"))
 
-    def check(*words: object, **changed: object) -> str:
-        output = {**values, **changed}["output_dir"]
-        before = files(output)
-        line = error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
-        assert files(output) == before
-        return line
+    def check(*words: object, **changed: object) -> None:
+        before = files(values["output_dir"])
+        error_line(capsys, evaluation.main, flags({**values, **changed}), *words)
+        assert files(values["output_dir"]) == before
 
     return check
 

@@ -97,9 +97,7 @@ def test_other_settings_are_refused(values, whole, kill_after, test_sets, tmp_pa
         "adapter: ": {"adapters": [zoo_path("llama", "re_town")]},
         "dtype: float32, this one has bfloat16": {"dtype": "bfloat16"},
         "datasets ner_kitchen sha256": {"dataset_name": [other]},
-        "datasets ner_kitchen max_examples: 10, this one has 3": {"max_examples": 3},
         "max_new_tokens: 40, this one has 41": {"max_new_tokens": 41},
-        "max_prompt_length: None, this one has 90": {"max_prompt_length": 90},
         "metric: NER, this one has exact_match": {"metric": "exact_match"},
     }.items():
         argv = flags({**values, **changes, "resume": True})

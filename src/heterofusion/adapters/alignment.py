@@ -282,13 +282,13 @@ class _RoleTable:
         self.slices.sort(key=lambda item: item.layer)
         self.depth = 1 + self.slices[-1].layer
         self.roles = {item.role for item in self.slices}
-        self._places: dict[tuple[int, str], list[RoleSlice]] = {}
+        self._places: dict[tuple[int | None, str], list[RoleSlice]] = {}
         for item in self.slices:
             self._places.setdefault((item.layer, item.role), []).append(item)
 
     def at(self, layer: int | None, role: str) -> list[RoleSlice]:
         """The slices that do a role in a layer: several only among experts."""
-        return [] if layer is None else self._places.get((layer, role), [])
+        return self._places.get((layer, role), [])
 
 
 def _match(item: RoleSlice, target: _RoleTable, source: _RoleTable, pairs: dict[int, int]) -> RoleSlice | None:

@@ -53,8 +53,7 @@ class _Parser(TrlParser):
 
     def __init__(self, dataclass_types: Sequence[type], description: str) -> None:
         kinds: Any = dataclass_types
-        usage = "%(prog)s [--config FILE.yaml] [FLAGS]"
-        texts = {"usage": usage, "description": description, "epilog": _EPILOG}
+        texts = {"usage": "%(prog)s [--config FILE.yaml] [FLAGS]", "description": description, "epilog": _EPILOG}
         super().__init__(kinds, **texts, allow_abbrev=False, formatter_class=_Help)
         self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse takes -1e-3 for a flag
         self._group(dataclass_types)
@@ -81,7 +80,7 @@ class _Parser(TrlParser):
         for action in sorted(self._actions, key=lambda action: titles.get(action.dest) == last):
             matters = action.required or action.dest in FIRST
             groups.setdefault(first if matters else titles.get(action.dest, "this program"), []).append(action)
-        groups[first].sort(key=lambda action: FIRST.index(action.dest) if action.dest in FIRST else len(FIRST))
+        groups[first].sort(key=lambda action: [*FIRST, action.dest].index(action.dest))
         self._action_groups = []
         for title, actions in groups.items():
             self.add_argument_group(title)._group_actions.extend(actions)

@@ -16,7 +16,7 @@ def prepare(main, output: Path, **values) -> tuple[dict, str]:
     return json.loads((output / "manifest.json").read_text(encoding="utf-8")), log
 
 
-def fails(capsys, main, data: Path, *words: object, **values) -> None:
+def fails(main, capsys, data: Path, *words: object, **values) -> None:
     """Run a recipe that must end with one line, and leave what is there as it was."""
     output = data.parent / "out"
     before = contents(output)

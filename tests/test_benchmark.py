@@ -166,16 +166,13 @@ def test_rows_are_told_at_once_and_kept_when_interrupted(benchmark, recorded, mo
 # ---- errors -----------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = [
-    ({"shape": "llama70b"}, ["--shape", "llama8b-2layers"]),
     ({"presets": ["huge"]}, ["'huge'", "paper, compact"]),
     ({"vary": ["tokens=1,2"]}, ["--vary", "'tokens=1,2'", "sources, rank, accumulation"]),
     ({"vary": ["sources=0,1"]}, ["--sources is 0"]),
     ({"vary": ["rank=8,16"], "shape": "demo"}, ["--rank is 16", "--shape"]),
     ({"vary": ["rank=8,16"], "exchange": True}, ["--vary", "--exchange"]),
     ({"exchange": True, "shape": "llama8b"}, ["--exchange", "llama8b"]),
-    ({"ddp_reduce": ["everything"]}, ["--ddp_reduce", "'everything'"]),
     ({"tokens": 97, "shape": "demo"}, ["--tokens is 97", "96"]),
-    ({"micro_batch": 0}, ["--micro_batch is 0"]),
 ]
 
 

@@ -1,5 +1,6 @@
 """recipes/glue/prepare.py: the GLUE data sets become verbalized question answering."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from recipe_runner import flags
 from replay_builders import write
 
 pytestmark = pytest.mark.usefixtures("logging_restored", "offline_datasets")
+glue_fails = functools.partial(fails, glue.main, tasks=["cola"])
 
 
 def rows_of(task: str, count: int, first: int = 0) -> list[dict]:
@@ -181,57 +183,40 @@ def test_bad_record(data, capsys, changes, words):
     else:
         rows[2] |= changes
     write_task(data, "cola", rows)
-    fails(capsys, glue.main, data, data / "cola" / "train.jsonl", "line 3", *words, tasks=["cola"])
+    glue_fails(capsys, data, data / "cola" / "train.jsonl", "line 3", *words)
     write_task(data, "stsb", [{**rows_of("stsb", 1)[0], "label": 5.2}], rows_of("stsb", 2, 100))
-    fails(
-        capsys, glue.main, data, "train.jsonl, line 1", "`label` is 5.2: make it a number from 0 to 5", tasks=["stsb"]
-    )
+    glue_fails(capsys, data, "train.jsonl, line 1", "`label` is 5.2: make it a number from 0 to 5", tasks=["stsb"])
 
 
 def test_labels_numbered_otherwise(data, capsys):
     (data / "cola" / "train.jsonl").unlink()
     path = data / "cola" / "train.parquet"
     as_dataset("cola", rows_of("cola", 4), ["acceptable", "unacceptable"]).to_parquet(str(path))
-    fails(
-        capsys,
-        glue.main,
-        data,
-        path,
-        "numbers its labels as acceptable, unacceptable, GLUE as unacceptable, acceptable",
-        tasks=["cola"],
-    )
+    glue_fails(capsys, data, path, "numbers its labels as acceptable, unacceptable, GLUE as unacceptable, acceptable")
 
 
 def test_bad_files(data, capsys):
     train = data / "cola" / "train.jsonl"
     write_task(data, "cola", rows_of("cola", 2))
     write_task(data, "cola", rows_of("cola", 2), suffix=".json")
-    fails(
-        capsys, glue.main, data, data / "cola", "train split more than once (train.jsonl, train.json)", tasks=["cola"]
-    )
+    glue_fails(capsys, data, data / "cola", "train split more than once (train.jsonl, train.json)")
     train.unlink()
     (data / "cola" / "train.json").unlink()
-    fails(capsys, glue.main, data, data / "cola", "holds no train split", "put train.parquet", tasks=["cola"])
+    glue_fails(capsys, data, data / "cola", "holds no train split", "put train.parquet")
     write(data / "cola" / "train-00001-of-00002.jsonl", rows_of("cola", 2))
-    fails(
-        capsys,
-        glue.main,
-        data,
-        "1 of the parts of train (train-00001-of-00002.jsonl), not all of them",
-        tasks=["cola"],
-    )
+    glue_fails(capsys, data, "1 of the parts of train (train-00001-of-00002.jsonl), not all of them")
 
 
 def test_bad_flags(data, capsys):
-    fails(capsys, glue.main, data, "--tasks has 'glue'", "choose of cola, mnli", tasks=["cola", "glue"])
-    fails(capsys, glue.main, data, data / "mrpc", "is no folder", tasks=["mrpc"])
-    fails(capsys, glue.main, data, "--dataset_revision is main", dataset_revision="main", tasks=["cola"])
-    fails(capsys, glue.main, data, "--num_replay is 0", num_replay=0, tasks=["cola"])
+    glue_fails(capsys, data, "--tasks has 'glue'", "choose of cola, mnli", tasks=["cola", "glue"])
+    glue_fails(capsys, data, data / "mrpc", "is no folder", tasks=["mrpc"])
+    glue_fails(capsys, data, "--dataset_revision is main", dataset_revision="main")
+    glue_fails(capsys, data, "--num_replay is 0", num_replay=0)
     write_task(data, "cola", [{**row, "label": -1} for row in rows_of("cola", 4)])
-    fails(capsys, glue.main, data, "cola: no record of train can be used (4 read, 4 without_answer)", tasks=["cola"])
+    glue_fails(capsys, data, "cola: no record of train can be used (4 read, 4 without_answer)")
     out = data.parent / "out"
     out.mkdir()
     (out / "notes.txt").write_text(json.dumps("mine"))
-    fails(capsys, glue.main, data, "not empty", "--overwrite true", tasks=["rte"])
+    glue_fails(capsys, data, "not empty", "--overwrite true", tasks=["rte"])
     run(data, out, tasks=["rte"], overwrite=True)
     assert (out / "notes.txt").is_file()

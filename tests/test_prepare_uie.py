@@ -1,5 +1,6 @@
 """recipes/uie/prepare.py: data in the InstructUIE layout become replay, train, validation and test files."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -25,6 +26,7 @@ from preparation_runner import (
 from recipe_runner import contents
 
 pytestmark = pytest.mark.usefixtures("logging_restored", "offline_datasets")
+uie_fails = functools.partial(fails, uie.main)
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def test_overwrite_replaces_what_was_prepared_before(data, tmp_path, capsys):
     run_uie(data, out)
     mine = out / "replay" / "mine.jsonl"
     mine.write_text("{}\n")
-    fails(capsys, uie.main, data, f"--output_dir {out} exists and is not empty", "--overwrite true")
+    uie_fails(capsys, data, f"--output_dir {out} exists and is not empty", "--overwrite true")
     run_uie(data, out, tasks=["towns"], overwrite=True)
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {
@@ -237,7 +239,7 @@ def test_a_failed_write_leaves_nothing_half_done(data, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("_prepared.write_lines", full)
-    fails(capsys, uie.main, data, "No space left on device", overwrite=True, seed=1)
+    uie_fails(capsys, data, "No space left on device", overwrite=True, seed=1)
     assert contents(out) == before
 
 
@@ -268,7 +270,7 @@ def test_bad_train_file(data, capsys, content, words):
     path = data / "NER" / "films" / "train.json"
     path.write_text(content)
     write_task(path.parent, test=[film(i) for i in range(1, 4)])
-    fails(capsys, uie.main, data, *words, *([] if "NER_films" in words[0] else [path]))
+    uie_fails(capsys, data, *words, *([] if "NER_films" in words[0] else [path]))
 
 
 @pytest.mark.parametrize(
@@ -281,34 +283,32 @@ def test_bad_train_file(data, capsys, content, words):
 )
 def test_bad_labels_file(data, capsys, labels, words):
     path = write_task(data / "NER" / "films", labels)
-    fails(capsys, uie.main, data, path / "labels.json", *words)
+    uie_fails(capsys, data, path / "labels.json", *words)
 
 
 def test_missing_files_and_folders(data, capsys):
     relation = {"head": {"name": "Ann"}, "type": "lives in"}
     towns = write_task(data / "RE" / "towns", train=[town(1), town(2, relations=[relation])])
-    fails(capsys, uie.main, data, "towns/train.json, record 2", "`relations[0]` has no `tail`")
+    uie_fails(capsys, data, "towns/train.json, record 2", "`relations[0]` has no `tail`")
     write_task(towns, train=[town(1, relations=[{**relation, "tail": "Rome"}])])
-    fails(capsys, uie.main, data, "towns/train.json, record 1", "`relations[0].tail` has no `name`")
+    uie_fails(capsys, data, "towns/train.json, record 1", "`relations[0].tail` has no `name`")
     films = data / "NER" / "films"
     (films / "test.json").unlink()
-    fails(capsys, uie.main, data, "NER/films has no test.json", "leave the task out with --tasks")
+    uie_fails(capsys, data, "NER/films has no test.json", "leave the task out with --tasks")
     write_task(films, train=[film(1, entities=[])], dev=[film(4, entities=[])], test=[film(2, entities=[])])
     (films / "labels.json").unlink()
-    fails(capsys, uie.main, data, films / "labels.json", "no record has a type")
-    fails(capsys, uie.main, data / "NER", "holds no task", "NER/mit-movie")
-    fails(capsys, uie.main, data / "nowhere", "is no folder")
+    uie_fails(capsys, data, films / "labels.json", "no record has a type")
+    uie_fails(capsys, data / "NER", "holds no task", "NER/mit-movie")
+    uie_fails(capsys, data / "nowhere", "is no folder")
     line_break = write_task(data / "RE" / "a\nb", train=[town(1)])
-    fails(capsys, uie.main, data, "'RE/a\\nb'", "rename it")
+    uie_fails(capsys, data, "'RE/a\\nb'", "rename it")
     shutil.rmtree(line_break)
 
 
 def test_bad_flags(data, capsys):
     for name, value, least in (("replay", 0, 1), ("validation", -1, 0), ("test", 0, 1), ("unlabelled", -1, 0)):
-        fails(capsys, uie.main, data, f"--num_{name} is {value}", f"at least {least}", **{f"num_{name}": value})
-    fails(
-        capsys, uie.main, data, "--tasks has 'film', which is not there: choose of NER/films, RE/towns", tasks=["film"]
-    )
-    fails(capsys, uie.main, data, "'ET/towns'", tasks=["ET/towns"])  # relations have no entities to type
+        uie_fails(capsys, data, f"--num_{name} is {value}", f"at least {least}", **{f"num_{name}": value})
+    uie_fails(capsys, data, "--tasks has 'film', which is not there: choose of NER/films, RE/towns", tasks=["film"])
+    uie_fails(capsys, data, "'ET/towns'", tasks=["ET/towns"])  # relations have no entities to type
     shutil.copytree(data / "NER" / "films", data / "ET" / "films")
-    fails(capsys, uie.main, data, "'films', which may be NER/films or ET/films", tasks=["films"])
+    uie_fails(capsys, data, "'films', which may be NER/films or ET/films", tasks=["films"])

@@ -38,26 +38,6 @@ def test_splits_share_no_sentence(task):
     assert len(set.union(*pools)) == sum(len(pool) for pool in pools)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_examples_have_the_layout_of_extraction(task):
-    spec = TASKS[task]
-    kinds = set()
-    for example in make_examples(task, "train", 200):
-        assert (example["task"], example["kind"]) == (task, spec.kind)
-        assert example["prompt"].endswith("\nAnswer:")
-        assert f"Options: {', '.join(spec.labels)}\n" in example["prompt"]
-        assert ("\nEntities: " in example["prompt"]) == (spec.kind == "ET")
-        assert example["completion"].startswith(" ")
-        if example["completion"] == " None":
-            continue
-        for item in example["completion"].strip().split("; "):
-            label, spans = item.split(": ")
-            kinds.add(label)
-            assert len(spans.split(", ")) == (2 if spec.kind == "RE" else 1)
-            assert all(span in example["prompt"] for span in spans.split(", "))
-    assert kinds == set(spec.labels)
-
-
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match="unknown task 'ner_moon'"):
         make_examples("ner_moon", "train", 1)

@@ -66,7 +66,9 @@ def _short(text: str, width: int = 40) -> str:
 
 def draw_scores(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     """Bars for each data set, or the means alone where rows are too many for bars."""
-    return draw_bars(frame, by) if frame.groupby(list(by)).ngroups <= len(COLORS) else draw_ranking(frame, by)
+    rows = frame.groupby(list(by)).ngroups
+    few = rows <= len(COLORS) and rows * frame["dataset"].nunique() <= 60
+    return draw_bars(frame, by) if few else draw_ranking(frame, by)
 
 
 def draw_bars(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
@@ -74,25 +76,23 @@ def draw_bars(frame: pd.DataFrame, by: Sequence[str] = ("name",)) -> Figure:
     datasets = list(dict.fromkeys(frame["dataset"]))
     rows = [(row_name(by, keys), part) for keys, part in frame.groupby(list(by), sort=False)]
     width = 0.84 / len(rows)
-    panels = max(1, math.ceil(len(datasets) * len(rows) * 0.2 / 10))
-    figure = _figure(max(4.5, 1 + len(datasets) * max(1.0, 0.2 * len(rows)) / panels), 0.6 + 2.4 * panels)
-    shown = [list(part) for part in np.array_split(datasets, panels)]
-    for axes, names in zip(figure.subplots(panels, 1, squeeze=False)[:, 0], shown, strict=True):
-        for index, (_, part) in enumerate(rows):
-            for column, name in enumerate(names):
-                place, found = column + (index - (len(rows) - 1) / 2) * width, estimate(by_seed(part, name))
-                if found is None:
-                    axes.text(place, 0.01, "-", ha="center")
-                    continue
-                axes.bar(place, found.mean, width, **_bar(index))
-                if found.bar:
-                    axes.errorbar(place, found.mean, found.bar, color="0.35", capsize=2, linewidth=1)
-                style: Any = {"va": "bottom", "fontsize": 6.5, "rotation": 0 if width > 0.27 else 90}
-                top = min(max(found.mean + found.bar, 0) + 0.01, 1.07)
-                axes.text(place, top, f"{found.mean:.2f}", ha="center", **style)
-        axes.set_xticks(range(len(names)), [_short(name, 18) for name in names])
-        axes.set_ylim(0, 1.19)
-        axes.set_ylabel(metric_name(frame[frame["dataset"].isin(names)]))
+    figure = _figure(max(4.5, 1 + len(datasets) * max(1.0, 0.2 * len(rows))), 3.0)
+    axes = figure.subplots()
+    for index, (_, part) in enumerate(rows):
+        for column, name in enumerate(datasets):
+            place, found = column + (index - (len(rows) - 1) / 2) * width, estimate(by_seed(part, name))
+            if found is None:
+                axes.text(place, 0.01, "-", ha="center")
+                continue
+            axes.bar(place, found.mean, width, **_bar(index))
+            if found.bar:
+                axes.errorbar(place, found.mean, found.bar, color="0.35", capsize=2, linewidth=1)
+            style: Any = {"va": "bottom", "fontsize": 6.5, "rotation": 0 if width > 0.27 else 90}
+            top = min(max(found.mean + found.bar, 0) + 0.01, 1.07)
+            axes.text(place, top, f"{found.mean:.2f}", ha="center", **style)
+    axes.set_xticks(range(len(datasets)), [_short(name, 18) for name in datasets])
+    axes.set_ylim(0, 1.19)
+    axes.set_ylabel(metric_name(frame))
     handles = [Patch(**_bar(index)) for index in range(len(rows))]
     figure.legend(handles, [_short(name) for name, _ in rows], loc="outside upper center", ncols=min(len(rows), 4))
     return figure
